@@ -1,0 +1,53 @@
+# medkit: `make run` for the results, `make test` for the proof. Everything lives in .venv; nothing else is touched.
+PYTHON ?= python3
+PY := .venv/bin/python
+PARAMS ?= params/tiny.yaml
+RUN ?= tiny
+export OMP_WAIT_POLICY = passive
+export HF_HUB_DISABLE_TELEMETRY = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lab report lint format notebooks readme bench doctor
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+.venv/done: pyproject.toml requirements.lock
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+run: .venv/done  ## weights and data, all six notebooks, results (PARAMS=… RUN=… to choose)
+	$(PY) -m medkit run --params $(PARAMS) --run $(RUN)
+
+test: .venv/done  ## unit, contract and smoke tests, then every notebook through nbval
+	$(PY) -m pytest tests
+	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
+
+lab: .venv/done  ## JupyterLab on the notebooks
+	$(PY) -m jupyterlab notebooks
+
+report: .venv/done  ## print a run's results as markdown
+	$(PY) -m medkit report --run $(RUN)
+
+doctor: .venv/done  ## what this machine can do
+	$(PY) -m medkit doctor
+
+lint: .venv/done  ## ruff, over package, tests and notebooks
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: .venv/done  ## ruff's fixes and layout
+	$(PY) -m ruff check --fix --quiet .
+	$(PY) -m ruff format --quiet .
+
+notebooks: .venv/done  ## run the notebooks in place with the smoke profile, keep only checked outputs
+	MEDKIT_OUTPUTS=$$(mktemp -d) $(PY) -m nbclient.cli --inplace notebooks/[0-9]*.ipynb
+	$(PY) -m nbstripout --keep-count --keep-id notebooks/[0-9]*.ipynb
+
+readme: .venv/done  ## regenerate README's tables from docs/results
+	$(PY) -m cogapp -r README.md
+
+bench: .venv/done  ## measurements beside their peers; results under benchmarks/results
+	for script in benchmarks/[a-z0-9]*.py; do $(PY) $$script || exit 1; done

@@ -1,0 +1,82 @@
+"""One json file per benchmark and device: what was measured, against which goal, and how."""
+
+import json
+import os
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A dimensionless headline number, its goal (None: reported without one) and the repeats behind it."""
+
+    value: float
+    goal: float | None
+    better: Literal["higher", "lower"]
+    repeats: int
+
+
+def device_name() -> str:
+    """The accelerator's name if there is one, else the processor's."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return model.group(1) if model else platform.machine()
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def git_commit() -> str | None:
+    """The commit being measured, `-dirty` if edited; outside a checkout, the variable GIT_COMMIT."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("GIT_COMMIT")
+    return run.stdout.strip()
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Installed version of every package named; None if it is absent."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return {"python": platform.python_version()} | found
+
+
+def result_path(name: str, directory: Path = RESULTS) -> Path:
+    return directory / f"{name}.{slug(device_name())}.json"
+
+
+def write(name: str, setup: dict[str, Any], ratios: dict[str, Ratio], raw: dict[str, Any], directory: Path = RESULTS) -> Path:
+    """Write `<directory>/<name>.<device>.json`, replacing an earlier run on the same device."""
+    record = {
+        "name": name,
+        "device": device_name(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "git_commit": git_commit(),
+        "setup": setup,
+        "ratios": {what: asdict(ratio) for what, ratio in ratios.items()},
+        "raw": raw,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    path = result_path(name, directory)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path

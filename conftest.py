@@ -1,0 +1,12 @@
+"""Settings that must be in place before torch or a kernel starts."""
+
+import os
+import tempfile
+
+
+def pytest_configure(config):
+    """Notebook tests write to a folder of their own, never to outputs/; waiting threads sleep instead of spinning."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if config.option.nbval or config.option.nbval_lax:
+        os.environ["MEDKIT_OUTPUTS"] = tempfile.mkdtemp(prefix="medkit-nbval-")

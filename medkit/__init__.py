@@ -1,0 +1,3 @@
+"""The thin package behind the notebooks. Import the module you need: `from medkit import evaluation`."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,168 @@
+"""Command line: run, status, report, doctor. `python -m medkit --help` lists them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from medkit.outputs import DISCLAIMER, ROOT, StageError, device_name, outputs_root, run_dir
+from medkit.params import SPLITS, ParamsError, load_params
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console(highlight=False, soft_wrap=True)
+
+ParamsFile = Annotated[Path, typer.Option("--params", help="Profile to run, e.g. params/tiny.yaml")]
+RunName = Annotated[str, typer.Option("--run", help="Name of the folder below outputs/")]
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. lora.adapter.rank=4")]
+
+
+def parse_overrides(pairs: list[str] | None) -> dict:
+    """`["lora.adapter.rank=4"]` → `{"lora.adapter.rank": 4}`; values are read as yaml."""
+    found = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise ParamsError(f"--set {pair!r}: write KEY=VALUE, e.g. --set lora.adapter.rank=4")
+        found[key] = yaml.safe_load(value)
+    return found
+
+
+@app.command()
+def run(
+    params: ParamsFile = ROOT / "params" / "tiny.yaml",
+    run: RunName = "tiny",
+    first: Annotated[str | None, typer.Option("--from", help="Rerun from this stage on, e.g. 03_lora")] = None,
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the profile and print the plan, run nothing")] = False,
+) -> None:
+    """Run every notebook that is not done; the same command after a crash or kill goes on."""
+    changes = parse_overrides(overrides)
+    if dry_run:
+        console.print(plan_table(params, changes))
+        return
+    from medkit.runner import run_all
+
+    ran = run_all(params, run, changes, first)
+    console.print(f"{len(ran)} stages ran" if ran else "everything up to date")
+    console.print(f"results: {run_dir(run) / 'results.json'}")
+    console.print(f"executed notebooks: {run_dir(run) / 'notebooks'}")
+    console.print(DISCLAIMER)
+
+
+def plan_table(params_file: Path, overrides: dict) -> Table:
+    """What a profile would do: models, questions per split, optimiser steps, and the device it needs."""
+    params = load_params(params_file, overrides)
+    table = Table("section", "what", title=str(params_file))
+    teacher, student = params.models.teacher.source, params.models.student
+    table.add_row("models", f"teacher {_name(teacher)}; student {student if isinstance(student, str) else _name(student.source)}")
+    table.add_row("", f"{params.models.dtype} on {params.models.device}, attention {params.models.attention}")
+    for name, dataset in params.data.datasets.items():
+        counts = ", ".join(f"{getattr(dataset, s)} {s}" for s in SPLITS if getattr(dataset, s))
+        table.add_row("data", f"{name} from {_name(dataset.origin)}: {counts}")
+    for section, train in (("distillation", params.distillation.correction_train),
+                           ("", params.distillation.student_train), ("lora", params.lora.train)):  # fmt: skip
+        table.add_row(section, f"{train.epochs:g} epochs, batches of {train.batch_size}, learning rate {train.learning_rate:g}")
+    table.add_row("quantization", f"nf4, double quantization {params.quantization.double_quant}; GGUF {params.quantization.gguf_type}")
+    for scoring, sources in params.inference.questions.items():
+        table.add_row("inference", f"{scoring}: " + ", ".join(f"{n} {s}" for s, n in sources.items()))
+    return table
+
+
+def _name(source) -> str:
+    match source.kind:
+        case "wheel":
+            return f"{source.package}=={source.version}"
+        case "hub":
+            return f"{source.repo}@{source.revision}"
+        case _:
+            return source.path
+
+
+@app.command()
+def status(params: ParamsFile = ROOT / "params" / "tiny.yaml", run: RunName = "tiny", overrides: Overrides = None) -> None:
+    """Which stages of a run are done, stale, damaged or missing."""
+    from medkit import runner
+
+    table = Table("stage", "state", "took")
+    for stage in runner.status(load_params(params, parse_overrides(overrides)), run):
+        table.add_row(stage.name, stage.state, "–" if stage.duration_s is None else f"{stage.duration_s:.0f} s")
+    console.print(table)
+
+
+@app.command()
+def report(run: RunName = "tiny") -> None:
+    """Print a run's results as markdown tables."""
+    from medkit import report as tables
+
+    claims, facts = tables.load_results(tables.results_of(run))
+    source, scoring = facts["headline_source"], facts["headline_scoring"]
+    parts = [tables.provenance_line(facts), tables.accuracy_table(claims, scoring), tables.steps_table(claims, source, scoring),
+             tables.cost_table(claims), tables.paper_table(claims)]  # fmt: skip
+    typer.echo("\n\n".join(parts))
+
+
+OPTIONAL = {"flash_attn": "FlashAttention-2 kernels (extra gpu); SDPA is used without",
+            "openvino_genai": "runs the edge file on a CPU (extra edge)", "nbval": "notebook tests (extra dev)"}  # fmt: skip
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine can do, and what is missing for which profile; exits 1 if the tiny profile cannot run."""
+    import torch
+
+    from medkit.models import pick_attention, pick_device
+    from medkit.sources import cache_root
+
+    cache_root().mkdir(parents=True, exist_ok=True)
+    outputs_root().mkdir(parents=True, exist_ok=True)
+    device = pick_device("auto")
+    memory_gb, disk_gb = psutil.virtual_memory().available / 1e9, shutil.disk_usage(cache_root()).free / 1e9
+    problems = []
+    if memory_gb < 6:
+        problems.append(f"{memory_gb:.1f} GB of memory free, the tiny profile needs 6: close other programs")
+    if disk_gb < 8:
+        problems.append(f"{disk_gb:.1f} GB of disk free at {cache_root()}, a run needs 8: set MEDKIT_CACHE elsewhere")
+    table = Table("what", "here")
+    table.add_row("device", device_name())
+    table.add_row("python, torch", f"{sys.version.split()[0]}, {torch.__version__}, {torch.get_num_threads()} threads")
+    table.add_row("attention", "{}: {}".format(*pick_attention("auto", device)))
+    table.add_row("memory, disk free", f"{memory_gb:.1f} GB, {disk_gb:.1f} GB")
+    filled = sorted(p.name for p in cache_root().glob("*/*") if p.suffix != ".lock")
+    table.add_row("cache", f"{cache_root()}: " + (", ".join(filled) or "empty, the first run needs a network"))
+    for module, what in OPTIONAL.items():
+        table.add_row(module, f"{importlib.metadata.version(module.replace('_', '-'))}" if importlib.util.find_spec(module) else f"absent; {what}")
+    gpu = f"{torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB" if device.type == "cuda" else None
+    table.add_row("profiles", f"smoke, tiny: {'no' if problems else 'yes'}; gpu: {f'yes, {gpu}' if gpu else 'no CUDA device'}; "
+                              f"paper: {'needs several 80 GB GPUs' if torch.cuda.device_count() < 4 else 'yes'}")  # fmt: skip
+    console.print(table)
+    for problem in problems:
+        console.print(f"missing: {problem}")
+    raise typer.Exit(1 if problems else 0)
+
+
+def main() -> None:
+    """The command line with every expected error as one sentence and exit code 1."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from medkit.runner import RunError
+    from medkit.sources import SourceError
+
+    try:
+        app()
+    except (ParamsError, StageError, SourceError, RunError) as error:
+        typer.echo(f"medkit: {error}", err=True)
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Teacher signals, their cache on disk, the loss that learns from them, and the pruned student.
+
+Offline distillation: the teacher speaks once, its top-k log-probabilities are kept, and no teacher is in memory while
+the student learns. Nothing here trains: the loss goes to `training.train`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm.auto import tqdm
+
+from medkit.outputs import atomic_path
+from medkit.params import digest
+from medkit.training import Example, collate, cross_entropy, predicted_logits
+
+INDEX = "signals.json"
+
+
+class SignalsError(RuntimeError):
+    """A signal cache that does not belong to these examples or this teacher."""
+
+
+# --- signals -------------------------------------------------------------------------------------------------------
+
+
+def top_k_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and log-probabilities (N, k) of the k likeliest tokens, after the softmax over the whole vocabulary."""
+    logprobs, ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+    return ids, logprobs
+
+
+@torch.inference_mode()
+def capture_signals(
+    model: nn.Module, examples: Sequence[Example], folder: Path, k: int, shard_examples: int, pad_token_id: int, key: str
+) -> dict:
+    """Write the teacher's top-k log-probabilities at every predicted position; returns the index.
+
+    Shards of `shard_examples` examples are written whole, in order, and skipped if they are there: a killed capture
+    goes on. `key` says what spoke (teacher, template, tokenizer); a cache with another key, other examples or another
+    k is begun anew. Stored as fp16 log-probabilities and int32 ids.
+    """
+    index = {"key": key, "examples": digest([(e.input_ids, e.loss_start) for e in examples]), "top_k": k,
+             "shard_examples": shard_examples, "num_examples": len(examples),
+             "num_positions": sum(len(e.input_ids) - e.loss_start for e in examples)}  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    if _read_index(folder) != index:
+        for stale in folder.iterdir():
+            stale.unlink()
+        with atomic_path(folder / INDEX) as scratch:
+            scratch.write_text(json.dumps(index, indent=1))
+    starts = range(0, len(examples), shard_examples)
+    for number, start in enumerate(tqdm(starts, desc="capturing signals", unit="shard")):
+        path = folder / f"{number:05d}.safetensors"
+        if not path.exists():
+            shard = _capture_shard(model, examples[start : start + shard_examples], k, pad_token_id)
+            with atomic_path(path) as scratch:
+                save_file(shard, scratch)
+    return index
+
+
+def _capture_shard(model: nn.Module, examples: Sequence[Example], k: int, pad_token_id: int) -> dict[str, torch.Tensor]:
+    counts = [len(e.input_ids) - e.loss_start for e in examples]
+    offsets = torch.tensor([0, *counts]).cumsum(0)
+    ids = torch.empty(int(offsets[-1]), k, dtype=torch.int32)
+    logprobs = torch.empty(int(offsets[-1]), k, dtype=torch.float16)
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    for first in range(0, len(by_length), 16):
+        rows = by_length[first : first + 16]
+        batch = collate([examples[i] for i in rows], pad_token_id)
+        logits, _ = predicted_logits(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+        found = top_k_logprobs(logits, k)
+        positions = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in rows])
+        ids[positions], logprobs[positions] = found[0].to("cpu", torch.int32), found[1].to("cpu", torch.float16)
+    return {"offsets": offsets, "ids": ids, "logprobs": logprobs}
+
+
+def _read_index(folder: Path) -> dict:
+    path = folder / INDEX
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+class Signals:
+    """Reader of a signal cache: per-example teacher log-probabilities, as padded batches for the collator."""
+
+    def __init__(self, folder: Path, key: str):
+        self.index = _read_index(folder)
+        if self.index.get("key") != key:
+            raise SignalsError(f"{folder}: signals of {self.index.get('key')!r}, the run wants {key!r}; "
+                               f"capture them again with this teacher, template and tokenizer")  # fmt: skip
+        self.shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
+
+    def example(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids (int64) and log-probabilities (float32) of one example, each (positions, k)."""
+        shard = self.shards[number // self.index["shard_examples"]]
+        row = number % self.index["shard_examples"]
+        where = slice(int(shard["offsets"][row]), int(shard["offsets"][row + 1]))
+        return shard["ids"][where].long(), shard["logprobs"][where].float()
+
+    def batch(self, numbers: list[int], num_labels: int) -> dict[str, torch.Tensor]:
+        """Signals of a batch, flattened in the order of its labelled positions: (N, k) each."""
+        found = [self.example(number) for number in numbers]
+        return {"teacher_ids": torch.cat([f[0] for f in found]), "teacher_logprobs": torch.cat([f[1] for f in found])}
+
+
+# --- losses --------------------------------------------------------------------------------------------------------
+
+
+def _log1mexp(x: torch.Tensor) -> torch.Tensor:
+    """log(1 − eˣ) for x ≤ 0, stable at both ends; −inf where x = 0."""
+    return torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+
+
+def sparse_kl(
+    logits: torch.Tensor, teacher_ids: torch.Tensor, teacher_logprobs: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """KL(teacher ‖ student) per position in nats, shape (N,), over the k kept tokens and one tail bucket.
+
+    logits (N, V); teacher_ids, teacher_logprobs (N, k), the log-probabilities at temperature 1. With k = V this is the
+    dense KL; it is 0 iff the teacher's kept probabilities and tail mass equal the student's. Tempering a teacher whose
+    tail is one number needs a shape for it: the tail counts as even over its V − k tokens. Never below the truth's
+    order: merging tokens into a bucket can only lower a KL (data-processing inequality).
+    """
+    vocab_size, k = logits.shape[-1], teacher_ids.shape[-1]
+    student = (logits / temperature).log_softmax(-1)
+    student_kept = student.gather(-1, teacher_ids)
+    tempered = teacher_logprobs / temperature
+    if k == vocab_size:
+        teacher_kept = tempered.log_softmax(-1)
+        return (teacher_kept.exp() * (teacher_kept - student_kept)).sum(-1)
+    # fp16 rounding can lift the kept mass to 1: the floor keeps the tail's log finite
+    tail = _log1mexp(teacher_logprobs.logsumexp(-1).clamp(max=-1e-6))
+    spread = math.log(vocab_size - k)
+    buckets = torch.cat([tempered, ((tail - spread) / temperature + spread).unsqueeze(-1)], dim=-1)
+    teacher = buckets.log_softmax(-1)
+    student_tail = student.scatter(-1, teacher_ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return (teacher.exp() * (teacher - torch.cat([student_kept, student_tail], dim=-1))).sum(-1)
+
+
+def make_kd_loss(ce_weight: float, kl_weight: float, temperature: float) -> Callable:
+    """The loss λ1·CE + λ2·T²·KL (arXiv 2505.00025, eq. 6, first two terms; T² after arXiv 1503.02531)."""
+
+    def loss(logits: torch.Tensor, targets: torch.Tensor, extras: dict):
+        ce, terms = cross_entropy(logits, targets, extras)
+        kl = sparse_kl(logits, extras["teacher_ids"], extras["teacher_logprobs"], temperature).sum()
+        return ce_weight * ce + kl_weight * temperature**2 * kl, {**terms, "kl": kl.detach()}
+
+    return loss
+
+
+def check_same_vocabulary(teacher_tokenizer, student_tokenizer) -> None:
+    """Raise SignalsError unless every token has the same id in both: only then do token ids mean the same."""
+    teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
+    if teacher != student:
+        odd = next(iter(teacher.items() ^ student.items()))
+        raise SignalsError(f"teacher and student have different tokenizers (e.g. {odd}): KL over token ids is not defined "
+                           f"between them; choose a pair with one vocabulary")  # fmt: skip
+
+
+# --- students ------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def measure_layer_importance(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> list[float]:
+    """What each decoder layer is worth: rise of the mean answer NLL (nats per token) when it alone is skipped."""
+    layers = model.get_decoder().layers
+    batch = collate(examples, pad_token_id)
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+
+    def nll() -> float:
+        logits, targets = predicted_logits(model, batch)
+        return nn.functional.cross_entropy(logits, targets).item()
+
+    full = nll()
+    importance = []
+    for i, layer in enumerate(tqdm(list(layers), desc="layer importance", unit="layer")):
+        layer.forward, kept = lambda hidden_states, *args, **kwargs: hidden_states, layer.forward
+        importance.append(nll() - full)
+        layers[i].forward = kept
+    return importance
+
+
+def choose_layers(importance: Sequence[float], num_layers: int) -> list[int]:
+    """The `num_layers` most important layers, in order. Raises ValueError if there are fewer."""
+    if num_layers > len(importance):
+        raise ValueError(f"distillation.num_layers is {num_layers}, the model has {len(importance)}")
+    best = sorted(range(len(importance)), key=lambda i: importance[i], reverse=True)[:num_layers]
+    return sorted(best)

@@ -1,0 +1,297 @@
+"""Scoring and generation: options as branches of one prompt, three ways to schedule requests, and their timing.
+
+Every timed call says how long prompts and answers were, how many ran together and what was warmed up. Answers are
+token ids; reading them is for `prompts`, judging them for `evaluation`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import pandas as pd
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from medkit import prompts
+
+NEVER = -1  # an end token no model emits: generation then runs to its full length
+PAGE_SIZE = 64  # tokens per page of the paged key-value cache
+
+
+# --- scoring -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Item:
+    """A prompt and the answers to be scored after it, as token ids."""
+
+    prompt_ids: list[int]
+    answer_ids: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + sum(map(len, self.answer_ids))
+
+
+@torch.inference_mode()
+def score_options(model: nn.Module, items: Sequence[Item], batch_tokens: int, pad_token_id: int) -> list[list[float]]:
+    """Summed log-probability (nats) of each item's answers given its prompt, in the order of the items.
+
+    Each prompt is read once: its answers follow one another in the same row, every answer sees the prompt and itself
+    alone and is numbered as if it stood right after the prompt. Items are bucketed by length into batches of at most
+    `batch_tokens` tokens, and logits are computed from the last prompt token on. Equal to scoring each option alone.
+    """
+    scores: list[list[float]] = [[] for _ in items]
+    with _dense_attention(model), tqdm(total=len(items), desc="scoring", unit="question") as bar:
+        for rows in bucket_by_length([len(item) for item in items], batch_tokens):
+            batch = [items[i] for i in rows]
+            for row, found in zip(rows, _score_batch(model, batch, pad_token_id), strict=True):
+                scores[row] = found
+            bar.update(len(rows))
+    return scores
+
+
+def bucket_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Batches of indices, longest first, each at most `batch_tokens` tokens after padding (a longer item goes alone)."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+@contextmanager
+def _dense_attention(model: nn.Module):
+    """FlashAttention takes no mask of branches: score with SDPA, then give the model back as it was."""
+    kept = model.config._attn_implementation
+    if kept.startswith("flash"):
+        model.set_attn_implementation("sdpa")
+    yield
+    if kept.startswith("flash"):
+        model.set_attn_implementation(kept)
+
+
+def _score_batch(model: nn.Module, items: Sequence[Item], pad_token_id: int) -> list[list[float]]:
+    length = max(map(len, items))
+    num_logits = 1 + max(len(item) - len(item.prompt_ids) for item in items)
+    input_ids = torch.full((len(items), length), pad_token_id)
+    position_ids = torch.zeros(len(items), length, dtype=torch.long)
+    sees = torch.eye(length, dtype=torch.bool).repeat(len(items), 1, 1)  # padding sees itself, so no softmax is empty
+    before = []  # per item and answer, the positions that predict its tokens
+    for row, item in enumerate(items):
+        start, end = length - len(item), length - len(item) + len(item.prompt_ids)
+        input_ids[row, start:end] = torch.tensor(item.prompt_ids)
+        position_ids[row, start:end] = torch.arange(len(item.prompt_ids))
+        sees[row, start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
+        prompt_end, places = end, []
+        for answer in item.answer_ids:
+            stop = end + len(answer)
+            input_ids[row, end:stop] = torch.tensor(answer)
+            position_ids[row, end:stop] = torch.arange(len(item.prompt_ids), len(item.prompt_ids) + len(answer))
+            sees[row, end:stop, start:prompt_end] = True
+            sees[row, end:stop, end:stop] = torch.ones(len(answer), len(answer), dtype=torch.bool).tril()
+            places.append([prompt_end - 1, *range(end, stop - 1)])
+            end = stop
+        before.append(places)
+    mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, torch.finfo(model.dtype).min)
+    logits = model(
+        input_ids=input_ids.to(model.device),
+        attention_mask=mask.unsqueeze(1).to(model.device),
+        position_ids=position_ids.to(model.device),
+        use_cache=False,
+        logits_to_keep=num_logits,
+    ).logits
+    offset = length - num_logits
+    scores = []
+    for row, item in enumerate(items):
+        places = torch.tensor([p - offset for answer in before[row] for p in answer], device=logits.device)
+        targets = torch.tensor([t for answer in item.answer_ids for t in answer], device=logits.device)
+        found = -nn.functional.cross_entropy(logits[row, places].float(), targets, reduction="none")
+        scores.append([part.sum().item() for part in found.split([len(answer) for answer in item.answer_ids])])
+    return scores
+
+
+# --- answering the test questions ------------------------------------------------------------------------------------
+
+
+def choose_questions(questions: pd.DataFrame, wanted: dict[str, dict[str, int | str]], seed: int) -> pd.DataFrame:
+    """Test questions with a column `scoring`: for each method and source the number asked for, alike for all variants.
+
+    Raises ValueError if a source has fewer test questions than asked for.
+    """
+    test = questions[questions.split == "test"].sample(frac=1, random_state=seed)
+    chosen = []
+    for scoring, sources in wanted.items():
+        for source, count in sources.items():
+            rows = test[test.source == source]
+            if count != "all" and count > len(rows):
+                raise ValueError(f"inference.questions.{scoring}.{source} is {count}, the test split has {len(rows)}; "
+                                 f"lower it, or raise data.datasets.{source}.test")  # fmt: skip
+            chosen.append((rows if count == "all" else rows.head(count)).assign(scoring=scoring))
+    return pd.concat(chosen, ignore_index=True)
+
+
+def prompt_of(tokenizer, question: dict) -> list[int]:
+    """Token ids of the prompt that asks for an option's text."""
+    template = prompts.pick_template(question["kind"], "option_text")
+    return prompts.encode(tokenizer, prompts.render(question, template))[0]
+
+
+def predict(model: nn.Module, tokenizer, asked: pd.DataFrame, batch_tokens: int, max_new_tokens: int) -> pd.DataFrame:
+    """Raw answers to `asked`: option log-probabilities with answer lengths in tokens, or generated text.
+
+    Columns id, scoring, template, logprobs, answer_tokens, text. Nothing is judged here.
+    """
+    rows, items, generated = [], [], []
+    for question in asked.to_dict("records"):
+        template = prompts.pick_template(question["kind"], question["scoring"])
+        messages = prompts.render(question, template)
+        row = {"id": question["id"], "scoring": question["scoring"], "template": template.name, "logprobs": [],
+               "answer_tokens": [], "text": ""}  # fmt: skip
+        rows.append(row)
+        if question["scoring"] == "generated":
+            generated.append((row, prompts.encode(tokenizer, messages)[0]))
+            continue
+        pairs = [prompts.encode(tokenizer, messages, answer) for answer in prompts.answers(question, template)]
+        # a letter is judged by its own token; that it ends there says nothing about which letter it is
+        answer_ids = [ids[:-1] if template.lists_options else ids for _, ids in pairs]
+        items.append((row, Item(pairs[0][0], answer_ids)))
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    scores = score_options(model, [item for _, item in items], batch_tokens, pad)
+    for (row, item), found in zip(items, scores, strict=True):
+        row.update(logprobs=found, answer_tokens=[len(ids) for ids in item.answer_ids])
+    for numbers in bucket_by_length([len(prompt) + max_new_tokens for _, prompt in generated], batch_tokens):
+        batch = [generated[i] for i in numbers]
+        lengths = [max_new_tokens] * len(batch)
+        for (row, _), answer in zip(batch, generate_static(model, [p for _, p in batch], lengths, eos, pad), strict=True):
+            row["text"] = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+    return pd.DataFrame(rows)
+
+
+# --- generation ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Generation:
+    """One request's answer and, relative to the start of its workload, when each token came (seconds)."""
+
+    token_ids: list[int] = field(default_factory=list)
+    token_times_s: list[float] = field(default_factory=list)
+
+
+def generate_sequential(model: nn.Module, prompts: list[list[int]], lengths: list[int], eos: int, pad: int) -> list[Generation]:
+    """Greedy, one request after the other."""
+    began = time.perf_counter()
+    return [_generate(model, [p], n, [n], eos, pad, began)[0] for p, n in zip(prompts, lengths, strict=True)]
+
+
+def generate_static(model: nn.Module, prompts: list[list[int]], lengths: list[int], eos: int, pad: int) -> list[Generation]:
+    """Greedy, all requests in one padded batch that runs until the longest is done."""
+    return _generate(model, prompts, max(lengths), lengths, eos, pad, time.perf_counter())
+
+
+def generate_continuous(model: nn.Module, prompts: list[list[int]], lengths: list[int], eos: int, pad: int) -> list[Generation]:
+    """Greedy, requests join and leave the running batch (transformers' paged continuous batching).
+
+    On a CPU the cache is sized here: the library's own default takes most of the memory.
+    """
+    blocks = sum(-(-(len(p) + n) // PAGE_SIZE) for p, n in zip(prompts, lengths, strict=True)) + 8
+    config = ContinuousBatchingConfig(
+        page_size=PAGE_SIZE, num_blocks=blocks, max_batch_tokens=512, max_requests_per_batch=len(prompts)
+    )
+    generation = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=pad, max_new_tokens=max(lengths))
+    found: dict[str, Generation] = {}
+    began = time.perf_counter()
+    with model.continuous_batching_context_manager(
+        generation_config=generation, continuous_batching_config=config, timeout=5
+    ) as manager:
+        for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+            manager.add_request(
+                prompt, request_id=str(number), max_new_tokens=length, record_timestamps=True, eos_token_id=eos
+            )
+        while len(found) < len(prompts):
+            result = manager.get_result(timeout=1)
+            if result is None and not manager.is_running():
+                raise RuntimeError(f"continuous batching stopped after {len(found)} of {len(prompts)} requests")
+            if result is not None and result.is_finished():
+                if result.error is not None:
+                    raise RuntimeError(f"continuous batching failed on request {result.request_id}: {result.error}")
+                found[result.request_id] = Generation(list(result.generated_tokens), [t - began for t in result.timestamps])
+    return [found[str(number)] for number in range(len(prompts))]
+
+
+SCHEDULERS = {"sequential": generate_sequential, "static": generate_static, "continuous": generate_continuous}
+
+
+class _Clock(StoppingCriteria):
+    """Notes the time after every decoding step; never stops anything."""
+
+    def __init__(self, began: float):
+        self.began, self.times_s = began, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.times_s.append(time.perf_counter() - self.began)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@torch.inference_mode()
+def _generate(
+    model: nn.Module, prompts: list[list[int]], steps: int, lengths: list[int], eos: int, pad: int, began: float
+) -> list[Generation]:
+    length = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), length), pad)
+    attention_mask = torch.zeros(len(prompts), length, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
+        attention_mask[row, length - len(prompt) :] = 1
+    clock = _Clock(began)
+    config = GenerationConfig(do_sample=False, max_new_tokens=steps, eos_token_id=eos, pad_token_id=pad)
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([clock]),
+    )[:, length:].tolist()
+    return [_until(Generation(row, clock.times_s), n, eos) for row, n in zip(output, lengths, strict=True)]
+
+
+def _until(generation: Generation, length: int, eos: int) -> Generation:
+    """The first `length` tokens, up to and with the end token: what the request asked for."""
+    tokens = generation.token_ids[:length]
+    if eos in tokens:
+        tokens = tokens[: tokens.index(eos) + 1]
+    return Generation(tokens, generation.token_times_s[: len(tokens)])
+
+
+# --- timing --------------------------------------------------------------------------------------------------------
+
+
+def measure(scheduler: str, model: nn.Module, prompts: list[list[int]], lengths: list[int], pad: int) -> dict:
+    """One timed pass of a workload at exactly the asked output lengths.
+
+    ttft_s and latency_s_per_token are medians over the requests; a request's latency per token is its time from the
+    first to the last token over the steps between. throughput counts generated tokens over the whole pass.
+    """
+    began = time.perf_counter()
+    generations = SCHEDULERS[scheduler](model, prompts, lengths, NEVER, pad)
+    duration_s = time.perf_counter() - began
+    written = [len(g.token_ids) for g in generations]
+    if written != lengths:
+        raise RuntimeError(f"{scheduler}: asked for {lengths} tokens, got {written}; timings would not compare")
+    decode = torch.tensor([(g.token_times_s[-1] - g.token_times_s[0]) / (len(g.token_ids) - 1) for g in generations])
+    return {
+        "scheduler": scheduler,
+        "requests": len(prompts),
+        "prompt_tokens": sum(map(len, prompts)),
+        "output_tokens": sum(lengths),
+        "ttft_s": torch.tensor([g.token_times_s[0] for g in generations]).median().item(),
+        "latency_s_per_token": decode.median().item(),
+        "duration_s": duration_s,
+        "throughput_tokens_per_s": sum(lengths) / duration_s,
+    }

