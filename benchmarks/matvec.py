@@ -11,6 +11,7 @@ from torch import Tensor
 
 GROUP = 128  # int4 levels that share one scale
 WORDS = GROUP // 8  # int32 words per group; word j holds the levels of inputs j, j + 16, ... j + 112
+INT4_ROWS, INT4_WARPS, INT4_PROGRAMS = 2, 1, 132 * 16  # tile and grid, tuned on an H100
 FLOAT_2_23: tl.constexpr = tl.constexpr(0x4B000000)  # the bits of 2.0**23: or-ing in an integer below 2**23 adds it
 
 
@@ -30,33 +31,46 @@ def _int8(x, levels, scale, y, N, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: 
 @triton.jit
 def _int4(
     x, words, scale, zero, y, N,
-    groups: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    K_GROUPS: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
+    """A program takes every num_programs-th tile of ROWS rows and loads one step ahead of the arithmetic."""
+    stride = tl.num_programs(0) * ROWS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    j = tl.arange(0, WORDS)
-    total = tl.zeros((ROWS, GROUPS), tl.float32)
-    for start in range(0, groups, GROUPS):
-        group = start + tl.arange(0, GROUPS)
-        inside = group < groups
-        mask = (row < N)[:, None] & inside[None, :]
-        at = row[:, None] * groups + group[None, :]
-        word = tl.load(words + at[:, :, None] * WORDS + j[None, None, :], mask=mask[:, :, None], other=0)
-        product = tl.zeros((ROWS, GROUPS, WORDS), tl.float32)
-        x_sum = tl.zeros((GROUPS, WORDS), tl.float32)
-        for i in tl.static_range(8):
-            offset = group[:, None] * (8 * WORDS) + i * WORDS + j[None, :]
-            x_i = tl.load(x + offset, mask=inside[:, None], other=0).to(tl.float32)
-            bit = 4 * i if i < 5 else 4 * i - 20  # a level must lie below bit 23
-            shifted = word if i < 5 else word >> 20
-            level = ((shifted & (15 << bit)) | FLOAT_2_23).to(tl.float32, bitcast=True) - 8388608.0
-            product += level * (x_i * (1.0 / (1 << bit)))[None, :, :]
-            x_sum += x_i
-        s = tl.load(scale + at, mask=mask, other=0).to(tl.float32)
-        z = tl.load(zero + at, mask=mask, other=0).to(tl.float32) - 8 * s
-        total += tl.sum(product, 2) * s + tl.sum(x_sum, 1)[None, :] * z
-    tl.store(y + row, tl.sum(total, 1).to(y.dtype.element_ty), mask=row < N)
+    group, j = tl.arange(0, GROUPS), tl.arange(0, WORDS)
+    inside = group < K_GROUPS
+    at = (row[:, None] * K_GROUPS + group[None, :])[:, :, None] * WORDS + j[None, None, :]
+    word = tl.load(words + at, mask=((row < N)[:, None] & inside[None, :])[:, :, None], other=0)
+    for _ in range(tl.program_id(0) * ROWS, N, stride):
+        total = tl.zeros((ROWS, GROUPS), tl.float32)
+        for start in tl.static_range(0, K_GROUPS, GROUPS):
+            last = start + GROUPS >= K_GROUPS
+            next_row = row + stride if last else row
+            next_group = group if last else start + GROUPS + group
+            at = (next_row[:, None] * K_GROUPS + next_group[None, :])[:, :, None] * WORDS + j[None, None, :]
+            next_mask = (next_row < N)[:, None] & (next_group < K_GROUPS)[None, :]
+            next_word = tl.load(words + at, mask=next_mask[:, :, None], other=0)
+
+            now = start + group
+            mask = (row < N)[:, None] & (now < K_GROUPS)[None, :]
+            product = tl.zeros((ROWS, GROUPS, WORDS), tl.float32)
+            x_sum = tl.zeros((GROUPS, WORDS), tl.float32)
+            for i in tl.static_range(8):
+                bit = 4 * i if i < 5 else 4 * i - 20  # a level must lie below bit 23
+                offset = now[:, None] * (8 * WORDS) + i * WORDS + j[None, :]
+                x_i = tl.load(x + offset, mask=(now < K_GROUPS)[:, None], other=0)  # x / 2**bit
+                shifted = word if i < 5 else word >> 20
+                level = ((shifted & (15 << bit)) | FLOAT_2_23).to(tl.float32, bitcast=True) - 8388608.0
+                product += level * x_i[None, :, :]
+                x_sum += x_i * (1 << bit)
+            s = tl.load(scale + row[:, None] * K_GROUPS + now[None, :], mask=mask, other=0).to(tl.float32)
+            z = tl.load(zero + row[:, None] * K_GROUPS + now[None, :], mask=mask, other=0).to(tl.float32) - 8 * s
+            total += tl.sum(product, 2) * s + tl.sum(x_sum, 1)[None, :] * z
+            word = next_word
+        tl.store(y + row, tl.sum(total, 1).to(y.dtype.element_ty), mask=row < N)
+        row += stride
 
 
+@torch.library.custom_op("shape7b::int8_matvec", mutates_args=())
 def int8_matvec(x: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
     """y[n] = scale[n] * sum_k levels[n, k] * x[k]."""
     rows, columns = levels.shape
@@ -65,17 +79,35 @@ def int8_matvec(x: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
     return y
 
 
+@int8_matvec.register_fake
+def _(x: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+    return x.new_empty(levels.shape[0])
+
+
+@torch.library.custom_op("shape7b::int4_matvec", mutates_args=())
+def _int4_matvec(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    rows, groups, _ = words.shape
+    y = torch.empty(rows, dtype=scale.dtype, device=x.device)
+    tile = dict(WORDS=WORDS, ROWS=INT4_ROWS, GROUPS=32, num_warps=INT4_WARPS)
+    grid = (min(triton.cdiv(rows, INT4_ROWS), INT4_PROGRAMS),)
+    _int4[grid](x, words, scale, zero, y, rows, K_GROUPS=groups, **tile)
+    return y
+
+
+@_int4_matvec.register_fake
+def _(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return scale.new_empty(words.shape[0])
+
+
 def int4_matvec(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     """y[n] = sum_k ((level[n, k] - 8) * scale[n, k // GROUP] + zero[n, k // GROUP]) * x[k].
 
-    words: int32 (N, groups, WORDS); scale and zero: bf16 (N, groups).
+    words: int32 (N, groups, WORDS); scale and zero: bf16 (N, groups). Inputs are divided here, where a
+    compiler can fuse it with their producer, by the place value their level has in its word.
     """
-    rows, groups, _ = words.shape
-    y = torch.empty(rows, dtype=x.dtype, device=x.device)
-    _int4[(triton.cdiv(rows, 4),)](
-        x, words, scale, zero, y, rows, groups=groups, WORDS=WORDS, ROWS=4, GROUPS=32, num_warps=4
-    )  # fmt: skip
-    return y
+    i = torch.arange(8, device=x.device)
+    place = torch.exp2(-torch.where(i < 5, 4 * i, 4 * i - 20).float())
+    return _int4_matvec(x.float().view(-1, 8, WORDS) * place[:, None], words, scale, zero)
 
 
 def pack_words(levels: Tensor) -> Tensor:

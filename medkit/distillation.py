@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from medkit.outputs import atomic_path
 from medkit.params import digest
@@ -56,7 +56,7 @@ def capture_signals(
         with atomic_path(folder / INDEX) as scratch:
             scratch.write_text(json.dumps(index, indent=1))
     starts = range(0, len(examples), shard_examples)
-    for number, start in enumerate(tqdm(starts, desc="capturing signals", unit="shard")):
+    for number, start in enumerate(tqdm(starts, desc="capturing signals", unit="shard", delay=2, mininterval=2)):
         path = folder / f"{number:05d}.safetensors"
         if not path.exists():
             shard = _capture_shard(model, examples[start : start + shard_examples], k, pad_token_id)
@@ -179,7 +179,7 @@ def measure_layer_importance(model: nn.Module, examples: Sequence[Example], pad_
 
     full = nll()
     importance = []
-    for i, layer in enumerate(tqdm(list(layers), desc="layer importance", unit="layer")):
+    for i, layer in enumerate(tqdm(list(layers), desc="layer importance", unit="layer", delay=2, mininterval=2)):
         layer.forward, kept = lambda hidden_states, *args, **kwargs: hidden_states, layer.forward
         importance.append(nll() - full)
         layers[i].forward = kept

@@ -26,10 +26,8 @@ STEPS = [
     ("lora", "student_kd", "Does LoRA add to distillation?"),
     ("nf4", "lora", "What does NF4 cost?"),
     ("edge", "lora", "What does the edge file cost?"),
-    ("nf4", "teacher_base", "Is the small model better than the big one was?"),
+    ("nf4", "teacher_base", "Is the small model better than the large one as it came?"),
 ]
-SHOWN = {"teacher_base": "SmolLM2, as it comes"}
-SCORINGS = ["option_text", "option_text_norm", "letter", "generated"]
 
 
 class EvaluationError(ValueError):

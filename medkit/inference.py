@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from medkit import prompts
@@ -46,7 +46,7 @@ def score_options(model: nn.Module, items: Sequence[Item], batch_tokens: int, pa
     `batch_tokens` tokens, and logits are computed from the last prompt token on. Equal to scoring each option alone.
     """
     scores: list[list[float]] = [[] for _ in items]
-    with _dense_attention(model), tqdm(total=len(items), desc="scoring", unit="question") as bar:
+    with _dense_attention(model), tqdm(total=len(items), desc="scoring", unit="question", delay=2, mininterval=2) as bar:
         for rows in bucket_by_length([len(item) for item in items], batch_tokens):
             batch = [items[i] for i in rows]
             for row, found in zip(rows, _score_batch(model, batch, pad_token_id), strict=True):

@@ -19,7 +19,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Device = Literal["auto", "cpu", "cuda"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 SPLITS = ("train", "valid", "test", "transfer")
-SCORINGS = ("option_text", "letter", "generated")
+Scoring = Literal["option_text", "letter", "generated"]
 
 
 class ParamsError(ValueError):
@@ -174,7 +174,7 @@ class InferenceParams(Section):
     """Tokens per forward pass when scoring; questions are bucketed by length into it."""
     max_new_tokens: PositiveInt
     """For generated answers."""
-    questions: dict[Literal["option_text", "letter", "generated"], dict[str, Count]]
+    questions: dict[Scoring, dict[str, Count]]
     """scoring → test source → number of questions, the same ones for every variant."""
     bench: BenchParams
 

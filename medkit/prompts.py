@@ -39,7 +39,7 @@ TEMPLATES = {template.name: template for template in (TEXT, LETTER, ABSTRACT)}
 
 
 def pick_template(kind: str, scoring: str) -> Template:
-    """The template for a kind of question (`data.COLUMNS`) under a scoring method (`params.SCORINGS`)."""
+    """The template for a kind of question (`data.COLUMNS`) under a scoring method (`params.Scoring`)."""
     if scoring == "letter":
         return LETTER
     return ABSTRACT if kind == "abstract" else TEXT

@@ -115,6 +115,19 @@ def paper_table(claims: pd.DataFrame) -> str:
     return _markdown(["claim", "paper", "here", "measured as"], rows)
 
 
+def benchmarks_table(folder: Path) -> str:
+    """Markdown: the ratios of every `benchmarks/results/*.json`, each beside its goal."""
+    rows = []
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text())
+        for what, ratio in content["ratios"].items():
+            met = ratio["value"] >= ratio["goal"] if ratio["better"] == "higher" else ratio["value"] <= ratio["goal"]
+            sign = "≥" if ratio["better"] == "higher" else "≤"
+            rows.append([content["name"], content["device"], what.replace("_", " "), f"{ratio['value']:.2f}",
+                         f"{sign} {ratio['goal']:g}", "yes" if met else "no"])  # fmt: skip
+    return _markdown(["benchmark", "device", "ratio", "measured", "goal", "met"], rows)
+
+
 def provenance_line(facts: dict) -> str:
     """One sentence: which run, where, when, under what disclaimer."""
     return f"Run `{facts['run']}` on {facts['device']}, {facts['date']}. {DISCLAIMER}"

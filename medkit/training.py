@@ -16,8 +16,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from medkit import prompts
@@ -159,7 +159,7 @@ class _Progress(TrainerCallback):
     """One tqdm bar with the current loss, on a terminal as in a notebook."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training")
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training", mininterval=2)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
@@ -234,6 +234,7 @@ def train(
         seed=seed,
     )
     trainer = _GivenLossTrainer(model, arguments, collator, rows, compute_loss_func=loss, callbacks=[_Progress()])
+    trainer.remove_callback(PrinterCallback)  # a printed line per step would bury the notebook
     trainer.terms = defaultdict(float)
     model.train()
     trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))

@@ -1,0 +1,56 @@
+"""Promises of the repository as a whole: README is fresh and true, the environment is named once."""
+
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+
+from medkit.outputs import DISCLAIMER, ROOT
+
+README = (ROOT / "README.md").read_text()
+TRACKED = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True).stdout.split()
+
+
+def test_readme_tables_are_fresh():
+    done = subprocess.run([sys.executable, "-m", "cogapp", "--check", "-r", "README.md"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"run `make readme`: {done.stdout}{done.stderr}"
+
+
+def test_readme_tree_names_every_module_and_nothing_else():
+    tree = README.split("## The tree")[1].split("```")[1]
+    named = set(re.findall(r"^\s*(\w+)\.py\b", tree, re.MULTILINE))
+    modules = {path.stem for path in (ROOT / "medkit").glob("*.py")} - {"__init__"}
+    assert named == modules
+
+
+def test_readme_says_what_it_is_not():
+    assert DISCLAIMER in README
+
+
+def test_lock_pins_every_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lock = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().split("\n") if "==" in line)
+    locked = {re.sub(r"[-_.]+", "-", name).lower() for name in lock}
+    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+        name = re.match(r"[\w.-]+", requirement)[0]
+        assert name == "pip" or re.sub(r"[-_.]+", "-", name).lower() in locked, name
+    assert lock["torch"] == "2.13.0"
+
+
+def test_environment_uses_the_lock():
+    pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"][-1]["pip"]
+    assert pip == ["-r requirements.lock", "-e ."]
+
+
+@pytest.mark.parametrize("path", [p for p in TRACKED if p.endswith((".py", ".yaml", ".ipynb"))])
+def test_no_unsafe_loading(path):
+    text = (ROOT / path).read_text()
+    if path != "tests/contract/test_repository.py":
+        assert not re.search(r"trust_remote_code\s*=\s*True|yaml\.load\(|pickle\.loads?\(|torch\.load\(", text)
+
+
+def test_no_large_file_is_tracked():
+    assert [p for p in TRACKED if (ROOT / p).stat().st_size > 1_000_000] == []

@@ -1,0 +1,126 @@
+"""The real thing, small: all six notebooks on the real model cut to four layers, through papermill.
+
+One run is made and then broken in the ways runs break: repeated, damaged, killed. Together some six minutes.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from medkit import runner
+from medkit.outputs import ROOT, Stage, run_dir
+from medkit.params import load_params
+from medkit.report import STAGES
+
+SMOKE = ROOT / "params" / "smoke.yaml"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def outputs(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDKIT_OUTPUTS", str(tmp_path_factory.mktemp("outputs")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The name of a complete run."""
+    assert runner.run_all(SMOKE, "whole") == STAGES
+    return "whole"
+
+
+def test_second_run_does_nothing(whole):
+    before = {path: path.stat().st_mtime_ns for path in run_dir(whole).rglob("*") if path.is_file() and path.name != ".lock"}
+    assert runner.run_all(SMOKE, whole) == []
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_every_promised_artifact_is_there(whole):
+    for stage, files in {
+        "01_data": ["questions.parquet", "rejected.parquet", "card.json"],
+        "02_distillation": ["teacher_adapter", "teacher", "signals", "base", "student_ce", "student_kd", "history.parquet"],
+        "03_lora": ["adapter", "merged", "history.parquet"],
+        "04_quantization": ["nf4", "edge/student.gguf", "ledger.parquet", "variants.parquet"],
+        "05_inference": ["predictions.parquet", "bench.parquet"],
+        "06_evaluation": ["metrics.parquet", "steps.parquet", "flips.parquet", "model_card.md"],
+    }.items():
+        for name in files:
+            assert Stage(whole, "reader").require(stage, name).exists()
+        assert list((run_dir(whole) / stage / "figures").glob("*.png"))
+        assert (run_dir(whole) / "notebooks" / f"{stage}.ipynb").is_file()
+
+
+def test_results_trace_to_files_and_carry_intervals(whole):
+    claims = pd.DataFrame(json.loads((run_dir(whole) / "results.json").read_text())["claims"])
+    for claim in claims.itertuples():
+        assert (run_dir(whole) / claim.stage / claim.file).is_file()
+    accuracy = claims[claims.claim.str.startswith("accuracy/")]
+    assert (accuracy.ci_low <= accuracy.value).all() and (accuracy.value <= accuracy.ci_high).all() and (accuracy.n > 0).all()
+    assert set(accuracy.variant) == {"teacher_base", "teacher", "base", "student_ce", "student_kd", "lora", "nf4", "edge"}
+    deltas = claims[claims.claim.str.startswith("accuracy_delta/")]
+    assert deltas.verdict.isin(["better", "worse", "not detectable"]).all() and deltas.mde.notna().all()
+
+
+def test_no_test_question_was_learned_from(whole):
+    questions = pd.read_parquet(run_dir(whole) / "01_data" / "questions.parquet")
+    test, rest = questions[questions.split == "test"], questions[questions.split != "test"]
+    assert not set(test.group) & set(rest.group)
+    assert not set(test.question.str.casefold()) & set(rest.question.str.casefold())
+
+
+def test_changed_params_rerun_what_reads_them(whole):
+    states = lambda **changes: [s.state for s in runner.status(load_params(SMOKE, changes or None), whole)]  # noqa: E731
+    assert states() == ["done"] * 6
+    assert states(**{"lora.adapter.rank": 4}) == ["done"] * 2 + ["stale"] * 4
+    assert states(seed=1) == ["stale"] * 6
+    assert states(**{"evaluation.power": 0.9}) == ["done"] * 5 + ["stale"]
+
+
+def test_lost_file_reruns_its_stage_and_what_follows(whole):
+    (run_dir(whole) / "06_evaluation" / "flips.parquet").unlink()
+    (run_dir(whole) / "results.json").unlink()
+    assert [s.state for s in runner.status(load_params(SMOKE), whole)][-1] == "damaged"
+    assert runner.run_all(SMOKE, whole) == ["06_evaluation"]
+    assert (run_dir(whole) / "results.json").is_file()
+
+
+def test_killed_run_goes_on_to_the_same_results(whole):
+    """kill -9 of runner and kernel in the middle of the students' training, then the same command."""
+    command = [sys.executable, "-m", "medkit", "run", "--params", str(SMOKE), "--run", "killed"]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    checkpoints = run_dir("killed") / "02_distillation" / "checkpoints" / "student_kd"
+    deadline = time.monotonic() + 300
+    while not list(checkpoints.glob("*/checkpoint-*/trainer_state.json")):
+        assert process.poll() is None and time.monotonic() < deadline, "never reached the middle of the stage"
+        time.sleep(0.05)
+    family = [process, *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        os.kill(member.pid, signal.SIGKILL)
+    psutil.wait_procs(family[1:], timeout=10)
+    process.wait()
+    assert not Stage("killed", "02_distillation").is_whole()
+    done = subprocess.run([*command, "--set", "inference.bench.repeats=1"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "01_data: up to date" in done.stderr
+    for name in ("02_distillation/student_ce", "02_distillation/student_kd", "03_lora/merged"):
+        ours, theirs = (load_file(run_dir(run) / name / "model.safetensors") for run in (whole, "killed"))
+        assert all(ours[key].equal(theirs[key]) for key in ours), f"{name} differs from the uninterrupted run"
+    mine, same = (pd.read_parquet(run_dir(run) / "06_evaluation" / "metrics.parquet") for run in (whole, "killed"))
+    pd.testing.assert_frame_equal(mine, same)
+
+
+def test_failing_notebook_is_named(whole):
+    command = [sys.executable, "-m", "medkit", "run", "--params", str(SMOKE), "--run", "nan",
+               "--set", "data.datasets.medqa.test=99999"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "01_data.ipynb, cell" in done.stderr and "medqa: 99999 questions asked for test" in done.stderr
+    assert "Traceback" not in done.stderr
