@@ -51,7 +51,6 @@ CONTENDERS = [
     Contender("nf4_lean_graph", linear="nf4", embedding="int4_embedding", head="int8_head", decode="graph"),
     Contender("int4_fast", linear="int4", decode="graph"),
     Contender("int4_fast_int8_ends", linear="int4", decode="graph", **INT8_ENDS),
-    Contender("paper_mix_bf16_head", linear="nf4", attention_linear="llm_int8"),
 ]
 
 

@@ -37,7 +37,9 @@ class GenerateLoop:
 
     def generate(self, prompt: Tensor, new: int, **options):
         mask = torch.ones_like(prompt)
-        return self.model.generate(prompt, attention_mask=mask, do_sample=False, max_new_tokens=new, **self.options, **options)
+        return self.model.generate(
+            prompt, attention_mask=mask, do_sample=False, max_new_tokens=new, **self.options, **options
+        )
 
     def __call__(self, prompt: Tensor, new: int) -> tuple[float, float]:
         clock, start = FirstTokenClock(), now()

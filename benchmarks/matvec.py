@@ -11,7 +11,6 @@ from torch import Tensor
 
 GROUP = 128  # int4 levels that share one scale
 WORDS = GROUP // 8  # int32 words per group; word j holds the levels of inputs j, j + 16, ... j + 112
-INT4_ROWS, INT4_WARPS, INT4_PROGRAMS = 2, 1, 132 * 16  # tile and grid, tuned on an H100
 FLOAT_2_23: tl.constexpr = tl.constexpr(0x4B000000)  # the bits of 2.0**23: or-ing in an integer below 2**23 adds it
 
 
@@ -28,12 +27,19 @@ def _int8(x, levels, scale, y, N, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: 
     tl.store(y + row, result.to(y.dtype.element_ty), mask=row < N)
 
 
+INT4_CONFIGS = [
+    triton.Config(dict(ROWS=rows, GROUPS=32, PROGRAMS=programs), num_warps=warps)
+    for rows, warps, programs in [(1, 1, 2112), (1, 1, 3696), (1, 2, 2112), (4, 4, 528)]
+]
+
+
+@triton.autotune(INT4_CONFIGS, key=["N", "K_GROUPS"])
 @triton.jit
 def _int4(
     x, words, scale, zero, y, N,
-    K_GROUPS: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr,
+    K_GROUPS: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """A program takes every num_programs-th tile of ROWS rows and loads one step ahead of the arithmetic."""
+    """Each program takes every num_programs-th tile of ROWS rows and loads one step ahead of the arithmetic."""
     stride = tl.num_programs(0) * ROWS
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group, j = tl.arange(0, GROUPS), tl.arange(0, WORDS)
@@ -88,9 +94,9 @@ def _(x: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
 def _int4_matvec(x: Tensor, words: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
     rows, groups, _ = words.shape
     y = torch.empty(rows, dtype=scale.dtype, device=x.device)
-    tile = dict(WORDS=WORDS, ROWS=INT4_ROWS, GROUPS=32, num_warps=INT4_WARPS)
-    grid = (min(triton.cdiv(rows, INT4_ROWS), INT4_PROGRAMS),)
-    _int4[grid](x, words, scale, zero, y, rows, K_GROUPS=groups, **tile)
+    _int4[lambda tile: (min(triton.cdiv(rows, tile["ROWS"]), tile["PROGRAMS"]),)](
+        x, words, scale, zero, y, rows, K_GROUPS=groups, WORDS=WORDS
+    )
     return y
 
 

@@ -65,7 +65,9 @@ def result_path(name: str, directory: Path = RESULTS) -> Path:
     return directory / f"{name}.{slug(device_name())}.json"
 
 
-def write(name: str, setup: dict[str, Any], ratios: dict[str, Ratio], raw: dict[str, Any], directory: Path = RESULTS) -> Path:
+def write(
+    name: str, setup: dict[str, Any], ratios: dict[str, Ratio], raw: dict[str, Any], directory: Path = RESULTS
+) -> Path:
     """Write `<directory>/<name>.<device>.json`, replacing an earlier run on the same device."""
     record = {
         "name": name,

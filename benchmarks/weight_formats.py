@@ -10,15 +10,21 @@ import torch.nn.functional as F
 from matvec import GROUP, int4_matvec, int8_matvec, pack_words, unpack_words
 from torch import Tensor, nn
 
-PART_ROWS = 9472  # rows dequantised at a time, to bound temporary memory
+PART = 2**26  # weights handled at a time, to bound temporary memory
 INNER_K_TILES = 8  # layout parameter of PyTorch's int4 kernel
+
+
+def in_parts(width: int, *tensors: Tensor) -> zip:
+    """Split tensors along their rows into parts that stand for at most PART weights; a row is `width` weights."""
+    count = -(-tensors[0].shape[0] * width // PART)
+    return zip(*(tensor.chunk(count) for tensor in tensors), strict=True)
 
 
 def int8_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric int8 with one fp32 scale per row: weight ~ levels * scale."""
     scale = weight.abs().amax(-1, keepdim=True).float() / 127
     levels = torch.empty_like(weight, dtype=torch.int8)
-    for part, out, part_scale in zip(weight.split(PART_ROWS), levels.split(PART_ROWS), scale.split(PART_ROWS), strict=True):
+    for part, out, part_scale in in_parts(weight.shape[1], weight, levels, scale):
         out.copy_((part / part_scale).round())
     return levels, scale
 
@@ -59,7 +65,7 @@ class Int4Embedding(nn.Module):
 
     def __init__(self, source: nn.Embedding):
         super().__init__()
-        parts = [int4_groups(part) for part in source.weight.data.split(PART_ROWS)]
+        parts = [int4_groups(part) for (part,) in in_parts(source.embedding_dim, source.weight.data)]
         self.register_buffer("packed", torch.cat([pack_nibbles(levels) for levels, _, _ in parts]))
         self.register_buffer("scale", torch.cat([scale for _, scale, _ in parts]))
         self.register_buffer("zero", torch.cat([zero for _, _, zero in parts]))
@@ -83,7 +89,7 @@ class Int8Head(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() == x.shape[-1]:
             return int8_matvec(x.reshape(-1), self.levels, self.scale).view(*x.shape[:-1], -1)
-        parts = zip(self.levels.split(PART_ROWS), self.scale.split(PART_ROWS), strict=True)
+        parts = in_parts(x.shape[-1], self.levels, self.scale)
         return torch.cat([F.linear(x, (levels.float() * scale).to(x.dtype)) for levels, scale in parts], -1)
 
 
@@ -108,7 +114,7 @@ class Int4MatvecLinear(nn.Module):
         if x.numel() == x.shape[-1]:
             y = int4_matvec(x.reshape(-1), self.words, self.scale, self.zero).view(*x.shape[:-1], -1)
         else:
-            parts = zip(*(t.split(PART_ROWS) for t in (self.words, self.scale, self.zero)), strict=True)
+            parts = in_parts(x.shape[-1], self.words, self.scale, self.zero)
             y = torch.cat([F.linear(x, int4_dequantise(*part)) for part in parts], -1)
         return y if self.bias is None else y + self.bias
 

@@ -24,7 +24,9 @@ console = Console(highlight=False, soft_wrap=True)
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Profile to run, e.g. params/tiny.yaml")]
 RunName = Annotated[str, typer.Option("--run", help="Name of the folder below outputs/")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. lora.adapter.rank=4")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. lora.adapter.rank=4")
+]
 
 
 def parse_overrides(pairs: list[str] | None) -> dict:
@@ -44,7 +46,9 @@ def run(
     run: RunName = "tiny",
     first: Annotated[str | None, typer.Option("--from", help="Rerun from this stage on, e.g. 03_lora")] = None,
     overrides: Overrides = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the profile and print the plan, run nothing")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the profile and print the plan, run nothing")
+    ] = False,
 ) -> None:
     """Run every notebook that is not done; the same command after a crash or kill goes on."""
     changes = parse_overrides(overrides)
@@ -65,15 +69,25 @@ def plan_table(params_file: Path, overrides: dict) -> Table:
     params = load_params(params_file, overrides)
     table = Table("section", "what", title=str(params_file))
     teacher, student = params.models.teacher.source, params.models.student
-    table.add_row("models", f"teacher {_name(teacher)}; student {student if isinstance(student, str) else _name(student.source)}")
+    table.add_row(
+        "models", f"teacher {_name(teacher)}; student {student if isinstance(student, str) else _name(student.source)}"
+    )
     table.add_row("", f"{params.models.dtype} on {params.models.device}, attention {params.models.attention}")
     for name, dataset in params.data.datasets.items():
         counts = ", ".join(f"{getattr(dataset, s)} {s}" for s in SPLITS if getattr(dataset, s))
         table.add_row("data", f"{name} from {_name(dataset.origin)}: {counts}")
-    for section, train in (("distillation", params.distillation.correction_train),
-                           ("", params.distillation.student_train), ("lora", params.lora.train)):  # fmt: skip
-        table.add_row(section, f"{train.epochs:g} epochs, batches of {train.batch_size}, learning rate {train.learning_rate:g}")
-    table.add_row("quantization", f"nf4, double quantization {params.quantization.double_quant}; GGUF {params.quantization.gguf_type}")
+    for section, train in (
+        ("distillation", params.distillation.correction_train),
+        ("", params.distillation.student_train),
+        ("lora", params.lora.train),
+    ):
+        table.add_row(
+            section, f"{train.epochs:g} epochs, batches of {train.batch_size}, learning rate {train.learning_rate:g}"
+        )
+    table.add_row(
+        "quantization",
+        f"nf4, double quantization {params.quantization.double_quant}; GGUF {params.quantization.gguf_type}",
+    )
     for scoring, sources in params.inference.questions.items():
         table.add_row("inference", f"{scoring}: " + ", ".join(f"{n} {s}" for s, n in sources.items()))
     return table
@@ -90,7 +104,9 @@ def _name(source) -> str:
 
 
 @app.command()
-def status(params: ParamsFile = ROOT / "params" / "tiny.yaml", run: RunName = "tiny", overrides: Overrides = None) -> None:
+def status(
+    params: ParamsFile = ROOT / "params" / "tiny.yaml", run: RunName = "tiny", overrides: Overrides = None
+) -> None:
     """Which stages of a run are done, stale, damaged or missing."""
     from medkit import runner
 
@@ -107,13 +123,21 @@ def report(run: RunName = "tiny") -> None:
 
     claims, facts = tables.load_results(tables.results_of(run))
     source, scoring = facts["headline_source"], facts["headline_scoring"]
-    parts = [tables.provenance_line(facts), tables.accuracy_table(claims, scoring), tables.steps_table(claims, source, scoring),
-             tables.cost_table(claims), tables.paper_table(claims)]  # fmt: skip
+    parts = [
+        tables.provenance_line(facts),
+        tables.accuracy_table(claims, scoring),
+        tables.steps_table(claims, source, scoring),
+        tables.cost_table(claims),
+        tables.paper_table(claims),
+    ]
     typer.echo("\n\n".join(parts))
 
 
-OPTIONAL = {"flash_attn": "FlashAttention-2 kernels (extra gpu); SDPA is used without",
-            "openvino_genai": "runs the edge file on a CPU (extra edge)", "nbval": "notebook tests (extra dev)"}  # fmt: skip
+OPTIONAL = {
+    "flash_attn": "FlashAttention-2 kernels (extra gpu); SDPA is used without",
+    "openvino_genai": "runs the edge file on a CPU (extra edge)",
+    "nbval": "notebook tests (extra dev)",
+}
 
 
 @app.command()
@@ -141,10 +165,18 @@ def doctor() -> None:
     filled = sorted(p.name for p in cache_root().glob("*/*") if p.suffix != ".lock")
     table.add_row("cache", f"{cache_root()}: " + (", ".join(filled) or "empty, the first run needs a network"))
     for module, what in OPTIONAL.items():
-        table.add_row(module, f"{importlib.metadata.version(module.replace('_', '-'))}" if importlib.util.find_spec(module) else f"absent; {what}")
+        table.add_row(
+            module,
+            f"{importlib.metadata.version(module.replace('_', '-'))}"
+            if importlib.util.find_spec(module)
+            else f"absent; {what}",
+        )
     gpu = f"{torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB" if device.type == "cuda" else None
-    table.add_row("profiles", f"smoke, tiny: {'no' if problems else 'yes'}; gpu: {f'yes, {gpu}' if gpu else 'no CUDA device'}; "
-                              f"paper: {'needs several 80 GB GPUs' if torch.cuda.device_count() < 4 else 'yes'}")  # fmt: skip
+    table.add_row(
+        "profiles",
+        f"smoke, tiny: {'no' if problems else 'yes'}; gpu: {f'yes, {gpu}' if gpu else 'no CUDA device'}; "
+        f"paper: {'needs several 80 GB GPUs' if torch.cuda.device_count() < 4 else 'yes'}",
+    )
     console.print(table)
     for problem in problems:
         console.print(f"missing: {problem}")

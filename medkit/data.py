@@ -63,8 +63,15 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
 def _lettered(path: Path, pool: str | None, subject: str = "") -> Iterator[dict]:
     for record in _read_jsonl(path):
         letter = record.get("answer", "")[:1]
-        yield {"question": _clean(record["question"]), "context": "", "options": split_options(record.get("options", "")),
-               "answer": "ABCDEFGHIJ".index(letter) if letter else -1, "subject": subject, "kind": "choice", "pool": pool}  # fmt: skip
+        yield {
+            "question": _clean(record["question"]),
+            "context": "",
+            "options": split_options(record.get("options", "")),
+            "answer": "ABCDEFGHIJ".index(letter) if letter else -1,
+            "subject": subject,
+            "kind": "choice",
+            "pool": pool,
+        }
 
 
 def read_medqa(path: Path) -> Iterator[dict]:
@@ -87,9 +94,15 @@ def read_medmcqa(path: Path) -> Iterator[dict]:
 def _abstracts(path: Path, pool: str | None) -> Iterator[dict]:
     choices = ["yes", "no", "maybe"]
     for record in _read_jsonl(path):
-        yield {"question": _clean(record["question"]),
-               "context": _clean(re.sub(r"Context \(\d+\): ", "", record["passage"])), "options": choices,
-               "answer": choices.index(record["answer"]), "subject": "biomedical research", "kind": "abstract", "pool": pool}  # fmt: skip
+        yield {
+            "question": _clean(record["question"]),
+            "context": _clean(re.sub(r"Context \(\d+\): ", "", record["passage"])),
+            "options": choices,
+            "answer": choices.index(record["answer"]),
+            "subject": "biomedical research",
+            "kind": "abstract",
+            "pool": pool,
+        }
 
 
 def read_pubmedqa(path: Path) -> Iterator[dict]:
@@ -113,7 +126,9 @@ def read_icd_concepts(path: Path) -> pd.DataFrame:
                     code, text = diagnosis.findtext("name"), _clean(diagnosis.findtext("desc"))
                     rows.append((code, text, code[:3], section.get("id"), name))
     concepts = pd.DataFrame(rows, columns=["code", "description", "category", "section", "chapter"])
-    return concepts[concepts.chapter != "Codes for special purposes"].drop_duplicates("description").reset_index(drop=True)
+    return (
+        concepts[concepts.chapter != "Codes for special purposes"].drop_duplicates("description").reset_index(drop=True)
+    )
 
 
 def make_icd_questions(concepts: pd.DataFrame, kind: str, count: int, seed: int) -> Iterator[dict]:
@@ -132,10 +147,10 @@ def make_icd_questions(concepts: pd.DataFrame, kind: str, count: int, seed: int)
         if count == 0:
             return
         if kind == "icd_chapter":
-            question = f"Which chapter of ICD-10-CM lists the diagnosis “{row.description}”?"
+            question = f"Which ICD-10-CM chapter lists “{row.description}”?"
             right, wrong = row.chapter, chapters[chapters != row.chapter]
         else:
-            question = f"Which diagnosis has the ICD-10-CM code {row.code}?"
+            question = f"What does ICD-10-CM code {row.code} stand for?"
             right = row.description
             wrong = outside[row.chapter] if kind == "icd_easy" else inside[row.section]
             wrong = wrong[wrong != right] if kind == "icd_hard" else wrong
@@ -144,20 +159,42 @@ def make_icd_questions(concepts: pd.DataFrame, kind: str, count: int, seed: int)
         options = [right, *wrong[rng.choice(len(wrong), 3, replace=False)]]
         order = rng.permutation(4)
         count -= 1
-        yield {"question": question, "context": "", "options": [str(options[i]) for i in order],
-               "answer": int(np.argmin(order)), "subject": row.chapter, "kind": kind, "pool": None,
-               "group": f"icd:{row.category}"}  # fmt: skip
+        yield {
+            "question": question,
+            "context": "",
+            "options": [str(options[i]) for i in order],
+            "answer": int(np.argmin(order)),
+            "subject": row.chapter,
+            "kind": kind,
+            "pool": None,
+            "group": f"icd:{row.category}",
+        }
 
 
-READERS: dict[str, Callable] = {"medqa": read_medqa, "mmlu": read_mmlu, "medmcqa": read_medmcqa,
-                                "pubmedqa": read_pubmedqa, "pubmedqa_a": read_pubmedqa_a}  # fmt: skip
+READERS: dict[str, Callable] = {
+    "medqa": read_medqa,
+    "mmlu": read_mmlu,
+    "medmcqa": read_medmcqa,
+    "pubmedqa": read_pubmedqa,
+    "pubmedqa_a": read_pubmedqa_a,
+}
 ICD_KINDS = ("icd_chapter", "icd_easy", "icd_hard")
-MMLU_MEDICAL = {"anatomy", "clinical_knowledge", "college_biology", "college_medicine", "medical_genetics",
-                "professional_medicine"}  # fmt: skip
+MMLU_MEDICAL = {
+    "anatomy",
+    "clinical_knowledge",
+    "college_biology",
+    "college_medicine",
+    "medical_genetics",
+    "professional_medicine",
+}
 # hub split → pool; MedMCQA's test answers are not public, so its validation split is the one to be graded on
-HUB_POOLS = {"medqa": {"train": "train", "test": "test"}, "mmlu": {"test": "test"}, "pubmedqa": {"train": "test"},
-             "pubmedqa_a": {"train": "train"},
-             "medmcqa": {"train": "train", "validation": "test", "test": "transfer"}}  # fmt: skip
+HUB_POOLS = {
+    "medqa": {"train": "train", "test": "test"},
+    "mmlu": {"test": "test"},
+    "pubmedqa": {"train": "test"},
+    "pubmedqa_a": {"train": "train"},
+    "medmcqa": {"train": "train", "validation": "test", "test": "transfer"},
+}
 
 
 def read_hub(name: str, folder: Path, subset: str) -> Iterator[dict]:
@@ -168,7 +205,13 @@ def read_hub(name: str, folder: Path, subset: str) -> Iterator[dict]:
         for row in rows if split in HUB_POOLS[name] else ():
             if name == "mmlu" and row["subject"] not in MMLU_MEDICAL:
                 continue
-            yield {"context": "", "subject": "", "kind": "choice", **_hub_record(name, row), "pool": HUB_POOLS[name][split]}
+            yield {
+                "context": "",
+                "subject": "",
+                "kind": "choice",
+                **_hub_record(name, row),
+                "pool": HUB_POOLS[name][split],
+            }
 
 
 def _hub_record(name: str, row: dict) -> dict:
@@ -176,22 +219,42 @@ def _hub_record(name: str, row: dict) -> dict:
     match name:
         case "medqa":
             options = row["options"]
-            return {"question": question, "options": list(options.values()), "answer": list(options).index(row["answer_idx"])}
+            return {
+                "question": question,
+                "options": list(options.values()),
+                "answer": list(options).index(row["answer_idx"]),
+            }
         case "medmcqa":
-            return {"question": question, "options": [_clean(row[f"op{c}"]) for c in "abcd"], "answer": row["cop"],
-                    "subject": row["subject_name"]}  # fmt: skip
+            return {
+                "question": question,
+                "options": [_clean(row[f"op{c}"]) for c in "abcd"],
+                "answer": row["cop"],
+                "subject": row["subject_name"],
+            }
         case "mmlu":
-            return {"question": question, "options": list(row["choices"]), "answer": row["answer"], "subject": row["subject"]}
+            return {
+                "question": question,
+                "options": list(row["choices"]),
+                "answer": row["answer"],
+                "subject": row["subject"],
+            }
         case _:
             choices = ["yes", "no", "maybe"]
-            return {"question": question, "context": _clean(" ".join(row["context"]["contexts"])),
-                    "options": choices, "answer": choices.index(row["final_decision"]), "kind": "abstract"}  # fmt: skip
+            return {
+                "question": question,
+                "context": _clean(" ".join(row["context"]["contexts"])),
+                "options": choices,
+                "answer": choices.index(row["final_decision"]),
+                "kind": "abstract",
+            }
 
 
 # --- one table -----------------------------------------------------------------------------------------------------
 
 
-def load_questions(datasets: dict[str, DatasetParams], paths: dict[str, Path], seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+def load_questions(
+    datasets: dict[str, DatasetParams], paths: dict[str, Path], seed: int
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All questions the params ask for, before splitting, and the rejected ones (source, reason, count).
 
     Raises DataError for a dataset without a reader and for one of which nothing is left.
@@ -209,8 +272,10 @@ def load_questions(datasets: dict[str, DatasetParams], paths: dict[str, Path], s
             raise DataError(f"{name}: no usable question in {paths[name]}; rejected: {dict(rejected)}")
         frames.append(pd.DataFrame(kept))
     questions = pd.concat(frames, ignore_index=True)
-    questions["id"] = [f"{s}-{digest([q, c, list(o)])[:10]}" for s, q, c, o in
-                       questions[["source", "question", "context", "options"]].itertuples(index=False)]  # fmt: skip
+    questions["id"] = [
+        f"{s}-{digest([q, c, list(o)])[:10]}"
+        for s, q, c, o in questions[["source", "question", "context", "options"]].itertuples(index=False)
+    ]
     twice = questions.duplicated("id")
     rejected.update((source, "the same question again") for source in questions.source[twice])
     report = pd.DataFrame([(s, r, n) for (s, r), n in rejected.items()], columns=["source", "reason", "count"])
@@ -277,7 +342,9 @@ def assign_pools(questions: pd.DataFrame, seed: int) -> pd.DataFrame:
     """
     questions = questions.copy()
     free = questions.group.isna()
-    told = questions.options.where(questions.kind != "abstract", None).str.join(" ").fillna("")  # yes/no/maybe tells nothing
+    told = (
+        questions.options.where(questions.kind != "abstract", None).str.join(" ").fillna("")
+    )  # yes/no/maybe tells nothing
     text = (questions.question + " " + told)[free]
     # the official place of a group is found by its members, so groups are numbered over all sources together
     questions.loc[free, "group"] = [f"text:{i}" for i in group_near_duplicates(text)]
@@ -311,8 +378,10 @@ def take_splits(questions: pd.DataFrame, datasets: dict[str, DatasetParams], see
                 pool = rows[rows.pool == "train"].tail(wanted if wanted != "all" else 0)
                 rows = rows.drop(pool.index)
             if wanted != "all" and wanted > len(pool):
-                raise DataError(f"{name}: {wanted} questions asked for {split}, {len(pool)} are there; "
-                                f"lower data.datasets.{name}.{split} or write `all`")  # fmt: skip
+                raise DataError(
+                    f"{name}: {wanted} questions asked for {split}, {len(pool)} are there; "
+                    f"lower data.datasets.{name}.{split} or write `all`"
+                )
             taken.append((pool if wanted == "all" else pool.head(wanted)).assign(split=split))
     table = pd.concat(taken)[COLUMNS].sort_values(["source", "split", "id"], ignore_index=True)
     shared = table.groupby("group").split.agg(lambda s: {"test"} < set(s))
@@ -337,5 +406,7 @@ def drop_long(questions: pd.DataFrame, count_tokens: Callable[[dict], int], max_
     kept = questions.assign(prompt_tokens=lengths)[lengths <= max_prompt_tokens]
     lost = set(questions.groupby(["source", "split"]).groups) - set(kept.groupby(["source", "split"]).groups)
     if lost:
-        raise DataError(f"{sorted(lost)}: every prompt is longer than data.max_prompt_tokens={max_prompt_tokens}; raise it")
+        raise DataError(
+            f"{sorted(lost)}: every prompt is longer than data.max_prompt_tokens={max_prompt_tokens}; raise it"
+        )
     return kept.reset_index(drop=True)

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from medkit.outputs import atomic_path
 from medkit.params import digest
-from medkit.training import Example, collate, cross_entropy, predicted_logits
+from medkit.training import Example, collect_nll, cross_entropy, iterate_predictions
 
 INDEX = "signals.json"
 
@@ -36,9 +37,14 @@ def top_k_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
     return ids, logprobs
 
 
-@torch.inference_mode()
 def capture_signals(
-    model: nn.Module, examples: Sequence[Example], folder: Path, k: int, shard_examples: int, pad_token_id: int, key: str
+    model: nn.Module,
+    examples: Sequence[Example],
+    folder: Path,
+    k: int,
+    shard_examples: int,
+    pad_token_id: int,
+    key: str,
 ) -> dict:
     """Write the teacher's top-k log-probabilities at every predicted position; returns the index.
 
@@ -46,9 +52,14 @@ def capture_signals(
     goes on. `key` says what spoke (teacher, template, tokenizer); a cache with another key, other examples or another
     k is begun anew. Stored as fp16 log-probabilities and int32 ids.
     """
-    index = {"key": key, "examples": digest([(e.input_ids, e.loss_start) for e in examples]), "top_k": k,
-             "shard_examples": shard_examples, "num_examples": len(examples),
-             "num_positions": sum(len(e.input_ids) - e.loss_start for e in examples)}  # fmt: skip
+    index = {
+        "key": key,
+        "examples": digest([(e.input_ids, e.loss_start) for e in examples]),
+        "top_k": k,
+        "shard_examples": shard_examples,
+        "num_examples": len(examples),
+        "num_positions": sum(e.num_predicted for e in examples),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     if _read_index(folder) != index:
         for stale in folder.iterdir():
@@ -66,15 +77,10 @@ def capture_signals(
 
 
 def _capture_shard(model: nn.Module, examples: Sequence[Example], k: int, pad_token_id: int) -> dict[str, torch.Tensor]:
-    counts = [len(e.input_ids) - e.loss_start for e in examples]
-    offsets = torch.tensor([0, *counts]).cumsum(0)
+    offsets = torch.tensor([0, *(e.num_predicted for e in examples)]).cumsum(0)
     ids = torch.empty(int(offsets[-1]), k, dtype=torch.int32)
     logprobs = torch.empty(int(offsets[-1]), k, dtype=torch.float16)
-    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
-    for first in range(0, len(by_length), 16):
-        rows = by_length[first : first + 16]
-        batch = collate([examples[i] for i in rows], pad_token_id)
-        logits, _ = predicted_logits(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+    for rows, logits, _ in iterate_predictions(model, examples, pad_token_id):
         found = top_k_logprobs(logits, k)
         positions = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in rows])
         ids[positions], logprobs[positions] = found[0].to("cpu", torch.int32), found[1].to("cpu", torch.float16)
@@ -92,8 +98,10 @@ class Signals:
     def __init__(self, folder: Path, key: str):
         self.index = _read_index(folder)
         if self.index.get("key") != key:
-            raise SignalsError(f"{folder}: signals of {self.index.get('key')!r}, the run wants {key!r}; "
-                               f"capture them again with this teacher, template and tokenizer")  # fmt: skip
+            raise SignalsError(
+                f"{folder}: signals of {self.index.get('key')!r}, the run wants {key!r}; "
+                f"capture them again with this teacher, template and tokenizer"
+            )
         self.shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
 
     def example(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,29 +167,23 @@ def check_same_vocabulary(teacher_tokenizer, student_tokenizer) -> None:
     teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
     if teacher != student:
         odd = next(iter(teacher.items() ^ student.items()))
-        raise SignalsError(f"teacher and student have different tokenizers (e.g. {odd}): KL over token ids is not defined "
-                           f"between them; choose a pair with one vocabulary")  # fmt: skip
+        raise SignalsError(
+            f"teacher and student have different tokenizers (e.g. {odd}): KL over token ids is not defined "
+            f"between them; choose a pair with one vocabulary"
+        )
 
 
 # --- students ------------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def measure_layer_importance(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> list[float]:
     """What each decoder layer is worth: rise of the mean answer NLL (nats per token) when it alone is skipped."""
     layers = model.get_decoder().layers
-    batch = collate(examples, pad_token_id)
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-
-    def nll() -> float:
-        logits, targets = predicted_logits(model, batch)
-        return nn.functional.cross_entropy(logits, targets).item()
-
-    full = nll()
+    full = np.mean(collect_nll(model, examples, pad_token_id))
     importance = []
     for i, layer in enumerate(tqdm(list(layers), desc="layer importance", unit="layer", delay=2, mininterval=2)):
         layer.forward, kept = lambda hidden_states, *args, **kwargs: hidden_states, layer.forward
-        importance.append(nll() - full)
+        importance.append(float(np.mean(collect_nll(model, examples, pad_token_id)) - full))
         layers[i].forward = kept
     return importance
 

@@ -17,10 +17,22 @@ from torch import nn
 from medkit.outputs import DISCLAIMER, atomic_path
 
 ARCHITECTURE = "llama"
-NAMES = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-         "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-         "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}  # fmt: skip
-ENDS = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight", "lm_head.weight": "output.weight"}
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+ENDS = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
 
 
 class ExportError(ValueError):
@@ -103,8 +115,10 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer, vocab_size: int) -> Non
     special = {t for t, added in tokenizer.get_added_vocab().items()} | set(tokenizer.all_special_tokens)
     names = {number: token for token, number in tokenizer.get_vocab().items()}
     tokens = [names.get(number, f"[PAD{number}]") for number in range(vocab_size)]
-    types = [gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL if i in names else gguf.TokenType.UNUSED
-             for i, t in enumerate(tokens)]  # fmt: skip
+    types = [
+        gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL if i in names else gguf.TokenType.UNUSED
+        for i, t in enumerate(tokens)
+    ]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
@@ -123,10 +137,22 @@ def measure_bytes(path: Path) -> pd.DataFrame:
     rows = []
     for tensor in gguf.GGUFReader(path).tensors:
         name = tensor.name
-        component = "norms" if "norm" in name else "attention" if "attn" in name else "mlp" if "ffn" in name else "embeddings"
-        rows.append(("head" if name == "output.weight" else component, int(tensor.n_elements), int(tensor.n_bytes),
-                     2 * int(tensor.n_elements)))  # fmt: skip
-    return pd.DataFrame(rows, columns=["component", "weights", "bytes", "bf16_bytes"]).groupby("component", as_index=False).sum()
+        component = (
+            "norms" if "norm" in name else "attention" if "attn" in name else "mlp" if "ffn" in name else "embeddings"
+        )
+        rows.append(
+            (
+                "head" if name == "output.weight" else component,
+                int(tensor.n_elements),
+                int(tensor.n_bytes),
+                2 * int(tensor.n_elements),
+            )
+        )
+    return (
+        pd.DataFrame(rows, columns=["component", "weights", "bytes", "bf16_bytes"])
+        .groupby("component", as_index=False)
+        .sum()
+    )
 
 
 def largest_relative_error(model: nn.Module, path: Path) -> float:

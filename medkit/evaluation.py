@@ -99,8 +99,16 @@ def paired_difference(ours: Sequence[bool], theirs: Sequence[bool], confidence: 
     half = z * np.sqrt((up + down - (up - down) ** 2) / (n + 2))
     mde = (z + stats.norm.ppf(power)) * np.sqrt((up + down) / n)
     p_value = mcnemar([[0, gained], [lost, 0]], exact=True).pvalue if gained + lost else 1.0
-    return {"difference": (gained - lost) / n, "ci_low": max(-1.0, up - down - half), "ci_high": min(1.0, up - down + half),
-            "n": n, "gained": gained, "lost": lost, "p_value": float(p_value), "mde": min(1.0, float(mde))}  # fmt: skip
+    return {
+        "difference": (gained - lost) / n,
+        "ci_low": max(-1.0, up - down - half),
+        "ci_high": min(1.0, up - down + half),
+        "n": n,
+        "gained": gained,
+        "lost": lost,
+        "p_value": float(p_value),
+        "mde": min(1.0, float(mde)),
+    }
 
 
 def compare_steps(judged: pd.DataFrame, confidence: float, power: float) -> pd.DataFrame:
@@ -116,8 +124,16 @@ def compare_steps(judged: pd.DataFrame, confidence: float, power: float) -> pd.D
             if {variant, baseline} <= present & set(wide.columns):
                 pair = wide[[variant, baseline]].dropna()
                 found = paired_difference(pair[variant], pair[baseline], confidence, power)
-                rows.append({"variant": variant, "baseline": baseline, "question": question, "source": source,
-                             "scoring": scoring, **found})  # fmt: skip
+                rows.append(
+                    {
+                        "variant": variant,
+                        "baseline": baseline,
+                        "question": question,
+                        "source": source,
+                        "scoring": scoring,
+                        **found,
+                    }
+                )
     table = pd.DataFrame(rows)
     table["p_holm"] = multipletests(table.p_value, method="holm")[1]
     detected = table.p_holm < 1 - confidence
@@ -133,7 +149,9 @@ def find_flips(judged: pd.DataFrame) -> pd.DataFrame:
             judged[judged.variant == variant], on=["id", "source", "scoring"], suffixes=("_before", "_after")
         )
         pair = pair[pair.correct_before != pair.correct_after]
-        rows.append(pair.assign(variant=variant, baseline=baseline, flip=np.where(pair.correct_after, "gained", "lost")))
+        rows.append(
+            pair.assign(variant=variant, baseline=baseline, flip=np.where(pair.correct_after, "gained", "lost"))
+        )
     table = pd.concat(rows, ignore_index=True)
     return table[["variant", "baseline", "source", "scoring", "id", "choice_before", "choice_after", "flip"]]
 
@@ -143,6 +161,7 @@ def median_interval(values: Sequence[float], confidence: float, seed: int = 0) -
     values = np.asarray(values, float)
     if len(values) < 2 or np.ptp(values) == 0:
         return float(np.median(values)), float(values.min()), float(values.max())
-    found = stats.bootstrap((values,), np.median, confidence_level=confidence, method="percentile",
-                            rng=np.random.default_rng(seed)).confidence_interval  # fmt: skip
+    found = stats.bootstrap(
+        (values,), np.median, confidence_level=confidence, method="percentile", rng=np.random.default_rng(seed)
+    ).confidence_interval
     return float(np.median(values)), float(found.low), float(found.high)

@@ -17,21 +17,62 @@ from matplotlib.figure import Figure
 from medkit.outputs import atomic_path
 
 SIZE = (7.5, 4.2)
-VARIANTS = ["teacher_base", "teacher", "base", "student_ce", "student_seq", "student_kd", "lora", "nf4", "paper_mix", "plan", "edge"]
-LABELS = {"teacher_base": "teacher, uncorrected", "teacher": "teacher", "base": "student, untrained", "student_ce": "student CE",
-          "student_seq": "student seq.", "student_kd": "student CE + KL", "lora": "+ LoRA", "nf4": "+ NF4",
-          "paper_mix": "+ paper's mix", "plan": "+ our plan", "edge": "edge file"}  # fmt: skip
+VARIANTS = [
+    "teacher_base",
+    "teacher",
+    "base",
+    "student_ce",
+    "student_seq",
+    "student_kd",
+    "lora",
+    "nf4",
+    "paper_mix",
+    "plan",
+    "edge",
+]
+LABELS = {
+    "teacher_base": "teacher, uncorrected",
+    "teacher": "teacher",
+    "base": "student, untrained",
+    "student_ce": "student CE",
+    "student_seq": "student seq.",
+    "student_kd": "student CE + KL",
+    "lora": "+ LoRA",
+    "nf4": "+ NF4",
+    "paper_mix": "+ paper's mix",
+    "plan": "+ our plan",
+    "edge": "edge file",
+}
 # Okabe and Ito's palette, told apart by colour-blind readers; what is compared most often differs most
-COLOURS = {"teacher_base": "#999999", "teacher": "#0072b2", "base": "#c2a5cf", "student_ce": "#e69f00", "student_seq": "#f0e442",
-           "student_kd": "#009e73", "lora": "#cc79a7", "nf4": "#d55e00", "paper_mix": "#8c510a", "plan": "#56b4e9",
-           "edge": "#000000"}  # fmt: skip
+COLOURS = {
+    "teacher_base": "#999999",
+    "teacher": "#0072b2",
+    "base": "#c2a5cf",
+    "student_ce": "#e69f00",
+    "student_seq": "#f0e442",
+    "student_kd": "#009e73",
+    "lora": "#cc79a7",
+    "nf4": "#d55e00",
+    "paper_mix": "#8c510a",
+    "plan": "#56b4e9",
+    "edge": "#000000",
+}
 
 
 def set_style() -> None:
     """Seaborn's whitegrid at this package's size; identical input gives an identical svg."""
     sns.set_theme(style="whitegrid", context="notebook")
-    mpl.rcParams.update({"figure.figsize": SIZE, "svg.hashsalt": "medkit", "figure.dpi": 100, "axes.titlelocation": "left",
-                         "axes.titlesize": 11, "axes.labelsize": 10, "legend.frameon": False})  # fmt: skip
+    mpl.rcParams.update(
+        {
+            "figure.figsize": SIZE,
+            "svg.hashsalt": "medkit",
+            "figure.dpi": 100,
+            "axes.titlelocation": "left",
+            "axes.titlesize": 11,
+            "axes.labelsize": 10,
+            "legend.frameon": False,
+        }
+    )
 
 
 def save_figure(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> None:

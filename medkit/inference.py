@@ -46,7 +46,10 @@ def score_options(model: nn.Module, items: Sequence[Item], batch_tokens: int, pa
     `batch_tokens` tokens, and logits are computed from the last prompt token on. Equal to scoring each option alone.
     """
     scores: list[list[float]] = [[] for _ in items]
-    with _dense_attention(model), tqdm(total=len(items), desc="scoring", unit="question", delay=2, mininterval=2) as bar:
+    with (
+        _dense_attention(model),
+        tqdm(total=len(items), desc="scoring", unit="question", delay=2, mininterval=2) as bar,
+    ):
         for rows in bucket_by_length([len(item) for item in items], batch_tokens):
             batch = [items[i] for i in rows]
             for row, found in zip(rows, _score_batch(model, batch, pad_token_id), strict=True):
@@ -131,8 +134,10 @@ def choose_questions(questions: pd.DataFrame, wanted: dict[str, dict[str, int | 
         for source, count in sources.items():
             rows = test[test.source == source]
             if count != "all" and count > len(rows):
-                raise ValueError(f"inference.questions.{scoring}.{source} is {count}, the test split has {len(rows)}; "
-                                 f"lower it, or raise data.datasets.{source}.test")  # fmt: skip
+                raise ValueError(
+                    f"inference.questions.{scoring}.{source} is {count}, the test split has {len(rows)}; "
+                    f"lower it, or raise data.datasets.{source}.test"
+                )
             chosen.append((rows if count == "all" else rows.head(count)).assign(scoring=scoring))
     return pd.concat(chosen, ignore_index=True)
 
@@ -152,8 +157,14 @@ def predict(model: nn.Module, tokenizer, asked: pd.DataFrame, batch_tokens: int,
     for question in asked.to_dict("records"):
         template = prompts.pick_template(question["kind"], question["scoring"])
         messages = prompts.render(question, template)
-        row = {"id": question["id"], "scoring": question["scoring"], "template": template.name, "logprobs": [],
-               "answer_tokens": [], "text": ""}  # fmt: skip
+        row = {
+            "id": question["id"],
+            "scoring": question["scoring"],
+            "template": template.name,
+            "logprobs": [],
+            "answer_tokens": [],
+            "text": "",
+        }
         rows.append(row)
         if question["scoring"] == "generated":
             generated.append((row, prompts.encode(tokenizer, messages)[0]))
@@ -169,7 +180,9 @@ def predict(model: nn.Module, tokenizer, asked: pd.DataFrame, batch_tokens: int,
     for numbers in bucket_by_length([len(prompt) + max_new_tokens for _, prompt in generated], batch_tokens):
         batch = [generated[i] for i in numbers]
         lengths = [max_new_tokens] * len(batch)
-        for (row, _), answer in zip(batch, generate_static(model, [p for _, p in batch], lengths, eos, pad), strict=True):
+        for (row, _), answer in zip(
+            batch, generate_static(model, [p for _, p in batch], lengths, eos, pad), strict=True
+        ):
             row["text"] = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
     return pd.DataFrame(rows)
 
@@ -185,18 +198,24 @@ class Generation:
     token_times_s: list[float] = field(default_factory=list)
 
 
-def generate_sequential(model: nn.Module, prompts: list[list[int]], lengths: list[int], eos: int, pad: int) -> list[Generation]:
+def generate_sequential(
+    model: nn.Module, prompts: list[list[int]], lengths: list[int], eos: int, pad: int
+) -> list[Generation]:
     """Greedy, one request after the other."""
     began = time.perf_counter()
     return [_generate(model, [p], n, [n], eos, pad, began)[0] for p, n in zip(prompts, lengths, strict=True)]
 
 
-def generate_static(model: nn.Module, prompts: list[list[int]], lengths: list[int], eos: int, pad: int) -> list[Generation]:
+def generate_static(
+    model: nn.Module, prompts: list[list[int]], lengths: list[int], eos: int, pad: int
+) -> list[Generation]:
     """Greedy, all requests in one padded batch that runs until the longest is done."""
     return _generate(model, prompts, max(lengths), lengths, eos, pad, time.perf_counter())
 
 
-def generate_continuous(model: nn.Module, prompts: list[list[int]], lengths: list[int], eos: int, pad: int) -> list[Generation]:
+def generate_continuous(
+    model: nn.Module, prompts: list[list[int]], lengths: list[int], eos: int, pad: int
+) -> list[Generation]:
     """Greedy, requests join and leave the running batch (transformers' paged continuous batching).
 
     On a CPU the cache is sized here: the library's own default takes most of the memory.
@@ -222,7 +241,9 @@ def generate_continuous(model: nn.Module, prompts: list[list[int]], lengths: lis
             if result is not None and result.is_finished():
                 if result.error is not None:
                     raise RuntimeError(f"continuous batching failed on request {result.request_id}: {result.error}")
-                found[result.request_id] = Generation(list(result.generated_tokens), [t - began for t in result.timestamps])
+                found[result.request_id] = Generation(
+                    list(result.generated_tokens), [t - began for t in result.timestamps]
+                )
     return [found[str(number)] for number in range(len(prompts))]
 
 

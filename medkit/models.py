@@ -92,7 +92,11 @@ def load_model(folder: Path, models: ModelsParams, keep: Sequence[int] = (), **q
         quantization = {"gguf_file": folder.name, "quantization_config": GgufConfig(dequantize=True)}
         folder = folder.parent
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, models.dtype), attn_implementation=attention, device_map={"": device}, **quantization
+        folder,
+        dtype=getattr(torch, models.dtype),
+        attn_implementation=attention,
+        device_map={"": device},
+        **quantization,
     )
     return keep_layers(model, keep).eval()
 

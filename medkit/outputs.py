@@ -59,8 +59,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
             shutil.rmtree(path)
         scratch.replace(path)
     except OSError as error:
-        raise StageError(f"{path}: could not be written ({error.strerror or error}); free space or correct the path, "
-                         f"then run the same command again") from error  # fmt: skip
+        raise StageError(
+            f"{path}: could not be written ({error.strerror or error}); free space or correct the path, "
+            f"then run the same command again"
+        ) from error
     finally:
         if scratch.is_dir():
             shutil.rmtree(scratch, ignore_errors=True)
@@ -118,12 +120,22 @@ class Stage:
 
         `also` are files of the stage that lie outside its folder, such as the run's results.
         """
-        files = {str(p.relative_to(self.dir)): p.stat().st_size for p in sorted(self.dir.rglob("*"))
-                 if p.is_file() and p.name != MANIFEST and not p.name.endswith(".part")}  # fmt: skip
+        files = {
+            str(p.relative_to(self.dir)): p.stat().st_size
+            for p in sorted(self.dir.rglob("*"))
+            if p.is_file() and p.name != MANIFEST and not p.name.endswith(".part")
+        }
         files |= {os.path.relpath(p, self.dir): p.stat().st_size for p in also}
-        manifest = {"stage": self.name, "run": self.run, "fingerprint": os.environ.get(FINGERPRINT),
-                    "disclaimer": DISCLAIMER, "files": files, "facts": facts,
-                    "duration_s": round(time.monotonic() - self.started, 1), **provenance()}  # fmt: skip
+        manifest = {
+            "stage": self.name,
+            "run": self.run,
+            "fingerprint": os.environ.get(FINGERPRINT),
+            "disclaimer": DISCLAIMER,
+            "files": files,
+            "facts": facts,
+            "duration_s": round(time.monotonic() - self.started, 1),
+            **provenance(),
+        }
         self.write_json(MANIFEST, manifest)
         return manifest
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from medkit.params import digest
 
 LETTERS = "ABCDEFGHIJ"
-SYSTEM = "You answer medical questions."
+SYSTEM = "Answer briefly."  # without one, some chat templates put in a longer one of their own
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ _LETTER = r"[(\[*]*([A-Ja-j])[)\]*]*"
 _DECLARED = [
     re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*([A-Ja-j])\s*\}"),
     re.compile(rf"\banswer\s*(?:is|:|\*\*:|:\*\*)\s*(?:option\s+)?{_LETTER}(?![A-Za-z'])", re.IGNORECASE),
-    re.compile(rf"\b(?:best (?:next )?step|correct (?:option|choice)|best (?:option|choice|answer)) is\s+{_LETTER}(?![A-Za-z'])"),
+    re.compile(
+        rf"\b(?:best (?:next )?step|correct (?:option|choice)|best (?:option|choice|answer)) is\s+{_LETTER}(?![A-Za-z'])"
+    ),
     re.compile(r"\b(?:receive|choose|select|pick) option\s+([A-J])\b"),
 ]
 _NEGATED = re.compile(r"\b(?:not|never|except)\s+(?:option\s+)?[(\[]?[A-J](?![A-Za-z'])")
@@ -104,7 +106,9 @@ def parse(text: str, options: list[str], template: Template) -> int | None:
     """
     text = re.sub(r"<think>.*?(</think>|\Z)", "", text, flags=re.DOTALL)
     plain = [normalise(option) for option in options]
-    said = normalise(re.sub(r"^\W*(?:the )?(?:answer|final answer)\s*(?:is|:|\*\*:|:\*\*)\s*", "", text.strip(), flags=re.IGNORECASE))
+    said = normalise(
+        re.sub(r"^\W*(?:the )?(?:answer|final answer)\s*(?:is|:|\*\*:|:\*\*)\s*", "", text.strip(), flags=re.IGNORECASE)
+    )
     if plain.count(said) == 1:
         return plain.index(said)
     if not template.lists_options:

@@ -37,7 +37,12 @@ COMPONENTS = ["embeddings", "attention", "mlp", "norms", "head", "quantization s
 
 
 def _component(name: str, tied: bool) -> str:
-    for part, component in (("embed", "embeddings"), ("lm_head", "embeddings" if tied else "head"), ("attn", "attention"), ("mlp", "mlp")):
+    for part, component in (
+        ("embed", "embeddings"),
+        ("lm_head", "embeddings" if tied else "head"),
+        ("attn", "attention"),
+        ("mlp", "mlp"),
+    ):
         if f"{part}." in name or f"{part}_" in name:
             return component if "norm" not in name else "norms"
     return "norms"
@@ -58,7 +63,9 @@ def measure_bytes(model: nn.Module) -> pd.DataFrame:
         component = _component(name, tied)
         if isinstance(parameter, bnb.nn.Params4bit):
             count = parameter.quant_state.shape.numel()
-            state = sum(tensor.nbytes for tensor in _state_tensors(parameter.quant_state) if tensor.data_ptr() not in seen)
+            state = sum(
+                tensor.nbytes for tensor in _state_tensors(parameter.quant_state) if tensor.data_ptr() not in seen
+            )
             seen.update(tensor.data_ptr() for tensor in _state_tensors(parameter.quant_state))
             rows.append(("quantization state", 0, state, 0))
         else:

@@ -13,8 +13,10 @@ import pandas as pd
 from medkit.figures import LABELS, VARIANTS
 from medkit.outputs import DISCLAIMER, StageError, atomic_path, provenance, run_dir
 
-PAPER = {"memory": ("GPU memory of the 7B model, 4-bit against 16-bit", -0.647),
-         "latency": ("seconds per problem, 4-bit against 16-bit", -0.124)}  # fmt: skip
+PAPER = {
+    "memory": ("GPU memory of the 7B model, 4-bit against 16-bit", -0.647),
+    "latency": ("seconds per problem, 4-bit against 16-bit", -0.124),
+}
 
 STAGES = ["01_data", "02_distillation", "03_lora", "04_quantization", "05_inference", "06_evaluation"]
 CARD_HEADER = """---
@@ -53,9 +55,17 @@ def write_results(folder: Path, rows: list[dict], facts: dict) -> Path:
 def write_card(path: Path, results: Path) -> Path:
     """A model card for the run's last variant, made from its results alone."""
     claims, facts = load_results(results)
-    parts = [CARD_HEADER, provenance_line(facts), "## Accuracy", accuracy_table(claims, facts["headline_scoring"]),
-             "## What each step changed", steps_table(claims, facts["headline_source"], facts["headline_scoring"]),
-             "## Cost", cost_table(claims), CARD_LIMITS]  # fmt: skip
+    parts = [
+        CARD_HEADER,
+        provenance_line(facts),
+        "## Accuracy",
+        accuracy_table(claims, facts["headline_scoring"]),
+        "## What each step changed",
+        steps_table(claims, facts["headline_source"], facts["headline_scoring"]),
+        "## Cost",
+        cost_table(claims),
+        CARD_LIMITS,
+    ]
     with atomic_path(path) as scratch:
         scratch.write_text("\n\n".join(parts) + "\n")
     return path
@@ -81,22 +91,39 @@ def accuracy_table(claims: pd.DataFrame, scoring: str) -> str:
     for variant in (v for v in VARIANTS if v in set(table.variant)):
         mine = table[table.variant == variant].set_index("claim")
         cells = [mine.loc[f"accuracy/{s}"] if f"accuracy/{s}" in mine.index else None for s in sources]
-        rows.append([LABELS[variant], *(f"{c.value:.2f} [{c.ci_low:.2f}, {c.ci_high:.2f}]" if c is not None else "–" for c in cells)])
+        rows.append(
+            [
+                LABELS[variant],
+                *(f"{c.value:.2f} [{c.ci_low:.2f}, {c.ci_high:.2f}]" if c is not None else "–" for c in cells),
+            ]
+        )
     return _markdown(headers, rows)
 
 
 def steps_table(claims: pd.DataFrame, source: str, scoring: str) -> str:
     """Markdown: each step of the method on one source: paired difference, interval, n, verdict, what could be seen."""
     table = claims[(claims.claim == f"accuracy_delta/{source}") & (claims.metric == scoring)]
-    rows = [[f"{LABELS[c.baseline]} → {LABELS[c.variant]}", f"{c.value:+.3f} [{c.ci_low:+.3f}, {c.ci_high:+.3f}]",
-             f"{c.n:.0f}", f"{c.p_holm:.2g}", c.verdict, f"{c.mde:.3f}"] for c in table.itertuples()]  # fmt: skip
+    rows = [
+        [
+            f"{LABELS[c.baseline]} → {LABELS[c.variant]}",
+            f"{c.value:+.3f} [{c.ci_low:+.3f}, {c.ci_high:+.3f}]",
+            f"{c.n:.0f}",
+            f"{c.p_holm:.2g}",
+            c.verdict,
+            f"{c.mde:.3f}",
+        ]
+        for c in table.itertuples()
+    ]
     return _markdown(["step", "difference, 95 % interval", "n", "p (Holm)", "verdict", "detectable from"], rows)
 
 
 def cost_table(claims: pd.DataFrame) -> str:
     """Markdown: bytes of weights, time to first token, time per token and throughput per variant."""
-    wanted = {"memory_bytes/weights": ("weights, MB", 1e-6), "ttft_s": ("first token, ms", 1e3),
-              "latency_s_per_token": ("per token, ms", 1e3)}  # fmt: skip
+    wanted = {
+        "memory_bytes/weights": ("weights, MB", 1e-6),
+        "ttft_s": ("first token, ms", 1e3),
+        "latency_s_per_token": ("per token, ms", 1e3),
+    }
     rows = []
     for variant in (v for v in VARIANTS if v in set(claims[claims.claim.isin(wanted)].variant)):
         mine = claims[claims.variant == variant].drop_duplicates("claim").set_index("claim")
@@ -111,7 +138,14 @@ def paper_table(claims: pd.DataFrame) -> str:
     for name, (what, theirs) in PAPER.items():
         mine = claims[claims.claim == f"{name}_ratio"]
         for c in mine.itertuples():
-            rows.append([what, f"{theirs:+.1%}", f"{c.value - 1:+.1%}", f"{LABELS[c.variant]} against {LABELS[c.baseline]}, {c.unit}"])
+            rows.append(
+                [
+                    what,
+                    f"{theirs:+.1%}",
+                    f"{c.value - 1:+.1%}",
+                    f"{LABELS[c.variant]} against {LABELS[c.baseline]}, {c.unit}",
+                ]
+            )
     return _markdown(["claim", "paper", "here", "measured as"], rows)
 
 
@@ -123,8 +157,16 @@ def benchmarks_table(folder: Path) -> str:
         for what, ratio in content["ratios"].items():
             met = ratio["value"] >= ratio["goal"] if ratio["better"] == "higher" else ratio["value"] <= ratio["goal"]
             sign = "≥" if ratio["better"] == "higher" else "≤"
-            rows.append([content["name"], content["device"], what.replace("_", " "), f"{ratio['value']:.2f}",
-                         f"{sign} {ratio['goal']:g}", "yes" if met else "no"])  # fmt: skip
+            rows.append(
+                [
+                    content["name"],
+                    content["device"],
+                    what.replace("_", " "),
+                    f"{ratio['value']:.2f}",
+                    f"{sign} {ratio['goal']:g}",
+                    "yes" if met else "no",
+                ]
+            )
     return _markdown(["benchmark", "device", "ratio", "measured", "goal", "met"], rows)
 
 

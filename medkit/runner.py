@@ -25,8 +25,12 @@ from medkit.outputs import FINGERPRINT, ROOT, Stage, run_dir
 from medkit.params import Params, digest, load_params
 
 PARAMETERS = {"params_file", "run", "overrides"}
-ENVIRONMENT = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1",
-               "PYTHONHASHSEED": "0"}  # fmt: skip
+ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "PYTHONHASHSEED": "0",
+}
 
 
 class RunError(RuntimeError):
@@ -79,7 +83,12 @@ def _code_only(source: str) -> str:
     tree = ast.parse(source)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             body[0] = ast.Pass()
     return ast.dump(tree)
 
@@ -130,7 +139,9 @@ def run_all(params_file: str | Path, run: str, overrides: dict | None = None, fi
         with FileLock(folder / ".lock", timeout=2):
             return _run_stages(Path(params_file).resolve(), params, run, overrides or {}, first)
     except Timeout as error:
-        raise RunError(f"run {run!r} is being worked on by another process; wait for it, or choose another --run") from error
+        raise RunError(
+            f"run {run!r} is being worked on by another process; wait for it, or choose another --run"
+        ) from error
 
 
 def _run_stages(params_file: Path, params: Params, run: str, overrides: dict, first: str | None) -> list[str]:
@@ -151,10 +162,14 @@ def _run_stages(params_file: Path, params: Params, run: str, overrides: dict, fi
     return ran
 
 
-def _execute(notebook: Path, stage: Stage, fingerprint: str, params_file: Path, overrides: dict, display: _Display) -> None:
+def _execute(
+    notebook: Path, stage: Stage, fingerprint: str, params_file: Path, overrides: dict, display: _Display
+) -> None:
     declared = set(papermill.inspect_notebook(str(notebook)))
     if declared != PARAMETERS:  # papermill itself only warns
-        raise RunError(f"{notebook.name}: the parameters cell must declare {sorted(PARAMETERS)}, it has {sorted(declared)}")
+        raise RunError(
+            f"{notebook.name}: the parameters cell must declare {sorted(PARAMETERS)}, it has {sorted(declared)}"
+        )
     executed = run_dir(stage.run) / "notebooks" / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)
     kept = {name: os.environ.get(name) for name in [*ENVIRONMENT, FINGERPRINT]}
@@ -209,9 +224,16 @@ class _Display:
     def __init__(self, num_stages: int):
         self.console = Console(stderr=True, highlight=False)
         self.progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("cells"),
-            TimeElapsedColumn(), console=self.console, transient=True, disable=not self.console.is_terminal,
-        )  # fmt: skip
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("cells"),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
         self.num_stages, self.task = num_stages, None
 
     def __enter__(self) -> _Display:

@@ -87,12 +87,26 @@ def fetch_wheel(wheel: Wheel) -> Path:
 
 def _pip_download(wheel: Wheel, into: Path) -> Path:
     requirement = f"{wheel.package}=={wheel.version}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-               "--python-version", WHEEL_PYTHON, "--dest", str(into), requirement]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--python-version",
+        WHEEL_PYTHON,
+        "--dest",
+        str(into),
+        requirement,
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     found = sorted(into.glob("*.whl"))
     if done.returncode != 0 or not found:
-        reason = next((line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "no wheel came")
+        reason = next(
+            (line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "no wheel came"
+        )
         raise SourceError(
             f"{requirement}: download failed ({reason.removeprefix('ERROR: ')}); connect to PyPI for the first run, "
             f"or copy a filled cache to {cache_root()} (MEDKIT_CACHE)"
@@ -129,7 +143,9 @@ def members(archive: Path, prefix: str) -> list[str]:
     for name in names:
         if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name:
             raise SourceError(f"{archive}: member {name!r} would escape its folder; this archive is not trusted")
-    wanted = [n for n in names if not n.endswith("/") and (n == prefix or (prefix.endswith("/") and n.startswith(prefix)))]
+    wanted = [
+        n for n in names if not n.endswith("/") and (n == prefix or (prefix.endswith("/") and n.startswith(prefix)))
+    ]
     if not wanted:
         raise SourceError(f"{archive.name}: has no member {prefix!r}; correct `member` in the params")
     return sorted(wanted)
@@ -160,8 +176,13 @@ def _fetch_hub(hub: Hub) -> Path:
         RevisionNotFoundError,
     )
 
-    where = {"repo_id": hub.repo, "revision": hub.revision, "cache_dir": cache_root() / "hub", "repo_type": hub.type,
-             "ignore_patterns": ["*.bin", "*.pth", "*.pt", "*.py", "original/*"]}  # safetensors only, no code  # fmt: skip
+    where = {
+        "repo_id": hub.repo,
+        "revision": hub.revision,
+        "cache_dir": cache_root() / "hub",
+        "repo_type": hub.type,
+        "ignore_patterns": ["*.bin", "*.pth", "*.pt", "*.py", "original/*"],
+    }  # safetensors only, no code
     try:
         return Path(snapshot_download(**where))
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -36,6 +36,10 @@ class Example:
 
     input_ids: list[int]
     loss_start: int
+
+    @property
+    def num_predicted(self) -> int:
+        return len(self.input_ids) - self.loss_start
 
 
 # logits (N, vocab_size) and targets (N,) at the predicted positions of a batch, and what the collator added about them;
@@ -67,7 +71,7 @@ def _encode(tokenizer, question: dict) -> Example:
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
     """A batch padded on the left, so that answers stand at the right edge and `labels` (B, K) needs only K columns."""
     length = max(len(e.input_ids) for e in examples)
-    num_labels = max(len(e.input_ids) - e.loss_start for e in examples)
+    num_labels = max(e.num_predicted for e in examples)
     input_ids = torch.full((len(examples), length), pad_token_id)
     attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
     labels = torch.full((len(examples), num_labels), IGNORE)
@@ -93,20 +97,31 @@ def predicted_logits(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch
 
 
 @torch.inference_mode()
-def collect_logits(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, vocab_size) and targets (N,) of all predicted positions on the CPU, example by example."""
-    found = []
-    for example in examples:
-        batch = collate([example], pad_token_id)
-        found.append(predicted_logits(model, {name: tensor.to(model.device) for name, tensor in batch.items()}))
-    return torch.cat([logits.cpu() for logits, _ in found]), torch.cat([targets.cpu() for _, targets in found])
+def iterate_predictions(
+    model: nn.Module, examples: Sequence[Example], pad_token_id: int, batch_size: int = 16
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Batches of examples of like length: their numbers, and logits (N, vocab_size) and targets (N,) in that order."""
+    by_length = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    for first in range(0, len(examples), batch_size):
+        rows = by_length[first : first + batch_size]
+        batch = collate([examples[i] for i in rows], pad_token_id)
+        yield rows, *predicted_logits(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+
+
+def collect_logits(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> torch.Tensor:
+    """Logits (N, vocab_size) of all predicted positions on the CPU; the same order for every model."""
+    return torch.cat([logits.cpu() for _, logits, _ in iterate_predictions(model, examples, pad_token_id)])
 
 
 def collect_nll(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> list[float]:
     """Mean −log p of each example's predicted tokens, in nats: one number per example, for paired comparisons."""
     model.eval()
-    found = [collect_logits(model, [example], pad_token_id) for example in examples]
-    return [nn.functional.cross_entropy(logits, targets).item() for logits, targets in found]
+    found = [0.0] * len(examples)
+    for rows, logits, targets in iterate_predictions(model, examples, pad_token_id):
+        nll = nn.functional.cross_entropy(logits, targets, reduction="none")
+        for row, part in zip(rows, nll.split([examples[i].num_predicted for i in rows]), strict=True):
+            found[row] = part.mean().item()
+    return found
 
 
 def measure_drift(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
@@ -200,7 +215,9 @@ def train(
     if not examples:
         raise TrainingError("no training examples; raise the numbers of `train` in data.datasets")
     if section.batch_size % section.micro_batch_size:
-        raise TrainingError(f"micro_batch_size {section.micro_batch_size} does not divide batch_size {section.batch_size}")
+        raise TrainingError(
+            f"micro_batch_size {section.micro_batch_size} does not divide batch_size {section.batch_size}"
+        )
     rows = [{"input_ids": e.input_ids, "row": number} for number, e in enumerate(examples)]
 
     def collator(features: list[dict]) -> dict:

@@ -53,7 +53,9 @@ class TestNotebook:
         assert places == [0]
         found = papermill.inspect_notebook(str(path))
         assert set(found) == PARAMETERS
-        assert found["params_file"]["default"] == '"../params/smoke.yaml"', "nbval injects nothing: defaults are what it runs"
+        assert found["params_file"]["default"] == '"../params/smoke.yaml"', (
+            "nbval injects nothing: defaults are what it runs"
+        )
 
     def test_cells_are_short(self, path):
         lengths = [len(cell.source.splitlines()) for cell in code(path)]
@@ -67,7 +69,14 @@ class TestNotebook:
 
     def test_shape_of_the_story(self, path):
         text = "\n".join(cell.source for cell in read(path))
-        for promise in ("| **Reads** |", "| **Writes** |", "| **Time** |", "**You will learn**", "## What we see", "**Exercises**"):
+        for promise in (
+            "| **Reads** |",
+            "| **Writes** |",
+            "| **Time** |",
+            "**You will learn**",
+            "## What we see",
+            "**Exercises**",
+        ):
             assert promise in text
         assert "stage.commit(" in code(path)[-1].source, "the manifest is written last"
         assert any("assert " in cell.source for cell in code(path)[:6]), "the idea is proved at toy size"

