@@ -95,7 +95,7 @@ def from_ledger(ledger: pd.DataFrame) -> Iterator[dict]:
 
 
 def from_bench(bench: pd.DataFrame, confidence: float) -> Iterator[dict]:
-    """`ttft_s`, `latency_s_per_token` (single requests) and `throughput_tokens_per_s/<workload>`: medians over repeats."""
+    """`ttft_s`, `latency_s_per_token` (single requests), `throughput_tokens_per_s/<workload>`: medians over repeats."""
     for (variant, workload, scheduler), rows in bench.groupby(["variant", "workload", "scheduler"], sort=False):
         names = ("ttft_s", "latency_s_per_token") if workload == "single" else ("throughput_tokens_per_s",)
         for name in names:
@@ -119,7 +119,7 @@ def from_bench(bench: pd.DataFrame, confidence: float) -> Iterator[dict]:
 
 
 def ratios(claims: list[dict]) -> Iterator[dict]:
-    """Memory of weights and latency per token of the 4-bit variants over their 16- or 32-bit start, and over the teacher.
+    """Memory of weights and latency per token: 4-bit variants over the student they come from, and over the teacher.
 
     `unit` says what was divided by what; below 1 is smaller or faster. Timings of one run only.
     """

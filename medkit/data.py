@@ -116,7 +116,7 @@ def read_pubmedqa_a(path: Path) -> Iterator[dict]:
 
 
 def read_icd_concepts(path: Path) -> pd.DataFrame:
-    """Leaf diagnoses of the ICD-10-CM tabular list: code, description, category (three characters), section, chapter."""
+    """Leaf diagnoses of the ICD-10-CM tabular list: code, description, category (A00), section, chapter."""
     rows = []
     for chapter in ET.parse(path).getroot().iter("chapter"):
         name = re.sub(r" \([A-Z]\w\w-[A-Z]\w\w\)$", "", chapter.findtext("desc"))

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
+from medkit.batching import Example, collect_nll, iterate_predictions
 from medkit.outputs import atomic_path
 from medkit.params import digest
-from medkit.training import Example, collect_nll, cross_entropy, iterate_predictions
+from medkit.training import cross_entropy
 
 INDEX = "signals.json"
 
@@ -93,7 +94,7 @@ def _read_index(folder: Path) -> dict:
 
 
 class Signals:
-    """Reader of a signal cache: per-example teacher log-probabilities, as padded batches for the collator."""
+    """Reader of a signal cache: per-example teacher log-probabilities, joined for a batch."""
 
     def __init__(self, folder: Path, key: str):
         self.index = _read_index(folder)
@@ -111,7 +112,7 @@ class Signals:
         where = slice(int(shard["offsets"][row]), int(shard["offsets"][row + 1]))
         return shard["ids"][where].long(), shard["logprobs"][where].float()
 
-    def batch(self, numbers: list[int], num_labels: int) -> dict[str, torch.Tensor]:
+    def batch(self, numbers: list[int]) -> dict[str, torch.Tensor]:
         """Signals of a batch, flattened in the order of its labelled positions: (N, k) each."""
         found = [self.example(number) for number in numbers]
         return {"teacher_ids": torch.cat([f[0] for f in found]), "teacher_logprobs": torch.cat([f[1] for f in found])}

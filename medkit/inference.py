@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from medkit import prompts
+from medkit.batching import bucket_by_length
 
 NEVER = -1  # an end token no model emits: generation then runs to its full length
 PAGE_SIZE = 64  # tokens per page of the paged key-value cache
@@ -56,17 +57,6 @@ def score_options(model: nn.Module, items: Sequence[Item], batch_tokens: int, pa
                 scores[row] = found
             bar.update(len(rows))
     return scores
-
-
-def bucket_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Batches of indices, longest first, each at most `batch_tokens` tokens after padding (a longer item goes alone)."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
 
 
 @contextmanager

@@ -105,8 +105,8 @@ class TrainParams(Section):
     epochs: PositiveFloat
     batch_size: PositiveInt
     """Examples per optimiser step on one device."""
-    micro_batch_size: PositiveInt
-    """Examples per forward pass; gradients accumulate up to `batch_size`, of which it is a divisor."""
+    slice_tokens: PositiveInt
+    """Tokens per forward pass: a batch is cut into slices of like length, whose gradients add up. Bounds memory."""
     learning_rate: PositiveFloat
     """Peak; linear warm-up, then cosine to zero."""
     warmup_fraction: Fraction

@@ -84,18 +84,17 @@ def normalise(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip(" \t\n.*\"'`")
 
 
-# A letter counts only where the text *declares* it. The first group that takes part holds the letter.
-_LETTER = r"[(\[*]*([A-Ja-j])[)\]*]*"
+# A letter counts only where the text *declares* it, and only where it cannot be a word ("the answer is a matter of …"):
+# in brackets or stars, before a mark, or before the end of the line or of the statement.
+_LETTER = r"(?:[(\[*]+([A-Ja-j])[)\]*]+|([A-Ja-j])[).:\]]|([A-Ja-j])(?=[ \t]*(?:[,;*–—-]|$|\n|because\b|since\b)))"
 _DECLARED = [
     re.compile(r"\\boxed\{\s*(?:\\text\{)?\s*([A-Ja-j])\s*\}"),
-    re.compile(rf"\banswer\s*(?:is|:|\*\*:|:\*\*)\s*(?:option\s+)?{_LETTER}(?![A-Za-z'])", re.IGNORECASE),
-    re.compile(
-        rf"\b(?:best (?:next )?step|correct (?:option|choice)|best (?:option|choice|answer)) is\s+{_LETTER}(?![A-Za-z'])"
-    ),
-    re.compile(r"\b(?:receive|choose|select|pick) option\s+([A-J])\b"),
+    re.compile(rf"(?i:\banswer\s*(?:is|:|\*+:|:\*+)\s*(?:option\s+)?){_LETTER}"),
+    re.compile(rf"(?i:\b(?:best|correct|right) (?:next step|step|option|choice|answer) is\s+(?:option\s+)?){_LETTER}"),
+    re.compile(rf"(?i:\b(?:receive|choose|select|pick) option\s+){_LETTER}"),
 ]
 _NEGATED = re.compile(r"\b(?:not|never|except)\s+(?:option\s+)?[(\[]?[A-J](?![A-Za-z'])")
-_BARE = re.compile(rf"^{_LETTER}[.:)]?(?:\s+(?P<text>.+))?$", re.DOTALL)
+_BARE = re.compile(r"^[(\[*]*(?P<letter>[A-Ja-j])[)\]*]*[.:)]?(?:\s+(?P<text>.+))?$", re.DOTALL)
 
 
 def parse(text: str, options: list[str], template: Template) -> int | None:
@@ -115,13 +114,14 @@ def parse(text: str, options: list[str], template: Template) -> int | None:
         return None
     bare = _BARE.match(text.strip())
     if bare and (bare["text"] is None or normalise(bare["text"]) in plain):
-        found = {bare[1].upper()}
-        if bare["text"] is not None and LETTERS.index(bare[1].upper()) != plain.index(normalise(bare["text"])):
+        found = {bare["letter"].upper()}
+        if bare["text"] is not None and LETTERS.index(bare["letter"].upper()) != plain.index(normalise(bare["text"])):
             return None  # the letter says one thing and the words another
     elif _NEGATED.search(text):
         return None
     else:
-        found = {match[1].upper() for pattern in _DECLARED for match in pattern.finditer(text)}
+        matches = [match for pattern in _DECLARED for match in pattern.finditer(text)]
+        found = {next(letter for letter in match.groups() if letter).upper() for match in matches}
     if len(found) != 1:
         return None
     choice = LETTERS.index(found.pop())

@@ -77,7 +77,7 @@ def measure_bytes(model: nn.Module) -> pd.DataFrame:
 
 
 def _state_tensors(state) -> list[torch.Tensor]:
-    nested = _state_tensors(state.state2) + [state.offset] if state.nested else []
+    nested = [*_state_tensors(state.state2), state.offset] if state.nested else []
     return [state.absmax, state.code, *nested]
 
 

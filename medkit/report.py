@@ -27,12 +27,12 @@ tags: [medical, distillation, lora, nf4, research]
 
 # A medical student model made by medkit
 
-A small language model distilled from a corrected teacher, fine-tuned with LoRA and quantised. Made to show what each step
-costs and gains."""
+A small language model distilled from a corrected teacher, fine-tuned with LoRA and quantised. Made to show what each
+step costs and gains."""
 CARD_LIMITS = """## Limits
 
-Not for any decision about a person's health. One seed; the headline task is made from ICD-10-CM and is no exam of clinical
-knowledge; on the published exams a result that cannot be told from chance is chance."""
+Not for any decision about a person's health. One seed; the headline task is made from ICD-10-CM and is no exam of
+clinical knowledge; on the published exams a result that cannot be told from chance is chance."""
 
 
 def load_results(path: Path) -> tuple[pd.DataFrame, dict]:

@@ -151,7 +151,7 @@ def _run_stages(params_file: Path, params: Params, run: str, overrides: dict, fi
         for number, notebook in enumerate(notebooks(), 1):
             stage = Stage(run, notebook.stem)
             done = stage.is_whole() and stage.manifest()["fingerprint"] == wanted[stage.name]
-            if done and not ran and (first is None or stage.name < first):
+            if done and (first is None or stage.name < first):
                 display.say(f"[{number}/{len(names)}] {stage.name}: up to date")
                 continue
             stage.reopen()

@@ -15,10 +15,22 @@ DEVICE = "cuda"
 VOCAB, LAYERS, HEADS, KV_HEADS, HEAD_DIM = 1024, 2, 8, 2, 32
 # The 16 NF4 levels: quantiles of a standard normal, scaled to [-1, 1] (QLoRA, appendix E).
 NF4_LEVELS = [
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
 ]
 BLOCK = 64  # weights that share one NF4 scale
 
@@ -26,9 +38,17 @@ BLOCK = 64  # weights that share one NF4 scale
 def small_llama(dtype=torch.float32, attention="sdpa"):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=HEADS * HEAD_DIM, intermediate_size=512, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, tie_word_embeddings=False,
-        initializer_range=0.1, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        vocab_size=VOCAB,
+        hidden_size=HEADS * HEAD_DIM,
+        intermediate_size=512,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
     )
     return LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention).to(DEVICE).eval()
 
@@ -75,9 +95,9 @@ def test_nf4_double_quantisation_keeps_the_scales(bnb):
 def test_nf4_linear_equals_its_dequantised_weight(bnb, rows):
     """One row takes the fused kernel of decoding, many rows the path of prefill."""
     torch.manual_seed(0)
-    layer = bnb.nn.Linear4bit(
-        1024, 768, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4"
-    ).to(DEVICE)
+    layer = bnb.nn.Linear4bit(1024, 768, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4").to(
+        DEVICE
+    )
     x = torch.randn(rows, 1024, device=DEVICE, dtype=torch.bfloat16)
     weight = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
     with torch.no_grad():

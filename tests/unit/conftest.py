@@ -34,10 +34,19 @@ def make_tokenizer():
         backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=VOCAB - 4, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+            vocab_size=VOCAB - 4,
+            special_tokens=SPECIAL,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
         )
         backend.train_from_iterator(SENTENCES * 20, trainer)
-        named = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "pad_token": SPECIAL[0], "chat_template": CHATML, **changes}
+        named = {
+            "bos_token": SPECIAL[1],
+            "eos_token": SPECIAL[2],
+            "pad_token": SPECIAL[0],
+            "chat_template": CHATML,
+            **changes,
+        }
         return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in named.items() if v is not None})
 
     return make
@@ -76,7 +85,7 @@ def make_llama():
 @pytest.fixture(scope="session")
 def make_examples():
     """examples(count, seed=0): random sequences of 6 to 24 tokens, half of them or less to be predicted."""
-    from medkit.training import Example
+    from medkit.batching import Example
 
     def make(count, seed=0):
         draw = random.Random(seed)
@@ -92,8 +101,14 @@ def make_section():
     from medkit.params import TrainParams
 
     def make(**changes):
-        settings = {"epochs": 2.0, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, "warmup_fraction": 0.1,
-                    "save_every_steps": 2}  # fmt: skip
+        settings = {
+            "epochs": 2.0,
+            "batch_size": 4,
+            "slice_tokens": 512,
+            "learning_rate": 1e-3,
+            "warmup_fraction": 0.1,
+            "save_every_steps": 2,
+        }
         return TrainParams(**{**settings, **changes})
 
     return make

@@ -39,7 +39,9 @@ def committed(name: str = "01_data", **files: str) -> Stage:
 # --- names ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["../evil", "a/b", "/tmp/x", "..", ".", "", ".hidden", "a b", "a\\b", "a\n", "-x", "~", "ü", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["../evil", "a/b", "/tmp/x", "..", ".", "", ".hidden", "a b", "a\\b", "a\n", "-x", "~", "ü", "a\0b"]
+)
 def test_run_name_with_a_path_in_it_is_refused(name, root):
     for use in (run_dir, lambda n: Stage(n, "01_data")):
         with pytest.raises(StageError, match="run name") as error:
@@ -96,7 +98,9 @@ def test_manifest_is_written_last(monkeypatch):
     """Whatever is written after it could be lost without anyone noticing."""
     stage, written = Stage("r", "01_data"), []
     replace = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda self, target: (written.append(Path(target).name), replace(self, target))[1])
+    monkeypatch.setattr(
+        Path, "replace", lambda self, target: (written.append(Path(target).name), replace(self, target))[1]
+    )
     stage.write_json("a.json", 1)
     stage.write_table("b.parquet", TABLE)
     stage.commit()
@@ -191,7 +195,9 @@ def test_require_gives_files_and_folders_of_a_complete_stage():
     assert reader.require("02_distillation", "signals").read_text() == "s"
 
 
-@pytest.mark.parametrize("filename", ["questions.parquet", "studen", "student/mode", "student/model/x", "../r/02_distillation/signals", ""])
+@pytest.mark.parametrize(
+    "filename", ["questions.parquet", "studen", "student/mode", "student/model/x", "../r/02_distillation/signals", ""]
+)
 def test_require_refuses_what_was_not_committed(filename):
     committed("02_distillation", **{"student/model": "w", "signals": "s"})
     with pytest.raises(StageError, match="run notebook 02_distillation first"):
@@ -258,7 +264,9 @@ def test_full_disk_while_writing_json_keeps_the_old_file(monkeypatch):
     with pytest.raises(StageError) as error:
         stage.write_json("a.json", {"new": 2})
     monkeypatch.undo()
-    assert all(part in str(error.value) for part in ("a.json", "No space left", "free space", "run the same command again"))
+    assert all(
+        part in str(error.value) for part in ("a.json", "No space left", "free space", "run the same command again")
+    )
     assert json.loads(path.read_text()) == {"old": 1}
     assert not scratch_files(path.parent)
 

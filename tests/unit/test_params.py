@@ -107,9 +107,22 @@ def test_missing_key_is_named(key, tmp_path):
     assert all(part in message for part in key.split("."))
 
 
-@pytest.mark.parametrize("section", ["", "models.", "models.teacher.", "models.teacher.source.", "data.", "data.datasets.mmlu.",
-                                     "distillation.correction.", "lora.train.", "quantization.", "inference.bench.",
-                                     "evaluation."])
+@pytest.mark.parametrize(
+    "section",
+    [
+        "",
+        "models.",
+        "models.teacher.",
+        "models.teacher.source.",
+        "data.",
+        "data.datasets.mmlu.",
+        "distillation.correction.",
+        "lora.train.",
+        "quantization.",
+        "inference.bench.",
+        "evaluation.",
+    ],
+)
 def test_unknown_key_is_named(section, tmp_path):
     message = refusal(write(tmp_path, changed(f"{section}rnak", 4)))
     assert "unknown key" in message
@@ -171,9 +184,9 @@ def test_mistyped_value_is_refused_by_name(key, value, tmp_path):
 
 @pytest.mark.parametrize(("key", "value"), [m for m in MISTYPED if "option_txt" not in m[0]], ids=lambda v: str(v)[:60])
 def test_mistyped_override_is_refused_like_a_key(key, value, tmp_path):
-    assert refusal(SMOKE, {key: value}).removeprefix(str(SMOKE)) == refusal(write(tmp_path, changed(key, value))).removeprefix(
-        str(tmp_path / "profile.yaml")
-    )
+    assert refusal(SMOKE, {key: value}).removeprefix(str(SMOKE)) == refusal(
+        write(tmp_path, changed(key, value))
+    ).removeprefix(str(tmp_path / "profile.yaml"))
 
 
 # --- values that contradict each other -----------------------------------------------------------------------------
@@ -189,7 +202,9 @@ def test_headline_source_must_be_a_tested_dataset():
 
 
 def test_asked_source_must_be_a_dataset():
-    assert "medqaa" in refusal(SMOKE, {"inference.questions": {**RAW["inference"]["questions"], "letter": {"medqaa": 4}}})
+    assert "medqaa" in refusal(
+        SMOKE, {"inference.questions": {**RAW["inference"]["questions"], "letter": {"medqaa": 4}}}
+    )
 
 
 # --- overrides -----------------------------------------------------------------------------------------------------
@@ -226,7 +241,9 @@ def test_near_miss_override_suggests_the_right_key(dotted, right):
     assert f"did you mean {right!r}" in message
 
 
-@pytest.mark.parametrize("dotted", ["zzz", "lora.zzz", "lora.adapter.rank.zzz", "", "lora.", ".lora", "lora..adapter", "seed.x"])
+@pytest.mark.parametrize(
+    "dotted", ["zzz", "lora.zzz", "lora.adapter.rank.zzz", "", "lora.", ".lora", "lora..adapter", "seed.x"]
+)
 def test_unknown_override_is_refused(dotted):
     message = refusal(SMOKE, {dotted: 1})
     assert repr(dotted) in message
@@ -277,9 +294,11 @@ def test_a_folder_is_no_params_file(tmp_path):
 
 # --- digest --------------------------------------------------------------------------------------------------------
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-                    max_leaves=12)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
 
 
 def reordered(value, rng: random.Random):

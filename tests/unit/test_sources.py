@@ -17,8 +17,13 @@ from medkit import sources
 from medkit.params import Hub, Local, Wheel
 from medkit.sources import SourceError
 
-FILES = {"pack/__init__.py": b"raise SystemExit('a data wheel was run')", "pack/data/a.jsonl": b'{"a": 1}\n' * 50,
-         "pack/data/deep/b.txt": b"b" * 5000, "pack/database.txt": b"not in data/", "pack-1.0.dist-info/METADATA": b"Name: pack\n"}  # fmt: skip
+FILES = {
+    "pack/__init__.py": b"raise SystemExit('a data wheel was run')",
+    "pack/data/a.jsonl": b'{"a": 1}\n' * 50,
+    "pack/data/deep/b.txt": b"b" * 5000,
+    "pack/database.txt": b"not in data/",
+    "pack-1.0.dist-info/METADATA": b"Name: pack\n",
+}
 
 
 def make_zip(path: Path, files: dict[str, bytes]) -> Path:
@@ -33,7 +38,9 @@ def sha256(path: Path) -> str:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"
+    }
 
 
 def leftovers(root: Path) -> list[Path]:
@@ -179,7 +186,9 @@ def test_truncated_archive_is_refused(index, tmp_path, cache, keep):
     assert not [p for p in cache.glob("members/**/*") if p.is_file()]
 
 
-@pytest.mark.parametrize("name", ["../evil", "pack/../../evil", "pack/data/../../../evil", "/etc/evil", "..\\evil", "pack\\evil"])
+@pytest.mark.parametrize(
+    "name", ["../evil", "pack/../../evil", "pack/data/../../../evil", "/etc/evil", "..\\evil", "pack\\evil"]
+)
 def test_escaping_member_is_refused_whatever_is_asked_for(index, tmp_path, name):
     index.served = make_zip(tmp_path / "evil.whl", {**FILES, name: b"evil"})
     before = set(tmp_path.rglob("*"))
@@ -197,7 +206,9 @@ def test_harmless_dots_are_no_escape(index, tmp_path, name):
     assert sources.fetch(wheel_of(index, name)).read_bytes() == b"fine"
 
 
-@pytest.mark.parametrize("member", ["pack/none.txt", "pack/dat", "pack/data", "data/", "pack/data/a.jsonl/", "", "/", "../pack/data/"])
+@pytest.mark.parametrize(
+    "member", ["pack/none.txt", "pack/dat", "pack/data", "data/", "pack/data/a.jsonl/", "", "/", "../pack/data/"]
+)
 def test_missing_member_is_named(index, cache, member):
     with pytest.raises(SourceError, match="no member") as error:
         sources.fetch(wheel_of(index, member))
@@ -369,7 +380,9 @@ def test_a_killed_builder_frees_the_lock(index, cache, tmp_path):
     log, start = tmp_path / "log", tmp_path / "start"
     start.touch()
     slow = FETCH.replace("time.sleep(0.3)", "time.sleep(60)")
-    process = subprocess.Popen([sys.executable, "-c", slow, str(index.served), str(log), sha256(index.served), str(start)])
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow, str(index.served), str(log), sha256(index.served), str(start)]
+    )
     while not log.exists():
         assert process.poll() is None
         time.sleep(0.02)

@@ -1,0 +1,127 @@
+"""Questions → token sequences → padded batches → logits at the positions that are predicted, and nowhere else.
+
+Training, signal capture and every comparison of two models go through these few functions, so a position means the same
+in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+from torch import nn
+
+from medkit import prompts
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training sequence; positions from `loss_start` on are predicted, the rest is given."""
+
+    input_ids: list[int]
+    loss_start: int
+
+    @property
+    def num_predicted(self) -> int:
+        return len(self.input_ids) - self.loss_start
+
+
+def encode_questions(tokenizer, questions: pd.DataFrame) -> list[Example]:
+    """One example per question row. The loss covers the answer and its end token, nothing else.
+
+    A row without an answer (split `transfer`) is learned as text: the loss covers the question itself.
+    """
+    return [_encode(tokenizer, question) for question in questions.to_dict("records")]
+
+
+def _encode(tokenizer, question: dict) -> Example:
+    template = prompts.pick_template(question["kind"], "option_text")
+    messages = prompts.render(question, template)
+    if question["answer"] >= 0:
+        answer = prompts.answers(question, template)[question["answer"]]
+        prompt_ids, answer_ids = prompts.encode(tokenizer, messages, answer)
+        return Example([*prompt_ids, *answer_ids], len(prompt_ids))
+    text_ids, _ = prompts.encode(tokenizer, messages)
+    frame_ids, _ = prompts.encode(tokenizer, [messages[0], {"role": "user", "content": ""}])
+    same = next(i for i, pair in enumerate(zip(text_ids, frame_ids, strict=False)) if pair[0] != pair[1])
+    return Example(text_ids, same)
+
+
+def bucket_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Batches of indices, longest first, of at most `batch_tokens` tokens with padding; a longer item goes alone."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
+        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """A batch padded on the left, so that answers stand at the right edge and `labels` (B, K) needs only K columns."""
+    length = max(len(e.input_ids) for e in examples)
+    num_labels = max(e.num_predicted for e in examples)
+    input_ids = torch.full((len(examples), length), pad_token_id)
+    attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
+    labels = torch.full((len(examples), num_labels), IGNORE)
+    for row, example in enumerate(examples):
+        answer = example.input_ids[example.loss_start :]
+        input_ids[row, length - len(example.input_ids) :] = torch.tensor(example.input_ids)
+        attention_mask[row, length - len(example.input_ids) :] = 1
+        labels[row, num_labels - len(answer) :] = torch.tensor(answer)
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
+
+
+def predicted_logits(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, vocab_size) and targets (N,) at the N labelled positions; the head sees no other position.
+
+    Goes through `model(...)`, so that DDP and FSDP hooks run.
+    """
+    labels = batch["labels"]
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
+    logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
+    mask = labels != IGNORE
+    return logits[mask].float(), labels[mask]
+
+
+@torch.inference_mode()
+def iterate_predictions(
+    model: nn.Module, examples: Sequence[Example], pad_token_id: int, batch_tokens: int = 1024
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Batches of examples of like length: their numbers, and logits (N, vocab_size) and targets (N,) in that order."""
+    for rows in bucket_by_length([len(e.input_ids) for e in examples], batch_tokens):
+        batch = collate([examples[i] for i in rows], pad_token_id)
+        yield rows, *predicted_logits(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+
+
+def collect_logits(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> torch.Tensor:
+    """Logits (N, vocab_size) of all predicted positions on the CPU; the same order for every model."""
+    return torch.cat([logits.cpu() for _, logits, _ in iterate_predictions(model, examples, pad_token_id)])
+
+
+def collect_nll(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> list[float]:
+    """Mean −log p of each example's predicted tokens, in nats: one number per example, for paired comparisons."""
+    model.eval()
+    found = [0.0] * len(examples)
+    for rows, logits, targets in iterate_predictions(model, examples, pad_token_id):
+        nll = nn.functional.cross_entropy(logits, targets, reduction="none")
+        for row, part in zip(rows, nll.split([examples[i].num_predicted for i in rows]), strict=True):
+            found[row] = part.mean().item()
+    return found
+
+
+def measure_drift(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
+    """What was done to logits (N, V): mean KL(before ‖ after) in nats, largest change, share of changed top tokens."""
+    p, q = before.log_softmax(-1), after.log_softmax(-1)
+    return {
+        "positions": len(before),
+        "kl_nats": (p.exp() * (p - q)).sum(-1).mean().item(),
+        "max_abs_logit": (before - after).abs().max().item(),
+        "top1_changed": (before.argmax(-1) != after.argmax(-1)).float().mean().item(),
+    }
