@@ -43,8 +43,8 @@ format: .venv/done  ## ruff's fixes and layout
 	$(PY) -m ruff format --quiet .
 
 notebooks: .venv/done  ## run the notebooks in place with the smoke profile, keep only checked outputs
-	MEDKIT_OUTPUTS=$$(mktemp -d) $(PY) -m nbclient.cli --inplace notebooks/[0-9]*.ipynb
-	$(PY) -m nbstripout --keep-count --keep-id notebooks/[0-9]*.ipynb
+	MEDKIT_OUTPUTS=$$(mktemp -d) .venv/bin/jupyter execute --inplace notebooks/[0-9]*.ipynb
+	.venv/bin/nbstripout --keep-count --keep-id notebooks/[0-9]*.ipynb
 
 readme: .venv/done  ## regenerate README's tables from docs/results
 	$(PY) -m cogapp -r README.md

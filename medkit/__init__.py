@@ -5,6 +5,7 @@ import warnings
 
 __version__ = "0.1.0"
 
-# noise at import that no reader can act on: an optional kernel of bitsandbytes, a name transformers is renaming
+# noise that no reader can act on: an optional kernel, a name that transformers is renaming, progress without widgets
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="IProgress not found")
 warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

@@ -68,7 +68,7 @@ def capture_signals(
         with atomic_path(folder / INDEX) as scratch:
             scratch.write_text(json.dumps(index, indent=1))
     starts = range(0, len(examples), shard_examples)
-    for number, start in enumerate(tqdm(starts, desc="capturing signals", unit="shard", delay=2, mininterval=2)):
+    for number, start in enumerate(tqdm(starts, desc="capturing signals", unit="shard", delay=2, mininterval=10)):
         path = folder / f"{number:05d}.safetensors"
         if not path.exists():
             shard = _capture_shard(model, examples[start : start + shard_examples], k, pad_token_id)
@@ -182,7 +182,7 @@ def measure_layer_importance(model: nn.Module, examples: Sequence[Example], pad_
     layers = model.get_decoder().layers
     full = np.mean(collect_nll(model, examples, pad_token_id))
     importance = []
-    for i, layer in enumerate(tqdm(list(layers), desc="layer importance", unit="layer", delay=2, mininterval=2)):
+    for i, layer in enumerate(tqdm(list(layers), desc="layer importance", unit="layer", delay=2, mininterval=10)):
         layer.forward, kept = lambda hidden_states, *args, **kwargs: hidden_states, layer.forward
         importance.append(float(np.mean(collect_nll(model, examples, pad_token_id)) - full))
         layers[i].forward = kept

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from medkit import sources
@@ -99,6 +99,19 @@ def load_model(folder: Path, models: ModelsParams, keep: Sequence[int] = (), **q
         **quantization,
     )
     return keep_layers(model, keep).eval()
+
+
+def make_toy_model(vocab_size: int = 64) -> nn.Module:
+    """A two-layer Llama with random weights (from torch's seed): the real code path, and no knowledge."""
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def keep_layers(model: nn.Module, keep: Sequence[int]) -> nn.Module:

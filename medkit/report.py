@@ -155,18 +155,10 @@ def benchmarks_table(folder: Path) -> str:
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
         for what, ratio in content["ratios"].items():
-            met = ratio["value"] >= ratio["goal"] if ratio["better"] == "higher" else ratio["value"] <= ratio["goal"]
-            sign = "≥" if ratio["better"] == "higher" else "≤"
-            rows.append(
-                [
-                    content["name"],
-                    content["device"],
-                    what.replace("_", " "),
-                    f"{ratio['value']:.2f}",
-                    f"{sign} {ratio['goal']:g}",
-                    "yes" if met else "no",
-                ]
-            )
+            higher, goal = ratio["better"] == "higher", ratio["goal"]
+            met = "–" if goal is None else "yes" if (ratio["value"] >= goal) == higher else "no"
+            sign = "" if goal is None else f"{'≥' if higher else '≤'} {goal:g}"
+            rows.append([content["name"], content["device"], f"`{what}`", f"{ratio['value']:.2f}", sign, met])
     return _markdown(["benchmark", "device", "ratio", "measured", "goal", "met"], rows)
 
 

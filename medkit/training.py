@@ -83,7 +83,7 @@ class _Progress(TrainerCallback):
     """One tqdm bar with the current loss, on a terminal as in a notebook."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training", mininterval=2)
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training", mininterval=10)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:

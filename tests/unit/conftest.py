@@ -19,6 +19,7 @@ SENTENCES = [
     "You answer medical questions. Which vitamin prevents scurvy? Vitamin C.",
     "A. insulin\nB. glucagon\nC. cortisol\nD. aldosterone\nAnswer with the letter of the correct option. A B C D",
     "Does aspirin reduce fever? Answer yes, no or maybe. yes no maybe, the dose is 325 mg.",
+    *["Answer: A B C D"] * 5,
 ]
 
 
@@ -59,7 +60,7 @@ def tokenizer(make_tokenizer):
 
 @pytest.fixture(scope="session")
 def make_llama():
-    """llama(seed=0, layers=3, **config): random float32 weights, in eval mode; norms differ, so that none can be mixed up."""
+    """llama(seed=0, layers=3, **config): random float32 weights; norms differ, so that none can be mixed up."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -67,10 +68,19 @@ def make_llama():
 
     def make(seed=0, layers=3, **changes):
         config = {
-            "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True,
-            "initializer_range": 0.1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-        }  # fmt: skip
+            "vocab_size": VOCAB,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.1,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**{**config, **changes}))
         with torch.no_grad():
@@ -125,11 +135,13 @@ def models_params():
 @pytest.fixture
 def questions():
     """A questions table: two exam questions and an abstract with answers, a transfer question without."""
+    vitamins, hormones = ["vitamin A", "vitamin C", "vitamin D", "zinc"], ["insulin", "glucagon", "cortisol"]
+    trial = "120 patients were given 325 mg."
     rows = [
-        ("q0", "exam", "test", "choice", "Which vitamin prevents scurvy?", "", ["vitamin A", "vitamin C", "vitamin D", "zinc"], 1),
-        ("q1", "exam", "test", "choice", "Which hormone lowers glucose?", "", ["insulin", "glucagon", "cortisol"], 0),
-        ("q2", "trial", "test", "abstract", "Does aspirin reduce fever?", "120 patients were given 325 mg.", ["yes", "no", "maybe"], 0),
+        ("q0", "exam", "test", "choice", "Which vitamin prevents scurvy?", "", vitamins, 1),
+        ("q1", "exam", "test", "choice", "Which hormone lowers glucose?", "", hormones, 0),
+        ("q2", "trial", "test", "abstract", "Does aspirin reduce fever?", trial, ["yes", "no", "maybe"], 0),
         ("q3", "exam", "transfer", "choice", "Which organ makes bile?", "", ["liver", "heart"], -1),
-    ]  # fmt: skip
+    ]
     columns = ["id", "source", "split", "kind", "question", "context", "options", "answer"]
     return pd.DataFrame(rows, columns=columns).assign(group=range(len(rows)), subject="")

@@ -11,17 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medkit import data
-from medkit.data import (
-    DataError,
-    assign_pools,
-    drop_long,
-    group_near_duplicates,
-    split_options,
-    take_splits,
-    training_rows,
-)
+from medkit import data, readers
+from medkit.data import DataError, assign_pools, drop_long, group_near_duplicates, take_splits, training_rows
 from medkit.params import DatasetParams, Hub, Local
+from medkit.readers import split_options
 
 HERE = Local(kind="local", path="unused")
 
@@ -110,19 +103,19 @@ def wheel_data(tmp_path) -> Path:
 
 
 def test_medqa_has_five_options_and_is_test(wheel_data):
-    (row,) = data.read_medqa(wheel_data)
+    (row,) = readers.read_medqa(wheel_data)
     assert row["question"] == "Which drug?"
     assert row["options"][row["answer"]] == "e"
     assert (row["pool"], row["kind"], row["context"]) == ("test", "choice", "")
 
 
 def test_mmlu_is_test(wheel_data):
-    (row,) = data.read_mmlu(wheel_data)
+    (row,) = readers.read_mmlu(wheel_data)
     assert (row["options"][row["answer"]], row["pool"]) == ("radius", "test")
 
 
 def test_medmcqa_is_split_here_and_its_unlabelled_part_transfers(wheel_data):
-    rows = list(data.read_medmcqa(wheel_data))
+    rows = list(readers.read_medmcqa(wheel_data))
     assert Counter(row["pool"] for row in rows) == {None: 2, "transfer": 2}
     assert {row["subject"] for row in rows} == {"Anatomy", "Social Preventive Medicine"}
     assert {row["answer"] for row in rows if row["pool"]} == {-1}
@@ -130,7 +123,7 @@ def test_medmcqa_is_split_here_and_its_unlabelled_part_transfers(wheel_data):
 
 
 def test_pubmedqa_has_its_abstract_without_the_numbering(wheel_data):
-    (labelled,), (artificial,) = data.read_pubmedqa(wheel_data), data.read_pubmedqa_a(wheel_data)
+    (labelled,), (artificial,) = readers.read_pubmedqa(wheel_data), readers.read_pubmedqa_a(wheel_data)
     assert labelled["context"] == "First part. Second part (n = 3)."
     assert (labelled["options"][labelled["answer"]], labelled["pool"]) == ("maybe", "test")
     assert (artificial["options"][artificial["answer"]], artificial["pool"]) == ("no", "train")
@@ -138,10 +131,10 @@ def test_pubmedqa_has_its_abstract_without_the_numbering(wheel_data):
 
 
 def test_all_readers_make_one_schema(wheel_data):
-    datasets = {name: wanted() for name in data.READERS}
+    datasets = {name: wanted() for name in readers.READERS}
     table, rejected = data.load_questions(datasets, dict.fromkeys(datasets, wheel_data), seed=0)
     assert set(data.COLUMNS) - {"split"} <= set(table.columns)
-    assert set(table.source) == set(data.READERS)
+    assert set(table.source) == set(readers.READERS)
     assert table.id.is_unique
     assert rejected.empty
     assert list(rejected.columns) == ["source", "reason", "count"]
@@ -151,7 +144,7 @@ def test_all_readers_make_one_schema(wheel_data):
 def test_a_line_that_is_no_json_is_named_by_file_and_line(wheel_data):
     path = write_jsonl(wheel_data / "MedQA" / "test.jsonl", [lettered("q?", "a", "b"), "", '{"question": "cut of'])
     with pytest.raises(DataError, match=r"test\.jsonl:3") as error:
-        list(data.read_medqa(wheel_data))
+        list(readers.read_medqa(wheel_data))
     assert str(path) in str(error.value)
 
 
@@ -245,7 +238,7 @@ def test_nothing_is_lost_in_silence(wheel_data):
 
 def test_a_source_of_which_nothing_is_left_is_named(wheel_data):
     write_jsonl(wheel_data / "MedQA" / "test.jsonl", [record for record, _ in BAD])
-    with pytest.raises(DataError, match="medqa.*fewer than two options"):
+    with pytest.raises(DataError, match=r"medqa.*fewer than two options"):
         data.load_questions({"mmlu": wanted(), "medqa": wanted()}, {"mmlu": wheel_data, "medqa": wheel_data}, seed=0)
 
 
@@ -615,9 +608,8 @@ def icd_xml(path: Path) -> Path:
         sections.append(f'<section id="{letter}90-{letter}92"><desc>Only three</desc>{small}</section>')
         same = f"<diag><name>{letter}95</name><desc>Told the same in every chapter</desc></diag>"
         sections.append(f'<section id="{letter}95-{letter}95"><desc>Once</desc>{same}</section>')
-        chapters.append(
-            f"<chapter><name>{c + 1}</name><desc>Chapter {letter} ({letter}00-{letter}99)</desc>{''.join(sections)}</chapter>"
-        )
+        name = f"<name>{c + 1}</name><desc>Chapter {letter} ({letter}00-{letter}99)</desc>"
+        chapters.append(f"<chapter>{name}{''.join(sections)}</chapter>")
     special = '<section id="U00-U49"><diag><name>U07.1</name><desc>New illness</desc></diag></section>'
     chapters.append(f"<chapter><name>22</name><desc>Codes for special purposes (U00-U85)</desc>{special}</chapter>")
     path.write_text(f"<ICD10CM.tabular><version>2026</version>{''.join(chapters)}</ICD10CM.tabular>")
@@ -626,7 +618,7 @@ def icd_xml(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def concepts(tmp_path_factory) -> pd.DataFrame:
-    return data.read_icd_concepts(icd_xml(tmp_path_factory.mktemp("icd") / "tabular.xml"))
+    return readers.read_icd_concepts(icd_xml(tmp_path_factory.mktemp("icd") / "tabular.xml"))
 
 
 def test_concepts_are_leaves_with_their_places(concepts):
@@ -639,10 +631,10 @@ def test_concepts_are_leaves_with_their_places(concepts):
     assert "A90" in set(concepts.code)  # a category that is a code itself
 
 
-@pytest.mark.parametrize("kind", data.ICD_KINDS)
+@pytest.mark.parametrize("kind", readers.ICD_KINDS)
 def test_icd_questions_are_sound(concepts, kind):
     by_text, by_code = concepts.set_index("description"), concepts.set_index("code")
-    rows = list(data.make_icd_questions(concepts, kind, 100, seed=3))
+    rows = list(readers.make_icd_questions(concepts, kind, 100, seed=3))
     assert len(rows) == 100
     assert len({row["question"] for row in rows}) == 100
     for row in rows:
@@ -666,31 +658,31 @@ def test_icd_questions_are_sound(concepts, kind):
         assert row["subject"] == concept.chapter
 
 
-@pytest.mark.parametrize("kind", data.ICD_KINDS)
+@pytest.mark.parametrize("kind", readers.ICD_KINDS)
 def test_icd_questions_depend_on_the_seed_alone(concepts, kind):
-    make = lambda seed, count=40: list(data.make_icd_questions(concepts, kind, count, seed))  # noqa: E731
+    make = lambda seed, count=40: list(readers.make_icd_questions(concepts, kind, count, seed))  # noqa: E731
     assert make(1) == make(1)
     assert make(1) != make(2)
     assert make(1)[:20] == make(1, 20)
 
 
 def test_icd_questions_spread_over_chapters_and_places(concepts):
-    rows = list(data.make_icd_questions(concepts, "icd_chapter", 120, seed=0))
+    rows = list(readers.make_icd_questions(concepts, "icd_chapter", 120, seed=0))
     assert set(Counter(row["subject"] for row in rows).values()) == {20}
     assert min(Counter(row["answer"] for row in rows).values()) > 15
 
 
 def test_icd_gives_all_it_has_and_no_more(concepts):
-    assert len(list(data.make_icd_questions(concepts, "icd_chapter", -1, seed=0))) == len(concepts)
-    hard = list(data.make_icd_questions(concepts, "icd_hard", -1, seed=0))
+    assert len(list(readers.make_icd_questions(concepts, "icd_chapter", -1, seed=0))) == len(concepts)
+    hard = list(readers.make_icd_questions(concepts, "icd_hard", -1, seed=0))
     assert len(hard) == 6 * 3 * 4 * 3  # a section of three codes has no hard question
-    assert list(data.make_icd_questions(concepts, "icd_easy", 0, seed=0)) == []
+    assert list(readers.make_icd_questions(concepts, "icd_easy", 0, seed=0)) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_category_is_never_learned_in_one_kind_and_tested_in_another(tmp_path, seed):
     path = icd_xml(tmp_path / "tabular.xml")
-    datasets = {kind: wanted(20, 1, 10) for kind in data.ICD_KINDS}
+    datasets = {kind: wanted(20, 1, 10) for kind in readers.ICD_KINDS}
     questions, _ = data.load_questions(datasets, dict.fromkeys(datasets, path), seed)
     after = assign_pools(questions, seed)
     assert after.groupby("group").pool.nunique().max() == 1

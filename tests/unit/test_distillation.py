@@ -237,7 +237,7 @@ def test_k_beyond_the_vocabulary_keeps_all_of_it(teacher, make_examples, tmp_pat
 def test_signals_arrive_in_the_order_of_the_predicted_positions(
     make_llama, make_examples, make_section, tmp_path, shift
 ):
-    """A student that hears itself has nothing to learn: its KL is 0 unless positions are mixed up, as in the control."""
+    """A student that hears itself has nothing to learn: its KL is 0, unless positions are mixed up (the control)."""
     student, examples = make_llama(initializer_range=0.5), make_examples(10)
     examples = [batching.Example(e.input_ids[-6:], 2) for e in examples]  # alike in length, so the control fits
     capture(student, examples, tmp_path / "signals")

@@ -13,9 +13,9 @@ PACKAGE = ROOT / "medkit"
 LAYERS = [
     ["params"],
     ["outputs", "sources", "prompts", "evaluation", "figures", "claims"],
-    ["data", "models", "batching"],
-    ["training", "edge", "quantization", "lora", "inference"],
-    ["distillation"],
+    ["readers", "models", "batching"],
+    ["data", "training", "edge", "quantization", "lora", "scoring"],
+    ["distillation", "inference"],
     ["report", "runner"],
     ["__main__"],
 ]
@@ -24,7 +24,14 @@ BESIDE = {
     ("evaluation", "prompts"): "generated text is parsed when it is judged, so that a better parser needs no GPU",
     ("claims", "evaluation"): "a claim's interval is computed where intervals are",
 }
-WITHOUT_TORCH = [*LAYERS[0], *LAYERS[1], "data", *LAYERS[-2], *LAYERS[-1]]  # the command line answers at once too
+WITHOUT_TORCH = [
+    *LAYERS[0],
+    *LAYERS[1],
+    "readers",
+    "data",
+    *LAYERS[-2],
+    *LAYERS[-1],
+]  # the command line answers at once too
 HEAVY = ["torch", "transformers", "pandas", "numpy", "pydantic", "yaml", "matplotlib", "papermill", "datasets"]
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 

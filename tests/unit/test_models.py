@@ -53,8 +53,17 @@ def test_a_cut_model_generates_alike_with_and_without_its_cache(make_llama):
 
 
 def test_cutting_shortens_the_list_of_layer_types(tmp_path):
-    config = Qwen2Config(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-                         num_key_value_heads=2, use_sliding_window=True, sliding_window=4, max_window_layers=1)  # fmt: skip
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
+    )
     types = list(config.layer_types)
     assert len(set(types)) == 2
     model = models.keep_layers(Qwen2ForCausalLM(config).eval(), [1, 2])

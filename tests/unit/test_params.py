@@ -79,8 +79,6 @@ def test_profiles_have_the_same_keys(path):
 @pytest.mark.parametrize("path", PROFILES, ids=lambda p: p.stem)
 def test_profile_asks_only_for_what_it_has(path):
     params = load_params(path)
-    for section in (params.distillation.correction_train, params.distillation.student_train, params.lora.train):
-        assert section.batch_size % section.micro_batch_size == 0
     for scoring, wanted in params.inference.questions.items():
         for source, count in wanted.items():
             there = params.data.datasets[source].test
@@ -190,11 +188,6 @@ def test_mistyped_override_is_refused_like_a_key(key, value, tmp_path):
 
 
 # --- values that contradict each other -----------------------------------------------------------------------------
-
-
-def test_micro_batch_must_divide_the_batch():
-    message = refusal(SMOKE, {"lora.train.batch_size": 16, "lora.train.micro_batch_size": 3})
-    assert "micro_batch_size" in message
 
 
 def test_headline_source_must_be_a_tested_dataset():
@@ -308,13 +301,13 @@ def reordered(value, rng: random.Random):
     return [reordered(item, rng) for item in value] if isinstance(value, list) else value
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(JSON, st.integers(0, 9))
 def test_digest_does_not_see_the_order_of_keys(value, seed):
     assert digest(value) == digest(reordered(value, random.Random(seed)))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(JSON, JSON)
 def test_digest_tells_different_values_apart(one, other):
     same = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

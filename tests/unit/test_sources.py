@@ -239,7 +239,7 @@ def test_hub_without_a_network_names_the_cure(monkeypatch):
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(SourceError, match="owner/model@abc.*local"):
+    with pytest.raises(SourceError, match=r"owner/model@abc.*local"):
         sources.fetch(Hub(kind="hub", repo="owner/model", revision="abc", type="model", subset=""))
 
 

