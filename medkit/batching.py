@@ -47,8 +47,14 @@ def _encode(tokenizer, question: dict) -> Example:
         return Example([*prompt_ids, *answer_ids], len(prompt_ids))
     text_ids, _ = prompts.encode(tokenizer, messages)
     frame_ids, _ = prompts.encode(tokenizer, [messages[0], {"role": "user", "content": ""}])
-    same = next(i for i, pair in enumerate(zip(text_ids, frame_ids, strict=False)) if pair[0] != pair[1])
-    return Example(text_ids, same)
+    before = _shared(text_ids, frame_ids)
+    after = _shared(text_ids[before:][::-1], frame_ids[before:][::-1])
+    return Example(text_ids[: len(text_ids) - after], before)
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many first elements two sequences have in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def bucket_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

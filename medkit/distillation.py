@@ -23,6 +23,7 @@ from medkit.params import digest
 from medkit.training import cross_entropy
 
 INDEX = "signals.json"
+FLOOR = 1e-6
 
 
 class SignalsError(RuntimeError):
@@ -79,6 +80,7 @@ def capture_signals(
 
 def _capture_shard(model: nn.Module, examples: Sequence[Example], k: int, pad_token_id: int) -> dict[str, torch.Tensor]:
     offsets = torch.tensor([0, *(e.num_predicted for e in examples)]).cumsum(0)
+    k = min(k, model.config.get_text_config().vocab_size)
     ids = torch.empty(int(offsets[-1]), k, dtype=torch.int32)
     logprobs = torch.empty(int(offsets[-1]), k, dtype=torch.float16)
     for rows, logits, _ in iterate_predictions(model, examples, pad_token_id):
@@ -103,6 +105,10 @@ class Signals:
                 f"{folder}: signals of {self.index.get('key')!r}, the run wants {key!r}; "
                 f"capture them again with this teacher, template and tokenizer"
             )
+        wanted = -(-self.index["num_examples"] // self.index["shard_examples"])
+        missing = [n for n in range(wanted) if not (folder / f"{n:05d}.safetensors").is_file()]
+        if missing:
+            raise SignalsError(f"{folder}: shards {missing[:3]} of {wanted} are missing; run capture_signals again")
         self.shards = [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
 
     def example(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,35 +127,35 @@ class Signals:
 # --- losses --------------------------------------------------------------------------------------------------------
 
 
-def _log1mexp(x: torch.Tensor) -> torch.Tensor:
-    """log(1 − eˣ) for x ≤ 0, stable at both ends; −inf where x = 0."""
-    return torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
-
-
 def sparse_kl(
     logits: torch.Tensor, teacher_ids: torch.Tensor, teacher_logprobs: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
     """KL(teacher ‖ student) per position in nats, shape (N,), over the k kept tokens and one tail bucket.
 
     logits (N, V); teacher_ids, teacher_logprobs (N, k), the log-probabilities at temperature 1. With k = V this is the
-    dense KL; it is 0 iff the teacher's kept probabilities and tail mass equal the student's. Tempering a teacher whose
-    tail is one number needs a shape for it: the tail counts as even over its V − k tokens. Never below the truth's
-    order: merging tokens into a bucket can only lower a KL (data-processing inequality).
+    dense KL; it is 0 iff the teacher's kept probabilities and tail mass equal the student's, at any temperature: both
+    tails count as even over their V − k tokens when they are tempered. At temperature 1 it is never above the dense
+    KL: merging tokens into a bucket can only lower it (data-processing inequality).
     """
-    vocab_size, k = logits.shape[-1], teacher_ids.shape[-1]
-    student = (logits / temperature).log_softmax(-1)
-    student_kept = student.gather(-1, teacher_ids)
-    tempered = teacher_logprobs / temperature
-    if k == vocab_size:
-        teacher_kept = tempered.log_softmax(-1)
-        return (teacher_kept.exp() * (teacher_kept - student_kept)).sum(-1)
-    # fp16 rounding can lift the kept mass to 1: the floor keeps the tail's log finite
-    tail = _log1mexp(teacher_logprobs.logsumexp(-1).clamp(max=-1e-6))
-    spread = math.log(vocab_size - k)
-    buckets = torch.cat([tempered, ((tail - spread) / temperature + spread).unsqueeze(-1)], dim=-1)
-    teacher = buckets.log_softmax(-1)
-    student_tail = student.scatter(-1, teacher_ids, -torch.inf).logsumexp(-1, keepdim=True)
-    return (teacher.exp() * (teacher - torch.cat([student_kept, student_tail], dim=-1))).sum(-1)
+    rest = logits.shape[-1] - teacher_ids.shape[-1]
+    student = logits.log_softmax(-1)
+    student_kept, teacher_kept = student.gather(-1, teacher_ids), teacher_logprobs
+    if rest:
+        # rounding blurs what the kept tokens leave, and can leave nothing: both tails get a millionth more
+        teacher_tail = ((-torch.expm1(teacher_logprobs.logsumexp(-1, keepdim=True))).clamp(min=0) + FLOOR).log()
+        student_tail = student.scatter(-1, teacher_ids, -torch.inf).logsumexp(-1, keepdim=True).exp().add(FLOOR).log()
+        teacher_kept = torch.cat([teacher_kept, teacher_tail], -1)
+        student_kept = torch.cat([student_kept, student_tail], -1)
+    p, q = (_temper(buckets, rest, temperature) for buckets in (teacher_kept, student_kept))
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _temper(buckets: torch.Tensor, rest: int, temperature: float) -> torch.Tensor:
+    """Log-probabilities at a temperature; the last is of a bucket of `rest` tokens, counted as even (0: no bucket)."""
+    spread = torch.zeros_like(buckets)
+    if rest:
+        spread[:, -1] = math.log(rest)
+    return ((buckets - spread) / temperature + spread).log_softmax(-1)
 
 
 def make_kd_loss(ce_weight: float, kl_weight: float, temperature: float) -> Callable:
@@ -160,6 +166,7 @@ def make_kd_loss(ce_weight: float, kl_weight: float, temperature: float) -> Call
         kl = sparse_kl(logits, extras["teacher_ids"], extras["teacher_logprobs"], temperature).sum()
         return ce_weight * ce + kl_weight * temperature**2 * kl, {**terms, "kl": kl.detach()}
 
+    loss.__qualname__ = f"kd_loss({ce_weight}, {kl_weight}, {temperature})"  # its settings, for `training.train`
     return loss
 
 
@@ -182,10 +189,12 @@ def measure_layer_importance(model: nn.Module, examples: Sequence[Example], pad_
     layers = model.get_decoder().layers
     full = np.mean(collect_nll(model, examples, pad_token_id))
     importance = []
-    for i, layer in enumerate(tqdm(list(layers), desc="layer importance", unit="layer", delay=2, mininterval=10)):
-        layer.forward, kept = lambda hidden_states, *args, **kwargs: hidden_states, layer.forward
-        importance.append(float(np.mean(collect_nll(model, examples, pad_token_id)) - full))
-        layers[i].forward = kept
+    for layer in tqdm(list(layers), desc="layer importance", unit="layer", delay=2, mininterval=10):
+        layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+        try:
+            importance.append(float(np.mean(collect_nll(model, examples, pad_token_id)) - full))
+        finally:
+            del layer.forward  # the class's own again
     return importance
 
 

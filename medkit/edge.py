@@ -6,6 +6,7 @@ Llama-family checkpoints only (Llama, SmolLM). Quantised by the `gguf` package's
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,15 @@ def export_gguf(model: nn.Module, tokenizer, path: Path, weight_type: str) -> Pa
     config = model.config
     if config.model_type != ARCHITECTURE:
         raise ExportError(f"model_type {config.model_type!r}: only {ARCHITECTURE!r} checkpoints can be exported")
+    if config.rope_parameters["rope_type"] != "default":
+        raise ExportError(f"rope_type {config.rope_parameters['rope_type']!r}: only 'default' can be exported")
+    odd = sorted(
+        n
+        for n, _ in model.named_parameters()
+        if n not in ENDS and n.split(".", 3)[3].removesuffix(".weight") not in NAMES
+    )
+    if odd:
+        raise ExportError(f"{odd[0]}: no place for this weight in a {ARCHITECTURE} file")
     kind = gguf.GGMLQuantizationType[weight_type]
     with atomic_path(path) as scratch:
         writer = gguf.GGUFWriter(scratch, ARCHITECTURE)
@@ -109,7 +119,8 @@ def _write_config(writer: gguf.GGUFWriter, config, kind: gguf.GGMLQuantizationTy
 
 def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer, vocab_size: int) -> None:
     """Byte-pair vocabulary and merges, read from the fast tokenizer's own json."""
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = backend["model"]
     if model["type"] != "BPE":
         raise ExportError(f"tokenizer of type {model['type']!r}: only byte-pair encodings can be exported")
     special = {t for t, added in tokenizer.get_added_vocab().items()} | set(tokenizer.all_special_tokens)
@@ -120,16 +131,29 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer, vocab_size: int) -> Non
         for i, t in enumerate(tokens)
     ]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(_pre_tokenizer(backend))
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
+    if tokenizer.bos_token_id is not None:
+        writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
+
+
+def _pre_tokenizer(backend: dict) -> str:
+    """llama.cpp's name for how this tokenizer splits text: bytes after GPT-2's rule, digits one by one.
+
+    A vocabulary without tokens of two digits reads the same with and without the second half.
+    """
+    splits = [part["type"] for part in backend["pre_tokenizer"].get("pretokenizers", [backend["pre_tokenizer"]])]
+    long_numbers = any(re.search(r"\d\d", token) for token in backend["model"]["vocab"])
+    if splits == ["Digits", "ByteLevel"] or (splits == ["ByteLevel"] and not long_numbers):
+        return "smollm"
+    raise ExportError(f"pre-tokenizer {splits}: only SmolLM2's (digits, then bytes) can be exported")
 
 
 def measure_bytes(path: Path) -> pd.DataFrame:

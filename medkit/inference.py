@@ -104,8 +104,9 @@ def generate_sequential(
     model: nn.Module, prompts: list[list[int]], lengths: list[int], eos: int, pad: int
 ) -> list[Generation]:
     """Greedy, one request after the other."""
-    began = time.perf_counter()
-    return [_generate(model, [p], n, [n], eos, pad, began)[0] for p, n in zip(prompts, lengths, strict=True)]
+    return [
+        _generate(model, [p], n, [n], eos, pad, time.perf_counter())[0] for p, n in zip(prompts, lengths, strict=True)
+    ]
 
 
 def generate_static(

@@ -29,6 +29,10 @@ def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
     unknown = sorted(set(section.target_modules) - linear)
     if unknown:
         raise AdapterError(f"target_modules {unknown} are no linear layers of this model; it has {sorted(linear)}")
+    shared = model.get_input_embeddings().weight
+    tied = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m.weight is shared]
+    if {name.rsplit(".", 1)[-1] for name in tied} & set(section.target_modules):
+        raise AdapterError(f"target_modules {tied}: tied to the embeddings, which merging would change as well")
     torch.manual_seed(seed)
     config = LoraConfig(
         r=section.rank,

@@ -12,7 +12,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.utils import logging as transformers_logging
 
 from medkit import sources
@@ -98,6 +105,7 @@ def load_model(folder: Path, models: ModelsParams, keep: Sequence[int] = (), **q
         device_map={"": device},
         **quantization,
     )
+    model.generation_config = GenerationConfig()  # answers are greedy here, whatever the checkpoint recommends
     return keep_layers(model, keep).eval()
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
 from medkit.batching import Example, bucket_by_length, collate, predicted_logits
@@ -40,11 +41,33 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, extras: dict) -> 
     return loss, {"ce": loss.detach()}
 
 
+class _EpochSampler(LengthGroupedSampler):
+    """Batches of like length in an order that depends on seed and epoch alone: a resumed epoch is the killed one.
+
+    transformers' own draws from the global generator, whose state at the start of an epoch a checkpoint does not hold.
+    """
+
+    def __init__(self, *args, seed: int, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+
+
 class _GivenLossTrainer(Trainer):
     """Trainer whose loss is a `Loss` and whose batch is a list of slices; the terms, per predicted token, join the log.
 
     A slice's loss is its sum over the predicted tokens of the whole batch, so that slices add up to the batch's mean.
     """
+
+    def _get_train_sampler(self, train_dataset=None):
+        lengths = [len(row["input_ids"]) for row in self.train_dataset]
+        return _EpochSampler(self.args.train_batch_size, lengths=lengths, seed=self.args.seed)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         *first, last = inputs["slices"]
@@ -104,6 +127,11 @@ def _last_whole_checkpoint(folder: Path) -> str | None:
     return get_last_checkpoint(folder)
 
 
+def _bits(tensor: torch.Tensor) -> int:
+    """The sum of a tensor's bytes: exact whatever the order, so it tells one start of a training from another."""
+    return tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64).item()
+
+
 def train(
     model: nn.Module,
     examples: Sequence[Example],
@@ -135,7 +163,8 @@ def train(
         # the Trainer counts `shift_labels` as they are, and would drop the first of `labels`
         return {"slices": slices, "labels": labels, "shift_labels": labels}
 
-    folder = checkpoints / digest([section.model_dump(), seed, [asdict(e) for e in examples]])
+    start = [(name, _bits(p)) for name, p in model.named_parameters()]
+    folder = checkpoints / digest([section.model_dump(), seed, loss.__qualname__, start, [asdict(e) for e in examples]])
     if checkpoints.is_dir():
         for other in checkpoints.iterdir():
             if other != folder:
