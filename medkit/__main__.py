@@ -36,7 +36,10 @@ def parse_overrides(pairs: list[str] | None) -> dict:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ParamsError(f"--set {pair!r}: write KEY=VALUE, e.g. --set lora.adapter.rank=4")
-        found[key] = yaml.safe_load(value)
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ParamsError(f"--set {pair!r}: the value of {key!r} is not valid yaml; quote it") from error
     return found
 
 

@@ -99,8 +99,10 @@ def group_near_duplicates(texts: pd.Series) -> np.ndarray:
     following is the most likely diagnosis") and count for nothing. Sparse: linear in words, not quadratic in texts.
     """
     rows, columns, index = [], [], {}
+    # each text once: many copies of one would make all its shingles common
+    copy_of, texts = pd.factorize(np.array([" ".join(re.findall(r"\w+", text.casefold())) for text in texts], object))
     for row, text in enumerate(texts):
-        words = re.findall(r"\w+", text.casefold())
+        words = text.split()
         shingles = {tuple(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
         rows.extend([row] * len(shingles))
         columns.extend(index.setdefault(shingle, len(index)) for shingle in shingles)
@@ -110,7 +112,7 @@ def group_near_duplicates(texts: pd.Series) -> np.ndarray:
     shared = (rare @ rare.T).tocoo()
     near = shared.data >= SHARED_FRACTION * np.minimum(size[shared.row], size[shared.col])
     edges = coo_matrix((shared.data[near], (shared.row[near], shared.col[near])), shape=shared.shape)
-    return connected_components(edges, directed=False)[1]
+    return connected_components(edges, directed=False)[1][copy_of]
 
 
 def assign_pools(questions: pd.DataFrame, seed: int) -> pd.DataFrame:
@@ -148,16 +150,17 @@ def assign_pools(questions: pd.DataFrame, seed: int) -> pd.DataFrame:
 def take_splits(questions: pd.DataFrame, datasets: dict[str, DatasetParams], seed: int) -> pd.DataFrame:
     """Draw each dataset's number of questions per split from its pools; returns the final table (COLUMNS).
 
-    A `train` pool also serves `valid` for a source that is never tested. Raises DataError when a pool is too small.
+    Where a source has no `valid` pool, its `train` pool lends whole groups. Raises DataError when a pool is too small.
     """
     taken = []
     for name, dataset in datasets.items():
         rows = questions[questions.source == name].sample(frac=1, random_state=seed)
+        train = rows[rows.pool == "train"]
+        if dataset.valid != "all" and not (rows.pool == "valid").any():
+            lent = train.group.isin(train.group.tail(dataset.valid))
+            rows.loc[train.index[lent], "pool"] = "valid"
         for split in SPLITS:
             wanted, pool = getattr(dataset, split), rows[rows.pool == split]
-            if split == "valid" and not len(pool):
-                pool = rows[rows.pool == "train"].tail(wanted if wanted != "all" else 0)
-                rows = rows.drop(pool.index)
             if wanted != "all" and wanted > len(pool):
                 raise DataError(
                     f"{name}: {wanted} questions asked for {split}, {len(pool)} are there; "

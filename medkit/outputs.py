@@ -51,11 +51,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Works for files and for folders; a folder that exists is replaced as a whole.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
-        if path.is_dir():
+        if path.is_dir() and scratch.exists():
             shutil.rmtree(path)
         scratch.replace(path)
     except OSError as error:
@@ -66,8 +66,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if scratch.is_dir():
             shutil.rmtree(scratch, ignore_errors=True)
-        else:
-            scratch.unlink(missing_ok=True)
+        elif os.path.lexists(scratch):
+            scratch.unlink()
 
 
 class Stage:
@@ -94,26 +94,29 @@ class Stage:
         """
         upstream = Stage(self.run, stage)
         listed = upstream.manifest().get("files", {})
-        if not any(f == filename or f.startswith(filename + "/") for f in listed):
+        wanted = [f for f in listed if f == filename or f.startswith(filename + "/")]
+        if not wanted or not all((upstream.dir / f).is_file() for f in wanted):
             raise StageError(f"{stage}/{filename} is not there: run notebook {stage} first (run={self.run!r})")
         return upstream.dir / filename
 
     def write_table(self, filename: str, table: pd.DataFrame) -> Path:
         """Write a parquet table whole or not at all."""
-        with atomic_path(self.path(filename)) as scratch:
+        with atomic_path(self.dir / filename) as scratch:
             table.to_parquet(scratch, index=False)
         return self.dir / filename
 
     def write_json(self, filename: str, value) -> Path:
         """Write a json file whole or not at all."""
-        with atomic_path(self.path(filename)) as scratch:
+        with atomic_path(self.dir / filename) as scratch:
             scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
         return self.dir / filename
 
     def manifest(self) -> dict:
-        """The stage's manifest, `{}` while it is not complete."""
-        path = self.dir / MANIFEST
-        return json.loads(path.read_text()) if path.exists() else {}
+        """The stage's manifest, `{}` while it is not complete (or if the manifest itself was damaged)."""
+        try:
+            return json.loads((self.dir / MANIFEST).read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
 
     def commit(self, also: Sequence[Path] = (), **facts) -> dict:
         """Close the stage: record every file with its size, provenance, and `facts`. Returns the manifest.
@@ -123,7 +126,7 @@ class Stage:
         files = {
             str(p.relative_to(self.dir)): p.stat().st_size
             for p in sorted(self.dir.rglob("*"))
-            if p.is_file() and p.name != MANIFEST and not p.name.endswith(".part")
+            if p.is_file() and p != self.dir / MANIFEST and ".part" not in {q.suffix for q in (p, *p.parents)}
         }
         files |= {os.path.relpath(p, self.dir): p.stat().st_size for p in also}
         manifest = {

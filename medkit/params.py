@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Device = Literal["auto", "cpu", "cuda"]
@@ -29,7 +38,7 @@ class ParamsError(ValueError):
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys, no silent conversion of types."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Wheel(Section):
@@ -199,6 +208,17 @@ class Params(Section):
     inference: InferenceParams
     evaluation: EvaluationParams
 
+    @model_validator(mode="after")
+    def _asks_for_what_is_there(self) -> Params:
+        asked = [
+            (f"inference.questions.{scoring}", n) for scoring, all_n in self.inference.questions.items() for n in all_n
+        ]
+        tested = sorted(name for name, dataset in self.data.datasets.items() if dataset.test != 0)
+        for key, name in [*asked, ("evaluation.headline_source", self.evaluation.headline_source)]:
+            if name not in tested:
+                raise ValueError(f"{key}: {name!r} is not tested; data.datasets with test questions: {tested}")
+        return self
+
 
 def load_params(path: str | Path, overrides: dict | None = None) -> Params:
     """Read a profile; `overrides` maps dotted keys to values, e.g. `{"lora.adapter.rank": 4}`.
@@ -210,8 +230,8 @@ def load_params(path: str | Path, overrides: dict | None = None) -> Params:
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ParamsError(f"{path}: no such params file; there are {beside or 'none in that folder'}")
     try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path}: not valid yaml: {str(error).splitlines()[0]}") from error
     if not isinstance(raw, dict):
         raise ParamsError(f"{path}: a profile is a mapping of sections, this is a {type(raw).__name__}")
@@ -243,6 +263,8 @@ def _sentence(error: dict) -> str:
             return f"unknown key {key!r}"
         case "missing":
             return f"missing key {key!r}"
+        case "value_error":
+            return f"{key}: {error['ctx']['error']}".removeprefix(": ")
         case _:
             return f"{key!r}: {error['msg']}, got {error['input']!r}"
 

@@ -19,6 +19,9 @@ import pandas as pd
 from medkit.params import digest
 
 
+LETTERS = "ABCDEFGHIJ"
+
+
 class DataError(ValueError):
     """Data that cannot be used as asked; the message names the source, the value and the cure."""
 
@@ -32,7 +35,12 @@ def split_options(text: str) -> list[str]:
 
     The 103 validation questions of MedMCQA with an option `nan` had the text "None" there before pandas read them.
     """
-    parts = re.split(r"(?m)^[A-J]\.[ \t]*", text)[1:]
+    parts: list[str] = []
+    for line in text.splitlines():
+        if re.match(rf"{LETTERS[len(parts) : len(parts) + 1] or '$.'}\.", line):  # the letter that is due, and no other
+            parts.append(line[2:])
+        elif parts:
+            parts[-1] += "\n" + line
     return ["None" if _clean(part) == "nan" else _clean(part) for part in parts]
 
 
@@ -48,12 +56,12 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
 
 def _lettered(path: Path, pool: str | None, subject: str = "") -> Iterator[dict]:
     for record in _read_jsonl(path):
-        letter = record.get("answer", "")[:1]
+        letter = (record.get("answer") or "")[:1]
         yield {
-            "question": _clean(record["question"]),
+            "question": _clean(record.get("question") or ""),
             "context": "",
-            "options": split_options(record.get("options", "")),
-            "answer": "ABCDEFGHIJ".index(letter) if letter else -1,
+            "options": split_options(record.get("options") or ""),
+            "answer": LETTERS.find(letter) if letter else -1,
             "subject": subject,
             "kind": "choice",
             "pool": pool,
@@ -84,7 +92,7 @@ def _abstracts(path: Path, pool: str | None) -> Iterator[dict]:
             "question": _clean(record["question"]),
             "context": _clean(re.sub(r"Context \(\d+\): ", "", record["passage"])),
             "options": choices,
-            "answer": choices.index(record["answer"]),
+            "answer": choices.index(record["answer"]) if record["answer"] in choices else -1,
             "subject": "biomedical research",
             "kind": "abstract",
             "pool": pool,
@@ -207,7 +215,7 @@ def _hub_record(name: str, row: dict) -> dict:
             options = row["options"]
             return {
                 "question": question,
-                "options": list(options.values()),
+                "options": [_clean(option) for option in options.values()],
                 "answer": list(options).index(row["answer_idx"]),
             }
         case "medmcqa":
@@ -220,7 +228,7 @@ def _hub_record(name: str, row: dict) -> dict:
         case "mmlu":
             return {
                 "question": question,
-                "options": list(row["choices"]),
+                "options": [_clean(option) for option in row["choices"]],
                 "answer": row["answer"],
                 "subject": row["subject"],
             }

@@ -156,7 +156,8 @@ def benchmarks_table(folder: Path) -> str:
         content = json.loads(path.read_text())
         for what, ratio in content["ratios"].items():
             higher, goal = ratio["better"] == "higher", ratio["goal"]
-            met = "–" if goal is None else "yes" if (ratio["value"] >= goal) == higher else "no"
+            reached = goal is not None and (ratio["value"] >= goal if higher else ratio["value"] <= goal)
+            met = "–" if goal is None else "yes" if reached else "no"
             sign = "" if goal is None else f"{'≥' if higher else '≤'} {goal:g}"
             rows.append([content["name"], content["device"], f"`{what}`", f"{ratio['value']:.2f}", sign, met])
     return _markdown(["benchmark", "device", "ratio", "measured", "goal", "met"], rows)

@@ -11,11 +11,13 @@ import ast
 import os
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import nbformat
 import papermill
 from filelock import FileLock, Timeout
+from nbclient.exceptions import DeadKernelError
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
@@ -56,15 +58,15 @@ def stage_names() -> list[str]:
 
 def source_digest(notebook: Path) -> str:
     """Hash of a notebook's code cells and of every medkit module they import, directly or not."""
-    cells = [c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code"]
-    todo, modules = _imports("\n".join(cells)), {}
+    code = "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code")
+    todo, modules = _imports(code), {}
     while todo:
         name = todo.pop()
         if name not in modules:
             source = (ROOT / "medkit" / f"{name}.py").read_text()
             modules[name] = _code_only(source)
             todo |= _imports(source)
-    return digest([cells, sorted(modules.items())])
+    return digest([_code_only(code), sorted(modules.items())])
 
 
 def _imports(source: str) -> set[str]:
@@ -78,18 +80,13 @@ def _imports(source: str) -> set[str]:
     return {name for name in found if (ROOT / "medkit" / f"{name}.py").exists()}
 
 
+@cache
 def _code_only(source: str) -> str:
     """The syntax tree without docstrings: equal for two files that differ in prose or layout only."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if (
-            isinstance(body, list)
-            and body
-            and isinstance(body[0], ast.Expr)
-            and isinstance(body[0].value, ast.Constant)
-        ):
-            body[0] = ast.Pass()
+        if isinstance(getattr(node, "body", None), list):
+            node.body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
     return ast.dump(tree)
 
 
@@ -190,6 +187,11 @@ def _execute(
         lines = (str(error.evalue).strip() or error.source.strip()).splitlines()
         raise RunError(
             f"{notebook.name}, cell {error.exec_count}: {error.ename}: {lines[-1]} (whole notebook: {executed})"
+        ) from error
+    except DeadKernelError as error:
+        raise RunError(
+            f"{notebook.name}: its kernel died, most often for want of memory; close other programs or choose a "
+            f"smaller profile, then run the same command again (whole notebook: {executed})"
         ) from error
     finally:
         for name, value in kept.items():

