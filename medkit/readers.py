@@ -18,7 +18,6 @@ import pandas as pd
 
 from medkit.params import digest
 
-
 LETTERS = "ABCDEFGHIJ"
 
 
