@@ -130,7 +130,8 @@ def assign_pools(questions: pd.DataFrame, seed: int) -> pd.DataFrame:
     )  # yes/no/maybe tells nothing
     text = (questions.question + " " + told)[free]
     # the official place of a group is found by its members, so groups are numbered over all sources together
-    questions.loc[free, "group"] = [f"text:{i}" for i in group_near_duplicates(text)]
+    # and named by a member, so that a question's place does not depend on which other sources are there
+    questions.loc[free, "group"] = "text:" + questions.id[free].groupby(group_near_duplicates(text)).transform("min")
     official = questions.pool.where(questions.pool.notna(), "")
     tested, placed = set(questions.group[official == "test"]), set(questions.group[official != ""])
     bounds = np.cumsum([POOL_SHARES[pool] for pool in ("test", "valid")])
