@@ -134,6 +134,8 @@ def compare_steps(judged: pd.DataFrame, confidence: float, power: float) -> pd.D
                         **found,
                     }
                 )
+    if not rows:
+        raise EvaluationError(f"no step of the method has both of its variants among {sorted(present)}")
     table = pd.DataFrame(rows)
     table["p_holm"] = multipletests(table.p_value, method="holm")[1]
     detected = table.p_holm < 1 - confidence

@@ -170,9 +170,9 @@ class QuantizationParams(Section):
 class BenchParams(Section):
     prompts: PositiveInt
     """Real questions in the workload."""
-    new_tokens: PositiveInt
+    new_tokens: Annotated[int, Field(ge=2)]
     """Generated per prompt, exactly: an end token does not stop it, so every variant writes the same length."""
-    long_new_tokens: PositiveInt
+    long_new_tokens: Annotated[int, Field(ge=2)]
     """In the skewed workload every fourth prompt asks for this many."""
     repeats: PositiveInt
     """Timed passes after one discarded warm-up; medians are reported."""
@@ -265,6 +265,8 @@ def _sentence(error: dict) -> str:
             return f"missing key {key!r}"
         case "value_error":
             return f"{key}: {error['ctx']['error']}".removeprefix(": ")
+        case "float_type" if isinstance(error["input"], str):
+            return f"{key!r}: a number is wanted, got the text {error['input']!r}; yaml wants 5.0e-5, not 5e-5"
         case _:
             return f"{key!r}: {error['msg']}, got {error['input']!r}"
 

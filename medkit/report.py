@@ -114,22 +114,31 @@ def steps_table(claims: pd.DataFrame, source: str, scoring: str) -> str:
         ]
         for c in table.itertuples()
     ]
-    return _markdown(["step", "difference, 95 % interval", "n", "p (Holm)", "verdict", "detectable from"], rows)
+    return _markdown(["step", "difference [interval]", "n", "p (Holm)", "verdict", "detectable from"], rows)
 
 
 def cost_table(claims: pd.DataFrame) -> str:
-    """Markdown: bytes of weights, time to first token, time per token and throughput per variant."""
+    """Markdown: bytes of weights, time to first token and time per token, per variant, and how it was timed."""
     wanted = {
         "memory_bytes/weights": ("weights, MB", 1e-6),
         "ttft_s": ("first token, ms", 1e3),
-        "latency_s_per_token": ("per token, ms", 1e3),
+        "latency_s_per_token": ("per further token, ms", 1e3),
     }
     rows = []
     for variant in (v for v in VARIANTS if v in set(claims[claims.claim.isin(wanted)].variant)):
         mine = claims[claims.variant == variant].drop_duplicates("claim").set_index("claim")
-        cells = [f"{mine.loc[c].value * scale:,.0f}" if c in mine.index else "–" for c, (_, scale) in wanted.items()]
+        cells = [f"{mine.loc[c].value * scale:,.4g}" if c in mine.index else "–" for c, (_, scale) in wanted.items()]
         rows.append([LABELS[variant], *cells])
-    return _markdown(["variant", *(name for name, _ in wanted.values())], rows)
+    table = _markdown(["variant", *(name for name, _ in wanted.values())], rows)
+    timed = claims[claims.claim == "latency_s_per_token"]
+    if timed.empty:
+        return table
+    first = timed.iloc[0]
+    return (
+        f"{table}\n\nTimed on {first.requests:.0f} requests, one at a time, with {first.prompt_tokens:.0f} prompt "
+        f"tokens and {first.output_tokens:.0f} new tokens in all, after a discarded warm-up; medians of {first.n:.0f} "
+        f"repeats."
+    )
 
 
 def paper_table(claims: pd.DataFrame) -> str:

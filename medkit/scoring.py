@@ -53,10 +53,13 @@ def score_options(model: nn.Module, items: Sequence[Item], batch_tokens: int, pa
 def _dense_attention(model: nn.Module):
     """FlashAttention takes no mask of branches: score with SDPA, then give the model back as it was."""
     kept = model.config._attn_implementation
-    if kept.startswith("flash"):
-        model.set_attn_implementation("sdpa")
-    yield
-    if kept.startswith("flash"):
+    if not kept.startswith("flash"):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
         model.set_attn_implementation(kept)
 
 
