@@ -3,7 +3,9 @@ PYTHON ?= python3
 PY := .venv/bin/python
 PARAMS ?= params/tiny.yaml
 RUN ?= tiny
-export OMP_WAIT_POLICY = passive
+export GOMP_SPINCOUNT = 20000
+export MALLOC_MMAP_MAX_ = 0
+export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help

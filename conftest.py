@@ -5,8 +5,8 @@ import tempfile
 
 
 def pytest_configure(config):
-    """Notebook tests write to a folder of their own, never to outputs/; waiting threads sleep instead of spinning."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    """Notebook tests write to a folder of their own, never to outputs/; waiting threads spin only a little."""
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if getattr(config.option, "nbval", False) or getattr(config.option, "nbval_lax", False):
         os.environ["MEDKIT_OUTPUTS"] = tempfile.mkdtemp(prefix="medkit-nbval-")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -188,7 +187,6 @@ def doctor() -> None:
 
 def main() -> None:
     """The command line with every expected error as one sentence and exit code 1."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from medkit.runner import RunError
     from medkit.sources import SourceError
 
