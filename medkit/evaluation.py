@@ -65,7 +65,8 @@ def _read(row) -> int:
 
 def wilson(successes: int, n: int, confidence: float) -> tuple[float, float]:
     """Wilson score interval of a proportion; keeps its coverage at small n and near 0 and 1."""
-    return proportion_confint(successes, n, alpha=1 - confidence, method="wilson")
+    low, high = proportion_confint(successes, n, alpha=1 - confidence, method="wilson")
+    return (0.0 if successes == 0 else low), (1.0 if successes == n else high)  # exact where rounding leaves dust
 
 
 def accuracy(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
