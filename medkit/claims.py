@@ -129,7 +129,7 @@ def ratios(claims: list[dict]) -> Iterator[dict]:
         ("latency", "latency_s_per_token", "time per token at equal length"),
     ):
         rows = table[table.claim == claim].set_index("variant")
-        for variant, baseline in (("nf4", "lora"), ("nf4", "teacher_base"), ("edge", "lora"), ("lora", "teacher_base")):
+        for variant, baseline in (("nf4", "lora"), ("edge", "lora"), ("nf4", "teacher_base")):
             if {variant, baseline} <= set(rows.index):
                 yield _claim(
                     f"{name}_ratio",

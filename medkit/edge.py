@@ -179,6 +179,21 @@ def measure_bytes(path: Path) -> pd.DataFrame:
     )
 
 
+def measure_rounding(before: nn.Parameter, after: nn.Parameter, weight_type: str) -> tuple[float, float, float]:
+    """Bits per weight of a GGUF type, relative error of rounding `after` to it, and the share of the update it keeps.
+
+    The share is the rounded update's projection on the update: 1 keeps all, 0 puts `after` back where it came from.
+    A model published on a grid and moved by less than a step is put back by rounding to that same grid.
+    """
+    kind = gguf.GGMLQuantizationType[weight_type]
+    start, end = (w.detach().float().cpu().numpy() for w in (before, after))
+    rounded = gguf.dequantize(gguf.quantize(end, kind), kind).reshape(end.shape)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    update = end - start
+    kept = np.vdot(rounded - start, update) / np.vdot(update, update)
+    return 8 * size / block, float(np.linalg.norm(rounded - end) / np.linalg.norm(end)), float(kept)
+
+
 def largest_relative_error(model: nn.Module, path: Path) -> float:
     """Read a GGUF back and compare: the largest |difference| of a weight over the range of its block of 32.
 

@@ -227,3 +227,18 @@ def test_an_export_that_fails_leaves_the_old_file_and_nothing_else(make_llama, t
         edge.export_gguf(make_llama(seed=1), tokenizer, path, "Q8_0")
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["student.gguf"]
+
+
+def test_rounding_to_the_grid_that_weights_came_on_takes_a_small_update_back():
+    torch.manual_seed(0)
+    kind = gguf.GGMLQuantizationType.Q4_1
+    published = torch.from_numpy(gguf.dequantize(gguf.quantize(torch.randn(64, 256).numpy(), kind), kind).copy())
+    taught = published + 0.007 * published.std() * torch.randn(published.shape)
+    kept = {t: edge.measure_rounding(published, taught, t) for t in TYPES}
+    assert [kept[t][0] for t in TYPES] == [16, 8.5, 4.5, 5]
+    assert kept["Q4_1"][2] < 0.2 < 0.8 < kept["Q4_0"][2] < 1.2
+    assert kept["Q4_1"][1] < kept["Q4_0"][1]  # less error, and yet it is the one that unteaches
+    assert kept["F16"][2] == pytest.approx(1, abs=0.01)
+    with torch.no_grad():
+        bits, error, _ = edge.measure_rounding(published, 2 * published, "Q4_1")  # a grid scales with its block
+    assert bits == 5 and error < 0.01
