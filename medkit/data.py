@@ -8,25 +8,20 @@ Nothing here knows a model: token counting comes in as a function.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
-from medkit import readers
+from medkit import icd, readers
+from medkit.duplicates import group_near_duplicates
 from medkit.params import SPLITS, DatasetParams, digest
 from medkit.readers import DataError
 
 COLUMNS = ["id", "source", "split", "group", "kind", "question", "context", "options", "answer", "subject"]
 POOL_SHARES = {"test": 0.35, "valid": 0.05, "train": 0.60}  # of the groups of a source that has no official split
-SHINGLE_WORDS = 8
-COMMON_SHINGLE = 20  # a shingle in more questions than this is a phrase of the trade, not a sign of copying
-SHARED_FRACTION = 0.5
 
 
 def load_questions(
@@ -60,14 +55,14 @@ def load_questions(
 
 
 def _records(name: str, dataset: DatasetParams, path: Path, seed: int) -> Iterator[dict]:
-    if name in readers.ICD_KINDS:
-        concepts = readers.read_icd_concepts(path)
+    if name in icd.ICD_KINDS:
+        concepts = icd.read_icd_concepts(path)
         wanted = {split: getattr(dataset, split) for split in POOL_SHARES}
         # a fifth more than the fullest pool needs, since pools are drawn by group and come out uneven
         count = -1 if "all" in wanted.values() else 40 + max(int(1.2 * n / POOL_SHARES[s]) for s, n in wanted.items())
-        return readers.make_icd_questions(concepts, name, count, seed)
+        return icd.make_icd_questions(concepts, name, count, seed)
     if name not in readers.READERS:
-        raise DataError(f"{name}: no reader for this dataset; known: {sorted([*readers.READERS, *readers.ICD_KINDS])}")
+        raise DataError(f"{name}: no reader for this dataset; known: {sorted([*readers.READERS, *icd.ICD_KINDS])}")
     return (
         readers.read_hub(name, path, dataset.origin.subset)
         if dataset.origin.kind == "hub"
@@ -90,29 +85,6 @@ def _reject(record: dict) -> str | None:
     if record["answer"] == -1 and record["pool"] != "transfer":
         return "no answer"
     return None
-
-
-def group_near_duplicates(texts: pd.Series) -> np.ndarray:
-    """Component number per text: two texts are near-duplicates if they share half of the shorter one's shingles.
-
-    A shingle is a run of eight words; those that more than COMMON_SHINGLE texts hold are stock phrases ("which of the
-    following is the most likely diagnosis") and count for nothing. Sparse: linear in words, not quadratic in texts.
-    """
-    rows, columns, index = [], [], {}
-    # each text once: many copies of one would make all its shingles common
-    copy_of, texts = pd.factorize(np.array([" ".join(re.findall(r"\w+", text.casefold())) for text in texts], object))
-    for row, text in enumerate(texts):
-        words = text.split()
-        shingles = {tuple(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))}
-        rows.extend([row] * len(shingles))
-        columns.extend(index.setdefault(shingle, len(index)) for shingle in shingles)
-    holds = coo_matrix((np.ones(len(rows), np.int32), (rows, columns)), shape=(len(texts), len(index))).tocsc()
-    size = np.asarray(holds.sum(axis=1)).ravel()
-    rare = holds[:, np.diff(holds.indptr) <= COMMON_SHINGLE].tocsr()
-    shared = (rare @ rare.T).tocoo()
-    near = shared.data >= SHARED_FRACTION * np.minimum(size[shared.row], size[shared.col])
-    edges = coo_matrix((shared.data[near], (shared.row[near], shared.col[near])), shape=shared.shape)
-    return connected_components(edges, directed=False)[1][copy_of]
 
 
 def assign_pools(questions: pd.DataFrame, seed: int) -> pd.DataFrame:

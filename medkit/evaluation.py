@@ -15,7 +15,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
-from medkit import prompts
+from medkit import parsing, prompts
 
 # each step of the method: the variant it makes, the variant it starts from, and the question it answers
 STEPS = [
@@ -38,7 +38,7 @@ def judge(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
     """One row per variant, scoring and question: the choice (−1: unparsed) and whether it is right.
 
     Scored options give two readings: `option_text` takes the highest summed log-probability, `option_text_norm` the
-    highest mean per token. Generated text goes through `prompts.parse`.
+    highest mean per token. Generated text goes through `parsing.parse`.
     """
     table = predictions.merge(questions[["id", "source", "kind", "options", "answer"]], on="id", validate="many_to_one")
     if len(table) < len(predictions):
@@ -59,7 +59,7 @@ def _chosen(table: pd.DataFrame, choose) -> pd.DataFrame:
 
 
 def _read(row) -> int:
-    choice = prompts.parse(row.text, list(row.options), prompts.TEMPLATES[row.template])
+    choice = parsing.parse(row.text, list(row.options), prompts.TEMPLATES[row.template])
     return -1 if choice is None else choice
 
 

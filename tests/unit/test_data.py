@@ -5,14 +5,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medkit import data, readers
-from medkit.data import DataError, assign_pools, drop_long, group_near_duplicates, take_splits, training_rows
+from medkit import data, icd, readers
+from medkit.data import DataError, assign_pools, drop_long, take_splits, training_rows
 from medkit.params import DatasetParams, Hub, Local
 from medkit.readers import split_options
 
@@ -245,75 +244,6 @@ def test_a_source_of_which_nothing_is_left_is_named(wheel_data):
 def test_unknown_dataset_lists_the_known(tmp_path):
     with pytest.raises(DataError, match=r"medqaa.*medmcqa"):
         data.load_questions({"medqaa": wanted()}, {"medqaa": tmp_path}, seed=0)
-
-
-# --- near-duplicates -----------------------------------------------------------------------------------------------
-
-WORDS = [f"w{i}" for i in range(40)]
-TEXTS = st.lists(st.lists(st.sampled_from(WORDS), min_size=0, max_size=14).map(" ".join), min_size=1, max_size=15)
-
-
-def partition(labels) -> set[frozenset]:
-    """The groups as sets of positions: what matters of labels is who shares one."""
-    return {frozenset(np.flatnonzero(labels == label)) for label in set(labels)}
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(TEXTS, st.randoms(use_true_random=False))
-def test_groups_do_not_depend_on_the_order_of_the_texts(texts, random):
-    order = random.sample(range(len(texts)), len(texts))
-    straight = partition(group_near_duplicates(pd.Series(texts)))
-    mixed = partition(group_near_duplicates(pd.Series([texts[i] for i in order])))
-    assert straight == {frozenset(order[i] for i in group) for group in mixed}
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(TEXTS)
-def test_equal_texts_share_a_group(texts):
-    labels = group_near_duplicates(pd.Series([*texts, *(text.upper() + "!" for text in texts)]))
-    assert (labels[: len(texts)] == labels[len(texts) :]).all()
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(st.lists(st.integers(1, 14), min_size=1, max_size=12))
-def test_texts_without_a_common_word_share_no_group(lengths):
-    texts = [" ".join(f"t{number}x{i}" for i in range(length)) for number, length in enumerate(lengths)]
-    assert len(set(group_near_duplicates(pd.Series(texts)))) == len(texts)
-
-
-@pytest.mark.parametrize("copies", [2, data.COMMON_SHINGLE, data.COMMON_SHINGLE + 1, 60])
-def test_copies_share_a_group_however_many(copies):
-    text = "a 30 year old man has had fever and a stiff neck for two days what is it"
-    assert len(set(group_near_duplicates(pd.Series([text] * copies)))) == 1
-
-
-def test_stock_phrases_join_nothing():
-    stock = "which of the following is the most likely diagnosis in this patient"
-    texts = [f"{' '.join(f'case{n}word{i}' for i in range(10))} {stock}" for n in range(data.COMMON_SHINGLE + 5)]
-    assert len(set(group_near_duplicates(pd.Series(texts)))) == len(texts)
-
-
-def test_half_of_the_shorter_text_is_near():
-    words = [f"w{i}" for i in range(30)]  # 23 shingles of eight
-    whole, other = " ".join(words), [f"z{i}" for i in range(30)]
-    near = " ".join(words[:20] + other[:10])  # 13 of 23 shared
-    far = " ".join(words[:18] + other[:12])  # 11 of 23
-    part = " ".join(words[5:17])  # all 5 of its own, whatever the long one's length
-    assert len(set(group_near_duplicates(pd.Series([whole, near])))) == 1
-    assert len(set(group_near_duplicates(pd.Series([whole, far])))) == 2
-    assert len(set(group_near_duplicates(pd.Series([whole, part])))) == 1
-
-
-def test_nearness_carries_over():
-    words = [f"w{i}" for i in range(60)]
-    chain = [" ".join(words[i : i + 24]) for i in (0, 8, 16, 24)]
-    assert len(set(group_near_duplicates(pd.Series(chain)))) == 1
-    assert len(set(group_near_duplicates(pd.Series([chain[0], chain[3]])))) == 2
-
-
-@pytest.mark.parametrize("texts", [[], [""], ["", ""], ["?", "!"]])
-def test_texts_without_words_do_no_harm(texts):
-    assert len(group_near_duplicates(pd.Series(texts, dtype=str))) == len(texts)
 
 
 # --- pools ---------------------------------------------------------------------------------------------------------
@@ -618,7 +548,7 @@ def icd_xml(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def concepts(tmp_path_factory) -> pd.DataFrame:
-    return readers.read_icd_concepts(icd_xml(tmp_path_factory.mktemp("icd") / "tabular.xml"))
+    return icd.read_icd_concepts(icd_xml(tmp_path_factory.mktemp("icd") / "tabular.xml"))
 
 
 def test_concepts_are_leaves_with_their_places(concepts):
@@ -631,10 +561,10 @@ def test_concepts_are_leaves_with_their_places(concepts):
     assert "A90" in set(concepts.code)  # a category that is a code itself
 
 
-@pytest.mark.parametrize("kind", readers.ICD_KINDS)
+@pytest.mark.parametrize("kind", icd.ICD_KINDS)
 def test_icd_questions_are_sound(concepts, kind):
     by_text, by_code = concepts.set_index("description"), concepts.set_index("code")
-    rows = list(readers.make_icd_questions(concepts, kind, 100, seed=3))
+    rows = list(icd.make_icd_questions(concepts, kind, 100, seed=3))
     assert len(rows) == 100
     assert len({row["question"] for row in rows}) == 100
     for row in rows:
@@ -658,31 +588,31 @@ def test_icd_questions_are_sound(concepts, kind):
         assert row["subject"] == concept.chapter
 
 
-@pytest.mark.parametrize("kind", readers.ICD_KINDS)
+@pytest.mark.parametrize("kind", icd.ICD_KINDS)
 def test_icd_questions_depend_on_the_seed_alone(concepts, kind):
-    make = lambda seed, count=40: list(readers.make_icd_questions(concepts, kind, count, seed))  # noqa: E731
+    make = lambda seed, count=40: list(icd.make_icd_questions(concepts, kind, count, seed))  # noqa: E731
     assert make(1) == make(1)
     assert make(1) != make(2)
     assert make(1)[:20] == make(1, 20)
 
 
 def test_icd_questions_spread_over_chapters_and_places(concepts):
-    rows = list(readers.make_icd_questions(concepts, "icd_chapter", 120, seed=0))
+    rows = list(icd.make_icd_questions(concepts, "icd_chapter", 120, seed=0))
     assert set(Counter(row["subject"] for row in rows).values()) == {20}
     assert min(Counter(row["answer"] for row in rows).values()) > 15
 
 
 def test_icd_gives_all_it_has_and_no_more(concepts):
-    assert len(list(readers.make_icd_questions(concepts, "icd_chapter", -1, seed=0))) == len(concepts)
-    hard = list(readers.make_icd_questions(concepts, "icd_hard", -1, seed=0))
+    assert len(list(icd.make_icd_questions(concepts, "icd_chapter", -1, seed=0))) == len(concepts)
+    hard = list(icd.make_icd_questions(concepts, "icd_hard", -1, seed=0))
     assert len(hard) == 6 * 3 * 4 * 3  # a section of three codes has no hard question
-    assert list(readers.make_icd_questions(concepts, "icd_easy", 0, seed=0)) == []
+    assert list(icd.make_icd_questions(concepts, "icd_easy", 0, seed=0)) == []
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_category_is_never_learned_in_one_kind_and_tested_in_another(tmp_path, seed):
     path = icd_xml(tmp_path / "tabular.xml")
-    datasets = {kind: wanted(20, 1, 10) for kind in readers.ICD_KINDS}
+    datasets = {kind: wanted(20, 1, 10) for kind in icd.ICD_KINDS}
     questions, _ = data.load_questions(datasets, dict.fromkeys(datasets, path), seed)
     after = assign_pools(questions, seed)
     assert after.groupby("group").pool.nunique().max() == 1

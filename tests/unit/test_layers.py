@@ -12,22 +12,22 @@ from medkit.outputs import ROOT
 PACKAGE = ROOT / "medkit"
 LAYERS = [
     ["params"],
-    ["outputs", "sources", "prompts", "evaluation", "figures", "claims"],
-    ["readers", "models", "batching"],
-    ["data", "training", "edge", "quantization", "lora", "scoring"],
+    ["outputs", "sources", "prompts", "duplicates", "figures"],
+    ["parsing", "readers"],
+    ["evaluation", "icd", "models", "batching"],
+    ["claims", "data", "training", "edge", "quantization", "lora", "scoring"],
     ["distillation", "inference"],
     ["report", "runner"],
     ["__main__"],
 ]
-BESIDE = {
-    ("figures", "outputs"): "a saved figure is an artifact, written atomically",
-    ("evaluation", "prompts"): "generated text is parsed when it is judged, so that a better parser needs no GPU",
-    ("claims", "evaluation"): "a claim's interval is computed where intervals are",
-}
+BESIDE = {("figures", "outputs"): "a saved figure is an artifact, written atomically"}
 WITHOUT_TORCH = [
     *LAYERS[0],
     *LAYERS[1],
-    "readers",
+    *LAYERS[2],
+    "evaluation",
+    "icd",
+    "claims",
     "data",
     *LAYERS[-2],
     *LAYERS[-1],
