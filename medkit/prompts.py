@@ -1,4 +1,4 @@
-"""Question → messages and token ids: a named, hashed template per way of asking.
+"""Question → messages and token ids: a registry of named, hashed templates, one per way of asking.
 
 Pure text, no torch. A template renders a question row (see `data.COLUMNS`) to chat messages and names the text of each
 choice; `parsing` reads a generated answer back. Scoring and training both use `encode`, so prefix and answer are
@@ -7,12 +7,31 @@ tokenised in one way only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
 
 from medkit.params import digest
 
 LETTERS = "ABCDEFGHIJ"
 SYSTEM = "Answer briefly."  # without one, some chat templates put in a longer one of their own
+NOT_SURE = "not sure"
+
+
+class PatientRecord(BaseModel):
+    """What a structured extraction returns of a vignette; null or an empty list where the text is silent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    age_years: int | None
+    sex: Literal["female", "male"] | None
+    complaints: list[str]
+    medications: list[str]
+    allergies: list[str]
 
 
 @dataclass(frozen=True)
@@ -20,20 +39,57 @@ class Template:
     """How one kind of prompt is written and what a full answer to it looks like."""
 
     name: str
-    lists_options: bool
-    """Whether the prompt shows the options; then the answer is a letter, else the option's own text."""
     instruction: str
+    lists_options: bool = False
+    """Whether the prompt shows the options; then the answer is a letter, else the option's own text."""
+    lead: str = ""
+    """What stands before the letter in a full answer."""
+    abstains: bool = False
+    """Whether "not sure" is a proper answer."""
+    record: type[BaseModel] | None = None
+    """The schema of an answer that is one JSON object."""
 
     @property
     def hash(self) -> str:
         """Changes with any word of the prompt; recorded with cached signals and predictions."""
-        return digest([self.name, self.lists_options, self.instruction, SYSTEM])
+        return digest([asdict(self) | {"record": self.record and self.record.model_json_schema()}, SYSTEM])
 
 
-TEXT = Template("text", lists_options=False, instruction="")
-LETTER = Template("letter", lists_options=True, instruction="Answer with the letter of the correct option.")
-ABSTRACT = Template("abstract", lists_options=False, instruction="Answer yes, no or maybe.")
-TEMPLATES = {template.name: template for template in (TEXT, LETTER, ABSTRACT)}
+TEXT = Template("text", "")
+LETTER = Template("letter", "Answer with the letter of the correct option.", lists_options=True)
+RATIONALE = Template(
+    "rationale",
+    "Reason in at most three sentences. Then write “Answer:” and the letter of the correct option.",
+    lists_options=True,
+    lead="Answer: ",
+)
+ABSTAIN = Template(
+    "abstain",
+    f"Answer with the letter of the correct option. If you do not know, answer “{NOT_SURE}”.",
+    lists_options=True,
+    abstains=True,
+)
+ABSTRACT = Template("abstract", "Answer yes, no or maybe.")
+RECORD = Template(
+    "record",
+    "Write this patient's record as one JSON object that follows the schema, with null or an empty list for what the "
+    f"text does not say.\n{json.dumps(PatientRecord.model_json_schema())}",
+    record=PatientRecord,
+)
+
+# The paper's templates (arXiv 2505.00025): one base, one suffix per type of problem. It prints neither; these are ours.
+OPEN_BASE = "Answer the question of a patient in plain words. Say what is not known."
+OPEN_SUFFIXES = {
+    "medication": "Name what the drug is for, how it is taken, and what must not be taken with it. Give no dose that "
+    "depends on age, weight or kidneys without saying so.",
+    "diagnosis": "Name the likely causes, most common first, and the finding that would tell them apart.",
+    "treatment": "Name the usual treatment, its alternatives, and when it is better not to treat.",
+    "prevention": "Name what lowers the risk, and by how much where that is known.",
+    "emergency": "Begin with what to do now and whom to call. Explain only after that.",
+    "other": "",
+}
+OPEN = {problem: Template(problem, f"{OPEN_BASE} {suffix}".strip()) for problem, suffix in OPEN_SUFFIXES.items()}
+TEMPLATES = {t.name: t for t in (TEXT, LETTER, RATIONALE, ABSTAIN, ABSTRACT, RECORD, *OPEN.values())}
 
 
 def pick_template(kind: str, scoring: str) -> Template:
@@ -43,32 +99,54 @@ def pick_template(kind: str, scoring: str) -> Template:
     return ABSTRACT if kind == "abstract" else TEXT
 
 
-def render(question: dict, template: Template) -> list[dict]:
-    """Chat messages for one question row; the assistant's turn comes next."""
+def render(question: dict, template: Template, shots: Sequence[dict] = ()) -> list[dict]:
+    """Chat messages for one question row; the assistant's turn comes next.
+
+    `shots` are solved question rows (`answer` ≥ 0) that come before it as turns of their own, in the order given: put
+    the most similar last, next to the question.
+    """
+    turns = [{"role": "system", "content": SYSTEM}]
+    for shot in shots:
+        turns.append({"role": "user", "content": _ask(shot, template)})
+        turns.append({"role": "assistant", "content": answers(shot, template)[shot["answer"]]})
+    return [*turns, {"role": "user", "content": _ask(question, template)}]
+
+
+def _ask(question: dict, template: Template) -> str:
     parts = [question["context"], question["question"]]
     if template.lists_options:
         parts.append("\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, question["options"], strict=False)))
-    parts.append(template.instruction)
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "\n\n".join(p for p in parts if p)}]
+    return "\n\n".join(part for part in (*parts, template.instruction) if part)
 
 
 def answers(question: dict, template: Template) -> list[str]:
     """The answer text that stands for each option of the question."""
     options = list(question["options"])
-    return list(LETTERS[: len(options)]) if template.lists_options else options
+    return [template.lead + letter for letter in LETTERS[: len(options)]] if template.lists_options else options
+
+
+def shuffle_options(question: dict, seed: int) -> dict:
+    """The question with its options in another order, the same one for the same seed, and `answer` following them.
+
+    A model that knows the answer gives the same one; a model that likes a letter does not.
+    """
+    order = random.Random(f"{seed}:{question['id']}").sample(range(len(question["options"])), len(question["options"]))
+    answer = order.index(question["answer"]) if question["answer"] >= 0 else question["answer"]
+    return {**question, "options": [question["options"][i] for i in order], "answer": answer}
 
 
 def encode(tokenizer, messages: list[dict], answer: str | None = None) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the answer with its end token (no answer: an empty list).
 
-    Uses the model's chat template; a base model without one gets "Question: … Answer:". Prompt and answer are
+    Uses the model's chat template; a base model without one gets "Question: … Answer: …" turns. Prompt and answer are
     tokenised apart, so the border between what is given and what is predicted is exact.
     """
     if tokenizer.chat_template:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
     else:
-        prompt = f"Question: {messages[-1]['content']}\nAnswer:"
+        forms = {"system": "", "user": "Question: {}\nAnswer:", "assistant": " {}\n\n"}
+        prompt = "".join(forms[message["role"]].format(message["content"]) for message in messages)
         prompt_ids = tokenizer(prompt).input_ids
         answer = None if answer is None else f" {answer}"
     if answer is None:

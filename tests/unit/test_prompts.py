@@ -1,13 +1,16 @@
 """What a model is asked, and where its answer begins."""
 
+import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from medkit import prompts
-from medkit.prompts import ABSTRACT, LETTER, LETTERS, TEMPLATES, TEXT, answers, encode, render
+from medkit.prompts import ABSTRACT, LETTER, LETTERS, RATIONALE, TEMPLATES, TEXT, answers, encode, render
 
 DRUGS = ["aspirin", "insulin", "metformin", "warfarin"]
 GERMS = ["S. aureus", "C. difficile", "B. fragilis", "D. pneumoniae", "E. coli"]
@@ -74,6 +77,53 @@ def test_templates_are_told_apart_by_their_hash(monkeypatch):
     assert len({template.hash for template in changed} | hashes) == len(changed) + len(hashes)
     monkeypatch.setattr(prompts, "SYSTEM", "You answer other questions.")
     assert hashes.isdisjoint(template.hash for template in TEMPLATES.values())
+
+
+# --- examples and shuffling ----------------------------------------------------------------------------------------
+
+
+def test_examples_come_before_the_question_with_their_answers():
+    shots = [{**question(*DRUGS), "answer": C}, {**question(*GERMS), "answer": A}]
+    for template in (TEXT, LETTER, RATIONALE):
+        turns = render(question(*DRUGS), template, shots)
+        assert [turn["role"] for turn in turns] == ["system", *["user", "assistant"] * 2, "user"]
+        assert turns[2]["content"] == answers(shots[0], template)[C]
+        assert turns[4]["content"] == answers(shots[1], template)[A]
+        assert turns[-1] == render(question(*DRUGS), template)[-1]
+
+
+def test_examples_reach_a_model_without_a_chat_template():
+    prompt, _ = encode(Letters(None), render(question(*DRUGS), TEXT, [{**question(*DRUGS), "answer": C}]))
+    assert Letters("").read(prompt) == "Question: Which one?\nAnswer: metformin\n\nQuestion: Which one?\nAnswer:"
+
+
+@given(st.lists(st.text(min_size=1), min_size=2, max_size=10, unique=True), st.integers(0, 2**32), st.data())
+def test_shuffling_moves_the_answer_along(options, seed, data):
+    asked = {**question(*options), "id": "x", "answer": data.draw(st.integers(-1, len(options) - 1))}
+    shuffled = prompts.shuffle_options(asked, seed)
+    assert sorted(shuffled["options"]) == sorted(options)
+    assert prompts.shuffle_options(asked, seed) == shuffled
+    if asked["answer"] >= 0:
+        assert shuffled["options"][shuffled["answer"]] == options[asked["answer"]]
+    else:
+        assert shuffled["answer"] == -1
+
+
+def test_shuffling_favours_no_place():
+    asked = {**question(*DRUGS), "answer": A}
+    places = [prompts.shuffle_options({**asked, "id": str(i)}, seed=0)["answer"] for i in range(4000)]
+    assert all(900 < places.count(place) < 1100 for place in range(4))  # 1000 ± 3.7 standard deviations
+
+
+def test_the_record_template_tells_its_schema():
+    content = render(question(context="A woman of 34 takes metformin."), prompts.RECORD)[-1]["content"]
+    assert json.loads(content[content.index("{") :]) == prompts.PatientRecord.model_json_schema()
+
+
+def test_every_problem_type_has_its_own_words():
+    contents = {render(question(), template)[-1]["content"] for template in prompts.OPEN.values()}
+    assert len(contents) == 6
+    assert all(prompts.OPEN_BASE in content for content in contents)
 
 
 # --- encoding ------------------------------------------------------------------------------------------------------
