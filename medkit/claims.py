@@ -33,12 +33,12 @@ def _claim(claim: str, variant: str, value: float, **more) -> dict:
     return {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
 
 
-def from_accuracy(table: pd.DataFrame) -> Iterator[dict]:
-    """`accuracy/<source>` and `unparsed_rate/<source>`; metric is the scoring method."""
+def from_accuracy(table: pd.DataFrame, claim: str = "accuracy") -> Iterator[dict]:
+    """`<claim>/<source>` and, for `accuracy`, `unparsed_rate/<source>`; metric is the scoring method."""
     where = {"unit": "fraction", "stage": "06_evaluation", "file": "metrics.parquet"}
     for r in table.itertuples():
         yield _claim(
-            f"accuracy/{r.source}",
+            f"{claim}/{r.source}",
             r.variant,
             r.accuracy,
             metric=r.scoring,
@@ -47,7 +47,7 @@ def from_accuracy(table: pd.DataFrame) -> Iterator[dict]:
             n=r.n,
             **where,
         )
-        if r.scoring == "generated":
+        if claim == "accuracy" and r.scoring == "generated":
             yield _claim(f"unparsed_rate/{r.source}", r.variant, r.unparsed_rate, metric=r.scoring, n=r.n, **where)
 
 

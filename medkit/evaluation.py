@@ -35,12 +35,14 @@ class EvaluationError(ValueError):
 
 
 def judge(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
-    """One row per variant, scoring and question: the choice (−1: unparsed) and whether it is right.
+    """One row per variant, scoring and question: the choice (−1: unparsed), whether it is right, and the question's
+    `clean` flag (no training question resembles it).
 
     Scored options give two readings: `option_text` takes the highest summed log-probability, `option_text_norm` the
     highest mean per token. Generated text goes through `parsing.parse`.
     """
-    table = predictions.merge(questions[["id", "source", "kind", "options", "answer"]], on="id", validate="many_to_one")
+    known = questions[["id", "source", "kind", "options", "answer", "clean"]]
+    table = predictions.merge(known, on="id", validate="many_to_one")
     if len(table) < len(predictions):
         raise EvaluationError(f"{len(predictions) - len(table)} predictions are for questions this run does not have")
     judged = [table[table.scoring == "letter"].pipe(_chosen, lambda row: np.argmax(row.logprobs))]
@@ -49,7 +51,7 @@ def judge(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
     norm = _chosen(texts, lambda row: np.argmax(np.divide(row.logprobs, row.answer_tokens)))
     judged.append(norm.assign(scoring="option_text_norm"))
     judged.append(_chosen(table[table.scoring == "generated"], _read))
-    columns = ["variant", "source", "scoring", "id", "choice", "answer"]
+    columns = ["variant", "source", "scoring", "id", "choice", "answer", "clean"]
     result = pd.concat(judged, ignore_index=True)[columns]
     return result.assign(correct=result.choice == result.answer)
 

@@ -144,4 +144,4 @@ def questions():
         ("q3", "exam", "transfer", "choice", "Which organ makes bile?", "", ["liver", "heart"], -1),
     ]
     columns = ["id", "source", "split", "kind", "question", "context", "options", "answer"]
-    return pd.DataFrame(rows, columns=columns).assign(group=range(len(rows)), subject="")
+    return pd.DataFrame(rows, columns=columns).assign(group=range(len(rows)), subject="", clean=True)

@@ -107,6 +107,12 @@ def test_timings_are_medians_of_the_repeats(rows):
     assert all(r["output_tokens"] == 64 and r["requests"] == 4 for r in named(rows, "ttft_s"))
 
 
+def test_accuracy_on_a_subset_has_a_name_of_its_own(accuracy):
+    rows = list(claims.from_accuracy(accuracy, "accuracy_clean"))
+    assert {r["claim"] for r in rows} == {"accuracy_clean/exam"}
+    assert len(rows) == len(accuracy)
+
+
 def test_ratios_divide_the_variant_by_its_baseline(rows):
     memory = {(r["variant"], r["baseline"]): r["value"] for r in named(rows, "memory_ratio")}
     assert memory == pytest.approx({

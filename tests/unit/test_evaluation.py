@@ -176,6 +176,13 @@ def test_generated_text_that_cannot_be_read_is_wrong_and_counted(questions):
     assert table.n.to_dict() == {"exam": 2, "trial": 1}
 
 
+def test_the_clean_flag_comes_along(questions):
+    questions["clean"] = questions.id != "q1"
+    rows = [prediction("lora", id, "generated", text="zinc") for id in ("q0", "q1")]
+    judged = evaluation.judge(pd.DataFrame(rows), questions)
+    assert judged.set_index("id").clean.to_dict() == {"q0": True, "q1": False}
+
+
 def test_a_prediction_for_an_unknown_question_is_an_error(questions):
     rows = [prediction("lora", id, "generated", text="zinc") for id in ("q0", "q9")]
     with pytest.raises(EvaluationError, match="1 predictions"):
