@@ -39,8 +39,11 @@ def load_results(path: Path) -> tuple[pd.DataFrame, dict]:
     """The claims of a results file as a table, and the rest of it (run, device, date, commit)."""
     if not path.is_file():
         raise StageError(f"{path}: no results there; `python -m medkit run` writes them in its last notebook")
-    content = json.loads(path.read_text())
-    return pd.DataFrame(content.pop("claims")), content
+    try:
+        content = json.loads(path.read_text())
+        return pd.DataFrame(content.pop("claims")), content
+    except (ValueError, KeyError) as error:
+        raise StageError(f"{path}: not a whole results file ({error!r}); run notebook 06 again") from error
 
 
 def write_results(folder: Path, rows: list[dict], facts: dict) -> Path:

@@ -129,6 +129,14 @@ def test_results_come_back_as_they_were_written(results, rows):
     assert "claims" not in facts
 
 
+@pytest.mark.parametrize("damage", [lambda text: text[: len(text) // 2], lambda text: "{}"], ids=["cut", "empty"])
+def test_a_damaged_file_is_named(results, damage):
+    results.write_text(damage(results.read_text()))
+    with pytest.raises(StageError, match="not a whole results file") as error:
+        report.load_results(results)
+    assert str(results) in str(error.value)
+
+
 def test_missing_results_say_what_makes_them(tmp_path):
     with pytest.raises(StageError, match="medkit run") as error:
         report.load_results(tmp_path / "results.json")

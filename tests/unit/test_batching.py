@@ -1,0 +1,104 @@
+"""Batches, the loss mask, and measures over rows: each example once, and as if it stood alone."""
+
+import pytest
+import torch
+
+from medkit import batching
+from medkit.batching import IGNORE, Example
+
+PAD = 0
+
+
+# --- batches -------------------------------------------------------------------------------------------------------
+
+
+def test_collate_aligns_to_the_right_and_counts_positions_from_the_first_token(make_examples):
+    examples = make_examples(7)
+    batch = batching.collate(examples, PAD)
+    for row, example in enumerate(examples):
+        n, answer = len(example.input_ids), example.input_ids[example.loss_start :]
+        assert batch["input_ids"][row, -n:].tolist() == example.input_ids
+        assert (batch["input_ids"][row, :-n] == PAD).all()
+        assert batch["attention_mask"][row].tolist() == [0] * (batch["input_ids"].shape[1] - n) + [1] * n
+        assert batch["position_ids"][row, -n:].tolist() == list(range(n))
+        assert batch["labels"][row, -len(answer) :].tolist() == answer
+        assert (batch["labels"][row, : -len(answer)] == IGNORE).all()
+    assert batch["labels"].shape[1] == max(len(e.input_ids) - e.loss_start for e in examples)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_predicted_logits_of_a_padded_batch_are_those_of_each_row_alone(make_llama, make_examples, attention):
+    model = make_llama(attn_implementation=attention)
+    examples = [*make_examples(6), Example([5, 9, 17, 33, 4, 8], 1)]
+    with torch.no_grad():
+        logits, targets = batching.predicted_logits(model, batching.collate(examples, PAD))
+        alone = [model(torch.tensor([e.input_ids])).logits[0, e.loss_start - 1 : -1] for e in examples]
+    assert targets.tolist() == [t for e in examples for t in e.input_ids[e.loss_start :]]
+    torch.testing.assert_close(logits, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+def test_loss_covers_the_answer_and_its_end_token_and_nothing_else(tokenizer, questions):
+    known = questions[questions.answer >= 0]
+    for example, row in zip(batching.encode_questions(tokenizer, known), known.itertuples(), strict=True):
+        predicted = example.input_ids[example.loss_start :]
+        assert predicted[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(predicted[:-1]) == row.options[row.answer]
+        given = tokenizer.decode(example.input_ids[: example.loss_start])
+        assert row.question in given and row.context in given and given.endswith("assistant\n")
+
+
+def test_loss_of_a_transfer_row_covers_the_question_text_and_nothing_else(tokenizer, questions):
+    row = questions[questions.split == "transfer"]
+    (example,) = batching.encode_questions(tokenizer, row)
+    assert tokenizer.decode(example.input_ids[example.loss_start :]) == row.question.item()
+
+
+def test_transfer_row_without_a_chat_template(make_tokenizer, questions):
+    tokenizer, row = make_tokenizer(chat_template=None), questions[questions.split == "transfer"]
+    (example,) = batching.encode_questions(tokenizer, row)
+    assert tokenizer.decode(example.input_ids[example.loss_start :]).strip() == row.question.item()
+
+
+# --- measures ------------------------------------------------------------------------------------------------------
+
+
+def test_iterate_predictions_gives_each_example_once_and_as_if_alone(make_llama, make_examples):
+    model, examples = make_llama(), make_examples(7)
+    seen = []
+    for rows, logits, targets in batching.iterate_predictions(model, examples, PAD, batch_tokens=60):
+        alone = [batching.collect_logits(model, [examples[i]], PAD) for i in rows]
+        torch.testing.assert_close(logits, torch.cat(alone), rtol=0, atol=1e-5)
+        assert targets.tolist() == [t for i in rows for t in examples[i].input_ids[examples[i].loss_start :]]
+        seen += rows
+    assert sorted(seen) == list(range(7))
+
+
+def test_collect_nll_equals_the_hand_calculation_and_ignores_dropout(make_llama, make_examples):
+    model, examples = make_llama(attention_dropout=0.5).train(), make_examples(4)
+    found = batching.collect_nll(model, examples, PAD)
+    for example, nll in zip(examples, found, strict=True):
+        with torch.no_grad():
+            logprobs = model.eval()(torch.tensor([example.input_ids])).logits[0].log_softmax(-1)
+        by_hand = [
+            -logprobs[i - 1, example.input_ids[i]].item() for i in range(example.loss_start, len(example.input_ids))
+        ]
+        assert nll == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-5)
+
+
+def test_drift_is_zero_iff_the_logits_are_equal():
+    logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0))
+    assert batching.measure_drift(logits, logits.clone()) == {
+        "positions": 5, "kl_nats": 0.0, "max_abs_logit": 0.0, "top1_changed": 0.0
+    }  # fmt: skip
+    moved = logits.clone()
+    moved[2, logits[2].argmin()] = logits[2].max() + 1
+    drift = batching.measure_drift(logits, moved)
+    assert drift["top1_changed"] == pytest.approx(1 / 5)
+    assert drift["kl_nats"] > 0
+    assert drift["max_abs_logit"] == pytest.approx((logits[2].max() + 1 - logits[2].min()).item())
+
+
+def test_drift_of_two_coins():
+    fair, biased = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
+    expected = 0.5 * torch.log(torch.tensor(0.5 / 0.75)) + 0.5 * torch.log(torch.tensor(0.5 / 0.25))
+    assert batching.measure_drift(fair, biased)["kl_nats"] == pytest.approx(expected.item(), abs=1e-6)
