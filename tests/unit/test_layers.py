@@ -13,9 +13,9 @@ PACKAGE = ROOT / "medkit"
 LAYERS = [
     ["params"],
     ["outputs", "sources", "prompts", "duplicates", "figures"],
-    ["parsing", "readers"],
+    ["parsing", "readers", "datacard"],
     ["evaluation", "icd", "models", "batching"],
-    ["claims", "data", "training", "edge", "quantization", "lora", "scoring"],
+    ["claims", "data", "training", "edge", "quantization", "ledger", "lora", "scoring"],
     ["distillation", "inference"],
     ["report", "runner"],
     ["__main__"],

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from medkit import batching, lora, models, quantization
+from medkit import batching, ledger, lora, models, quantization
 from medkit.params import QuantizationParams
 
 PAD, VOCAB, HIDDEN, KV, MLP, LAYERS = 0, 300, 64, 32, 128, 3
@@ -98,7 +98,7 @@ def test_the_ledger_is_the_analytic_number_of_bytes(saved, models_params, double
     }
     if tied:
         del expected["head"]
-    table = quantization.measure_bytes(model)
+    table = ledger.measure_bytes(model)
     assert {r.component: (r.weights, r.bytes) for r in table.itertuples()} == expected
     assert list(table.component) == list(expected)
     assert (table.bf16_bytes == 2 * table.weights).all()
@@ -107,7 +107,7 @@ def test_the_ledger_is_the_analytic_number_of_bytes(saved, models_params, double
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_ledger_of_an_unquantised_model_is_its_parameters(make_llama, tied):
     model = make_llama(tie_word_embeddings=tied)
-    table = quantization.measure_bytes(model)
+    table = ledger.measure_bytes(model)
     assert table.weights.sum() == lora.count_parameters(model)[1]
     assert table.bytes.sum() == 4 * table.weights.sum()
     assert table.bytes.sum() == sum(p.nbytes for p in model.parameters())
@@ -118,15 +118,15 @@ def test_the_ledger_of_an_unquantised_model_is_its_parameters(make_llama, tied):
 def test_the_ledger_counts_shared_storage_once(make_llama):
     model = make_llama(tie_word_embeddings=False)
     model.config.tie_word_embeddings = False
-    separate = quantization.measure_bytes(model).bytes.sum()
+    separate = ledger.measure_bytes(model).bytes.sum()
     model.lm_head.weight = nn.Parameter(model.get_input_embeddings().weight.data)  # one storage, two parameters
-    assert separate - quantization.measure_bytes(model).bytes.sum() == 4 * VOCAB * HIDDEN
+    assert separate - ledger.measure_bytes(model).bytes.sum() == 4 * VOCAB * HIDDEN
 
 
 def test_the_ledger_counts_what_the_library_leaves_out(saved, models_params):
     model = quantization.load_nf4(saved(), models_params, section())
-    hidden = quantization.measure_bytes(model).set_index("component").bytes["quantization state"]
-    assert quantization.measure_bytes(model).bytes.sum() - hidden <= model.get_memory_footprint()
+    hidden = ledger.measure_bytes(model).set_index("component").bytes["quantization state"]
+    assert ledger.measure_bytes(model).bytes.sum() - hidden <= model.get_memory_footprint()
     assert hidden > 0
 
 
@@ -136,10 +136,10 @@ def test_saved_and_reloaded_it_gives_the_same_logits(
 ):
     examples = make_examples(3)
     model = quantization.load_nf4(saved(), models_params, section(double_quant))
-    before = quantization.measure_bytes(model)
+    before = ledger.measure_bytes(model)
     folder = models.save_model(model, tokenizer, tmp_path / "nf4")
     again = models.load_model(folder, models_params)
-    assert quantization.measure_bytes(again).equals(before)
+    assert ledger.measure_bytes(again).equals(before)
     logits = batching.collect_logits(model, examples, PAD)
     assert torch.equal(batching.collect_logits(again, examples, PAD), logits)
     exact = batching.collect_logits(models.load_model(saved(), models_params), examples, PAD)
@@ -154,4 +154,4 @@ def test_kv_cache_bytes_are_those_of_a_real_cache(make_llama, batch, context, dt
     with torch.no_grad():
         model(torch.ones(batch, context, dtype=torch.long), past_key_values=cache, use_cache=True)
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert quantization.kv_cache_bytes(model.config, batch, context, dtype.itemsize) == stored
+    assert ledger.kv_cache_bytes(model.config, batch, context, dtype.itemsize) == stored
