@@ -1,8 +1,8 @@
 """Source records → one questions table, split so that near-duplicates never stand on both sides.
 
-`readers` turn files into records; `assign_pools` decides by group, not by row, where a question may go; `take_splits`
-draws the numbers the params ask for. Rows that are no question are rejected with a reason, and counted.
-Nothing here knows a model: token counting comes in as a function.
+`readers` turn files into records and `records.refusal` judges them: what is no question is rejected with a reason,
+counted, and shown by one example. `assign_pools` decides by group, not by row, where a question may go; `take_splits`
+draws the numbers the params ask for. Nothing here knows a model: token counting comes in as a function.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from medkit import icd, readers
 from medkit.duplicates import group_near_duplicates
 from medkit.params import SPLITS, DatasetParams, digest
 from medkit.readers import DataError
+from medkit.records import refusal, rejected_table
 
 COLUMNS = ["id", "source", "split", "group", "kind", "question", "context", "options", "answer", "subject"]
 POOL_SHARES = {"test": 0.35, "valid": 0.05, "train": 0.60}  # of the groups of a source that has no official split
@@ -27,21 +28,22 @@ POOL_SHARES = {"test": 0.35, "valid": 0.05, "train": 0.60}  # of the groups of a
 def load_questions(
     datasets: dict[str, DatasetParams], paths: dict[str, Path], seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """All questions the params ask for, before splitting, and the rejected ones (source, reason, count).
+    """All questions the params ask for, before splitting, and what was rejected (source, reason, count, example).
 
     Raises DataError for a dataset without a reader and for one of which nothing is left.
     """
-    frames, rejected = [], Counter()
+    frames, refused = [], []
     for name, dataset in datasets.items():
         kept = []
         for record in _records(name, dataset, paths[name], seed):
-            reason = _reject(record)
+            reason = refusal(record)
             if reason:
-                rejected[name, reason] += 1
+                refused.append((name, reason, record["question"]))
             else:
                 kept.append({"group": None, **record, "source": name})
         if not kept:
-            raise DataError(f"{name}: no usable question in {paths[name]}; rejected: {dict(rejected)}")
+            reasons = dict(Counter(reason for source, reason, _ in refused if source == name))
+            raise DataError(f"{name}: no usable question in {paths[name]}; rejected: {reasons}")
         frames.append(pd.DataFrame(kept))
     questions = pd.concat(frames, ignore_index=True)
     questions["id"] = [
@@ -49,12 +51,14 @@ def load_questions(
         for s, q, c, o in questions[["source", "question", "context", "options"]].itertuples(index=False)
     ]
     twice = questions.duplicated("id")
-    rejected.update((source, "the same question again") for source in questions.source[twice])
-    report = pd.DataFrame([(s, r, n) for (s, r), n in rejected.items()], columns=["source", "reason", "count"])
-    return questions[~twice].reset_index(drop=True), report
+    again = questions.loc[twice, ["source", "question"]].itertuples(index=False)
+    refused.extend((source, "the same question again", question) for source, question in again)
+    return questions[~twice].reset_index(drop=True), rejected_table(refused)
 
 
 def _records(name: str, dataset: DatasetParams, path: Path, seed: int) -> Iterator[dict]:
+    if dataset.origin.kind == "table":
+        return readers.read_table(path, dataset.origin)
     if name in icd.ICD_KINDS:
         concepts = icd.read_icd_concepts(path)
         wanted = {split: getattr(dataset, split) for split in POOL_SHARES}
@@ -62,29 +66,13 @@ def _records(name: str, dataset: DatasetParams, path: Path, seed: int) -> Iterat
         count = -1 if "all" in wanted.values() else 40 + max(int(1.2 * n / POOL_SHARES[s]) for s, n in wanted.items())
         return icd.make_icd_questions(concepts, name, count, seed)
     if name not in readers.READERS:
-        raise DataError(f"{name}: no reader for this dataset; known: {sorted([*readers.READERS, *icd.ICD_KINDS])}")
+        known = sorted([*readers.READERS, *icd.ICD_KINDS])
+        raise DataError(f"{name}: no reader for this dataset; known: {known}; your own file is of kind `table`")
     return (
         readers.read_hub(name, path, dataset.origin.subset)
         if dataset.origin.kind == "hub"
         else readers.READERS[name](path)
     )
-
-
-def _reject(record: dict) -> str | None:
-    options = record["options"]
-    if not record["question"]:
-        return "empty question"
-    if len(options) < 2:
-        return "fewer than two options"
-    if len(set(options)) < len(options):
-        return "two options alike"
-    if not all(options):
-        return "empty option"
-    if not -1 <= record["answer"] < len(options):
-        return "answer is none of the options"
-    if record["answer"] == -1 and record["pool"] != "transfer":
-        return "no answer"
-    return None
 
 
 def assign_pools(questions: pd.DataFrame, seed: int) -> pd.DataFrame:

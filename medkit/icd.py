@@ -6,14 +6,15 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 
 from medkit.params import digest
-from medkit.readers import clean_text
+from medkit.records import Kind, clean_text
 
-ICD_KINDS = ("icd_chapter", "icd_easy", "icd_hard")
+ICD_KINDS = tuple(kind for kind in get_args(Kind) if kind.startswith("icd_"))
 
 
 def read_icd_concepts(path: Path) -> pd.DataFrame:

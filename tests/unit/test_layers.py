@@ -12,23 +12,20 @@ from medkit.outputs import ROOT
 PACKAGE = ROOT / "medkit"
 LAYERS = [
     ["params"],
-    ["outputs", "sources", "prompts", "duplicates", "figures"],
-    ["parsing", "readers", "datacard"],
-    ["evaluation", "icd", "models", "batching"],
-    ["claims", "data", "training", "edge", "quantization", "ledger", "lora", "scoring"],
-    ["distillation", "inference"],
+    ["outputs", "sources", "prompts", "duplicates", "figures", "plans"],
+    ["parsing", "records", "datacard", "contamination"],
+    ["evaluation", "readers", "icd", "models", "batching"],
+    ["claims", "data", "problems", "embeddings", "training", "rowwise", "lora", "scoring", "edge_tokenizer"],
+    ["edge", "ledger"],
+    ["quantization"],
+    ["sensitivity", "distillation", "inference"],
     ["report", "runner"],
     ["__main__"],
 ]
 BESIDE = {("figures", "outputs"): "a saved figure is an artifact, written atomically"}
 WITHOUT_TORCH = [
-    *LAYERS[0],
-    *LAYERS[1],
-    *LAYERS[2],
-    "evaluation",
-    "icd",
-    "claims",
-    "data",
+    *(name for layer in LAYERS[:3] for name in layer),
+    *["evaluation", "readers", "icd", "claims", "data", "problems"],
     *LAYERS[-2],
     *LAYERS[-1],
 ]  # the command line answers at once too

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,7 +18,15 @@ PROFILES = sorted((ROOT / "params").glob("*.yaml"))
 SMOKE = ROOT / "params" / "smoke.yaml"
 RAW = yaml.safe_load(SMOKE.read_text())
 # what a profile chooses the form of: which datasets, where from, and a student of its own or cut from the teacher
-OPEN = {("models", "teacher", "source"), ("models", "student"), ("data", "datasets"), ("inference", "questions")}
+OPEN = {
+    ("models", "teacher", "source"),
+    ("models", "student"),
+    ("models", "embedder"),
+    ("data", "datasets"),
+    ("data", "open_questions"),
+    ("data", "drug_pairs"),
+    ("inference", "questions"),
+}
 
 
 def key_paths(node: dict, prefix: tuple = ()) -> set[tuple]:
@@ -97,7 +106,17 @@ def test_params_are_immutable():
 LEAVES = sorted(".".join(path) for path in key_paths(RAW) if not any(path[: len(o)] == o for o in OPEN))
 
 
-@pytest.mark.parametrize("key", [*LEAVES, "data.datasets.mmlu.test", "models.teacher.source.sha256"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *LEAVES,
+        "data.datasets.mmlu.test",
+        "data.open_questions",
+        "data.drug_pairs",
+        "data.drug_pairs.sha256",
+        "models.teacher.source.sha256",
+    ],
+)
 def test_missing_key_is_named(key, tmp_path):
     message = refusal(write(tmp_path, changed(key, drop=True)))
     assert "missing key" in message
@@ -198,6 +217,73 @@ def test_asked_source_must_be_a_dataset():
     assert "medqaa" in refusal(
         SMOKE, {"inference.questions": {**RAW["inference"]["questions"], "letter": {"medqaa": 4}}}
     )
+
+
+# --- a table of one's own ------------------------------------------------------------------------------------------
+
+COLUMNS = {"question": "q", "options": "choices", "answer": "gold", "context": "", "subject": ""}
+TABLE = {"kind": "table", "path": "mine.jsonl", "pool": "test", "columns": COLUMNS, "answer_is": "letter"}
+ORIGIN = "data.datasets.mmlu.origin"
+
+
+@pytest.mark.parametrize("pool", ["test", "train", "transfer", None])
+@pytest.mark.parametrize("answer_is", ["index0", "index1", "letter", "text"])
+@pytest.mark.parametrize("options", ["choices", ["opa", "opb"]])
+def test_a_table_is_an_origin_of_questions(pool, answer_is, options):
+    table = {**TABLE, "pool": pool, "answer_is": answer_is, "columns": {**COLUMNS, "options": options}}
+    origin = load_params(SMOKE, {ORIGIN: table}).data.datasets["mmlu"].origin
+    assert origin.model_dump() == table
+
+
+@pytest.mark.parametrize("key", [*TABLE, *(f"columns.{name}" for name in COLUMNS)])
+def test_every_key_of_a_table_is_wanted(key, tmp_path):
+    raw = changed(ORIGIN, copy.deepcopy(TABLE))
+    *parents, leaf = [*ORIGIN.split("."), *key.split(".")]
+    node = raw
+    for parent in parents:
+        node = node[parent]
+    del node[leaf]
+    message = refusal(write(tmp_path, raw))
+    assert leaf in message
+    assert ORIGIN in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"answer_is": "index"}, "answer_is"),
+        ({"answer_is": None}, "answer_is"),
+        ({"pool": "valid"}, "pool"),
+        ({"pool": ""}, "pool"),
+        ({"columns": {**COLUMNS, "question": ""}}, "columns.question"),
+        ({"columns": {**COLUMNS, "options": []}}, "columns.options"),
+        ({"columns": {**COLUMNS, "options": ["opa"]}}, "columns.options"),
+        ({"columns": {**COLUMNS, "context": None}}, "columns.context"),
+        ({"columns": {**COLUMNS, "kind": "k"}}, "columns.kind"),
+        ({"columns": {**COLUMNS, "answer": ""}}, "columns.answer"),
+        ({"columns": {**COLUMNS, "answer": ""}, "pool": None}, "columns.answer"),
+        ({"revision": "main"}, "revision"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_refused_by_name(changes, named):
+    assert named in refusal(SMOKE, {ORIGIN: {**TABLE, **changes}})
+
+
+def test_a_table_without_answers_is_for_transfer():
+    table = {**TABLE, "columns": {**COLUMNS, "answer": ""}, "pool": "transfer"}
+    assert load_params(SMOKE, {ORIGIN: table}).data.datasets["mmlu"].origin.pool == "transfer"
+
+
+@pytest.mark.parametrize("key", ["models.teacher.source", "data.open_questions", "data.drug_pairs"])
+def test_only_questions_with_options_come_from_a_table(key):
+    message = refusal(SMOKE, {key: TABLE})
+    assert key in message
+    assert "table" in message
+
+
+@pytest.mark.parametrize("key", ["open_questions", "drug_pairs"])
+def test_questions_of_other_forms_may_be_left_out(key):
+    assert getattr(load_params(SMOKE, {f"data.{key}": None}).data, key) is None
 
 
 # --- overrides -----------------------------------------------------------------------------------------------------
@@ -322,3 +408,19 @@ def test_digest_sees_order_in_lists_and_type():
 def test_digest_is_stable_over_versions():
     """Caches and manifests hold these: a change of the function reruns every run there is."""
     assert digest({"b": [1, "µ"], "a": None}) == "10889a9b1056084d"
+
+
+def test_a_key_written_twice_is_named(tmp_path):
+    path = tmp_path / "profile.yaml"
+    path.write_text(SMOKE.read_text().replace("seed: 0", "seed: 0\nseed: 1"))
+    with pytest.raises(ParamsError, match="'seed' stands twice"):
+        load_params(path)
+
+
+def test_a_relative_path_starts_at_the_profile(tmp_path, monkeypatch):
+    path = tmp_path / "profile.yaml"
+    path.write_text(SMOKE.read_text())
+    monkeypatch.chdir("/")  # wherever the command is called, or the notebook runs
+    for told, meant in (("data/mine", tmp_path / "data" / "mine"), ("/data/mine", Path("/data/mine"))):
+        found = load_params(path, {"models.embedder": {"kind": "local", "path": told}})
+        assert found.models.embedder.path == str(meant)

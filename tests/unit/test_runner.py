@@ -85,6 +85,20 @@ def test_a_fingerprint_for_every_stage_in_order(before):
     assert len(set(before.values())) == len(STAGES)
 
 
+def test_a_users_table_counts_by_its_content(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    columns = {"question": "q", "options": "o", "answer": "a", "context": "", "subject": ""}
+    origin = {"kind": "table", "path": str(path), "pool": "train", "columns": columns, "answer_is": "letter"}
+    overrides = {"data.datasets.medqa.origin": origin}
+    path.write_text("one")
+    first = chain(overrides)
+    path.write_text("two")
+    second = chain(overrides)
+    assert set(first.values()).isdisjoint(second.values())
+    path.write_text("one")
+    assert chain(overrides) == first
+
+
 def test_fingerprints_do_not_depend_on_the_place(project, before):
     assert runner.notebooks()[0].parent == project / "notebooks"
     assert chain() == before

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from medkit import sources
-from medkit.params import Hub, Local, Wheel
+from medkit.params import Hub, Local, Table, Wheel
 from medkit.sources import SourceError
 
 FILES = {
@@ -272,6 +272,16 @@ def test_local_home_is_expanded(tmp_path, monkeypatch):
 def test_missing_local_path_is_named(tmp_path):
     with pytest.raises(SourceError, match=r"none\.jsonl.*path"):
         sources.fetch(Local(kind="local", path=str(tmp_path / "none.jsonl")))
+
+
+def test_a_table_is_a_local_file(tmp_path):
+    columns = {"question": "q", "options": "o", "answer": "a", "context": "", "subject": ""}
+    table = {"kind": "table", "pool": "test", "columns": columns, "answer_is": "letter"}
+    path = tmp_path / "mine.jsonl"
+    with pytest.raises(SourceError, match=r"mine\.jsonl.*`path` of this table source"):
+        sources.fetch(Table(**table, path=str(path)))
+    path.write_text("{}")
+    assert sources.fetch(Table(**table, path=str(path))) == path
 
 
 # --- building once -------------------------------------------------------------------------------------------------
