@@ -8,6 +8,7 @@ is needed. What a file *means* is for `data` and `models` to say.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 import shutil
@@ -50,6 +51,8 @@ def building(target: Path) -> Iterator[Path | None]:
         if target.exists():
             yield None
             return
+        for left in target.parent.glob(f"{glob.escape(target.name)}.*.part"):  # by a killed process: we hold the lock
+            shutil.rmtree(left, ignore_errors=True)
         scratch_dir = Path(tempfile.mkdtemp(prefix=target.name + ".", suffix=".part", dir=target.parent))
         try:
             yield scratch_dir / target.name

@@ -399,3 +399,15 @@ def test_a_killed_builder_frees_the_lock(index, cache, tmp_path):
     process.kill()
     process.wait()
     assert contents(sources.fetch(wheel_of(index)))
+
+
+def test_what_a_killed_process_left_is_swept_up(tmp_path):
+    target = tmp_path / "wheels" / "some[1].whl"  # a name that is no pattern
+    left, other = (tmp_path / "wheels" / f"{name}.abc123.part" for name in (target.name, "other.whl"))
+    for folder in (left, other):
+        folder.mkdir(parents=True)
+        (folder / "half").write_text("half")
+    with sources.building(target) as scratch:
+        scratch.write_text("whole")
+    assert target.read_text() == "whole"
+    assert not left.exists() and other.exists()  # the other belongs to someone else's lock
