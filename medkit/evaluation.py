@@ -35,8 +35,9 @@ class EvaluationError(ValueError):
 
 
 def judge(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
-    """One row per variant, scoring and question: the choice (−1: unparsed), whether it is right, and the question's
-    `clean` flag (no training question resembles it).
+    """One row per variant, scoring and question: the choice, whether it is right, and the question's `clean` flag.
+
+    A choice is an option's index, −1 (unparsed) or `parsing.ABSTAINED`; a clean question resembles none learned from.
 
     Scored options give two readings: `option_text` takes the highest summed log-probability, `option_text_norm` the
     highest mean per token. Generated text goes through `parsing.parse`.
@@ -72,12 +73,13 @@ def wilson(successes: int, n: int, confidence: float) -> tuple[float, float]:
 
 
 def accuracy(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    """Accuracy and unparsed rate per variant, source and scoring, with n and the interval of the accuracy."""
+    """Accuracy, unparsed and abstained rate per variant, source and scoring, with n and the accuracy's interval."""
     rows = []
     for key, group in judged.groupby(["variant", "source", "scoring"], sort=False):
         low, high = wilson(int(group.correct.sum()), len(group), confidence)
-        rows.append((*key, group.correct.mean(), low, high, len(group), (group.choice == -1).mean()))
-    names = ["variant", "source", "scoring", "accuracy", "ci_low", "ci_high", "n", "unparsed_rate"]
+        silent = [(group.choice == code).mean() for code in (-1, parsing.ABSTAINED)]
+        rows.append((*key, group.correct.mean(), low, high, len(group), *silent))
+    names = ["variant", "source", "scoring", "accuracy", "ci_low", "ci_high", "n", "unparsed_rate", "abstained_rate"]
     return pd.DataFrame(rows, columns=names)
 
 
