@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from medkit import icd, readers
-from medkit.duplicates import group_near_duplicates
+from medkit.duplicates import group_near_duplicates, grouping_texts
 from medkit.params import SPLITS, DatasetParams, digest
 from medkit.readers import DataError
 from medkit.records import refusal, rejected_table
@@ -85,10 +85,7 @@ def assign_pools(questions: pd.DataFrame, seed: int) -> pd.DataFrame:
     """
     questions = questions.copy()
     free = questions.group.isna()
-    told = (
-        questions.options.where(questions.kind != "abstract", None).str.join(" ").fillna("")
-    )  # yes/no/maybe tells nothing
-    text = (questions.question + " " + told)[free]
+    text = grouping_texts(questions[free])
     # the official place of a group is found by its members, so groups are numbered over all sources together
     # and named by a member, so that a question's place does not depend on which other sources are there
     questions.loc[free, "group"] = "text:" + questions.id[free].groupby(group_near_duplicates(text)).transform("min")

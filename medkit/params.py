@@ -295,7 +295,7 @@ class _StrictLoader(yaml.SafeLoader):
 
 
 def _anchor(node, folder: Path) -> None:
-    """Make the relative paths of local sources absolute, from the profile's folder: notebooks run in one of their own."""
+    """Relative paths of local sources start at the profile's folder, since notebooks run in one of their own."""
     if isinstance(node, dict):
         if node.get("kind") in ("local", "table") and isinstance(node.get("path"), str):
             node["path"] = str(folder / Path(node["path"]).expanduser())
