@@ -1,13 +1,15 @@
-"""NF4 and not FP4, the head untouched, and a ledger that agrees with arithmetic to the byte."""
+"""NF4 and not FP4, bytes that agree with arithmetic, and plans that come back from disk to the bit."""
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import DynamicCache
 
-from medkit import batching, ledger, lora, models, quantization
+from medkit import batching, ledger, lora, models, plans, quantization, rowwise
 from medkit.params import QuantizationParams
+from medkit.plans import Plan, PlanError
 
 PAD, VOCAB, HIDDEN, KV, MLP, LAYERS = 0, 300, 64, 32, 128, 3
 LINEAR = LAYERS * [HIDDEN * HIDDEN, HIDDEN * HIDDEN, HIDDEN * KV, HIDDEN * KV, HIDDEN * MLP, HIDDEN * MLP, HIDDEN * MLP]
@@ -155,3 +157,207 @@ def test_kv_cache_bytes_are_those_of_a_real_cache(make_llama, batch, context, dt
         model(torch.ones(batch, context, dtype=torch.long), past_key_values=cache, use_cache=True)
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert ledger.kv_cache_bytes(model.config, batch, context, dtype.itemsize) == stored
+
+
+# --- plans ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_model(make_llama):
+    """model(tied): a small Llama whose matrices are all whole blocks wide."""
+    return lambda tied=True, **changes: make_llama(
+        layers=2, **{"intermediate_size": MLP, "tie_word_embeddings": tied, **changes}
+    )
+
+
+PLANS = {
+    "keep": plans.keep_plan,
+    "nf4": plans.nf4_plan,
+    "paper_mix": plans.paper_plan,
+    "paper_mix_nf4_head": lambda shapes: plans.paper_plan(shapes, "nf4"),
+    "nf4_int8_ends": lambda shapes: plans.nf4_plan(shapes, "int8"),
+    "nf4_all": lambda shapes: plans.nf4_plan(shapes, "nf4"),
+    "int8": lambda shapes: Plan(name="int8", schemes=dict.fromkeys(shapes, "int8")),
+}
+
+
+def plan_for(model, name):
+    return PLANS[name](quantization.weight_shapes(model))
+
+
+def stored_bytes(model):
+    return ledger.measure_bytes(model).bytes.sum()
+
+
+def ends_are_one(model):
+    return model.lm_head.rows is model.get_input_embeddings().rows
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_reloads_to_the_same_logits_and_bytes(
+    make_model, make_examples, tokenizer, models_params, tmp_path, name, tied, double_quant
+):
+    model, examples = make_model(tied), make_examples(3)
+    plan = plan_for(model, name)
+    exact = batching.collect_logits(model, examples, PAD)
+    quantization.apply_plan(model, plan, double_quant)
+    analytic = ledger.plan_bytes(ledger.model_shapes(model.config), plan.schemes, 4, double_quant)
+    assert ledger.measure_bytes(model).equals(analytic)
+    folder = quantization.save_quantized(model, tokenizer, plan, tmp_path / "plan")
+    again = quantization.load_quantized(folder, models_params)
+    assert ledger.measure_bytes(again).equals(analytic)
+    logits = batching.collect_logits(model, examples, PAD)
+    assert torch.equal(batching.collect_logits(again, examples, PAD), logits)
+    assert torch.equal(logits, exact) == (name == "keep")
+    assert batching.measure_drift(exact, logits)["kl_nats"] < 0.5
+    assert quantization.read_plan(folder) == plan
+    assert (models.load_tokenizer(folder).get_vocab(), again.training) == (tokenizer.get_vocab(), False)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_tied_ends_stay_one_storage_in_memory_and_on_disk(make_model, tokenizer, models_params, tmp_path, scheme):
+    model = make_model(tied=True)
+    plan = plans.nf4_plan(quantization.weight_shapes(model), scheme)
+    quantization.apply_plan(model, plan, True)
+    assert ends_are_one(model)
+    folder = quantization.save_quantized(model, tokenizer, plan, tmp_path / "tied")
+    assert not any(key.startswith("lm_head") for key in load_file(folder / quantization.WEIGHTS))
+    assert ends_are_one(quantization.load_quantized(folder, models_params))
+    untied = quantization.apply_plan(make_model(tied=False), plan_for(make_model(tied=False), "nf4_int8_ends"), True)
+    assert not ends_are_one(untied)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_file_holds_what_the_ledger_counts(make_model, tokenizer, tmp_path, tied):
+    model = make_model(tied)
+    plan = plan_for(model, "nf4_all")
+    quantization.apply_plan(model, plan, False)
+    folder = quantization.save_quantized(model, tokenizer, plan, tmp_path / "sizes")
+    tensors = load_file(folder / quantization.WEIGHTS)
+    described = sum(tensor.nbytes for key, tensor in tensors.items() if "quant_state" in key)  # dtype, shape: text
+    assert sum(tensor.nbytes for tensor in tensors.values()) - described == stored_bytes(model)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_runs_is_the_round_trip(make_model, make_examples, name):
+    model, simulated, examples = make_model(False), make_model(False), make_examples(3)
+    plan = plan_for(model, name)
+    quantization.apply_plan(model, plan, True)
+    for layer in four_bit(model).values():
+        layer.support_avx512bf16_for_cpu = False  # bitsandbytes computes in bf16 where it can
+    with torch.no_grad():
+        for module, scheme in plan.schemes.items():
+            weight = simulated.get_submodule(module).weight
+            weight.copy_(rowwise.round_trip(weight, scheme, True))
+    found, wanted = (batching.collect_logits(m, examples, PAD) for m in (model, simulated))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_biases_are_kept(make_model, make_examples, tokenizer, models_params, tmp_path):
+    model, examples = make_model(attention_bias=True, mlp_bias=True), make_examples(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    exact = batching.collect_logits(model, examples, PAD)
+    plan = plan_for(model, "paper_mix")
+    quantization.apply_plan(model, plan, True)
+    folder = quantization.save_quantized(model, tokenizer, plan, tmp_path / "biased")
+    logits = batching.collect_logits(model, examples, PAD)
+    assert batching.measure_drift(exact, logits)["kl_nats"] < 0.5
+    assert torch.equal(
+        batching.collect_logits(quantization.load_quantized(folder, models_params), examples, PAD), logits
+    )
+
+
+def test_a_quantised_model_generates(make_model):
+    model = make_model(True)
+    quantization.apply_plan(model, plan_for(model, "nf4_int8_ends"), True)
+    prompt = torch.tensor([[5, 6, 7]])
+    written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+    with torch.no_grad():
+        for length in range(3, written.shape[1]):
+            assert model(written[:, :length]).logits[0, -1].argmax() == written[0, length]
+
+
+@pytest.mark.parametrize("change", [{"lm_head": "int8"}, {"model.layers.9.mlp.up_proj": "nf4"}])
+def test_a_plan_with_an_unknown_module_is_refused(make_model, change):
+    model = make_model(tied=True)
+    schemes = plan_for(model, "nf4").schemes | change
+    with pytest.raises(PlanError, match=f"'wrong'.*{next(iter(change))}"):
+        quantization.apply_plan(model, Plan(name="wrong", schemes=schemes), True)
+
+
+def test_a_plan_that_leaves_a_module_out_is_refused(make_model):
+    model = make_model()
+    schemes = plan_for(model, "nf4").schemes
+    del schemes["model.layers.1.self_attn.k_proj"]
+    with pytest.raises(PlanError, match=r"no scheme for 'model.layers.1.self_attn.k_proj'"):
+        quantization.apply_plan(model, Plan(name="short", schemes=schemes), True)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens", "model.layers.0.self_attn.q_proj"])
+def test_a_scheme_that_cannot_apply_is_refused_before_anything_changes(make_llama, name):
+    model = make_llama(hidden_size=72, intermediate_size=64)
+    before = {key: type(module) for key, module in model.named_modules()}
+    schemes = plan_for(model, "int8").schemes | {name: "nf4"}
+    with pytest.raises(PlanError, match=f"{name}' cannot be nf4: its rows of 72 weights"):
+        quantization.apply_plan(model, Plan(name="odd", schemes=schemes), True)
+    assert {key: type(module) for key, module in model.named_modules()} == before
+
+
+def test_a_quantised_model_is_not_quantised_again(make_model):
+    model = make_model()
+    plan = plan_for(model, "nf4")
+    quantization.apply_plan(model, plan, True)
+    with pytest.raises(PlanError, match="Linear4bit, not a plain"):
+        quantization.apply_plan(model, plan, True)
+
+
+def test_a_model_that_has_run_is_not_saved_if_that_repacked_it(make_model, make_examples, tokenizer, tmp_path):
+    model = make_model()
+    plan = plan_for(model, "nf4")
+    quantization.apply_plan(model, plan, True)
+    batching.collect_logits(model, make_examples(1), PAD)
+    state = model.get_decoder().layers[0].mlp.up_proj.weight.quant_state
+    state.packing_format_for_cpu = True  # as bitsandbytes does on CPUs with AVX512-BF16
+    with pytest.raises(PlanError, match="save a model before it runs"):
+        quantization.save_quantized(model, tokenizer, plan, tmp_path / "late")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("was", "now"), [("nf4", "int8"), ("nf4", "keep"), ("keep", "nf4")])
+def test_a_plan_that_is_not_of_its_weights_is_refused(make_model, tokenizer, models_params, tmp_path, was, now):
+    model, name = make_model(), "model.layers.1.mlp.up_proj"
+    schemes = plan_for(model, "keep").schemes
+    plan = Plan(name="edited", schemes=schemes | {name: was})
+    quantization.apply_plan(model, plan, True)
+    folder = quantization.save_quantized(model, tokenizer, plan, tmp_path / "edited")
+    edited = Plan(name="edited", schemes=schemes | {name: now})
+    (folder / quantization.PLAN).write_text(edited.model_dump_json())
+    with pytest.raises(PlanError, match=name):
+        quantization.load_quantized(folder, models_params)
+
+
+def test_a_folder_without_a_plan_is_refused_and_a_quantised_one_by_transformers(
+    make_model, saved, tokenizer, models_params, tmp_path
+):
+    with pytest.raises(PlanError, match=r"no plan\.json"):
+        quantization.load_quantized(saved(), models_params)
+    model = make_model()
+    plan = plan_for(model, "nf4_int8_ends")
+    quantization.apply_plan(model, plan, True)
+    folder = quantization.save_quantized(model, tokenizer, plan, tmp_path / "quantised")
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        models.load_model(folder, models_params)
+
+
+def test_the_budget_of_a_share_leaves_room_for_the_norms(make_model):
+    model = make_model(tied=False)
+    shapes = ledger.model_shapes(model.config)
+    least, most = (quantization.budget_bytes(model, share) for share in (0.5, 1.0))
+    norms = 2 * sum(weight.count for weight in shapes if len(weight.shape) == 1)
+    assert most + norms == 2 * sum(weight.count for weight in shapes)
+    assert least + norms == (most + norms) // 2

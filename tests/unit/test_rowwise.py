@@ -1,0 +1,78 @@
+"""No int8 weight is off by more than half a step, and rows decode alone as they do together, a few at a time."""
+
+import bitsandbytes as bnb
+import pytest
+import torch
+
+from medkit import rowwise
+from medkit.rowwise import Int8Rows, Nf4Rows, QuantizedEmbedding, QuantizedLinear
+
+ROWS, COLUMNS = 100, 128
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def weight(request):
+    torch.manual_seed(0)
+    matrix = torch.randn(ROWS, COLUMNS) * torch.logspace(-3, 3, ROWS)[:, None]  # rows of very different size
+    matrix[7] = 0
+    return matrix.to(request.param)
+
+
+def test_no_int8_weight_is_off_by_more_than_half_a_step(weight):
+    rows = Int8Rows.quantise(weight, True)
+    step = weight.float().abs().amax(1, keepdim=True) / 127
+    error = (rows.codes * rows.scale - weight.float()).abs()
+    assert (error <= step / 2 * (1 + 1e-5)).all()
+    assert rows.codes.dtype == torch.int8 and rows.codes.abs().max() == 127
+    assert not rows.codes[7].any() and rows.scale.isfinite().all() and (rows.scale > 0).all()
+    assert rows.codes.nbytes + rows.scale.nbytes == ROWS * COLUMNS + 4 * ROWS
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_rows_decode_alone_as_they_do_together(weight, scheme, double_quant):
+    whole = rowwise.round_trip(weight, scheme, double_quant)
+    embedding = QuantizedEmbedding(rowwise.ROWS[scheme].quantise(weight, double_quant))
+    ids = torch.tensor([[3, 99, 0], [3, 7, 50]])
+    assert torch.equal(embedding(ids), whole[ids])
+    assert embedding(ids).dtype == weight.dtype
+    assert embedding(ids[:, :0]).shape == (2, 0, COLUMNS)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_nf4_is_that_of_bitsandbytes(weight, double_quant):
+    packed, state = bnb.functional.quantize_4bit(
+        weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4"
+    )
+    wanted = bnb.functional.dequantize_4bit(packed, state)
+    assert torch.equal(rowwise.round_trip(weight, "nf4", double_quant), wanted)
+    assert torch.equal(Nf4Rows.quantise(weight, double_quant).gather(torch.arange(ROWS)), wanted)
+
+
+def test_keeping_is_exact(weight):
+    assert rowwise.round_trip(weight, "keep", True) is weight
+
+
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+@pytest.mark.parametrize("rows_at_once", [1, 33, ROWS])
+def test_a_linear_layer_decodes_no_more_than_its_chunk(monkeypatch, scheme, rows_at_once):
+    torch.manual_seed(1)
+    weight, bias, x = torch.randn(ROWS, COLUMNS), torch.randn(ROWS), torch.randn(2, 5, COLUMNS)
+    layer = QuantizedLinear(rowwise.ROWS[scheme].quantise(weight, True), bias)
+    decoded, project = [], layer.rows.project
+    monkeypatch.setattr(layer.rows, "project", lambda x, a, b: decoded.append(b - a) or project(x, a, b))
+    monkeypatch.setattr(rowwise, "CHUNK_BYTES", rows_at_once * COLUMNS * x.element_size())
+    wanted = torch.nn.functional.linear(x, rowwise.round_trip(weight, scheme, True), bias)
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-4)
+    assert max(decoded) <= rows_at_once and sum(decoded) == ROWS
+
+
+def test_half_precision_stays_half_precision():
+    torch.manual_seed(1)
+    weight, x = torch.randn(ROWS, COLUMNS, dtype=torch.bfloat16), torch.randn(3, COLUMNS, dtype=torch.bfloat16)
+    exact = x.float() @ weight.float().T
+    for scheme, bound in (("int8", 0.02), ("nf4", 0.2)):
+        out = QuantizedLinear(rowwise.ROWS[scheme].quantise(weight, True), None)(x)
+        assert out.dtype == torch.bfloat16
+        assert (out.float() - exact).norm() / exact.norm() < bound

@@ -1,0 +1,138 @@
+"""Damage from cached hidden states is that of a brute-force run; a scheme that changes nothing damages nothing."""
+
+import pytest
+import torch
+
+from medkit import batching, ledger, plans, quantization, rowwise, sensitivity
+from medkit.plans import Plan
+
+PAD = 0
+LAYERS, MLP = 3, 128
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def model(request, make_llama):
+    return make_llama(layers=LAYERS, intermediate_size=MLP, tie_word_embeddings=request.param)
+
+
+@pytest.fixture
+def examples(make_examples):
+    return make_examples(5)
+
+
+def measure(model, examples, **settings):
+    return sensitivity.measure_sensitivity(model, examples, PAD, True, **settings)
+
+
+def brute_force(model, examples, module, scheme):
+    """KL of two whole runs, one of them with the module's weight written over."""
+    before = batching.collect_logits(model, examples, PAD)
+    weight = model.get_submodule(module).weight
+    exact = weight.detach().clone()
+    with torch.no_grad():
+        weight.copy_(rowwise.round_trip(exact, scheme, True))
+        after = batching.collect_logits(model, examples, PAD)
+        weight.copy_(exact)
+    return batching.measure_drift(before, after)["kl_nats"]
+
+
+def test_one_module_at_a_time_is_what_brute_force_finds(model, examples):
+    table = measure(model, examples, batch_tokens=64)  # several batches
+    assert set(table.module) == set(quantization.weight_shapes(model))
+    assert not table.duplicated(["module", "scheme"]).any()
+    for row in table.itertuples():
+        found = brute_force(model, examples, row.module, row.scheme)
+        assert row.kl_nats == pytest.approx(found, rel=1e-3, abs=1e-7), (row.module, row.scheme)
+
+
+def test_damage_is_zero_iff_the_scheme_is_exact(model, examples):
+    table = measure(model, examples)
+    kept = table.scheme == "keep"
+    assert (table.kl_nats[kept] == 0).all()
+    assert (table.kl_nats[~kept] > 0).all()
+    name = "model.layers.1.mlp.up_proj"
+    with torch.no_grad():  # weights that int8 stores exactly
+        weight = model.get_submodule(name).weight
+        weight.copy_(weight.sign() * 127 / 1024)
+    again = measure(model, examples, schemes=["int8"]).set_index(["module", "scheme"]).kl_nats
+    assert again[name, "int8"] == 0
+    assert (again.drop((name, "int8")).xs("int8", level="scheme") > 0).all()
+
+
+def test_more_bits_damage_less(model, examples):
+    wide = measure(model, examples).pivot_table(index="module", columns="scheme", values="kl_nats")
+    assert (wide.int8 < wide.nf4).all()
+
+
+def test_the_model_is_as_it_was(model, examples):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    measure(model, examples)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.get_decoder().layers)
+
+
+def test_it_is_as_it_was_after_a_failure_too(model, examples, monkeypatch):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weight = model.get_submodule("model.layers.2.mlp.down_proj").weight
+
+    def fail(*args):
+        raise MemoryError
+
+    with pytest.raises(MemoryError), sensitivity.rounded(model, {"model.layers.2.mlp.down_proj": "nf4"}, True):
+        assert not torch.equal(before["model.layers.2.mlp.down_proj.weight"], weight)
+        fail()
+    assert torch.equal(before["model.layers.2.mlp.down_proj.weight"], weight)
+    monkeypatch.setattr(rowwise, "round_trip", fail)
+    with pytest.raises(MemoryError):
+        measure(model, examples)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_no_layer_before_the_module_runs_again(model, examples, monkeypatch):
+    layer = type(model.get_decoder().layers[0])
+    runs, forward = [], layer.forward
+    monkeypatch.setattr(
+        layer, "forward", lambda self, *a, **k: runs.append(self.self_attn.layer_idx) or forward(self, *a, **k)
+    )
+    table = measure(model, examples, schemes=["int8"])
+    batches = len(batching.bucket_by_length([len(e.input_ids) for e in examples], 1024))
+    per_layer = table[table.scheme == "int8"].groupby("layer").size()
+    expected = [batches * (2 + per_layer.loc[:number].sum()) for number in range(LAYERS)]  # reference, embeddings, …
+    assert [runs.count(number) for number in range(LAYERS)] == expected
+
+
+def test_columns_are_what_a_budget_needs(model, examples):
+    table = measure(model, examples)
+    ends = ~table.module.str.contains("layers")
+    assert table.layer[ends].isna().all()
+    assert set(table.layer.dropna()) == set(range(LAYERS))
+    assert set(table.kind) >= {"q_proj", "down_proj", "embed_tokens"}
+    shapes = ledger.model_shapes(model.config)
+    for plan in (plans.nf4_plan(quantization.weight_shapes(model), "int8"), plans.keep_plan(table.module.unique())):
+        listed = table.set_index(["module", "scheme"]).loc[list(plan.schemes.items())].bytes.sum()
+        norms = 2 * sum(weight.count for weight in shapes if len(weight.shape) == 1)
+        assert listed + norms == ledger.plan_bytes(shapes, plan.schemes).bytes.sum()
+
+
+def test_a_scheme_that_a_shape_forbids_is_no_choice(make_llama, examples):
+    table = measure(make_llama(layers=1), examples)  # 96 columns in down_proj
+    without = set(table.module) - set(table.module[table.scheme == "nf4"])
+    assert without == {"model.layers.0.mlp.down_proj"}
+
+
+def test_a_simulated_plan_is_the_plan(make_llama, make_examples):
+    make = lambda: make_llama(layers=2, intermediate_size=MLP)  # noqa: E731
+    examples, model = make_examples(5), make()
+    shapes = quantization.weight_shapes(model)
+    table = measure(model, examples)
+    int8 = Plan(name="all_int8", schemes=dict.fromkeys(shapes, "int8"))
+    candidates = [plans.keep_plan(shapes), int8, plans.paper_plan(shapes)]
+    found = sensitivity.measure_plans(model, examples, PAD, True, candidates, table).set_index("plan")
+    assert found.loc["keep"].drop("bytes").eq(0).all()
+    assert found.kl_nats["paper_mix"] > found.kl_nats["all_int8"] > 0
+    alone = table.set_index(["module", "scheme"]).kl_nats
+    assert found.summed_kl_nats["all_int8"] == pytest.approx(alone.xs("int8", level="scheme").sum())
+    before = batching.collect_logits(model, examples, PAD)
+    after = batching.collect_logits(quantization.apply_plan(make(), int8, True), examples, PAD)
+    assert batching.measure_drift(before, after)["kl_nats"] == pytest.approx(found.kl_nats["all_int8"], rel=1e-3)
