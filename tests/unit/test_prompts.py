@@ -13,9 +13,7 @@ from medkit import prompts
 from medkit.prompts import ABSTRACT, LETTER, LETTERS, RATIONALE, TEMPLATES, TEXT, answers, encode, render
 
 DRUGS = ["aspirin", "insulin", "metformin", "warfarin"]
-GERMS = ["S. aureus", "C. difficile", "B. fragilis", "D. pneumoniae", "E. coli"]
-VERDICTS = ["yes", "no", "maybe"]
-A, B, C, D, E = range(5)
+A, C = 0, 2
 
 
 def question(*options: str, context: str = "") -> dict:
@@ -83,7 +81,7 @@ def test_templates_are_told_apart_by_their_hash(monkeypatch):
 
 
 def test_examples_come_before_the_question_with_their_answers():
-    shots = [{**question(*DRUGS), "answer": C}, {**question(*GERMS), "answer": A}]
+    shots = [{**question(*DRUGS), "answer": C}, {**question("fever", "cough"), "answer": A}]
     for template in (TEXT, LETTER, RATIONALE):
         turns = render(question(*DRUGS), template, shots)
         assert [turn["role"] for turn in turns] == ["system", *["user", "assistant"] * 2, "user"]
