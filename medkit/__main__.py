@@ -1,4 +1,4 @@
-"""Command line: run, status, report, doctor. `python -m medkit --help` lists them."""
+"""Command line: run, status, report, plan, doctor. `python -m medkit --help` lists them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Annotated
 import psutil
 import typer
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -133,6 +134,41 @@ def report(run: RunName = "tiny") -> None:
         tables.paper_table(claims),
     ]
     typer.echo("\n\n".join(parts))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option("--model", help="config.json, a folder with one, or a known name")],
+    budget: Annotated[str, typer.Option("--budget", help="Memory of the device, e.g. 8GB or 8GiB")],
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens per sequence, prompt and answer")] = 4096,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time")] = 1,
+) -> None:
+    """How to store a model so that it runs in a memory budget, from its shapes alone: no weights, no network."""
+    from medkit import budget as planning
+
+    number, unit = planning.parse_size(budget)
+    config, bytes_per_unit = planning.read_config(model), planning.UNITS[unit]
+    estimates = planning.estimate(config, batch, context)
+    best = planning.choose(estimates, number * bytes_per_unit)
+    columns = ["plan", "KV", "bits", "weights", "scales", "cache", "activations", "total", "left"]
+    title = f"{model}, batch {batch}, context {context}: {unit} of {number:g}"
+    table = Table(*columns, title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    for e in estimates:
+        sizes = (e.weights, e.state, e.kv_cache, e.activations, e.total)
+        cells = [f"{size / bytes_per_unit:.2f}" for size in sizes] + [f"{number - e.total / bytes_per_unit:+.2f}"]
+        table.add_row(e.recipe, e.kv_format, f"{e.bits_per_weight:.2f}", *cells, style="bold" if e is best else None)
+    console.print(table)
+    if best is None:
+        least = min(estimates, key=lambda e: e.total)
+        raise ParamsError(
+            f"nothing fits {number:g} {unit}: the smallest total is {least.total / bytes_per_unit:.2f} {unit} "
+            f"({least.recipe}, {least.kv_format} cache); raise --budget or lower --batch or --context"
+        )
+    kept = f"{best.bits_per_weight:.2f} bits per weight, {best.total / bytes_per_unit:.2f} {unit}"
+    console.print(f"best: {best.recipe}, key-value cache in {best.kv_format}: {kept}")
+    console.print(
+        "Computed from shapes, the libraries' own memory apart; what a plan costs in accuracy is not known here."
+    )
 
 
 OPTIONAL = {

@@ -1,12 +1,12 @@
 """The edge file: one GGUF with weights, tokenizer and chat template, for llama.cpp and OpenVINO GenAI.
 
-Llama-family checkpoints only (Llama, SmolLM). Quantised by the `gguf` package's own reference code; norms stay F32.
+Llama (SmolLM) and Qwen2 checkpoints only. Matrices are quantised by the `gguf` package's own reference code, which has
+no quantiser for K-quants (Q4_K, …): it only reads them. Norms and biases stay F32.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +15,12 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
+from medkit.edge_tokenizer import ExportError, write_tokenizer
 from medkit.outputs import DISCLAIMER, atomic_path
+from medkit.sources import sha256_of
 
-ARCHITECTURE = "llama"
+WEIGHT_TYPES = ("F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # OpenVINO GenAI reads all but the two of 5 bits
+BIASED = {"llama": (), "qwen2": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
 NAMES = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
@@ -36,32 +39,23 @@ ENDS = {
 }
 
 
-class ExportError(ValueError):
-    """A model that this exporter cannot write."""
-
-
 def export_gguf(model: nn.Module, tokenizer, path: Path, weight_type: str) -> Path:
-    """Write `model` to one GGUF file; two-dimensional weights in `weight_type`, e.g. Q4_1. Whole or not at all.
+    """Write `model` to one GGUF file, whole or not at all, and then its manifest (`check_manifest`) beside it.
 
-    A row whose length is no multiple of the block (32) falls back to F16. Raises ExportError for another architecture.
+    Two-dimensional weights take `weight_type`, one of WEIGHT_TYPES; a row whose length is no multiple of the block (32)
+    falls back to F16. Raises ExportError for a model or tokenizer that the file cannot hold.
     """
     config = model.config
-    if config.model_type != ARCHITECTURE:
-        raise ExportError(f"model_type {config.model_type!r}: only {ARCHITECTURE!r} checkpoints can be exported")
-    if config.rope_parameters["rope_type"] != "default":
-        raise ExportError(f"rope_type {config.rope_parameters['rope_type']!r}: only 'default' can be exported")
-    odd = sorted(
-        n
-        for n, _ in model.named_parameters()
-        if n not in ENDS and n.split(".", 3)[3].removesuffix(".weight") not in NAMES
-    )
-    if odd:
-        raise ExportError(f"{odd[0]}: no place for this weight in a {ARCHITECTURE} file")
+    if weight_type not in WEIGHT_TYPES:
+        raise ExportError(f"weight type {weight_type!r}: the gguf package quantises to {', '.join(WEIGHT_TYPES)} only")
+    _refuse_what_the_file_cannot_say(config)
+    for name, _ in model.named_parameters():
+        _gguf_name(name, config.model_type)  # refuses before anything is written
     kind = gguf.GGMLQuantizationType[weight_type]
     with atomic_path(path) as scratch:
-        writer = gguf.GGUFWriter(scratch, ARCHITECTURE)
+        writer = gguf.GGUFWriter(scratch, config.model_type)
         _write_config(writer, config, kind)
-        _write_tokenizer(writer, tokenizer, config.vocab_size)
+        write_tokenizer(writer, tokenizer, config.vocab_size)
         for name, values in _exported_weights(model):
             stored = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else kind
             if values.ndim > 1 and values.shape[-1] % gguf.GGML_QUANT_SIZES[stored][0]:
@@ -71,13 +65,34 @@ def export_gguf(model: nn.Module, tokenizer, path: Path, weight_type: str) -> Pa
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
+    _write_manifest(path, weight_type, config)
     return path
+
+
+def _refuse_what_the_file_cannot_say(config) -> None:
+    """The settings that every reader takes for granted, and that would silently change the answers."""
+    if config.model_type not in BIASED:
+        raise ExportError(f"model_type {config.model_type!r}: only {' and '.join(BIASED)} checkpoints can be exported")
+    if config.rope_parameters["rope_type"] != "default":
+        raise ExportError(f"rope_type {config.rope_parameters['rope_type']!r}: only 'default' can be exported")
+    if config.hidden_act != "silu":
+        raise ExportError(f"hidden_act {config.hidden_act!r}: only 'silu' can be exported")
+    if getattr(config, "use_sliding_window", False):
+        raise ExportError("use_sliding_window true: only full attention can be exported")
+    if config.model_type == "qwen2" and _head_dim(config) * config.num_attention_heads != config.hidden_size:
+        raise ExportError(f"head_dim {_head_dim(config)}: a qwen2 file has {config.hidden_size} / heads and no other")
+
+
+def _head_dim(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def _exported_weights(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
     """GGUF names and float32 values in GGUF's order of rows; a tied head is not stored twice."""
     config = model.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    if config.model_type != "llama":
+        heads = {}  # readers of the other architectures rotate halves, as transformers does
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
@@ -85,26 +100,31 @@ def _exported_weights(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
         for projection, num_heads in heads.items():
             if projection in name:
                 values = permute_rotary(values, num_heads)
-        yield _gguf_name(name), values
+        yield _gguf_name(name, config.model_type), values
 
 
 def permute_rotary(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows (out, in) of a query or key projection from transformers' rotary order (halves) to GGUF's (pairs)."""
+    """Rows (out, in) of a Llama query or key projection from transformers' rotary order (halves) to GGUF's (pairs)."""
     halves = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
     return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def _gguf_name(name: str) -> str:
+def _gguf_name(name: str, architecture: str) -> str:
+    """GGUF's name of a weight. Raises ExportError if a file of this architecture has no place for it."""
     if name in ENDS:
         return ENDS[name]
     _, _, layer, rest = name.split(".", 3)
-    return f"blk.{layer}.{NAMES[rest.removesuffix('.weight')]}.weight"
+    part, kind = rest.rsplit(".", 1)
+    if part not in NAMES or (kind == "bias" and part not in BIASED[architecture]):
+        raise ExportError(f"{name}: no place for this weight in a {architecture} file")
+    return f"blk.{layer}.{NAMES[part]}.{kind}"
 
 
 def _write_config(writer: gguf.GGUFWriter, config, kind: gguf.GGMLQuantizationType) -> None:
     writer.add_name("medkit student")
     writer.add_description(DISCLAIMER)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -114,46 +134,59 @@ def _write_config(writer: gguf.GGUFWriter, config, kind: gguf.GGMLQuantizationTy
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_key_length(_head_dim(config))
+    writer.add_value_length(_head_dim(config))
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer, vocab_size: int) -> None:
-    """Byte-pair vocabulary and merges, read from the fast tokenizer's own json."""
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = backend["model"]
-    if model["type"] != "BPE":
-        raise ExportError(f"tokenizer of type {model['type']!r}: only byte-pair encodings can be exported")
-    special = {t for t, added in tokenizer.get_added_vocab().items()} | set(tokenizer.all_special_tokens)
-    names = {number: token for token, number in tokenizer.get_vocab().items()}
-    tokens = [names.get(number, f"[PAD{number}]") for number in range(vocab_size)]
-    types = [
-        gguf.TokenType.CONTROL if t in special else gguf.TokenType.NORMAL if i in names else gguf.TokenType.UNUSED
-        for i, t in enumerate(tokens)
-    ]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_pre_tokenizer(backend))
-    writer.add_token_list(tokens)
-    writer.add_token_types(types)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
-    if tokenizer.bos_token_id is not None:
-        writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(False)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+# --- the manifest ----------------------------------------------------------------------------------------------------
 
 
-def _pre_tokenizer(backend: dict) -> str:
-    """llama.cpp's name for how this tokenizer splits text: bytes after GPT-2's rule, digits one by one.
+def manifest_path(path: Path) -> Path:
+    """Where the manifest of a GGUF file lies: student.gguf → student.manifest.json."""
+    return path.with_suffix(".manifest.json")
 
-    A vocabulary without tokens of two digits reads the same with and without the second half.
+
+def _write_manifest(path: Path, weight_type: str, config) -> None:
+    manifest = {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "sha256": sha256_of(path),
+        "architecture": config.model_type,
+        "weight_type": weight_type,
+        "source": Path(config.name_or_path).name or None,
+        "disclaimer": DISCLAIMER,
+    }
+    with atomic_path(manifest_path(path)) as scratch:
+        scratch.write_text(json.dumps(manifest, indent=1) + "\n")
+
+
+def check_manifest(path: Path) -> dict:
+    """The manifest of a GGUF file that is byte for byte the one exported.
+
+    Raises ExportError if the file was cut short or changed, or if its manifest is missing or damaged.
     """
-    splits = [part["type"] for part in backend["pre_tokenizer"].get("pretokenizers", [backend["pre_tokenizer"]])]
-    long_numbers = any(re.search(r"\d\d", token) for token in backend["model"]["vocab"])
-    if splits == ["Digits", "ByteLevel"] or (splits == ["ByteLevel"] and not long_numbers):
-        return "smollm"
-    raise ExportError(f"pre-tokenizer {splits}: only SmolLM2's (digits, then bytes) can be exported")
+    try:
+        manifest = json.loads(manifest_path(path).read_text())
+        size, digest = manifest["bytes"], manifest["sha256"]
+    except FileNotFoundError:
+        raise ExportError(f"{manifest_path(path)} is missing: copy it together with {path.name}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{manifest_path(path)} is damaged ({error}): export {path.name} again") from error
+    if not path.is_file():
+        raise ExportError(f"{path} is missing, its manifest is there: copy or export the file again")
+    if path.stat().st_size != size:
+        raise ExportError(
+            f"{path} has {path.stat().st_size:,} bytes, its manifest says {size:,}: copy or export it again"
+        )
+    if (found := sha256_of(path)) != digest:
+        raise ExportError(
+            f"{path} was changed: sha256 {found[:12]}…, its manifest says {digest[:12]}…; export it again"
+        )
+    return manifest
+
+
+# --- reading the file back -------------------------------------------------------------------------------------------
 
 
 def measure_bytes(path: Path) -> pd.DataFrame:

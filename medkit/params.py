@@ -269,7 +269,7 @@ def load_params(path: str | Path, overrides: dict | None = None) -> Params:
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ParamsError(f"{path}: no such params file; there are {beside or 'none in that folder'}")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        raw = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ParamsError(f"{path}: not valid yaml: {str(error).splitlines()[0]}") from error
     if not isinstance(raw, dict):

@@ -1,0 +1,128 @@
+"""Which plan fits a device: total memory of the usual recipes from a model's shapes alone, and the best under a budget.
+
+Nothing is loaded and nothing measured, so what a recipe costs in accuracy is not known here: the best is the one that
+keeps most bits per weight. Plans fitted to a model by its measured sensitivity are for `plans`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from medkit import plans
+from medkit.ledger import FP8_BYTES, Weight, kv_cache_bytes, model_shapes, plan_bytes, windows
+from medkit.params import ParamsError
+from medkit.peak import activation_bytes
+
+UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+BF16_BYTES = 2
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+LLAMA_70B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
+    "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+QWEN2_7B = {
+    "model_type": "qwen2", "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4, "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+KNOWN = {
+    "DeepSeek-R1-Distill-Qwen-7B": QWEN2_7B,
+    "DeepSeek-R1-Distill-Llama-70B": LLAMA_70B,
+    "Llama-3.3-70B": LLAMA_70B,
+}
+"""Shapes of the paper's student and teacher, for machines without their files."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of a recipe while it runs, by what takes them, and the bits each weight gets, its share of scales included.
+
+    `activations` is the larger of prefill and decode step.
+    """
+
+    recipe: str
+    kv_format: str
+    bits_per_weight: float
+    weights: int
+    state: int
+    kv_cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.state + self.kv_cache + self.activations
+
+
+def parse_size(text: str) -> tuple[float, str]:
+    """`"8GB"` → (8.0, "GB"), which is 8 · 10⁹ bytes; GiB and its kin are powers of 1024. Keys of `UNITS`."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    units = {unit.lower(): unit for unit in UNITS}
+    if not found or found[2].lower() not in units or not float(found[1]):
+        raise ParamsError(
+            f"--budget {text!r}: write a size above zero with its unit, e.g. 8GB (10⁹ bytes) or 8GiB (2³⁰)"
+        )
+    return float(found[1]), units[found[2].lower()]
+
+
+def read_config(model: str) -> PreTrainedConfig:
+    """The text model's config from a config.json, its folder, or a name in `KNOWN` (an owner before it is ignored).
+
+    Never asks a network. Raises ParamsError for anything else, and for models that are not dense decoders.
+    """
+    path = Path(model)
+    path = path / "config.json" if path.is_dir() else path
+    name = model.rpartition("/")[2]
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else KNOWN[name]
+        config = AutoConfig.for_model(**values).get_text_config()
+    except KeyError as error:
+        raise ParamsError(
+            f"--model {model!r}: neither a config.json, nor a folder with one, nor a name that is known without: "
+            f"{', '.join(KNOWN)}"
+        ) from error
+    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
+        raise ParamsError(f"--model {model!r}: {path} is no model's config: {' '.join(str(error).split())}") from error
+    if config.model_type not in DENSE:
+        raise ParamsError(
+            f"--model {model!r}: {config.model_type!r} is not one of the decoders known: {', '.join(DENSE)}"
+        )
+    return config
+
+
+def recipes(shapes: list[Weight]) -> dict[str, dict[str, str]]:
+    """Recipe → scheme per module, those that are kept left out. `nf4` is what the library does by default: embeddings and head stay as they are."""
+    matrices = {weight.module: weight.shape for weight in shapes if len(weight.shape) == 2}
+    named = [plans.paper_plan(matrices), *(plans.nf4_plan(matrices, ends) for ends in ("keep", "int8", "nf4"))]
+    whole = {"bf16": {}, "int8": dict.fromkeys(matrices, "int8")}
+    return whole | {plan.name: {m: s for m, s in plan.schemes.items() if s != "keep"} for plan in named}
+
+
+def estimate(config: PreTrainedConfig, batch: int, context: int) -> list[Estimate]:
+    """Every recipe with the key-value cache in bf16 and, where transformers has it, in fp8; most bits first."""
+    if context > config.max_position_embeddings:
+        raise ParamsError(f"--context {context}: the model's positions end at {config.max_position_embeddings}")
+    shapes = model_shapes(config)
+    formats = {"bf16": BF16_BYTES} if any(windows(config)) else {"bf16": BF16_BYTES, "fp8": FP8_BYTES}
+    found = []
+    for recipe, schemes in recipes(shapes).items():
+        table = plan_bytes(shapes, schemes, BF16_BYTES).set_index("component")
+        state = int(table.bytes.get("quantization state", 0))
+        weights = int(table.bytes.sum()) - state
+        bits = 8 * (weights + state) / int(table.weights.sum())
+        for kv_format, size in formats.items():
+            cache = kv_cache_bytes(config, batch, context, size)
+            passing = activation_bytes(config, shapes, schemes, batch, context, BF16_BYTES, size)
+            found.append(Estimate(recipe, kv_format, bits, weights, state, cache, max(passing.values())))
+    return sorted(found, key=lambda e: (-e.bits_per_weight, e.kv_format))
+
+
+def choose(estimates: list[Estimate], budget_bytes: float) -> Estimate | None:
+    """The first that fits, so the one with most bits per weight, and of these the one with the wider cache."""
+    return next((e for e in estimates if e.total <= budget_bytes), None)
