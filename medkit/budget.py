@@ -97,7 +97,10 @@ def read_config(model: str) -> PreTrainedConfig:
 
 
 def recipes(shapes: list[Weight]) -> dict[str, dict[str, str]]:
-    """Recipe → scheme per module, those that are kept left out. `nf4` is what the library does by default: embeddings and head stay as they are."""
+    """Recipe → scheme per module, those that are kept left out.
+
+    `nf4` is what the library does by default: embeddings and head stay as they are.
+    """
     matrices = {weight.module: weight.shape for weight in shapes if len(weight.shape) == 2}
     named = [plans.paper_plan(matrices), *(plans.nf4_plan(matrices, ends) for ends in ("keep", "int8", "nf4"))]
     whole = {"bf16": {}, "int8": dict.fromkeys(matrices, "int8")}
