@@ -51,7 +51,8 @@ def measured(folder: Path, batch: int, context: int) -> dict[str, int]:
 
 def in_a_process(folder: Path, batch: int, context: int, settings: dict[str, str]) -> dict[str, int]:
     command = [sys.executable, __file__, "--folder", str(folder), "--one", str(batch), str(context)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings)
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(command, capture_output=True, text=True, env=inherited | settings)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
