@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 COMPONENTS = ["embeddings", "attention", "mlp", "biases", "norms", "head", "quantization state"]
+DECODED_BYTES = 4 << 20  # of a matrix stored by rows (int8, and the ends in nf4), the most that is decoded at once
 NF4_BLOCK, NESTED_BLOCK = 64, 256  # weights per scale, and scales per scale of scales (arXiv 2305.14314)
 NF4_LEVELS, NESTED_LEVELS = 16, 256  # entries of the float32 tables
 SCALE_BYTES = 4  # float32: the scale of a block or, in int8, of a row

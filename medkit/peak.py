@@ -16,10 +16,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedConfig
 
 from medkit import models
-from medkit.ledger import FP8_BYTES, Weight, head_dim, layer_values, windows
-
-DECODED_BYTES = 4 << 20
-"""Of a matrix stored by rows (int8, and the ends in nf4), the most that is decoded at once."""
+from medkit.ledger import DECODED_BYTES, FP8_BYTES, Weight, head_dim, layer_values, windows
 
 
 def activation_bytes(

@@ -12,11 +12,8 @@ import bitsandbytes as bnb
 import torch
 from torch import nn
 
-from medkit.ledger import NESTED_BLOCK, NF4_BLOCK
+from medkit.ledger import DECODED_BYTES, NESTED_BLOCK, NF4_BLOCK
 from medkit.plans import Scheme
-
-CHUNK_BYTES = 4 << 20
-"""What a matrix may take while it is multiplied with: the most that is ever decoded of it at once."""
 
 
 class Int8Rows(nn.Module):
@@ -113,7 +110,7 @@ class QuantizedEmbedding(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """x @ weightᵀ + bias with a weight stored by rows, of which it never decodes more than `CHUNK_BYTES` at once."""
+    """x @ weightᵀ + bias with a weight stored by rows, of which it never decodes more than `DECODED_BYTES` at once."""
 
     def __init__(self, rows: Int8Rows | Nf4Rows, bias: torch.Tensor | None):
         super().__init__()
@@ -122,7 +119,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, columns = self.rows.shape
-        step = max(1, CHUNK_BYTES // (columns * x.element_size()))
+        step = max(1, DECODED_BYTES // (columns * x.element_size()))
         if rows <= step:
             out = self.rows.project(x, 0, rows)
         else:

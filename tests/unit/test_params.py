@@ -358,7 +358,7 @@ def test_unusable_yaml_is_refused(content, said, tmp_path):
 def test_file_that_is_no_text_is_refused(tmp_path):
     path = tmp_path / "profile.yaml"
     path.write_bytes(b"seed: \xff\xfe\x00")
-    refusal(path)
+    assert "not valid yaml" in refusal(path)
 
 
 def test_missing_file_lists_its_neighbours(tmp_path):
@@ -368,7 +368,7 @@ def test_missing_file_lists_its_neighbours(tmp_path):
 
 
 def test_a_folder_is_no_params_file(tmp_path):
-    refusal(tmp_path)
+    assert "no such params file" in refusal(tmp_path)
 
 
 # --- digest --------------------------------------------------------------------------------------------------------

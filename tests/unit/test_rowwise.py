@@ -62,7 +62,7 @@ def test_a_linear_layer_decodes_no_more_than_its_chunk(monkeypatch, scheme, rows
     layer = QuantizedLinear(rowwise.ROWS[scheme].quantise(weight, True), bias)
     decoded, project = [], layer.rows.project
     monkeypatch.setattr(layer.rows, "project", lambda x, a, b: decoded.append(b - a) or project(x, a, b))
-    monkeypatch.setattr(rowwise, "CHUNK_BYTES", rows_at_once * COLUMNS * x.element_size())
+    monkeypatch.setattr(rowwise, "DECODED_BYTES", rows_at_once * COLUMNS * x.element_size())
     wanted = torch.nn.functional.linear(x, rowwise.round_trip(weight, scheme, True), bias)
     torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-4)
     assert max(decoded) <= rows_at_once and sum(decoded) == ROWS
