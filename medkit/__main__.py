@@ -1,4 +1,4 @@
-"""Command line: run, status, report, plan, doctor. `python -m medkit --help` lists them."""
+"""Command line: run, status, report, compare, plan, doctor. `python -m medkit --help` lists them."""
 
 from __future__ import annotations
 
@@ -58,11 +58,16 @@ def run(
     if dry_run:
         console.print(plan_table(params, changes))
         return
+    from medkit import page
     from medkit.runner import run_all
 
     ran = run_all(params, run, changes, first)
     console.print(f"{len(ran)} stages ran" if ran else "everything up to date")
+    if ran or not (run_dir(run) / "report.html").is_file():
+        page.export_notebooks(run_dir(run))
+        page.write_page(run_dir(run))
     console.print(f"results: {run_dir(run) / 'results.json'}")
+    console.print(f"report: {run_dir(run) / 'report.html'}")
     console.print(f"executed notebooks: {run_dir(run) / 'notebooks'}")
     console.print(DISCLAIMER)
 
@@ -121,7 +126,8 @@ def status(
 
 @app.command()
 def report(run: RunName = "tiny") -> None:
-    """Print a run's results as markdown tables."""
+    """Print a run's results as markdown tables, and write its report page anew."""
+    from medkit import page, paper
     from medkit import report as tables
 
     claims, facts = tables.load_results(tables.results_of(run))
@@ -131,9 +137,31 @@ def report(run: RunName = "tiny") -> None:
         tables.accuracy_table(claims, scoring),
         tables.steps_table(claims, source, scoring),
         tables.cost_table(claims),
-        tables.paper_table(claims),
+        paper.paper_table(claims, facts, ROOT / "benchmarks" / "results"),
     ]
     typer.echo("\n\n".join(parts))
+    page.export_notebooks(run_dir(run))
+    typer.echo(f"\n{page.write_page(run_dir(run))}")
+
+
+@app.command()
+def compare(
+    run_a: Annotated[str, typer.Argument(help="The run that the other is measured against")],
+    run_b: Annotated[str, typer.Argument(help="The other run")],
+) -> None:
+    """Two runs on the questions that both answered: paired differences, costs, and what was set otherwise."""
+    from medkit import compare as comparing
+    from medkit import report as tables
+
+    judging = tables.load_results(tables.results_of(run_a))[1].get("params", {}).get("evaluation")
+    if judging is None:
+        raise StageError(f"run {run_a!r}: its results name no params; run notebook 06 of it again")
+    found = comparing.compare_runs(
+        run_dir(run_a), run_dir(run_b), judging["confidence"], judging["power"], judging["margin"]
+    )
+    written = comparing.write_comparison(found, run_dir(run_a) / f"compare_{run_b}")
+    typer.echo(comparing.text(found))
+    typer.echo(f"\nfigure and tables: {written.parent}")
 
 
 @app.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import pandas as pd
 import torch
@@ -66,6 +67,52 @@ def bucket_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int
         else:
             batches.append([i])
     return batches
+
+
+def letter_forms(tokenizer, letter: str) -> list[list[int]]:
+    """The tokens by which a model may name an option: the letter as it is, and the letter after a space.
+
+    Which of them follows a prompt depends on tokenizer, template and training ("A" after a chat header's line break,
+    " A" after "Answer:"), so the probability of a letter is the sum over its forms. Raises ValueError if the letter is
+    no token of its own.
+    """
+    ends = {tokenizer(before + letter, add_special_tokens=False).input_ids[-1] for before in ("", " ", "\n")}
+    forms = sorted(token for token in ends if tokenizer.decode([token]).strip() == letter)
+    if not forms:
+        raise ValueError(f"{letter!r} is no token of this tokenizer; score the options' texts instead")
+    return [[token] for token in forms]
+
+
+def group_by_prefix(prompts: Sequence[Sequence[int]], least_saved: int) -> list[tuple[int, list[int]]]:
+    """Groups of indices, each with the number of first tokens its prompts share and may be read once; each index once.
+
+    A group of its own saves reading at least `least_saved` (≥ 1) tokens beyond what all prompts share. What is left
+    comes last, with a length of 0 if sharing saves less. Of every prompt at least one token is left after the start.
+    """
+    if not prompts:
+        return []
+    groups: list[tuple[int, list[int]]] = []
+
+    def shared_by(members: list[int]) -> int:
+        ends = prompts[members[0]], prompts[members[-1]]  # members are sorted: no two share less than these
+        return min(_shared(*ends), min(len(prompts[i]) for i in members) - 1)
+
+    def divide(members: list[int]) -> list[int]:
+        """Make groups of what begins alike, the longest beginnings first; give back what is in none."""
+        length, rest = shared_by(members), []
+        for _, branch in groupby(members, key=lambda i: prompts[i][length]):
+            alike = list(branch)
+            rest += alike if len(alike) in (1, len(members)) else divide(alike)
+        if (length - everywhere) * (len(rest) - 1) < least_saved:
+            return rest
+        groups.append((length, rest))
+        return []
+
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
+    everywhere = shared_by(order)
+    if rest := divide(order):
+        groups.append((everywhere if everywhere * (len(rest) - 1) >= least_saved else 0, rest))
+    return groups
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:

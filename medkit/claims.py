@@ -10,116 +10,78 @@ from collections.abc import Iterator
 
 import pandas as pd
 
-from medkit.evaluation import median_interval
+from medkit.statistics import median_interval
 
 COLUMNS = ["claim", "variant", "metric", "value", "ci_low", "ci_high", "n", "unit", "baseline", "stage", "file"]
 
 
 def _claim(claim: str, variant: str, value: float, **more) -> dict:
-    row = {
-        "claim": claim,
-        "variant": variant,
-        "metric": "",
-        "value": float(value),
-        "ci_low": None,
-        "ci_high": None,
-        "n": None,
-        "unit": "",
-        "baseline": None,
-        "stage": "",
-        "file": "",
-        **more,
-    }
-    return {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
+    """One row: every column there, numpy's numbers as Python's, and null where a number is undefined."""
+    row = {**dict.fromkeys(COLUMNS), "claim": claim, "variant": variant, "metric": "", "value": float(value)}
+    row |= {"unit": "", "stage": "", "file": "", **more}
+    plain = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
+    return {key: None if isinstance(value, float) and pd.isna(value) else value for key, value in plain.items()}
+
+
+def from_table(
+    table: pd.DataFrame, claim: str, file: str, unit: str = "fraction", stage: str = "06_evaluation", extras: str = ""
+) -> Iterator[dict]:
+    """A claim per row of a tidy table, whatever it measures.
+
+    `claim` is a pattern over the table's columns, e.g. `"{metric}/{source}"`. Of the columns `variant`, `value`,
+    `ci_low`, `ci_high`, `n` and `baseline` those that are there go over; a claim's `metric` is the table's `scoring`,
+    or its `category`. `extras` names further columns to keep, separated by spaces.
+    """
+    kept = [c for c in ("ci_low", "ci_high", "n", "baseline", *extras.split()) if c in table]
+    method = next((c for c in ("scoring", "category") if c in table), None)
+    for row in table.to_dict("records"):
+        if not pd.isna(row["value"]):
+            more = {column: row[column] for column in kept} | {"metric": row[method] if method else ""}
+            more = {"unit": row.get("unit", unit), "stage": stage, "file": file} | more
+            yield _claim(claim.format(**row), row.get("variant", ""), row["value"], **more)
 
 
 def from_accuracy(table: pd.DataFrame, claim: str = "accuracy") -> Iterator[dict]:
     """`<claim>/<source>` and, for `accuracy`, `unparsed_rate/<source>`; metric is the scoring method."""
-    where = {"unit": "fraction", "stage": "06_evaluation", "file": "metrics.parquet"}
-    for r in table.itertuples():
-        yield _claim(
-            f"{claim}/{r.source}",
-            r.variant,
-            r.accuracy,
-            metric=r.scoring,
-            ci_low=r.ci_low,
-            ci_high=r.ci_high,
-            n=r.n,
-            **where,
-        )
-        if claim == "accuracy" and r.scoring == "generated":
-            yield _claim(f"unparsed_rate/{r.source}", r.variant, r.unparsed_rate, metric=r.scoring, n=r.n, **where)
+    yield from from_table(table.assign(value=table.accuracy), claim + "/{source}", "metrics.parquet")
+    if claim == "accuracy":
+        silent = table[table.scoring == "generated"].drop(columns=["ci_low", "ci_high"])
+        yield from from_table(silent.assign(value=silent.unparsed_rate), "unparsed_rate/{source}", "metrics.parquet")
 
 
 def from_steps(table: pd.DataFrame) -> Iterator[dict]:
     """`accuracy_delta/<source>` and `flips/<source>` of each step, with adjusted p, verdict and detectable effect."""
-    for r in table.itertuples():
-        where = {"metric": r.scoring, "baseline": r.baseline, "n": r.n, "stage": "06_evaluation"}
-        yield _claim(
-            f"accuracy_delta/{r.source}",
-            r.variant,
-            r.difference,
-            ci_low=r.ci_low,
-            ci_high=r.ci_high,
-            unit="fraction",
-            file="steps.parquet",
-            p_holm=r.p_holm,
-            verdict=r.verdict,
-            mde=r.mde,
-            **where,
-        )
-        yield _claim(
-            f"flips/{r.source}",
-            r.variant,
-            r.gained + r.lost,
-            unit="questions",
-            file="flips.parquet",
-            gained=r.gained,
-            lost=r.lost,
-            **where,
-        )
+    tests = "p_clustered p_holm p_equivalence verdict margin mde"
+    deltas = table.assign(value=table.difference)
+    yield from from_table(deltas, "accuracy_delta/{source}", "steps.parquet", extras=tests)
+    flips = table.assign(value=table.gained + table.lost).drop(columns=["ci_low", "ci_high"])
+    yield from from_table(flips, "flips/{source}", "flips.parquet", unit="questions", extras="gained lost")
 
 
 def from_ledger(ledger: pd.DataFrame) -> Iterator[dict]:
     """`memory_bytes/weights` per variant (quantisation state included): exact, so without an interval."""
-    for variant, rows in ledger.groupby("variant", sort=False):
-        yield _claim(
-            "memory_bytes/weights",
-            variant,
-            rows.bytes.sum(),
-            metric="as stored",
-            unit="bytes",
-            stage="04_quantization",
-            file="ledger.parquet",
-        )
+    totals = ledger.groupby("variant", sort=False).bytes.sum().rename("value").reset_index()
+    where = {"unit": "bytes", "stage": "04_quantization"}
+    yield from from_table(totals.assign(scoring="as stored"), "memory_bytes/weights", "ledger.parquet", **where)
 
 
 def from_bench(bench: pd.DataFrame, confidence: float) -> Iterator[dict]:
     """`ttft_s`, `latency_s_per_token` (single requests), `throughput_tokens_per_s/<workload>`: medians over repeats."""
-    for (variant, workload, scheduler), rows in bench.groupby(["variant", "workload", "scheduler"], sort=False):
-        names = ("ttft_s", "latency_s_per_token") if workload == "single" else ("throughput_tokens_per_s",)
-        for name in names:
-            value, low, high = median_interval(rows[name], confidence)
-            claim = name if workload == "single" else f"{name}/{workload}"
-            yield _claim(
-                claim,
-                variant,
-                value,
-                ci_low=low,
-                ci_high=high,
-                n=len(rows),
-                metric=scheduler,
-                unit="s" if workload == "single" else "tokens/s",
-                stage="05_inference",
-                file="bench.parquet",
-                prompt_tokens=rows.prompt_tokens.iloc[0],
-                output_tokens=rows.output_tokens.iloc[0],
-                requests=rows.requests.iloc[0],
-            )
+    rows = []
+    for (variant, workload, scheduler), repeats in bench.groupby(["variant", "workload", "scheduler"], sort=False):
+        single = workload == "single"
+        for name in ("ttft_s", "latency_s_per_token") if single else ("throughput_tokens_per_s",):
+            value, low, high = median_interval(repeats[name], confidence)
+            row = {"claim": name if single else f"{name}/{workload}", "unit": "s" if single else "tokens/s"}
+            row |= {"variant": variant, "scoring": scheduler, "value": value, "ci_low": low, "ci_high": high}
+            lengths = repeats[["prompt_tokens", "output_tokens", "requests"]].iloc[0]
+            rows.append({**row, "n": len(repeats), **lengths})
+    lengths = "prompt_tokens output_tokens requests"
+    yield from from_table(pd.DataFrame(rows), "{claim}", "bench.parquet", stage="05_inference", extras=lengths)
 
 
 def ratios(claims: list[dict]) -> Iterator[dict]:
-    """Memory of weights and latency per token: 4-bit variants over the student they come from, and over the teacher.
+    """Memory of weights and latency per token: compressed variants over the student they come from, and the teacher.
 
     `unit` says what was divided by what; below 1 is smaller or faster. Timings of one run only.
     """
@@ -128,32 +90,21 @@ def ratios(claims: list[dict]) -> Iterator[dict]:
         ("memory", "memory_bytes/weights", "bytes of weights"),
         ("latency", "latency_s_per_token", "time per token at equal length"),
     ):
-        rows = table[table.claim == claim].set_index("variant")
-        for variant, baseline in (("nf4", "lora"), ("edge", "lora"), ("nf4", "teacher_base")):
-            if {variant, baseline} <= set(rows.index):
-                yield _claim(
-                    f"{name}_ratio",
-                    variant,
-                    rows.value[variant] / rows.value[baseline],
-                    metric="ratio",
-                    baseline=baseline,
-                    unit=unit,
-                    stage=rows.stage[variant],
-                    file=rows.file[variant],
-                )
+        measured = table[table.claim == claim].set_index("variant")
+        pairs = [(variant, "lora") for variant in ("nf4", "paper_mix", "plan", "edge")] + [("nf4", "teacher_base")]
+        for variant, baseline in pairs:
+            if {variant, baseline} <= set(measured.index):
+                ratio = measured.value[variant] / measured.value[baseline]
+                where = {"unit": unit, "stage": measured.stage[variant], "file": measured.file[variant]}
+                yield _claim(f"{name}_ratio", variant, ratio, metric="ratio", baseline=baseline, **where)
 
 
 def from_manifests(manifests: dict[str, dict]) -> Iterator[dict]:
     """`duration_s/<stage>` of every finished stage, and `signal_bytes_per_token` of the distillation."""
     for stage, manifest in manifests.items():
         if manifest:
-            yield _claim(f"duration_s/{stage}", "", manifest["duration_s"], unit="s", stage=stage, file="manifest.json")
+            where = {"stage": stage, "file": "manifest.json"}
+            yield _claim(f"duration_s/{stage}", "", manifest["duration_s"], unit="s", **where)
             if "signal_bytes_per_token" in manifest["facts"]:
-                yield _claim(
-                    "signal_bytes_per_token",
-                    "teacher",
-                    manifest["facts"]["signal_bytes_per_token"],
-                    unit="bytes",
-                    stage=stage,
-                    file="manifest.json",
-                )
+                per_token = manifest["facts"]["signal_bytes_per_token"]
+                yield _claim("signal_bytes_per_token", "teacher", per_token, unit="bytes", **where)

@@ -7,6 +7,7 @@ token ids; reading them is for `prompts`, judging them for `evaluation`.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -25,9 +26,15 @@ PAGE_SIZE = 64  # tokens per page of the paged key-value cache
 # --- answering the test questions ------------------------------------------------------------------------------------
 
 
-def choose_questions(questions: pd.DataFrame, wanted: dict[str, dict[str, int | str]], seed: int) -> pd.DataFrame:
+def choose_questions(
+    questions: pd.DataFrame,
+    wanted: dict[str, dict[str, int | str]],
+    seed: int,
+    key: str = "inference.questions.{scoring}",
+) -> pd.DataFrame:
     """Test questions with a column `scoring`: for each method and source the number asked for, alike for all variants.
 
+    A smaller number takes the first of what a larger one takes. `key` names the params that the numbers come from.
     Raises ValueError if a source has fewer test questions than asked for.
     """
     test = questions[questions.split == "test"].sample(frac=1, random_state=seed)
@@ -37,7 +44,7 @@ def choose_questions(questions: pd.DataFrame, wanted: dict[str, dict[str, int | 
             rows = test[test.source == source]
             if count != "all" and count > len(rows):
                 raise ValueError(
-                    f"inference.questions.{scoring}.{source} is {count}, the test split has {len(rows)}; "
+                    f"{key.format(scoring=scoring)}.{source} is {count}, the test split has {len(rows)}; "
                     f"lower it, or raise data.datasets.{source}.test"
                 )
             chosen.append((rows if count == "all" else rows.head(count)).assign(scoring=scoring))
@@ -51,42 +58,81 @@ def prompt_of(tokenizer, question: dict) -> list[int]:
 
 
 def predict(model: nn.Module, tokenizer, asked: pd.DataFrame, batch_tokens: int, max_new_tokens: int) -> pd.DataFrame:
-    """Raw answers to `asked`: option log-probabilities with answer lengths in tokens, or generated text.
+    """Raw answers to `asked`: option log-probabilities with answer lengths in tokens, or generated text and its length.
 
-    Columns id, scoring, template, logprobs, answer_tokens, text. Nothing is judged here.
+    Columns id, scoring, template, logprobs, answer_tokens, text, and study and condition where `asked` has them (empty
+    for the plain way). Nothing is judged here. Log-probabilities stand in the question's own order of options.
+
+    A row may also bring its `template` (a name), `shots` (solved question rows) and `order` (option `order[p]` is shown
+    at place p). Rows with the same prompt share one reading of it, so ask everything of a model in one call.
     """
-    rows, items, generated = [], [], []
+    labels = [name for name in ("study", "condition") if name in asked]
+    rows, scored = [], []
+    reads: dict[tuple, dict[tuple, int]] = {}  # prompt → its answers to be scored, numbered
+    writes: dict[tuple, list[dict]] = {}  # prompt → the rows that want its continuation
     for question in asked.to_dict("records"):
-        template = prompts.pick_template(question["kind"], question["scoring"])
-        messages = prompts.render(question, template)
-        row = {
-            "id": question["id"],
-            "scoring": question["scoring"],
-            "template": template.name,
-            "logprobs": [],
-            "answer_tokens": [],
-            "text": "",
-        }
-        rows.append(row)
+        question = {name: value for name, value in question.items() if not isinstance(value, float)}  # NaN: not given
+        template, prompt, answers = _encode(tokenizer, question)
+        row = {"id": question["id"], "scoring": question["scoring"], "template": template.name}
+        row |= {"logprobs": [], "answer_tokens": list(map(len, answers)), "text": ""}
+        rows.append(row | {name: question.get(name, "") for name in labels})
         if question["scoring"] == "generated":
-            generated.append((row, prompts.encode(tokenizer, messages)[0]))
-            continue
-        pairs = [prompts.encode(tokenizer, messages, answer) for answer in prompts.answers(question, template)]
-        # a letter is judged by its own token; that it ends there says nothing about which letter it is
-        answer_ids = [ids[:-1] if template.lists_options else ids for _, ids in pairs]
-        items.append((row, Item(pairs[0][0], answer_ids)))
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    scores = score_options(model, [item for _, item in items], batch_tokens, pad)
-    for (row, item), found in zip(items, scores, strict=True):
-        row.update(logprobs=found, answer_tokens=[len(ids) for ids in item.answer_ids])
-    for numbers in bucket_by_length([len(prompt) + max_new_tokens for _, prompt in generated], batch_tokens):
-        batch = [generated[i] for i in numbers]
-        lengths = [max_new_tokens] * len(batch)
-        for (row, _), answer in zip(
-            batch, generate_static(model, [p for _, p in batch], lengths, eos, pad), strict=True
-        ):
-            row["text"] = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+            writes.setdefault(prompt, []).append(rows[-1])
+        else:
+            numbers = reads.setdefault(prompt, {})
+            scored.append((rows[-1], prompt, [numbers.setdefault(ids, len(numbers)) for ids in answers]))
+    items = [Item(list(prompt), [list(ids) for ids in answers]) for prompt, answers in reads.items()]
+    scores = dict(zip(reads, score_options(model, items, batch_tokens, tokenizer.pad_token_id), strict=True))
+    for row, prompt, numbers in scored:
+        row["logprobs"] = [scores[prompt][number] for number in numbers]
+    written = _write(model, tokenizer, list(writes), batch_tokens, max_new_tokens)
+    for answered, (text, length) in zip(writes.values(), written, strict=True):
+        for row in answered:
+            row |= {"text": text, "answer_tokens": [length]}
     return pd.DataFrame(rows)
+
+
+def write_answers(
+    model: nn.Module, tokenizer, conversations: Iterable[list[dict]], batch_tokens: int, max_new_tokens: int
+) -> list[str]:
+    """The model's greedy answers to chat messages, in their order: for questions without options."""
+    asked = [prompts.encode(tokenizer, messages)[0] for messages in conversations]
+    return [text for text, _ in _write(model, tokenizer, asked, batch_tokens, max_new_tokens)]
+
+
+def _write(
+    model: nn.Module, tokenizer, asked: Sequence[Sequence[int]], batch_tokens: int, max_new_tokens: int
+) -> list[tuple[str, int]]:
+    """Text and length in tokens (end token included) of the greedy answer to each prompt."""
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    written: list[tuple[str, int]] = [("", 0)] * len(asked)
+    for numbers in bucket_by_length([len(prompt) + max_new_tokens for prompt in asked], batch_tokens):
+        batch = [list(asked[i]) for i in numbers]
+        said = generate_static(model, batch, [max_new_tokens] * len(batch), eos, pad)
+        for number, answer in zip(numbers, said, strict=True):
+            text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+            written[number] = (text, len(answer.token_ids))
+    return written
+
+
+def _encode(tokenizer, question: dict) -> tuple[prompts.Template, tuple[int, ...], list[tuple[int, ...]]]:
+    """How a row is asked: its template, its prompt, and the answers to be scored in the question's own order."""
+    scoring, order = question["scoring"], list(question.get("order", range(len(question["options"]))))
+    template = prompts.pick_template(question["kind"], scoring)
+    template = prompts.TEMPLATES[question.get("template", template.name)]
+    shown = {**question, "options": [question["options"][i] for i in order]}
+    messages = prompts.render(shown, template, question.get("shots", ()))
+    if scoring == "generated":
+        if order != sorted(order):
+            raise ValueError(f"{question['id']}: a generated answer is read in the options' own order; give no other")
+        return template, tuple(prompts.encode(tokenizer, messages)[0]), []
+    if scoring == "letter" and not template.lists_options:
+        raise ValueError(f"{question['id']}: the template {template.name!r} shows no letters; ask for option_text")
+    texts = prompts.answers(shown, template) if scoring == "letter" else shown["options"]
+    pairs = dict(zip(order, (prompts.encode(tokenizer, messages, text) for text in texts), strict=True))
+    # a letter is judged by its own token; that it ends there says nothing about which letter it is
+    answers = [tuple(ids[:-1] if scoring == "letter" else ids) for _, (_, ids) in sorted(pairs.items())]
+    return template, tuple(pairs[0][0]), answers
 
 
 # --- generation ----------------------------------------------------------------------------------------------------

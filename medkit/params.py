@@ -17,6 +17,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -203,6 +204,10 @@ class QuantizationParams(Section):
     """Quantise the block scales of NF4 as well: 4.13 instead of 4.50 bits per weight."""
     gguf_type: Literal["F16", "Q8_0", "Q4_0", "Q4_1"]
     """Weight format of the exported edge file."""
+    budget_share: Fraction
+    """What all weights of our plan may take, as a share of their bf16 bytes."""
+    calibration_examples: PositiveInt
+    """Training rows that rounding and sensitivities are measured on."""
     drift_examples: PositiveInt
 
 
@@ -217,6 +222,31 @@ class BenchParams(Section):
     """Timed passes after one discarded warm-up; medians are reported."""
 
 
+class ShuffleParams(Section):
+    questions: dict[str, Count]
+    """Test source → number of questions, asked by letter under every order of their options."""
+    orders: Annotated[int, Field(ge=2)]
+
+
+class EnsembleParams(Section):
+    questions: dict[str, Count]
+    shots: NonNegativeInt
+    """Solved training questions before each, the most similar ones by sentence embedding."""
+    orders: PositiveInt
+    """Orders of the options whose probabilities are averaged."""
+
+
+class StudiesParams(Section):
+    """How far an answer depends on what should not matter: order of options, names of drugs, wording, scoring."""
+
+    shuffle: ShuffleParams
+    swap_pairs: Count
+    """Exam questions under two names of their drugs; 0 where `data.drug_pairs` is null."""
+    ablation: dict[str, Count]
+    """Test source → number of questions, each asked by every template and scored in every way."""
+    ensemble: EnsembleParams
+
+
 class InferenceParams(Section):
     batch_tokens: PositiveInt
     """Tokens per forward pass when scoring; questions are bucketed by length into it."""
@@ -224,6 +254,9 @@ class InferenceParams(Section):
     """For generated answers."""
     questions: dict[Scoring, dict[str, Count]]
     """scoring → test source → number of questions, the same ones for every variant."""
+    studies: StudiesParams
+    safety_probes: Count
+    """Open questions with a rule that tells a harmful answer (docs/safety.md), spread evenly over their categories."""
     bench: BenchParams
 
 
@@ -235,6 +268,12 @@ class EvaluationParams(Section):
     """Test source whose accuracy leads the summary."""
     headline_scoring: Literal["option_text", "option_text_norm"]
     """How it is read: the highest summed log-probability, or the highest mean per token. Fixed before testing."""
+    margin: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Differences in accuracy smaller than this count as none, where a test can show that they are."""
+    price_per_kwh: NonNegativeFloat
+    """Of electricity, in the currency of your choice."""
+    price_per_machine_hour: NonNegativeFloat
+    """Rent of the machine, or its price over its hours of life."""
 
 
 class Params(Section):
@@ -249,9 +288,14 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _asks_for_what_is_there(self) -> Params:
-        asked = [
-            (f"inference.questions.{scoring}", n) for scoring, all_n in self.inference.questions.items() for n in all_n
-        ]
+        studies = self.inference.studies
+        counts = {f"inference.questions.{scoring}": wanted for scoring, wanted in self.inference.questions.items()}
+        counts |= {
+            "inference.studies.shuffle.questions": studies.shuffle.questions,
+            "inference.studies.ablation": studies.ablation,
+            "inference.studies.ensemble.questions": studies.ensemble.questions,
+        }
+        asked = [(key, name) for key, wanted in counts.items() for name in wanted]
         tested = sorted(name for name, dataset in self.data.datasets.items() if dataset.test != 0)
         for key, name in [*asked, ("evaluation.headline_source", self.evaluation.headline_source)]:
             if name not in tested:

@@ -22,7 +22,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
 from medkit.duplicates import group_near_duplicates
-from medkit.evaluation import paired_difference, wilson
+from medkit.statistics import paired_difference, wilson
 
 PROBLEMS = ("medication", "diagnosis", "treatment", "prevention", "emergency")
 OTHER = "other"  # definitions, prognosis, anatomy: the paper has no such type
@@ -198,7 +198,7 @@ class Comparison:
     per_class: pd.DataFrame
     """classifier, label, precision, recall, f1, n, on all rows: the rare types are there through enrichment."""
     paired: pd.DataFrame
-    """learned − keywords per scope, as `evaluation.paired_difference` gives it."""
+    """learned − keywords per scope, as `statistics.paired_difference` gives it."""
     confusion: dict[str, pd.DataFrame]
     """Per classifier, on the random sample: labels in the rows, predictions in the columns."""
 

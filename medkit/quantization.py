@@ -2,12 +2,14 @@
 
 NF4 (arXiv 2305.14314): blocks of 64 weights are divided by their largest magnitude and rounded to the nearest of
 sixteen levels, the quantiles of a normal distribution; double quantization stores the scales in 8 bits as well. The
-decoder's linear layers in NF4 are bitsandbytes' own; everything else is stored by rows (`rowwise`). Nothing is
-calibrated or trained, and a model is quantised, and loaded, on the device where it runs.
+decoder's linear layers in NF4 are bitsandbytes' own; everything else is stored by rows (`rowwise`). Which level a
+weight is rounded to may be fitted to examples (`rounding`), nothing is trained, and a model is quantised, and loaded,
+on the device where it runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -18,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
-from medkit import ledger, models
+from medkit import ledger, models, rounding
+from medkit.batching import Example
 from medkit.outputs import atomic_path
 from medkit.params import ModelsParams, QuantizationParams
 from medkit.plans import Plan, PlanError, Scheme, Shapes, layer_of
@@ -93,25 +96,31 @@ def can_be_nf4(shape: tuple[int, int]) -> bool:
     return shape[1] % ledger.NF4_BLOCK == 0
 
 
-def apply_plan(model: nn.Module, plan: Plan, double_quant: bool) -> nn.Module:
+def apply_plan(model: nn.Module, plan: Plan, double_quant: bool, calibration: Sequence[Example] = ()) -> nn.Module:
     """Quantise a model in place by its plan; returns it. A tied head stays tied: one storage serves both ends.
+
+    With examples as `calibration` (of rows that may be learned from), NF4 weights are rounded to fit their inputs: the
+    same format and bytes, much less damage on questions like these. Without, to the nearest level, as the library does.
 
     Save it before its first forward pass: on CPUs with AVX512-BF16 bitsandbytes then repacks NF4 layers into another
     format, with scales in bf16. Raises PlanError, and changes nothing, for a plan that does not fit the model.
     """
     check_plan(plan, model)
     head = _tied_head(model)
+    fitted = rounding.calibrate(model, plan.schemes, calibration, double_quant) if calibration else {}
     for name, scheme in plan.schemes.items():
         if scheme == "keep":
             continue
         module = model.get_submodule(name)
         if isinstance(module, nn.Linear) and scheme == "nf4" and layer_of(name) is not None:
-            stored = quantise_nf4(module.weight, double_quant)
+            stored = fitted[name] if name in fitted else quantise_nf4(module.weight, double_quant)
             model.set_submodule(name, _linear_4bit(stored, module.bias, module.weight.dtype))
         else:
-            _put_rows(
-                model, name, ROWS[scheme].quantise(module.weight, double_quant), getattr(module, "bias", None), head
+            weight, bias = module.weight, getattr(module, "bias", None)
+            rows = (
+                Nf4Rows(fitted[name], weight.dtype) if name in fitted else ROWS[scheme].quantise(weight, double_quant)
             )
+            _put_rows(model, name, rows, bias, head)
     return model.eval()
 
 

@@ -13,26 +13,7 @@ import pandas as pd
 from medkit.figures import LABELS, VARIANTS
 from medkit.outputs import DISCLAIMER, StageError, atomic_path, provenance, run_dir
 
-PAPER = {
-    "memory": ("GPU memory of the 7B model, 4-bit against 16-bit", -0.647),
-    "latency": ("seconds per problem, 4-bit against 16-bit", -0.124),
-}
-
 STAGES = ["01_data", "02_distillation", "03_lora", "04_quantization", "05_inference", "06_evaluation"]
-CARD_HEADER = """---
-license: apache-2.0
-language: en
-tags: [medical, distillation, lora, nf4, research]
----
-
-# A medical student model made by medkit
-
-A small language model distilled from a corrected teacher, fine-tuned with LoRA and quantised. Made to show what each
-step costs and gains."""
-CARD_LIMITS = """## Limits
-
-Not for any decision about a person's health. One seed; the headline task is made from ICD-10-CM and is no exam of
-clinical knowledge; on the published exams a result that cannot be told from chance is chance."""
 
 
 def load_results(path: Path) -> tuple[pd.DataFrame, dict]:
@@ -55,31 +36,13 @@ def write_results(folder: Path, rows: list[dict], facts: dict) -> Path:
     return folder / "results.json"
 
 
-def write_card(path: Path, results: Path) -> Path:
-    """A model card for the run's last variant, made from its results alone."""
-    claims, facts = load_results(results)
-    parts = [
-        CARD_HEADER,
-        provenance_line(facts),
-        "## Accuracy",
-        accuracy_table(claims, facts["headline_scoring"]),
-        "## What each step changed",
-        steps_table(claims, facts["headline_source"], facts["headline_scoring"]),
-        "## Cost",
-        cost_table(claims),
-        CARD_LIMITS,
-    ]
-    with atomic_path(path) as scratch:
-        scratch.write_text("\n\n".join(parts) + "\n")
-    return path
-
-
 def results_of(run: str) -> Path:
     """Where a run's results are."""
     return run_dir(run) / "results.json"
 
 
-def _markdown(headers: list[str], rows: list[list[str]]) -> str:
+def markdown(headers: list[str], rows: list[list[str]]) -> str:
+    """A markdown table of ready texts."""
     lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -100,7 +63,7 @@ def accuracy_table(claims: pd.DataFrame, scoring: str) -> str:
                 *(f"{c.value:.2f} [{c.ci_low:.2f}, {c.ci_high:.2f}]" if c is not None else "–" for c in cells),
             ]
         )
-    return _markdown(headers, rows)
+    return markdown(headers, rows)
 
 
 def steps_table(claims: pd.DataFrame, source: str, scoring: str) -> str:
@@ -117,7 +80,7 @@ def steps_table(claims: pd.DataFrame, source: str, scoring: str) -> str:
         ]
         for c in table.itertuples()
     ]
-    return _markdown(["step", "difference [interval]", "n", "p (Holm)", "verdict", "detectable from"], rows)
+    return markdown(["step", "difference [interval]", "n", "p (Holm)", "verdict", "detectable from"], rows)
 
 
 def cost_table(claims: pd.DataFrame) -> str:
@@ -132,7 +95,7 @@ def cost_table(claims: pd.DataFrame) -> str:
         mine = claims[claims.variant == variant].drop_duplicates("claim").set_index("claim")
         cells = [f"{mine.loc[c].value * scale:,.4g}" if c in mine.index else "–" for c, (_, scale) in wanted.items()]
         rows.append([LABELS[variant], *cells])
-    table = _markdown(["variant", *(name for name, _ in wanted.values())], rows)
+    table = markdown(["variant", *(name for name, _ in wanted.values())], rows)
     timed = claims[claims.claim == "latency_s_per_token"]
     if timed.empty:
         return table
@@ -142,23 +105,6 @@ def cost_table(claims: pd.DataFrame) -> str:
         f"tokens and {first.output_tokens:.0f} new tokens in all, after a discarded warm-up; medians of {first.n:.0f} "
         f"repeats."
     )
-
-
-def paper_table(claims: pd.DataFrame) -> str:
-    """Markdown: the two headline claims of arXiv 2505.00025 beside this run's ratios."""
-    rows = []
-    for name, (what, theirs) in PAPER.items():
-        mine = claims[claims.claim == f"{name}_ratio"]
-        for c in mine.itertuples():
-            rows.append(
-                [
-                    what,
-                    f"{theirs:+.1%}",
-                    f"{c.value - 1:+.1%}",
-                    f"{LABELS[c.variant]} against {LABELS[c.baseline]}, {c.unit}",
-                ]
-            )
-    return _markdown(["claim", "paper", "here", "measured as"], rows)
 
 
 def benchmarks_table(folder: Path) -> str:
@@ -172,7 +118,7 @@ def benchmarks_table(folder: Path) -> str:
             met = "–" if goal is None else "yes" if reached else "no"
             sign = "" if goal is None else f"{'≥' if higher else '≤'} {goal:g}"
             rows.append([content["name"], content["device"], f"`{what}`", f"{ratio['value']:.2f}", sign, met])
-    return _markdown(["benchmark", "device", "ratio", "measured", "goal", "met"], rows)
+    return markdown(["benchmark", "device", "ratio", "measured", "goal", "met"], rows)
 
 
 def provenance_line(facts: dict) -> str:

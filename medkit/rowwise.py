@@ -148,6 +148,11 @@ def restore_nf4(tensors: dict[str, torch.Tensor], key: str) -> bnb.nn.Params4bit
     return bnb.nn.Params4bit.from_prequantized(tensors[key], state, device=tensors[key].device)
 
 
+def decode_nf4(stored: bnb.nn.Params4bit) -> torch.Tensor:
+    """The whole weight, in the dtype that it had."""
+    return bnb.functional.dequantize_4bit(stored.data, stored.quant_state)
+
+
 def round_trip(weight: torch.Tensor, scheme: Scheme, double_quant: bool) -> torch.Tensor:
     """The weight that a scheme keeps of this one, decoded: what the quantised module multiplies with."""
     match scheme:
@@ -157,5 +162,4 @@ def round_trip(weight: torch.Tensor, scheme: Scheme, double_quant: bool) -> torc
             rows = Int8Rows.quantise(weight, double_quant)
             return (rows.codes * rows.scale).to(rows.dtype)
         case "nf4":
-            stored = quantise_nf4(weight, double_quant)
-            return bnb.functional.dequantize_4bit(stored.data, stored.quant_state)
+            return decode_nf4(quantise_nf4(weight, double_quant))

@@ -69,8 +69,8 @@ def source_digest(notebook: Path) -> str:
         name = todo.pop()
         if name not in modules:
             source = (ROOT / "medkit" / f"{name}.py").read_text()
-            data = ROOT / "medkit" / f"{name}.csv"  # a table that belongs to the module
-            modules[name] = [_code_only(source), data.read_text() if data.exists() else ""]
+            beside = sorted((ROOT / "medkit").glob(f"{name}.*"))  # a table or a template that belongs to the module
+            modules[name] = [_code_only(source), *(path.read_text() for path in beside if path.suffix != ".py")]
             todo |= _imports(source)
     return digest([_code_only(code), sorted(modules.items())])
 

@@ -1,7 +1,8 @@
-"""Scoring: the log-probability of every option, with each question read once.
+"""Scoring: the log-probability of every option, with nothing read twice.
 
-The options follow one another in one row as branches of the question: a mask lets each see the question and itself.
-Which option that makes the answer is for `evaluation` to say.
+What many prompts begin with is read once and kept as keys and values. After it, one row holds the rest of a question
+and its options as the branches of a tree: a mask lets each token see what leads to it and nothing else. Which option
+that makes the answer is for `evaluation` to say.
 """
 
 from __future__ import annotations
@@ -13,8 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
 
-from medkit.batching import bucket_by_length
+from medkit.batching import bucket_by_length, group_by_prefix
+
+LEAST_SAVED = 256  # tokens: a prefix of its own costs one more pass and one more batch that is not full
 
 
 @dataclass(frozen=True)
@@ -24,28 +29,29 @@ class Item:
     prompt_ids: list[int]
     answer_ids: list[list[int]]
 
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + sum(map(len, self.answer_ids))
-
 
 @torch.inference_mode()
 def score_options(model: nn.Module, items: Sequence[Item], batch_tokens: int, pad_token_id: int) -> list[list[float]]:
     """Summed log-probability (nats) of each item's answers given its prompt, in the order of the items.
 
-    Each prompt is read once: its answers follow one another in the same row, every answer sees the prompt and itself
-    alone and is numbered as if it stood right after the prompt. Items are bucketed by length into batches of at most
-    `batch_tokens` tokens, and logits are computed from the last prompt token on. Equal to scoring each option alone.
+    Every answer sees the prompt and itself alone and is numbered as if it stood right after the prompt: equal to
+    scoring each option alone. Items are bucketed by length into batches of at most `batch_tokens` tokens, a shared
+    prefix not counted, and logits are computed from the last prompt token on.
     """
     scores: list[list[float]] = [[] for _ in items]
+    trees = [_grow(item) for item in items]
     with (
         _dense_attention(model),
         tqdm(total=len(items), desc="scoring", unit="question", delay=2, mininterval=10) as bar,
     ):
-        for rows in bucket_by_length([len(item) for item in items], batch_tokens):
-            batch = [items[i] for i in rows]
-            for row, found in zip(rows, _score_batch(model, batch, pad_token_id), strict=True):
-                scores[row] = found
-            bar.update(len(rows))
+        for shared, members in group_by_prefix([item.prompt_ids for item in items], LEAST_SAVED):
+            prefix = _read_prefix(model, items[members[0]].prompt_ids[:shared])
+            for batch in bucket_by_length([len(trees[i].token_ids) - shared for i in members], batch_tokens):
+                rows = [members[i] for i in batch]
+                found = _score_batch(model, [trees[i] for i in rows], prefix, shared, pad_token_id)
+                for row, values in zip(rows, found, strict=True):
+                    scores[row] = values
+                bar.update(len(rows))
     return scores
 
 
@@ -63,41 +69,123 @@ def _dense_attention(model: nn.Module):
         model.set_attn_implementation(kept)
 
 
-def _score_batch(model: nn.Module, items: Sequence[Item], pad_token_id: int) -> list[list[float]]:
-    length = max(map(len, items))
-    num_logits = 1 + max(len(item) - len(item.prompt_ids) for item in items)
-    input_ids = torch.full((len(items), length), pad_token_id)
-    position_ids = torch.zeros(len(items), length, dtype=torch.long)
-    sees = torch.eye(length, dtype=torch.bool).repeat(len(items), 1, 1)  # padding sees itself, so no softmax is empty
-    before = []  # per item and answer, the positions that predict its tokens
-    for row, item in enumerate(items):
-        start, end = length - len(item), length - len(item) + len(item.prompt_ids)
-        input_ids[row, start:end] = torch.tensor(item.prompt_ids)
-        position_ids[row, start:end] = torch.arange(len(item.prompt_ids))
-        sees[row, start:end, start:end] = torch.ones(end - start, end - start, dtype=torch.bool).tril()
-        prompt_end, places = end, []
-        for answer in item.answer_ids:
-            stop = end + len(answer)
-            input_ids[row, end:stop] = torch.tensor(answer)
-            position_ids[row, end:stop] = torch.arange(len(item.prompt_ids), len(item.prompt_ids) + len(answer))
-            sees[row, end:stop, start:prompt_end] = True
-            sees[row, end:stop, end:stop] = torch.ones(len(answer), len(answer), dtype=torch.bool).tril()
-            places.append([prompt_end - 1, *range(end, stop - 1)])
-            end = stop
-        before.append(places)
-    mask = torch.zeros(sees.shape, dtype=model.dtype).masked_fill(~sees, torch.finfo(model.dtype).min)
+# --- the shared prefix ---------------------------------------------------------------------------------------------
+
+
+class _PrefixLayer(DynamicLayer):
+    """Keys and values of a prefix, lent to every row of every batch; what is read after it is not kept."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            return super().update(key_states, value_states)
+        rows = key_states.shape[0]
+        keys = torch.cat([self.keys.expand(rows, -1, -1, -1), key_states], dim=-2)
+        return keys, torch.cat([self.values.expand(rows, -1, -1, -1), value_states], dim=-2)
+
+
+def _read_prefix(model: nn.Module, token_ids: list[int]) -> Cache | None:
+    if not token_ids:
+        return None
+    cache = Cache(layer_class_to_replicate=_PrefixLayer)
+    ids = torch.tensor([token_ids], device=model.device)
+    model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+# --- a question and its options --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """An item as it is fed: the prompt, then its answers without their last tokens, equal beginnings once."""
+
+    token_ids: list[int]
+    parents: list[int]
+    """Place of the token that comes before; −1 for the first."""
+    depths: list[int]
+    """Number of tokens that come before: the position."""
+    answer_ids: list[list[int]]
+    predicted_at: list[list[int]]
+    """Per answer, the places whose logits predict its tokens."""
+
+    @property
+    def first_logits(self) -> int:
+        """Place of the last prompt token: the first whose logits are needed."""
+        return self.predicted_at[0][0]
+
+
+def _grow(item: Item) -> _Tree:
+    last = len(item.prompt_ids) - 1
+    token_ids, parents, depths = list(item.prompt_ids), list(range(-1, last)), list(range(last + 1))
+    branches: dict[tuple[int, int], int] = {}  # a place and the token after it → that token's place
+    predicted_at = []
+    for answer in item.answer_ids:
+        path = [last]
+        for token in answer[:-1]:
+            place = branches.setdefault((path[-1], token), len(token_ids))
+            if place == len(token_ids):
+                token_ids.append(token)
+                parents.append(path[-1])
+                depths.append(depths[path[-1]] + 1)
+            path.append(place)
+        predicted_at.append(path)
+    return _Tree(token_ids, parents, depths, item.answer_ids, predicted_at)
+
+
+def _score_batch(
+    model: nn.Module, trees: Sequence[_Tree], prefix: Cache | None, shared: int, pad_token_id: int
+) -> list[list[float]]:
+    """Scores of items whose first `shared` tokens are in `prefix`."""
+    length = max(len(tree.token_ids) for tree in trees) - shared
+    num_logits = max(len(tree.token_ids) - tree.first_logits for tree in trees)
+    input_ids = torch.full((len(trees), length), pad_token_id)
+    position_ids = torch.zeros(len(trees), length, dtype=torch.long)
+    sees = torch.zeros(len(trees), length, shared + length, dtype=torch.bool)
+    sees[:, :, shared:] = torch.eye(length, dtype=torch.bool)  # padding sees itself, so no softmax is empty
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    for row, tree in enumerate(trees):
+        start = shared + length - len(tree.token_ids)  # trees stand at the right edge
+        input_ids[row, start:] = torch.tensor(tree.token_ids[shared:])
+        position_ids[row, start:] = torch.tensor(tree.depths[shared:])
+        prompt = tree.first_logits + 1 - shared
+        sees[row, start:, :shared] = True
+        sees[row, start : start + prompt, shared + start : shared + start + prompt] = causal[:prompt, :prompt]
+        for place in range(tree.first_logits + 1, len(tree.token_ids)):
+            at = start + place - shared
+            sees[row, at] |= sees[row, start + tree.parents[place] - shared]
     logits = model(
         input_ids=input_ids.to(model.device),
-        attention_mask=mask.unsqueeze(1).to(model.device),
+        attention_mask=_additive_masks(model, sees, position_ids),
         position_ids=position_ids.to(model.device),
-        use_cache=False,
+        past_key_values=prefix,
+        use_cache=prefix is not None,
         logits_to_keep=num_logits,
     ).logits
-    offset = length - num_logits
-    scores = []
-    for row, item in enumerate(items):
-        places = torch.tensor([p - offset for answer in before[row] for p in answer], device=logits.device)
-        targets = torch.tensor([t for answer in item.answer_ids for t in answer], device=logits.device)
-        found = -nn.functional.cross_entropy(logits[row, places].float(), targets, reduction="none")
-        scores.append([part.sum().item() for part in found.split([len(answer) for answer in item.answer_ids])])
-    return scores
+    return [_score(tree, own) for tree, own in zip(trees, logits, strict=True)]
+
+
+def _additive_masks(model: nn.Module, sees: torch.Tensor, position_ids: torch.Tensor):
+    """What may be seen (B, L, shared + L) as the model takes it: one per kind of layer if some see a window only."""
+
+    def additive(allowed: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(~allowed, torch.finfo(model.dtype).min)
+        return mask.unsqueeze(1).to(model.device)
+
+    config = model.config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window is None or (kinds and "sliding_attention" not in kinds):
+        return additive(sees)
+    before = torch.arange(sees.shape[2] - sees.shape[1]).expand(len(sees), -1)
+    distances = position_ids[:, :, None] - torch.cat([before, position_ids], dim=1)[:, None, :]
+    near = additive(sees & (distances < window))
+    return {"full_attention": additive(sees), "sliding_attention": near} if kinds else near
+
+
+def _score(tree: _Tree, logits: torch.Tensor) -> list[float]:
+    """Summed log-probability of each answer, from the logits (K, vocab_size) of the row's last K places."""
+    first = len(tree.token_ids) - len(logits)
+    logits = logits[tree.first_logits - first :]
+    places = torch.tensor([p - tree.first_logits for path in tree.predicted_at for p in path], device=logits.device)
+    targets = torch.tensor([token for answer in tree.answer_ids for token in answer], device=logits.device)
+    logprobs = logits[places, targets].float() - logits.float().logsumexp(-1)[places]
+    return [part.sum().item() for part in logprobs.split([len(answer) for answer in tree.answer_ids])]

@@ -1,10 +1,16 @@
 """Batches, the loss mask, and measures over rows: each example once, and as if it stood alone."""
 
+import itertools
+
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from medkit import batching
+from medkit import batching, models, prompts
 from medkit.batching import IGNORE, Example
+from medkit.outputs import ROOT
+from medkit.params import load_params
 
 PAD = 0
 
@@ -57,6 +63,90 @@ def test_transfer_row_without_a_chat_template(make_tokenizer, questions):
     tokenizer, row = make_tokenizer(chat_template=None), questions[questions.split == "transfer"]
     (example,) = batching.encode_questions(tokenizer, row)
     assert tokenizer.decode(example.input_ids[example.loss_start :]).strip() == row.question.item()
+
+
+# --- letters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def make_sentencepiece_like():
+    """A tokenizer that puts "▁" before the first word and for every space, as Llama 2's and Mistral's do."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def make(pieces):
+        vocabulary = {piece: number for number, piece in enumerate(["<unk>", "</s>", "\n", "▁", *pieces])}
+        backend = Tokenizer(models.BPE(vocabulary, [("▁", p[1:]) for p in pieces if len(p) == 2], unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        backend.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+    return make
+
+
+@pytest.mark.parametrize("letter", list("ABCD"))
+def test_a_letter_has_a_form_with_a_space_and_one_without(tokenizer, letter):
+    forms = [tokenizer.decode(ids) for ids in batching.letter_forms(tokenizer, letter)]
+    assert sorted(forms) == [f" {letter}", letter]
+
+
+def test_letter_forms_hold_what_follows_the_chat_header_and_what_follows_answer(tokenizer):
+    """The whole text, cut where the prompt's tokens end, gives one of the forms, whatever the prompt ends with."""
+    for prompt in ("<|im_start|>assistant\n", "Answer:", "Answer: ", "[/INST]"):
+        whole = tokenizer(prompt + "A", add_special_tokens=False).input_ids
+        spaced = tokenizer(prompt + " A", add_special_tokens=False).input_ids
+        assert [whole[-1]] in batching.letter_forms(tokenizer, "A")
+        assert [spaced[-1]] in batching.letter_forms(tokenizer, "A")
+
+
+def test_letter_forms_of_a_tokenizer_that_prepends_a_space(make_sentencepiece_like):
+    tokenizer = make_sentencepiece_like(["A", "B", "▁A", "▁B"])
+    assert tokenizer("A", add_special_tokens=False).input_ids == [tokenizer.convert_tokens_to_ids("▁A")]
+    forms = batching.letter_forms(tokenizer, "A")
+    assert sorted(tokenizer.convert_ids_to_tokens(ids)[0] for ids in forms) == ["A", "▁A"]
+
+
+def test_a_letter_that_is_no_token_is_an_error(make_sentencepiece_like):
+    with pytest.raises(ValueError, match="'C' is no token"):
+        batching.letter_forms(make_sentencepiece_like(["A", "▁A"]), "C")
+
+
+@pytest.mark.weights
+def test_letter_forms_of_the_real_tokenizer():
+    params = load_params(ROOT / "params" / "smoke.yaml")
+    tokenizer = models.load_tokenizer(models.local_folder(params.models.teacher))
+    for letter in prompts.LETTERS:
+        forms = sorted(tokenizer.decode(ids) for ids in batching.letter_forms(tokenizer, letter))
+        assert forms == [f" {letter}", letter]
+
+
+# --- what is read once -----------------------------------------------------------------------------------------------
+
+some_prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=12)
+
+
+@given(prompts=some_prompts, least=st.integers(1, 12))
+def test_groups_hold_each_prompt_once_with_a_start_that_all_share(prompts, least):
+    groups = batching.group_by_prefix(prompts, least)
+    assert sorted(itertools.chain(*(members for _, members in groups))) == list(range(len(prompts)))
+    for length, members in groups:
+        assert len({tuple(prompts[i][:length]) for i in members}) == 1
+        assert all(length < len(prompts[i]) for i in members), "a token is left to be read"
+        assert length == 0 or length * (len(members) - 1) >= least, "a group pays for itself"
+
+
+def test_a_start_is_shared_by_as_many_as_have_it():
+    system, exam, code = [1, 2, 3], [10, 11, 12, 13], [20, 21]
+    prompts = [[*system, *kind, 100 + i] for i in range(20) for kind in (exam, code, [])]
+    groups = {length: sorted(members) for length, members in batching.group_by_prefix(prompts, least_saved=30)}
+    assert groups == {7: list(range(0, 60, 3)), 5: list(range(1, 60, 3)), 3: list(range(2, 60, 3))}
+    groups = dict(batching.group_by_prefix(prompts, least_saved=60))
+    assert {length: len(members) for length, members in groups.items()} == {7: 20, 3: 40}, "exam alone saves enough"
+
+
+@pytest.mark.parametrize("prompts", [[], [[5]], [[5, 6], [7, 8]], [[5, 6, 7]] * 3, [[5], [5, 6], [5, 6, 7]]])
+def test_where_nothing_is_saved_there_is_one_group(prompts):
+    assert batching.group_by_prefix(prompts, least_saved=100) == ([(0, list(range(len(prompts))))] if prompts else [])
 
 
 # --- measures ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ def accuracy():
     rows = [("lora", "exam", "generated", True, 0), ("lora", "exam", "generated", False, -1),
             ("lora", "exam", "option_text", True, 0), ("base", "exam", "option_text", False, 1)]  # fmt: skip
     judged = pd.DataFrame(rows, columns=["variant", "source", "scoring", "correct", "choice"])
+    judged = judged.assign(id=[0, 1, 0, 0], group=[0, 1, 0, 0])
     return evaluation.accuracy(judged, 0.95)
 
 
@@ -20,7 +21,7 @@ def accuracy():
 def steps():
     rows = [{"variant": v, "source": "exam", "scoring": "option_text", "id": i, "correct": i % 10 < right}
             for v, right in (("lora", 9), ("nf4", 7), ("edge", 9)) for i in range(50)]  # fmt: skip
-    return evaluation.compare_steps(pd.DataFrame(rows), 0.95, 0.8)
+    return evaluation.compare_steps(pd.DataFrame(rows).assign(group=lambda t: t.id), 0.95, 0.8, 0.05)
 
 
 @pytest.fixture
@@ -122,6 +123,16 @@ def test_ratios_divide_the_variant_by_its_baseline(rows):
     assert latency == pytest.approx({
         ("nf4", "lora"): 0.031 / 0.021, ("nf4", "teacher_base"): 0.031 / 0.041, ("edge", "lora"): 1.0
     })  # fmt: skip
+
+
+def test_any_tidy_table_becomes_claims():
+    columns = ["variant", "metric", "value", "ci_low", "ci_high", "bins", "ignored"]
+    rows = [("lora", "ece", 0.1, 0.0, float("nan"), 4, 1), ("nf4", "brier", float("nan"), 0.1, 0.2, 4, 1)]
+    table = pd.DataFrame(rows, columns=columns).assign(source="exam", scoring="letter", n=9)
+    (row,) = claims.from_table(table, "{metric}/{source}", "calibration.parquet", extras="bins")
+    where = {"unit": "fraction", "baseline": None, "stage": "06_evaluation", "file": "calibration.parquet"}
+    numbers = {"value": 0.1, "ci_low": 0.0, "ci_high": None, "n": 9, "bins": 4}
+    assert row == {"claim": "ece/exam", "variant": "lora", "metric": "letter", **numbers, **where}
 
 
 def test_a_variant_that_was_not_measured_has_no_ratio(ledger):

@@ -1,145 +1,13 @@
-"""Intervals against their exact coverage, paired tests against scipy, and how answers are judged.
-
-Coverage and power are computed over the binomial and multinomial distributions, not drawn: no seed, no noise.
-"""
-
-from functools import cache
+"""How answers are judged, and what is said of one variant, of two, and of a whole table of them."""
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
+from scipy.special import log_softmax
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
 
-from medkit import evaluation
+from medkit import evaluation, statistics
 from medkit.evaluation import EvaluationError
-
-# --- one proportion ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    # Wilson's interval from its formula, e.g. Brown, Cai & DasGupta (2001): 0 of 10, 10 of 10, half of 100
-    [(0, 10, 0.0, 0.27753), (10, 10, 0.72247, 1.0), (50, 100, 0.40383, 0.59617)],
-)
-def test_wilson_has_the_known_values(successes, n, low, high):
-    assert evaluation.wilson(successes, n, 0.95) == pytest.approx((low, high), abs=1e-5)
-
-
-@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
-def test_wilson_is_the_formula(confidence):
-    z = stats.norm.ppf(0.5 + confidence / 2)
-    for successes, n in [(1, 7), (63, 200), (999, 1000)]:
-        p = successes / n
-        centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-        half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        assert evaluation.wilson(successes, n, confidence) == pytest.approx((centre - half, centre + half))
-        assert evaluation.wilson(successes, n, confidence) == proportion_confint(successes, n, 1 - confidence, "wilson")
-
-
-@pytest.mark.parametrize("n", [20, 100])
-def test_wilson_covers_at_every_rate(n):
-    intervals = np.array([evaluation.wilson(k, n, 0.95) for k in range(n + 1)])
-    coverage = []
-    for p in np.linspace(0.05, 0.95, 91):
-        covers = (intervals[:, 0] <= p) & (p <= intervals[:, 1])
-        coverage.append(stats.binom.pmf(np.arange(n + 1)[covers], n, p).sum())
-    assert min(coverage) > 0.91
-    assert 0.94 < np.mean(coverage) < 0.965
-
-
-# --- two variants on the same questions ----------------------------------------------------------------------------
-
-
-def pair(n, gained, lost, both=0):
-    """Answers of two variants with these numbers of discordant questions."""
-    theirs = np.array([False] * gained + [True] * (lost + both) + [False] * (n - gained - lost - both))
-    ours = theirs.copy()
-    ours[: gained + lost] = ~ours[: gained + lost]
-    return ours, theirs
-
-
-@cache
-def compared(n, gained, lost):
-    return evaluation.paired_difference(*pair(n, gained, lost), 0.95, 0.8)
-
-
-@pytest.mark.parametrize(("gained", "lost"), [(8, 0), (24, 16), (5, 5), (1, 0), (0, 13), (30, 29)])
-def test_the_p_value_is_the_exact_sign_test_of_the_flips(gained, lost):
-    found = compared(100, gained, lost)
-    assert found["p_value"] == pytest.approx(stats.binomtest(gained, gained + lost, 0.5).pvalue)
-    assert (found["gained"], found["lost"], found["n"]) == (gained, lost, 100)
-    assert found["difference"] == pytest.approx((gained - lost) / 100)
-
-
-def test_no_flip_is_no_difference():
-    answers = np.arange(50) % 3 == 0
-    found = evaluation.paired_difference(answers, answers, 0.95, 0.8)
-    assert (found["difference"], found["gained"], found["lost"], found["p_value"]) == (0, 0, 0, 1)
-    assert found["ci_low"] == pytest.approx(-found["ci_high"])
-    assert 0 < found["ci_high"] < 0.1
-
-
-@pytest.mark.parametrize(("gained", "lost"), [(8, 2), (0, 5), (20, 21)])
-def test_it_is_antisymmetric(gained, lost):
-    ours, theirs = pair(60, gained, lost, both=10)
-    a, b = (evaluation.paired_difference(x, y, 0.95, 0.8) for x, y in ((ours, theirs), (theirs, ours)))
-    assert a["difference"] == -b["difference"]
-    assert (a["ci_low"], a["ci_high"]) == pytest.approx((-b["ci_high"], -b["ci_low"]))
-    assert (a["gained"], a["lost"]) == (b["lost"], b["gained"])
-    assert (a["p_value"], a["mde"]) == pytest.approx((b["p_value"], b["mde"]))
-
-
-def test_agreement_on_a_question_adds_n_and_nothing_else():
-    right, wrong = (evaluation.paired_difference(*pair(60, 8, 2, both), 0.95, 0.8) for both in (50, 0))
-    assert right == wrong
-
-
-@pytest.mark.parametrize(
-    ("up", "down"), [(0.02, 0.02), (0.05, 0.05), (0.10, 0.02), (0.20, 0.20), (0.30, 0.10), (0.25, 0.01)]
-)
-def test_the_interval_covers_the_true_difference(up, down):
-    n, covered, seen = 100, 0.0, 0.0
-    for gained in range(int(stats.binom.ppf(1 - 1e-6, n, up)) + 1):
-        for lost in range(int(stats.binom.ppf(1 - 1e-6, n, down)) + 1):
-            if gained + lost <= n:
-                weight = stats.multinomial.pmf([gained, lost, n - gained - lost], n, [up, down, 1 - up - down])
-                found = compared(n, gained, lost)
-                covered += weight * (found["ci_low"] <= up - down <= found["ci_high"])
-                seen += weight
-    assert seen > 0.9999
-    assert covered > 0.93
-
-
-def exact_power(n, up, down, alpha=0.05):
-    """Chance that the exact McNemar test rejects in the direction of the difference."""
-    power = 0.0
-    for flips in range(1, n + 1):
-        gained = np.arange(flips + 1)
-        p_value = np.minimum(1, 2 * stats.binom.cdf(np.minimum(gained, flips - gained), flips, 0.5))
-        rejects = gained[(p_value < alpha) & (gained > flips / 2)]
-        power += stats.binom.pmf(flips, n, up + down) * stats.binom.pmf(rejects, flips, up / (up + down)).sum()
-    return power
-
-
-@pytest.mark.parametrize(("n", "flips"), [(200, 40), (400, 40), (400, 160), (600, 60)])
-def test_an_effect_of_the_stated_size_is_found_with_the_stated_power(n, flips):
-    mde, rate = compared(n, flips // 2, flips // 2)["mde"], flips / n
-    assert 0.7 < exact_power(n, (rate + mde) / 2, (rate - mde) / 2) < 0.9
-    assert exact_power(n, (rate + mde / 2) / 2, (rate - mde / 2) / 2) < 0.4
-
-
-def test_more_questions_and_fewer_flips_make_smaller_effects_detectable():
-    assert compared(400, 20, 20)["mde"] < compared(100, 20, 20)["mde"]
-    assert compared(100, 5, 5)["mde"] < compared(100, 20, 20)["mde"]
-
-
-@pytest.mark.parametrize(("ours", "theirs"), [([True] * 3, [True] * 4), ([], [])], ids=["lengths", "nothing"])
-def test_answers_to_other_questions_cannot_be_paired(ours, theirs):
-    with pytest.raises(EvaluationError, match="same questions"):
-        evaluation.paired_difference(ours, theirs, 0.95, 0.8)
-
 
 # --- judging -------------------------------------------------------------------------------------------------------
 
@@ -164,6 +32,53 @@ def test_scored_options_are_read_raw_and_per_token(questions):
     assert set(judged.source) == {"exam"}
 
 
+@pytest.mark.parametrize("scoring", ["letter", "option_text"])
+def test_probabilities_are_the_softmax_of_what_the_choice_was_read_from(questions, scoring):
+    draw = np.random.default_rng(0)
+    counts = {"q0": 4, "q1": 3, "q2": 3}
+    rows = [
+        prediction("lora", id, scoring, draw.normal(-20, 9, count), draw.integers(1, 9, count))
+        for id, count in counts.items()
+    ]
+    judged = evaluation.judge(pd.DataFrame(rows), questions).set_index(["scoring", "id"])
+    for row in rows:
+        scores = {scoring: row["logprobs"]}
+        if scoring == "option_text":
+            scores["option_text_norm"] = np.divide(row["logprobs"], row["answer_tokens"])
+        for name, values in scores.items():
+            found = judged.loc[(name, row["id"])]
+            assert np.log(found.probabilities) == pytest.approx(log_softmax(values))
+            assert found.choice == np.argmax(values) == np.argmax(found.probabilities)
+    assert len(judged) == (6 if scoring == "option_text" else 3)
+
+
+def test_generated_text_has_no_probabilities(questions):
+    judged = evaluation.judge(pd.DataFrame([prediction("lora", "q0", "generated", text="zinc")]), questions)
+    assert judged.probabilities.isna().all()
+
+
+def test_scores_that_are_not_one_per_option_are_an_error(questions):
+    rows = [prediction("lora", "q1", "letter", [-1.0, -2.0, -3.0]), prediction("nf4", "q0", "letter", [-1.0] * 3)]
+    with pytest.raises(EvaluationError, match=r"q0 has 4 options, its letter prediction by nf4 3 log-probabilities"):
+        evaluation.judge(pd.DataFrame(rows), questions)
+
+
+def test_a_study_is_judged_like_anything_else(questions):
+    rows = [
+        prediction("lora", "q0", "letter", [-1.0, -0.5, -2.0, -3.0]),
+        prediction("lora", "q1", "generated", text="?"),
+    ]
+    plain = evaluation.judge(pd.DataFrame(rows), questions)
+    study = pd.DataFrame(rows * 2).assign(study="shuffle", condition=["a", "a", "b", "b"])
+    judged = evaluation.judge(study, questions)
+    assert not {"study", "condition"} & set(plain)
+    assert set(judged.study) == {"shuffle"}
+    for _, part in judged.groupby("condition"):
+        pd.testing.assert_frame_equal(part[plain.columns].reset_index(drop=True), plain)
+    table = evaluation.accuracy(judged, 0.95).set_index(["condition", "scoring"])
+    assert table.accuracy.to_dict() == {(c, s): float(s == "letter") for c in "ab" for s in ("letter", "generated")}
+
+
 def test_generated_text_that_cannot_be_read_is_wrong_and_counted(questions):
     texts = {"q0": "Vitamin C", "q1": "It could be any of them.", "q2": "maybe"}
     rows = [prediction("lora", id, "generated", text=text) for id, text in texts.items()]
@@ -185,11 +100,12 @@ def test_an_abstention_is_neither_right_nor_unparsed(questions):
     assert (row["accuracy"], row["unparsed_rate"], row["abstained_rate"]) == (0, 0.5, 0.5)
 
 
-def test_the_clean_flag_comes_along(questions):
-    questions["clean"] = questions.id != "q1"
+def test_the_clean_flag_and_the_group_come_along(questions):
+    questions["clean"], questions["group"] = questions.id != "q1", "copies of " + questions.id
     rows = [prediction("lora", id, "generated", text="zinc") for id in ("q0", "q1")]
-    judged = evaluation.judge(pd.DataFrame(rows), questions)
-    assert judged.set_index("id").clean.to_dict() == {"q0": True, "q1": False}
+    judged = evaluation.judge(pd.DataFrame(rows), questions).set_index("id")
+    assert judged.clean.to_dict() == {"q0": True, "q1": False}
+    assert judged.group.to_dict() == {"q0": "copies of q0", "q1": "copies of q1"}
 
 
 def test_a_prediction_for_an_unknown_question_is_an_error(questions):
@@ -227,11 +143,46 @@ def judged():
             table = table.assign(variant=variant, source=source, scoring="option_text")
             tables.append(table.sample(frac=1, random_state=draw.integers(1000)))
     table = pd.concat(tables, ignore_index=True)
-    return table.assign(answer=0, choice=np.where(table.correct, 0, 1))
+    return table.assign(answer=0, choice=np.where(table.correct, 0, 1), group=table.id)
+
+
+def test_accuracy_has_both_intervals(judged):
+    table = evaluation.accuracy(judged, 0.95)
+    assert len(table) == len(RATES) * 2
+    for row in table.itertuples():
+        mine = judged[(judged.variant == row.variant) & (judged.source == row.source)]
+        assert (row.accuracy, row.n) == (pytest.approx(mine.correct.mean()), len(mine))
+        assert (row.ci_low, row.ci_high) == pytest.approx(statistics.wilson(mine.correct.sum(), row.n, 0.95))
+        # every question is its own group here
+        assert (row.ci_low_clustered, row.ci_high_clustered) == pytest.approx((row.ci_low, row.ci_high), abs=0.04)
+
+
+def test_copies_widen_the_clustered_intervals_alone(judged):
+    copies = pd.concat([judged.assign(id=judged.id + f"-{i}") for i in range(6)])
+    once, more = (evaluation.accuracy(table, 0.95).set_index(["variant", "source"]) for table in (judged, copies))
+    width = (once.ci_high - once.ci_low) / np.sqrt(6)
+    assert (more.ci_high - more.ci_low).to_numpy() == pytest.approx(width.to_numpy(), rel=0.15)
+    clustered = [table.ci_high_clustered - table.ci_low_clustered for table in (once, more)]
+    assert (clustered[1] > 0.85 * clustered[0]).all()
+    steps = evaluation.compare_steps(copies, 0.95, 0.8, 0.05)
+    assert (steps.design_effect > 5).all() and (steps.p_clustered >= steps.p_value).all()
+    single = evaluation.compare_steps(judged, 0.95, 0.8, 0.05)
+    assert list(steps.p_clustered) == pytest.approx(list(single.p_clustered))
+    assert list(steps.verdict) == list(single.verdict)
+
+
+def test_the_order_of_the_answers_changes_nothing(judged):
+    mixed = judged.sample(frac=1, random_state=7)
+    keys = ["variant", "source", "scoring"]
+    a, b = (evaluation.accuracy(table, 0.95).sort_values(keys, ignore_index=True) for table in (judged, mixed))
+    pd.testing.assert_frame_equal(a, b)
+    keys = ["variant", "baseline", "source"]
+    a, b = (evaluation.compare_steps(t, 0.95, 0.8, 0.05).sort_values(keys, ignore_index=True) for t in (judged, mixed))
+    pd.testing.assert_frame_equal(a, b)
 
 
 def test_steps_compare_the_same_questions(judged):
-    table = evaluation.compare_steps(judged, 0.95, 0.8)
+    table = evaluation.compare_steps(judged, 0.95, 0.8, 0.05)
     expected = [(v, b) for v, b, _ in evaluation.STEPS if {v, b} <= set(RATES)]
     assert [(r.variant, r.baseline) for r in table[table.source == "exam"].itertuples()] == expected
     assert len(expected) == 5
@@ -240,37 +191,70 @@ def test_steps_compare_the_same_questions(judged):
             v: judged[(judged.variant == v) & (judged.source == row.source)].set_index("id").correct.sort_index()
             for v in (row.variant, row.baseline)
         }
-        by_id = evaluation.paired_difference(correct[row.variant], correct[row.baseline], 0.95, 0.8)
+        by_id = statistics.paired_difference(correct[row.variant], correct[row.baseline], 0.95, 0.8)
         assert {name: getattr(row, name) for name in by_id} == pytest.approx(by_id)
+
+
+def test_no_flip_has_an_interval_around_zero(judged):
+    same = pd.concat([judged[judged.variant == "lora"].assign(variant=v) for v in ("lora", "nf4")])
+    for row in evaluation.compare_steps(same, 0.95, 0.8, 0.05).itertuples():
+        assert (row.difference, row.gained, row.lost, row.p_holm) == (0, 0, 0, 1)
+        for low, high in ((row.ci_low, row.ci_high), (row.ci_low_clustered, row.ci_high_clustered)):
+            assert low < 0 < high
+            assert low + high == pytest.approx(0, abs=2 / row.n)
 
 
 def test_a_question_that_one_variant_lacks_leaves_the_pair(judged):
     lacking = judged[~((judged.variant == "nf4") & (judged.id == "exam7"))]
-    table = evaluation.compare_steps(lacking, 0.95, 0.8).set_index(["variant", "baseline", "source"])
+    table = evaluation.compare_steps(lacking, 0.95, 0.8, 0.05).set_index(["variant", "baseline", "source"])
     assert table.n["nf4", "lora", "exam"] == 119
     assert table.n["teacher", "teacher_base", "exam"] == 120
 
 
+def test_only_steps_whose_variants_are_there_are_compared(judged):
+    steps = [("nf4", "base", "Is it?"), ("edge", "base", "Is this?")]
+    table = evaluation.compare_steps(judged, 0.95, 0.8, 0.05, steps)
+    assert set(zip(table.variant, table.baseline, table.question, strict=True)) == {("nf4", "base", "Is it?")}
+    with pytest.raises(EvaluationError, match="no step"):
+        evaluation.compare_steps(judged, 0.95, 0.8, 0.05, steps[1:])
+
+
+def test_two_answers_of_one_variant_to_one_question_are_not_averaged(judged):
+    twice = pd.concat([judged.assign(condition=c) for c in ("a", "b")])
+    with pytest.raises(EvaluationError, match="one condition of one study at a time"):
+        evaluation.compare_steps(twice, 0.95, 0.8, 0.05)
+    assert len(evaluation.accuracy(twice, 0.95)) == len(RATES) * 4  # but every condition has its own accuracy
+
+
 def test_p_values_are_adjusted_over_all_comparisons(judged):
-    table = evaluation.compare_steps(judged, 0.95, 0.8)
-    assert list(table.p_holm) == pytest.approx(list(multipletests(table.p_value, method="holm")[1]))
-    order, highest = np.argsort(table.p_value.to_numpy()), 0.0
+    table = evaluation.compare_steps(judged, 0.95, 0.8, 0.05)
+    assert list(table.p_holm) == pytest.approx(list(multipletests(table.p_clustered, method="holm")[1]))
+    order, highest = np.argsort(table.p_clustered.to_numpy()), 0.0
     for rank, i in enumerate(order):
-        highest = max(highest, min(1.0, table.p_value[i] * (len(table) - rank)))
+        highest = max(highest, min(1.0, table.p_clustered[i] * (len(table) - rank)))
         assert table.p_holm[i] == pytest.approx(highest)
-    assert (table.p_holm >= table.p_value).all()
+    assert (table.p_holm >= table.p_clustered).all()
+    assert list(table.p_clustered) == pytest.approx(list(table.p_value))  # every question is its own group here
 
 
 def test_a_verdict_follows_the_adjusted_p_and_the_sign(judged):
-    table = evaluation.compare_steps(judged, 0.95, 0.8)
+    table = evaluation.compare_steps(judged, 0.95, 0.8, 0.05)
     expected = np.where(table.p_holm >= 0.05, "not detectable", np.where(table.difference > 0, "better", "worse"))
     assert list(table.verdict) == list(expected)
     assert set(table.verdict) == {"better", "worse", "not detectable"}
+    wide = evaluation.compare_steps(judged, 0.95, 0.8, 0.4)  # almost anything is within 40 points
+    assert list(wide.p_equivalence) == pytest.approx(
+        [statistics.equivalence_p(r.gained, r.lost, r.n, 0.4, r.design_effect) for r in wide.itertuples()]
+    )
+    assert list(wide.verdict) == list(
+        np.where(wide.p_holm < 0.05, expected, np.where(wide.p_equivalence_holm < 0.05, "equivalent", expected))
+    )
+    assert "equivalent" in set(wide.verdict)
     assert (table.question != "").all()
 
 
 def test_flips_are_the_questions_that_were_gained_and_lost(judged):
-    table, steps = evaluation.find_flips(judged), evaluation.compare_steps(judged, 0.95, 0.8)
+    table, steps = evaluation.find_flips(judged), evaluation.compare_steps(judged, 0.95, 0.8, 0.05)
     for row in steps.itertuples():
         flips = table[(table.variant == row.variant) & (table.baseline == row.baseline) & (table.source == row.source)]
         assert (flips.flip == "gained").sum() == row.gained
@@ -279,21 +263,3 @@ def test_flips_are_the_questions_that_were_gained_and_lost(judged):
     assert len(table) == steps.gained.sum() + steps.lost.sum()
     gained = table[table.flip == "gained"]
     assert (gained.choice_after == 0).all() and (gained.choice_before == 1).all()
-
-
-# --- timings -------------------------------------------------------------------------------------------------------
-
-
-def test_the_median_of_one_repeat_is_its_own_interval():
-    assert evaluation.median_interval([0.3], 0.95) == (0.3, 0.3, 0.3)
-    assert evaluation.median_interval([0.3] * 5, 0.95) == (0.3, 0.3, 0.3)
-
-
-@pytest.mark.parametrize("values", [[3.0, 1.0], [5.0, 1.0, 2.0, 9.0, 4.0], list(range(30))])
-def test_the_median_lies_in_its_interval_and_that_in_the_range(values):
-    median, low, high = evaluation.median_interval(values, 0.95)
-    assert min(values) <= low <= median <= high <= max(values)
-    assert median == np.median(values)
-    assert evaluation.median_interval(values, 0.95) == (median, low, high)
-    narrow = evaluation.median_interval(values, 0.5)
-    assert low <= narrow[1] and narrow[2] <= high

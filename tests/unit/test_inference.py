@@ -2,6 +2,7 @@
 
 import itertools
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,6 +104,8 @@ def test_a_larger_number_keeps_the_questions_of_the_smaller(questions):
 def test_more_questions_than_there_are_is_an_error(questions):
     with pytest.raises(ValueError, match=r"inference\.questions\.letter\.exam is 3, the test split has 2"):
         inference.choose_questions(questions, {"letter": {"exam": 3}}, seed=0)
+    with pytest.raises(ValueError, match=r"inference\.studies\.ablation\.exam is 3"):
+        inference.choose_questions(questions, {"letter": {"exam": 3}}, seed=0, key="inference.studies.ablation")
 
 
 @pytest.fixture
@@ -120,7 +123,9 @@ def test_predictions_are_one_row_per_question_and_scoring(scorer, make_tokenizer
     for row, question in zip(table.itertuples(), asked.itertuples(), strict=True):
         assert row.template == ("letter" if row.scoring == "letter" else "abstract" if row.id == "q2" else "text")
         options = 0 if row.scoring == "generated" else len(question.options)
-        assert len(row.logprobs) == len(row.answer_tokens) == options
+        assert len(row.logprobs) == options
+        assert len(row.answer_tokens) == (options or 1)
+        assert row.answer_tokens[0] <= 5 or options
         assert all(score < 0 for score in row.logprobs)
         assert (row.text != "") <= (row.scoring == "generated")
 
@@ -149,6 +154,100 @@ def test_generated_predictions_are_the_sequential_answers(scorer, tokenizer, ask
     prompts = [inference.prompt_of(tokenizer, question) for question in asked.to_dict("records")]
     said = inference.generate_sequential(scorer, prompts, [6] * len(prompts), tokenizer.eos_token_id, PAD)
     assert list(table.text) == [tokenizer.decode(s.token_ids, skip_special_tokens=True) for s in said]
+    assert list(table.answer_tokens) == [[len(s.token_ids)] for s in said]
+
+
+# --- other ways of asking ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scoring_name", ["letter", "option_text"])
+def test_scores_come_back_in_the_options_own_order(scorer, tokenizer, questions, scoring_name):
+    """Shown as C, A, D, B by hand, or by `order`: the same prompt, so the same scores, put back in place."""
+    plain = questions[questions.id == "q0"].assign(scoring=scoring_name, template="letter")
+    order = [2, 0, 3, 1]
+    by_hand = plain.assign(options=[[plain.options[0][i] for i in order]])
+    asked = plain.assign(order=[order])
+    (shown,), (found,) = (inference.predict(scorer, tokenizer, rows, 300, 4).logprobs for rows in (by_hand, asked))
+    assert [found[i] for i in order] == pytest.approx(shown, abs=1e-4)
+    assert len({round(score, 3) for score in found}) == 4
+
+
+def test_an_order_that_is_not_shown_changes_nothing(scorer, tokenizer, questions):
+    rows = [questions[questions.id == "q0"].assign(order=[list(order)]) for order in itertools.permutations(range(4))]
+    asked = pd.concat(rows, ignore_index=True).assign(scoring="option_text")
+    table = inference.predict(scorer, tokenizer, asked, 300, 4)
+    assert all(list(found) == list(table.logprobs[0]) for found in table.logprobs)
+    assert all(list(found) == list(table.answer_tokens[0]) for found in table.answer_tokens)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_every_template_scores_its_own_letters_and_the_options_texts(scorer, make_tokenizer, questions, chat):
+    tokenizer = make_tokenizer() if chat else make_tokenizer(chat_template=None)
+    question = questions[questions.id == "q0"]
+    for name in ("letter", "abstain", "rationale"):
+        template = prompts.TEMPLATES[name]
+        rows = pd.concat([question.assign(scoring=scoring, template=name) for scoring in ("letter", "option_text")])
+        table = inference.predict(scorer, tokenizer, rows, 300, 4)
+        messages = prompts.render(question.iloc[0].to_dict(), template)
+        for row in table.itertuples():
+            texts = question.options[0] if row.scoring == "option_text" else [template.lead + x for x in "ABCD"]
+            pairs = [prompts.encode(tokenizer, messages, text) for text in texts]
+            pairs = [(prompt, ids[:-1] if row.scoring == "letter" else ids) for prompt, ids in pairs]
+            assert row.logprobs == pytest.approx([plain_score(scorer, *pair) for pair in pairs], abs=1e-4)
+            assert row.template == name
+
+
+def test_examples_come_before_the_question(scorer, tokenizer, questions):
+    shots = [questions.iloc[1].to_dict()]
+    asked = questions[questions.id == "q0"].assign(scoring="letter", shots=[shots])
+    (found,) = inference.predict(scorer, tokenizer, asked, 300, 4).logprobs
+    messages = prompts.render(questions.iloc[0].to_dict(), prompts.LETTER, shots)
+    pairs = [prompts.encode(tokenizer, messages, letter) for letter in "ABCD"]
+    assert found == pytest.approx([plain_score(scorer, prompt, ids[:-1]) for prompt, ids in pairs], abs=1e-4)
+
+
+def test_one_prompt_is_read_once_whoever_asks_for_it(scorer, tokenizer, asked, monkeypatch):
+    """Letters and texts of a listed question are branches of one prompt; a question asked twice costs nothing."""
+    read, written = [], []
+    score, write = inference.score_options, inference.generate_static
+    monkeypatch.setattr(inference, "score_options", lambda m, items, *a: read.extend(items) or score(m, items, *a))
+    monkeypatch.setattr(inference, "generate_static", lambda m, p, *a: written.extend(p) or write(m, p, *a))
+    texts = asked[asked.scoring == "letter"].assign(scoring="option_text", template="letter")
+    plain = inference.predict(scorer, tokenizer, asked, 300, 4)
+    first, read[:], first_written, written[:] = len(read), [], len(written), []
+    table = inference.predict(scorer, tokenizer, pd.concat([asked, asked, texts], ignore_index=True), 300, 4)
+    assert len(read) == first == len({tuple(item.prompt_ids) for item in read})
+    assert len(written) == first_written == 2
+    again = table.iloc[len(asked) : 2 * len(asked)]
+    assert again.logprobs.tolist() == table.logprobs[: len(asked)].tolist()
+    assert again.text.tolist() == table.text[: len(asked)].tolist() == plain.text.tolist()
+    for one, other in zip(plain.logprobs, again.logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_study_and_condition_come_along_and_are_empty_for_the_plain_way(scorer, tokenizer, asked):
+    order = [2, 0, 3, 1]
+    studied = asked[(asked.id == "q0") & (asked.scoring == "letter")].assign(
+        study="shuffle", condition="order=2031", order=[order], shots=[[]], template="letter"
+    )
+    table = inference.predict(scorer, tokenizer, pd.concat([asked, studied], ignore_index=True), 300, 4)
+    assert list(table.columns) == [
+        "id", "scoring", "template", "logprobs", "answer_tokens", "text", "study", "condition"
+    ]  # fmt: skip
+    assert table.iloc[-1][["study", "condition"]].tolist() == ["shuffle", "order=2031"]
+    assert set(table.study[:-1]) == set(table.condition[:-1]) == {""}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scoring": "generated", "order": [[1, 0, 2, 3]]}, "q0: a generated answer is read in the options' own order"),
+        ({"scoring": "letter", "template": "text"}, "q0: the template 'text' shows no letters"),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_asked(scorer, tokenizer, questions, changes, said):
+    with pytest.raises(ValueError, match=said):
+        inference.predict(scorer, tokenizer, questions[questions.id == "q0"].assign(**changes), 300, 4)
 
 
 # --- generation ----------------------------------------------------------------------------------------------------

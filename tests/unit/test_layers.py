@@ -12,19 +12,21 @@ from medkit.outputs import ROOT
 PACKAGE = ROOT / "medkit"
 LAYERS = [
     ["params"],
-    ["outputs", "sources", "prompts", "duplicates", "figures", "plans"],
-    ["parsing", "records", "datacard", "contamination"],
+    ["outputs", "sources", "prompts", "duplicates", "figures", "plans", "statistics"],
+    ["parsing", "records", "datacard", "contamination", "calibration", "energy", "clauses"],
     ["evaluation", "readers", "icd", "models", "batching", "ledger"],
-    ["claims", "data", "problems", "embeddings", "training", "rowwise", "lora", "scoring", "edge_tokenizer", "peak"],
-    ["edge", "budget", "quantization"],
-    ["sensitivity", "distillation", "inference"],
-    ["report", "runner"],
+    ["claims", "safety", "report", "data", "problems", "embeddings", "training", "rowwise", "lora", "scoring"]
+    + ["edge_tokenizer", "peak"],
+    ["edge", "budget", "rounding", "studies"],
+    ["quantization", "inference", "robustness"],
+    ["sensitivity", "distillation", "paper", "card", "compare"],
+    ["runner", "page"],
     ["__main__"],
 ]
 BESIDE = {("figures", "outputs"): "a saved figure is an artifact, written atomically"}
 WITHOUT_TORCH = [
     *(name for layer in LAYERS[:3] for name in layer),
-    *["evaluation", "readers", "icd", "claims", "data", "problems"],
+    *["evaluation", "readers", "icd", "claims", "safety", "report", "data", "problems", "paper", "card", "compare"],
     *LAYERS[-2],
     *LAYERS[-1],
 ]  # the command line answers at once too

@@ -23,7 +23,9 @@ LEVELS = torch.tensor([
 
 
 def section(double_quant=True):
-    return QuantizationParams(double_quant=double_quant, gguf_type="Q4_1", drift_examples=1)
+    return QuantizationParams(
+        double_quant=double_quant, gguf_type="Q4_1", budget_share=0.3, calibration_examples=1, drift_examples=1
+    )
 
 
 def state_bytes(weights, double_quant):
@@ -238,6 +240,25 @@ def test_the_file_holds_what_the_ledger_counts(make_model, tokenizer, tmp_path, 
     tensors = load_file(folder / quantization.WEIGHTS)
     described = sum(tensor.nbytes for key, tensor in tensors.items() if "quant_state" in key)  # dtype, shape: text
     assert sum(tensor.nbytes for tensor in tensors.values()) - described == stored_bytes(model)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_calibrated_plan_weighs_the_same_and_comes_back_to_the_bit(
+    make_model, make_examples, tokenizer, models_params, tmp_path, tied
+):
+    model, plain, examples = make_model(tied), make_model(tied), make_examples(12)
+    plan = plan_for(model, "nf4_all")
+    exact = batching.collect_logits(model, examples, PAD)
+    quantization.apply_plan(model, plan, True, calibration=examples)
+    quantization.apply_plan(plain, plan, True)
+    assert ledger.measure_bytes(model).equals(ledger.measure_bytes(plain))
+    assert ends_are_one(model) == tied
+    folder = quantization.save_quantized(model, tokenizer, plan, tmp_path / "calibrated")
+    logits, found_plain = (batching.collect_logits(m, examples, PAD) for m in (model, plain))
+    again = quantization.load_quantized(folder, models_params)
+    assert torch.equal(batching.collect_logits(again, examples, PAD), logits)
+    drifts = [batching.measure_drift(exact, found)["kl_nats"] for found in (logits, found_plain)]
+    assert drifts[0] < drifts[1]
 
 
 @pytest.mark.parametrize("name", PLANS)

@@ -216,17 +216,6 @@ def test_cost_table_has_units_and_dashes(rows, tmp_path):
     assert nf4["first token, ms"] == "–"
 
 
-def test_paper_table_puts_ours_beside_theirs(results):
-    table, _ = report.load_results(results)
-    _, *body = cells(report.paper_table(table))
-    (memory,) = (row for row in body if "memory" in row[0].lower() and figures.LABELS["lora"] in row[3])
-    assert numbers(memory[1]) == [-64.7]
-    assert numbers(memory[2]) == [pytest.approx(100 * (168_246_208 / 438_246_208 - 1), abs=0.051)]
-    (latency,) = (row for row in body if "seconds" in row[0])
-    assert numbers(latency[1]) == [-12.4]
-    assert numbers(latency[2]) == [pytest.approx(50.0, abs=0.051)]  # slower, and it says so
-
-
 def test_tables_show_no_hole_of_pandas(results):
     table, facts = report.load_results(results)
     source, scoring = facts["headline_source"], facts["headline_scoring"]
@@ -235,7 +224,7 @@ def test_tables_show_no_hole_of_pandas(results):
         report.steps_table(table, source, scoring),
         report.cost_table(table),
     ]
-    for text in [*tables, report.paper_table(table), report.provenance_line(facts)]:
+    for text in [*tables, report.provenance_line(facts)]:
         assert not re.search(r"\b(nan|None|NaT|inf)\b", text), text
 
 
@@ -273,34 +262,3 @@ def test_benchmarks_say_whether_the_goal_was_met(tmp_path, better, value, goal, 
 
 def test_no_benchmarks_make_an_empty_table(tmp_path):
     assert len(cells(report.benchmarks_table(tmp_path))) == 1
-
-
-# --- the card ------------------------------------------------------------------------------------------------------
-
-
-def test_the_card_says_what_it_is_not_and_holds_the_tables(results, tmp_path):
-    card = report.write_card(tmp_path / "model_card.md", results).read_text()
-    table, facts = report.load_results(results)
-    assert DISCLAIMER in card
-    assert "Not for any decision about a person's health" in card
-    assert card.startswith("---\n")
-    for text in (report.accuracy_table(table, "option_text"), report.steps_table(table, "icd_chapter", "option_text")):
-        assert text in card
-    assert report.cost_table(table) in card
-    assert facts["device"] in card
-
-
-def test_the_card_follows_the_results_alone(rows, tmp_path):
-    first = report.write_card(tmp_path / "a.md", report.write_results(tmp_path, rows, FACTS)).read_text()
-    changed = [{**r, "value": 0.9991} if (r["claim"], r["variant"]) == ("accuracy/medqa", "nf4") else r for r in rows]
-    second = report.write_card(tmp_path / "b.md", report.write_results(tmp_path, changed, FACTS)).read_text()
-    differing = [(a, b) for a, b in zip(first.splitlines(), second.splitlines(), strict=True) if a != b]
-    differing = [pair for pair in differing if not pair[0].startswith("Run `")]  # the minute may have turned
-    assert len(differing) == 1
-    assert "1.00 [" in differing[0][1]
-
-
-def test_no_card_without_results(tmp_path):
-    with pytest.raises(StageError):
-        report.write_card(tmp_path / "card.md", tmp_path / "results.json")
-    assert not (tmp_path / "card.md").exists()

@@ -1,0 +1,164 @@
+"""How long a whole evaluation takes: one 135M variant on all five test sets, and the statistics of ten variants.
+
+`--part model`: every question by letter, through `inference.predict` and our prompts. With `--limit` a random part of
+each set is asked and the time of all is computed from it, by tokens. `--part statistics`: judging, accuracies, steps,
+flips, calibration, claims and `report.html` of ten variants × all questions, on invented log-probabilities. Units:
+seconds by the clock, and of this process's processor time.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from exams import EXAMS, read_questions
+from record import RESULTS, Ratio, result_path, versions, write
+
+from medkit import calibration, claims, evaluation, figures, inference, models, page, prompts, report
+from medkit.outputs import ROOT
+from medkit.params import load_params
+
+PARAMS = load_params(ROOT / "params" / "tiny.yaml")
+MODEL_GOAL_S, STATISTICS_GOAL_S = 40 * 60, 60
+VARIANTS = 10
+ICD_QUESTIONS = 240  # of the fifth set, which has as many as one makes
+
+
+def all_questions() -> pd.DataFrame:
+    tables = read_questions((*EXAMS, "icd_chapter"))
+    tables["icd_chapter"] = tables["icd_chapter"].head(ICD_QUESTIONS)
+    return pd.concat(tables.values(), ignore_index=True)
+
+
+@contextmanager
+def timed(name: str, found: dict[str, dict]):
+    """Adds the time of a `with` block to `found` under its name."""
+    clock, cpu = time.perf_counter(), time.process_time()
+    yield
+    found[name] = {"clock": time.perf_counter() - clock, "cpu": time.process_time() - cpu}
+    print(name, found[name], f"load {os.getloadavg()[0]:.1f}", flush=True)
+
+
+def time_model(folder: Path, limit: int | None, threads: int) -> tuple[dict, dict[str, Ratio], dict]:
+    torch.set_num_threads(threads)
+    model, tokenizer = models.load_model(folder, PARAMS.models), models.load_tokenizer(folder)
+    questions = all_questions()
+    tokens = [
+        len(prompts.encode(tokenizer, prompts.render(q, prompts.LETTER))[0]) for q in questions.to_dict("records")
+    ]
+    questions = questions.assign(scoring="letter", tokens=tokens)
+    asked = questions
+    if limit:
+        asked = questions.groupby("source", group_keys=False)[list(questions)].apply(
+            lambda table: table.sample(min(limit, len(table)), random_state=0)
+        )
+    seconds, load_before = {}, os.getloadavg()
+    for source, table in asked.groupby("source"):
+        with timed(source, seconds):
+            inference.predict(model, tokenizer, table, PARAMS.inference.batch_tokens, 1)
+    sizes = questions.groupby("source").tokens.agg(["size", "sum"])
+    share = sizes["sum"] / asked.groupby("source").tokens.sum()
+    whole = {name: sum(seconds[s][name] * share[s] for s in seconds) for name in ("clock", "cpu")}
+    setup = {
+        "model": folder.name, "device": str(model.device), "threads": threads, "scoring": "letter",
+        "batch_tokens": PARAMS.inference.batch_tokens, "limit_per_set": limit, "asked": len(asked),
+        "questions": sizes["size"].to_dict(), "prompt_tokens": sizes["sum"].to_dict(),
+        "whole_sets": "measured" if not limit else "computed from the part that was asked, by prompt tokens",
+        "goal_seconds": MODEL_GOAL_S, "versions": versions("torch", "transformers"),
+    }  # fmt: skip
+    raw = {"seconds": seconds, "whole_seconds": whole, "loadavg_before": load_before, "loadavg_after": os.getloadavg()}
+    raw["prompt_tokens_per_s"] = sizes["sum"].sum() / whole["clock"]
+    return setup, {"all_sets/seconds": Ratio(whole["clock"], MODEL_GOAL_S, "lower", 1)}, raw
+
+
+def invented_predictions(questions: pd.DataFrame, variants: list[str]) -> pd.DataFrame:
+    """Log-probabilities of letters and of texts: what the variants share, what is their own, and some knowledge."""
+    rng, tables = np.random.default_rng(0), []
+    options = questions.options.map(len).to_numpy()
+    width = options.max()
+    answers = np.arange(width) == questions.answer.to_numpy()[:, None]
+    for scoring in ("letter", "option_text"):
+        shared = rng.normal(size=(len(questions), width)) + 0.5 * answers
+        for number, variant in enumerate(variants):
+            scores = shared + 0.5 * rng.normal(size=shared.shape) + 0.05 * number * answers
+            rows = [list(row[:n] - 5) for row, n in zip(scores, options, strict=True)]
+            template = prompts.LETTER.name if scoring == "letter" else prompts.TEXT.name
+            tables.append(
+                pd.DataFrame({"variant": variant, "id": questions.id, "scoring": scoring, "template": template})
+                .assign(logprobs=rows, answer_tokens=[[3] * n for n in options], text="")
+            )  # fmt: skip
+    return pd.concat(tables, ignore_index=True)
+
+
+def time_statistics(repeats: int) -> tuple[dict, dict[str, Ratio], dict]:
+    questions = all_questions().drop_duplicates("id").assign(clean=True)
+    questions["group"] = questions.group.fillna(questions.id)
+    variants = [v for v in figures.VARIANTS if any(v in step[:2] for step in evaluation.STEPS)][:VARIANTS]
+    predictions, settings = invented_predictions(questions, variants), PARAMS.evaluation
+    runs, load_before = [], os.getloadavg()
+    for _ in range(repeats):
+        runs.append({})
+        with tempfile.TemporaryDirectory() as scratch:
+            run_statistics(Path(scratch), predictions, questions, settings, runs[-1])
+    totals = {name: [sum(part[name] for part in run.values()) for run in runs] for name in ("clock", "cpu")}
+    setup = {
+        "variants": variants, "questions": len(questions), "scorings": sorted(set(predictions.scoring)),
+        "rows": len(predictions), "goal_seconds": STATISTICS_GOAL_S, "repeats": repeats, "statistic": "median",
+        "data": "the sets' questions, invented log-probabilities", "versions": versions("numpy", "pandas", "scipy"),
+    }  # fmt: skip
+    raw = {"seconds": runs, "totals": totals, "loadavg_before": load_before, "loadavg_after": os.getloadavg()}
+    middle = float(np.median(totals["clock"]))
+    return setup, {"ten_variants/seconds": Ratio(middle, STATISTICS_GOAL_S, "lower", repeats)}, raw
+
+
+def run_statistics(folder: Path, predictions: pd.DataFrame, questions: pd.DataFrame, settings, found: dict) -> None:
+    """What notebook 06 does with predictions, each part timed."""
+    with timed("judge", found):
+        judged = evaluation.judge(predictions, questions)
+    with timed("accuracy", found):
+        accuracy = evaluation.accuracy(judged, settings.confidence)
+    with timed("compare_steps", found):
+        steps = evaluation.compare_steps(judged, settings.confidence, settings.power, settings.margin)
+    with timed("find_flips", found):
+        flips = evaluation.find_flips(judged)
+    with timed("calibration", found):
+        measured = calibration.measure_calibration(judged, settings.confidence)
+    with timed("report", found):
+        rows = [*claims.from_accuracy(accuracy), *claims.from_steps(steps)]
+        rows += claims.from_table(measured, "{metric}/{source}", "calibration.parquet")
+        facts = {"run": "invented", "headline_source": "medqa", "headline_scoring": "letter"}
+        facts["chance"] = evaluation.chance(questions[questions.source == "medqa"])
+        report.write_results(folder, rows, facts)
+        for stage, name, table in (("01_data", "questions", questions), ("06_evaluation", "flips", flips)):
+            (folder / stage).mkdir()
+            table.to_parquet(folder / stage / f"{name}.parquet")
+        page.write_page(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["model", "statistics"], action="append", help="default both")
+    parser.add_argument("--folder", type=Path, help="a model on this machine; default the tiny profile's")
+    parser.add_argument("--limit", type=int, help="questions per set; default all")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=3, help="of the statistics")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    for part in args.part or ["model", "statistics"]:
+        if part == "model":
+            folder = args.folder or models.local_folder(PARAMS.models.teacher)
+            measured = time_model(folder, args.limit, args.threads)
+        else:
+            measured = time_statistics(args.repeats)
+        name = f"evaluation_throughput_{part}"
+        write(name, *measured, args.output)
+        print(result_path(name, args.output).read_text())
+
+
+if __name__ == "__main__":
+    main()

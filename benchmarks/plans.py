@@ -1,0 +1,110 @@
+"""What compressed forms of a run's student keep: KL to it on validation rows, changed top tokens, bytes of all weights.
+
+Plans are chosen by sensitivities measured on training rows, and rounded to the nearest level or calibrated on training
+rows; no test question is read. Weights are simulated: what a quantised module multiplies with, in the run's dtype.
+Beside it: how far estimated sensitivities are from one whole run per module. Units: nats, seconds.
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from record import RESULTS, Ratio, result_path, versions, write
+from scipy.stats import spearmanr
+
+from medkit import batching, data, ledger, models, plans, quantization, sensitivity
+from medkit.outputs import ROOT
+from medkit.params import load_params
+
+GOAL_SHARE = 0.30  # of the student's bf16 bytes
+CHECKED = 12  # modules whose sensitivity is also measured by a run of its own, evenly spread over the estimates
+
+
+def check_estimates(model, examples, pad: int, double_quant: bool, estimated: pd.DataFrame) -> pd.DataFrame:
+    """Estimated and measured damage in NF4 on the same examples, for modules from the least to the most sensitive."""
+    table = estimated[estimated.scheme == "nf4"].sort_values("kl_nats", ignore_index=True)
+    table = table.iloc[[round(i * (len(table) - 1) / (CHECKED - 1)) for i in range(CHECKED)]]
+    exact, measured = batching.collect_logits(model, examples, pad), []
+    for module in table.module:
+        with sensitivity.rounded(model, {module: "nf4"}, double_quant):
+            drift = batching.measure_drift(exact, batching.collect_logits(model, examples, pad))
+        measured.append(drift["kl_nats"])
+    return table[["module", "kl_nats"]].rename(columns={"kl_nats": "estimated"}).assign(measured=measured)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
+    parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.27, 0.28, GOAL_SHARE, 0.33, 0.40])
+    parser.add_argument("--random", type=int, default=5, help="random plans of the goal's size")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+
+    params = load_params(args.params)
+    section, folder = params.quantization, args.run / "03_lora" / "merged"
+    tokenizer, model = models.load_tokenizer(folder), models.load_model(folder, params.models)
+    questions, pad = pd.read_parquet(args.run / "01_data" / "questions.parquet"), tokenizer.pad_token_id
+    rows = {s: data.training_rows(questions, s).sample(frac=1, random_state=params.seed) for s in ("train", "valid")}
+    encoded = {split: batching.encode_questions(tokenizer, table) for split, table in rows.items()}
+    calibration, valid = encoded["train"][: section.calibration_examples], encoded["valid"]
+
+    load, began, cpu = os.getloadavg(), time.perf_counter(), time.process_time()
+    damage = sensitivity.measure_sensitivity(model, calibration, pad, section.double_quant)
+    sensitivity_s = {"wall": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+    print("sensitivity", sensitivity_s, flush=True)
+    checked = check_estimates(model, calibration, pad, section.double_quant, damage)
+    print(checked.to_string(), flush=True)
+
+    shapes = quantization.weight_shapes(model)
+    fixed = [plans.nf4_plan(shapes, ends) for ends in ("keep", "int8", "nf4")] + [plans.paper_plan(shapes)]
+    budgets = {share: quantization.budget_bytes(model, share) for share in args.shares}
+    ours = [plans.budget_plan(damage, size, f"budget_{share:.2f}") for share, size in budgets.items()]
+    goal = quantization.budget_bytes(model, GOAL_SHARE)
+    candidates = [*fixed, *ours, *(plans.random_plan(damage, goal, seed) for seed in range(args.random))]
+    tables = []
+    for name, fitted in (("nearest", ()), ("calibrated", calibration)):
+        for plan in candidates:
+            began, cpu = time.perf_counter(), time.process_time()
+            table = sensitivity.measure_plans(model, valid, pad, section.double_quant, [plan], damage, fitted)
+            table["rounding"], table["load"] = name, os.getloadavg()[0]
+            table["wall_s"], table["cpu_s"] = time.perf_counter() - began, time.process_time() - cpu
+            tables.append(table)
+            print(table.to_string(header=len(tables) == 1), flush=True)
+    found = pd.concat(tables, ignore_index=True)
+    bf16 = int(ledger.plan_bytes(ledger.model_shapes(model.config), {}).bytes.sum())
+    norms = bf16 - int(damage[damage.scheme == "keep"].bytes.sum())
+    found["share"] = (found.bytes + norms) / bf16
+
+    kl = found.set_index(["plan", "rounding"]).kl_nats
+    best = f"budget_{GOAL_SHARE:.2f}"
+    randoms = {kind: [kl[f"random_{seed}", kind] for seed in range(args.random)] for kind in ("nearest", "calibrated")}
+    ratios = {
+        "budget/share_of_bf16": Ratio(found.share[found.plan == best].max(), GOAL_SHARE, "lower", 1),
+        "budget_calibrated/kl_over_library_nf4": Ratio(kl[best, "calibrated"] / kl["nf4", "nearest"], 1.0, "lower", 1),
+        "budget_calibrated/kl_over_nearest": Ratio(kl[best, "calibrated"] / kl[best, "nearest"], None, "lower", 1),
+        "nf4_all_calibrated/kl_over_nearest": Ratio(
+            kl["nf4_all", "calibrated"] / kl["nf4_all", "nearest"], None, "lower", 1
+        ),
+    }
+    for kind, values in randoms.items():
+        ratios[f"budget/kl_over_best_random/{kind}"] = Ratio(kl[best, kind] / min(values), 1.0, "lower", len(values))
+    agree = float(spearmanr(checked.estimated, checked.measured).statistic)
+    ratios["sensitivity/rank_correlation_with_runs"] = Ratio(agree, None, "higher", len(checked))
+    setup = {
+        "student": "03_lora/merged of a tiny run", "validation_rows": len(valid), "calibration_rows": len(calibration),
+        "validation_positions": sum(e.num_predicted for e in valid),
+        "calibration_tokens": sum(len(e.input_ids) for e in calibration),
+        "threads": torch.get_num_threads(), "load_at_start": load, "bf16_bytes": bf16,
+        "versions": versions("torch", "transformers", "bitsandbytes"),
+    }  # fmt: skip
+    raw = {"sensitivity_s": sensitivity_s, "checked": checked.to_dict("records"), "plans": found.to_dict("records")}
+    write("plans", setup, ratios, raw, args.output)
+    print(result_path("plans", args.output).read_text().partition('"raw"')[0])
+
+
+if __name__ == "__main__":
+    main()

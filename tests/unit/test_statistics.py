@@ -1,0 +1,480 @@
+"""Intervals against their exact coverage, tests against their exact size and power, and all of them against libraries.
+
+Where two numbers of flips decide, coverage, size and power are sums over their distribution: no seed, no noise. What
+groups do is drawn, with a fixed seed and many draws at once.
+"""
+
+import gc
+from functools import cache
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import optimize, stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from medkit import statistics
+from medkit.statistics import StatisticsError
+
+ALPHA = 0.05
+
+# --- one proportion ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    # Wilson's interval from its formula, e.g. Brown, Cai & DasGupta (2001): 0 of 10, 10 of 10, half of 100
+    [(0, 10, 0.0, 0.27753), (10, 10, 0.72247, 1.0), (50, 100, 0.40383, 0.59617)],
+)
+def test_wilson_has_the_known_values(successes, n, low, high):
+    assert statistics.wilson(successes, n, 0.95) == pytest.approx((low, high), abs=1e-5)
+
+
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99])
+def test_wilson_is_the_formula(confidence):
+    z = stats.norm.ppf(0.5 + confidence / 2)
+    for successes, n in [(1, 7), (63, 200), (999, 1000)]:
+        p = successes / n
+        centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+        assert statistics.wilson(successes, n, confidence) == pytest.approx((centre - half, centre + half))
+        assert statistics.wilson(successes, n, confidence) == proportion_confint(successes, n, 1 - confidence, "wilson")
+
+
+@pytest.mark.parametrize("n", [20, 100])
+def test_wilson_covers_at_every_rate(n):
+    intervals = np.array([statistics.wilson(k, n, 0.95) for k in range(n + 1)])
+    coverage = []
+    for p in np.linspace(0.05, 0.95, 91):
+        covers = (intervals[:, 0] <= p) & (p <= intervals[:, 1])
+        coverage.append(stats.binom.pmf(np.arange(n + 1)[covers], n, p).sum())
+    assert min(coverage) > 0.91
+    assert 0.94 < np.mean(coverage) < 0.965
+
+
+# --- two variants on the same questions ----------------------------------------------------------------------------
+
+
+def pair(n, gained, lost, both=0):
+    """Answers of two variants with these numbers of discordant questions."""
+    theirs = np.array([False] * gained + [True] * (lost + both) + [False] * (n - gained - lost - both))
+    ours = theirs.copy()
+    ours[: gained + lost] = ~ours[: gained + lost]
+    return ours, theirs
+
+
+@cache
+def compared(n, gained, lost):
+    return statistics.paired_difference(*pair(n, gained, lost), 0.95, 0.8)
+
+
+def over_flips(n, up, down, found):
+    """Expectation of found(gained, lost) over the flips of n independent questions."""
+    total = seen = 0.0
+    for gained in range(int(stats.binom.ppf(1 - 1e-6, n, up)) + 1):
+        lost = np.arange(min(n - gained, int(stats.binom.ppf(1 - 1e-6, n, down))) + 1)
+        weights = stats.binom.pmf(gained, n, up) * stats.binom.pmf(lost, n - gained, down / (1 - up))
+        total += weights @ np.array([found(gained, int(k)) for k in lost], float)
+        seen += weights.sum()
+    assert seen > 0.9999
+    return total
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(8, 0), (24, 16), (5, 5), (1, 0), (0, 13), (30, 29)])
+def test_the_p_value_is_the_exact_sign_test_of_the_flips(gained, lost):
+    found = compared(100, gained, lost)
+    assert found["p_value"] == pytest.approx(stats.binomtest(gained, gained + lost, 0.5).pvalue)
+    assert (found["gained"], found["lost"], found["n"]) == (gained, lost, 100)
+    assert found["difference"] == pytest.approx((gained - lost) / 100)
+
+
+def test_no_flip_is_no_difference():
+    answers = np.arange(50) % 3 == 0
+    found = statistics.paired_difference(answers, answers, 0.95, 0.8)
+    assert (found["difference"], found["gained"], found["lost"]) == (0, 0, 0)
+    assert (found["p_value"], found["p_mid"], found["p_clustered"]) == (1, 1, 1)
+    assert found["ci_low"] == pytest.approx(-found["ci_high"])
+    assert 0 < found["ci_high"] < 0.1
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(8, 2), (0, 5), (20, 21)])
+def test_it_is_antisymmetric(gained, lost):
+    ours, theirs = pair(60, gained, lost, both=10)
+    a, b = (statistics.paired_difference(x, y, 0.95, 0.8) for x, y in ((ours, theirs), (theirs, ours)))
+    assert a["difference"] == -b["difference"]
+    assert (a["ci_low"], a["ci_high"]) == pytest.approx((-b["ci_high"], -b["ci_low"]))
+    assert (a["gained"], a["lost"]) == (b["lost"], b["gained"])
+    for name in ("p_value", "p_mid", "p_clustered", "design_effect", "mde"):
+        assert a[name] == pytest.approx(b[name]), name
+
+
+def test_agreement_on_a_question_adds_n_and_nothing_else():
+    right, wrong = (statistics.paired_difference(*pair(60, 8, 2, both), 0.95, 0.8) for both in (50, 0))
+    assert right == wrong
+
+
+@pytest.mark.parametrize(
+    ("up", "down"), [(0.02, 0.02), (0.05, 0.05), (0.10, 0.02), (0.20, 0.20), (0.30, 0.10), (0.25, 0.01)]
+)
+def test_the_interval_covers_the_true_difference(up, down):
+    def covers(gained, lost):
+        found = compared(100, gained, lost)
+        return found["ci_low"] <= up - down <= found["ci_high"]
+
+    assert over_flips(100, up, down, covers) > 0.93
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [([True] * 3, [True] * 4), ([], [])], ids=["lengths", "nothing"])
+def test_answers_to_other_questions_cannot_be_paired(ours, theirs):
+    with pytest.raises(StatisticsError, match="same questions"):
+        statistics.paired_difference(ours, theirs, 0.95, 0.8)
+
+
+# --- McNemar -------------------------------------------------------------------------------------------------------
+
+
+def test_mid_p_has_the_published_value():
+    # Fagerland, Lydersen & Laake (2013), airway hyper-responsiveness of 21 children: 1 gained, 7 lost
+    assert statistics.mcnemar_p(1, 7) == pytest.approx((0.0703, 0.0391), abs=5e-5)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 1), (0, 6), (9, 3), (7, 7), (40, 61)])
+def test_mid_p_is_twice_one_tail_less_half_of_what_was_seen(gained, lost):
+    few, flips = min(gained, lost), gained + lost
+    seen = stats.binom.pmf(few, flips, 0.5)
+    expected = 1 - seen / 2 if gained == lost else 2 * (stats.binom.cdf(few, flips, 0.5) - seen / 2)
+    exact, mid = statistics.mcnemar_p(gained, lost)
+    assert mid == pytest.approx(expected)
+    assert mid < exact
+    assert (exact, mid) == pytest.approx(statistics.mcnemar_p(lost, gained))
+    # between them lies, for many flips, the test without correction
+    asymptotic = mcnemar([[0, gained], [lost, 0]], exact=False, correction=False).pvalue
+    assert flips < 50 or mid == pytest.approx(asymptotic, rel=0.02)
+
+
+p_values = cache(statistics.mcnemar_p)
+
+
+@pytest.mark.parametrize(("n", "rate"), [(20, 0.3), (60, 0.1), (100, 0.3), (200, 0.2)])
+def test_mcnemar_keeps_its_size(n, rate):
+    exact, mid = (over_flips(n, rate / 2, rate / 2, lambda b, c, i=i: p_values(b, c)[i] < ALPHA) for i in (0, 1))
+    assert exact <= mid
+    assert exact <= ALPHA
+    assert mid <= ALPHA + 0.005  # not sure to keep it, and did in all 9,595 cases of the paper
+    assert n * rate < 20 or mid > 0.04  # and wastes little
+
+
+# --- whole groups that swap sides ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (8, 0), (24, 16), (5, 5), (0, 13)])
+def test_groups_of_one_question_give_the_exact_mcnemar_test(gained, lost):
+    sums = [1] * gained + [-1] * lost + [0] * 9
+    assert statistics.sign_flip_p(sums) == pytest.approx(statistics.mcnemar_p(gained, lost)[0])
+    assert compared(60, gained, lost)["p_clustered"] == pytest.approx(compared(60, gained, lost)["p_value"])
+    assert compared(60, gained, lost)["design_effect"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("sums", [[3, -1, 2, 2, 0, -5], [4], [1, 1, 1, -2, 3, 3, -1, 1], [-2, 2]])
+def test_every_choice_of_signs_is_as_likely(sums):
+    all_signs = np.array(list(product([-1, 1], repeat=len(sums))))
+    expected = np.mean(np.abs(all_signs @ sums) >= abs(sum(sums)))
+    assert statistics.sign_flip_p(sums) == pytest.approx(expected)
+
+
+def test_copies_of_every_question_add_no_evidence():
+    ours, theirs = pair(80, 14, 4)
+    groups = np.arange(80)
+    once = statistics.paired_difference(ours, theirs, 0.95, 0.8, groups)
+    copied = statistics.paired_difference(*(np.repeat(x, 5) for x in (ours, theirs)), 0.95, 0.8, np.repeat(groups, 5))
+    assert copied["p_clustered"] == pytest.approx(once["p_clustered"])
+    assert copied["p_value"] < once["p_value"] / 100
+    assert copied["design_effect"] == pytest.approx(5, rel=0.05)
+    assert copied["mde"] == pytest.approx(once["mde"], rel=0.1)
+
+
+def clustered(questions, groups, alike, draws, seed=0, rates=(0.15, 0.15)):
+    """Differences (1, 0, −1) of `draws` pairs of variants, (questions, draws), and the group of each question.
+
+    A question answers as its group does with chance `alike`, else by itself.
+    """
+    draw = np.random.default_rng(seed)
+    member = np.sort(draw.integers(groups, size=questions))
+    values, chances = [1, -1, 0], [*rates, 1 - sum(rates)]
+    of_group = draw.choice(values, p=chances, size=(groups, draws))[member]
+    own = draw.choice(values, p=chances, size=(questions, draws))
+    return np.where(draw.random((questions, draws)) < alike, of_group, own), member
+
+
+def test_under_groups_only_the_clustered_test_keeps_its_size():
+    values, groups = clustered(300, 80, 0.9, 600)
+    plain = [p_values(int((d > 0).sum()), int((d < 0).sum()))[0] < ALPHA for d in values.T]
+    whole = [statistics.sign_flip_p(np.bincount(groups, d)) < ALPHA for d in values.T]
+    assert np.mean(plain) > 3 * ALPHA
+    assert 0.03 < np.mean(whole) < ALPHA + 0.02
+
+
+# --- resampling ----------------------------------------------------------------------------------------------------
+
+GROUPS = ["b", "a", "b", "c", "a", "b", "d"]
+
+
+def test_resamples_draw_whole_groups(monkeypatch):
+    weights = np.vstack(list(statistics.resample_groups(GROUPS, 4000, seed=3)))
+    assert weights.shape == (4000, len(GROUPS)) and weights.dtype == np.int16
+    assert (weights[:, [0, 0, 1]] == weights[:, [2, 5, 4]]).all()  # a group comes whole
+    assert (weights[:, [0, 1, 3, 6]].sum(axis=1) == 4).all()  # as many groups as there are
+    assert weights.mean(axis=0) == pytest.approx(1, abs=0.06)
+    assert weights[:, 3].var() == pytest.approx(1 - 1 / 4, abs=0.06)  # that of a draw with replacement
+    monkeypatch.setattr(statistics, "CELLS_AT_ONCE", 100)
+    chunks = list(statistics.resample_groups(GROUPS, 4000, seed=3))
+    assert len(chunks) > 100 and (np.vstack(chunks) == weights).all()
+    assert (np.vstack(list(statistics.resample_groups(GROUPS, 4000, seed=4))) != weights).any()
+
+
+@pytest.mark.parametrize("groups", [[], ["a", None]])
+def test_a_row_without_a_group_is_an_error(groups):
+    with pytest.raises(StatisticsError, match="needs a group"):
+        list(statistics.resample_groups(groups))
+
+
+def test_the_bootstrap_is_scipys_where_groups_are_single():
+    values = np.random.default_rng(1).normal(size=60) ** 2
+    ours = statistics.bootstrap_interval(values, range(60), statistics.weighted_mean, 0.9, resamples=20_000)
+    theirs = stats.bootstrap(
+        (values,), np.mean, confidence_level=0.9, method="percentile", n_resamples=20_000, rng=np.random.default_rng(2)
+    ).confidence_interval
+    assert ours == pytest.approx(tuple(theirs), abs=0.02 * values.std())
+
+
+def test_any_statistic_can_be_resampled():
+    values, groups = np.arange(7.0), GROUPS
+    largest = statistics.bootstrap_interval(values, groups, lambda v, w: np.where(w > 0, v, -1).max(axis=1), 0.8)
+    assert largest == (5, 6)  # d, with the 6, is missing in (3/4)⁴ of the resamples; b, with the 5, as well in (2/4)⁴
+
+
+def test_all_columns_at_once_are_each_column_alone():
+    values, groups = clustered(200, 60, 0.5, 4)
+    low, high = statistics.mean_intervals(values, groups, 0.95, seed=7)
+    for column, interval in zip(values.T, zip(low, high, strict=True), strict=True):
+        alone = statistics.bootstrap_interval(column, groups, statistics.weighted_mean, 0.95, seed=7)
+        assert interval == pytest.approx(alone)
+
+
+def test_a_column_without_a_row_is_judged_by_the_rows_it_has():
+    values = np.random.default_rng(0).random((400, 1)) < 0.3
+    lacking = np.where(np.arange(400)[:, None] < 200, values, np.nan)
+    some, alone = (statistics.mean_intervals(v, np.arange(len(v)), 0.95) for v in (lacking, values[:200]))
+    assert np.ravel(some) == pytest.approx(np.ravel(alone), abs=0.015)
+
+
+@pytest.mark.parametrize("right", [0, 1, 30, 59, 60])
+def test_with_single_groups_the_interval_of_a_proportion_is_nearly_wilsons(right):
+    values = (np.arange(60) < right).astype(float)[:, None]
+    low, high = np.ravel(statistics.mean_intervals(values, range(60), 0.95, imagined=(0, 0, 1, 1)))
+    assert (low, high) == pytest.approx(statistics.wilson(right, 60, 0.95), abs=0.03)
+    assert low <= right / 60 <= high and high - low > 0.05
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (9, 0), (30, 12), (4, 4)])
+def test_with_single_groups_the_interval_of_a_difference_is_nearly_the_paired_one(gained, lost):
+    found = compared(200, gained, lost)
+    values = np.repeat([1.0, -1.0, 0.0], [gained, lost, 200 - gained - lost])[:, None]
+    interval = np.ravel(statistics.mean_intervals(values, range(200), 0.95, imagined=(-1, 1)))
+    assert interval == pytest.approx((found["ci_low"], found["ci_high"]), abs=0.006)
+
+
+@pytest.mark.parametrize(("rates", "imagined"), [((0.15, 0.05), (-1, 1)), ((0.6, 0), (0, 0, 1, 1))])
+def test_only_the_clustered_bootstrap_covers_under_groups(rates, imagined):
+    values, groups = clustered(300, 80, 0.9, 800, seed=2, rates=rates)
+    truth = rates[0] - rates[1]
+
+    def coverage(groups):
+        low, high = statistics.mean_intervals(values, groups, 0.95, imagined)
+        return np.mean((low <= truth) & (truth <= high))
+
+    assert 0.92 < coverage(groups) < 0.975
+    assert coverage(np.arange(300)) < 0.8
+
+
+# --- detectable effects --------------------------------------------------------------------------------------------
+
+
+def exact_power(n, up, down, alpha=ALPHA):
+    """Chance that the exact McNemar test rejects in the direction of the difference."""
+    power = 0.0
+    for flips in range(1, n + 1):
+        gained = np.arange(flips + 1)
+        p_value = np.minimum(1, 2 * stats.binom.cdf(np.minimum(gained, flips - gained), flips, 0.5))
+        rejects = gained[(p_value < alpha) & (gained > flips / 2)]
+        power += stats.binom.pmf(flips, n, up + down) * stats.binom.pmf(rejects, flips, up / (up + down)).sum()
+    return power
+
+
+@pytest.mark.parametrize(("n", "flips"), [(200, 40), (400, 40), (400, 160), (600, 60)])
+def test_an_effect_of_the_stated_size_is_found_with_the_stated_power(n, flips):
+    mde, rate = compared(n, flips // 2, flips // 2)["mde"], flips / n
+    assert 0.78 < exact_power(n, (rate + mde) / 2, (rate - mde) / 2) < 0.84
+    assert exact_power(n, (rate + mde / 2) / 2, (rate - mde / 2) / 2) < 0.4
+
+
+@pytest.mark.parametrize("power", [0.6, 0.8, 0.95])
+def test_the_stated_effect_is_found_as_often_as_asked(power):
+    n, rate = 300, 0.2
+    mde = statistics.detectable_effect(n, rate, 0.95, power)
+    up, down = (rate + mde) / 2, (rate - mde) / 2
+    assert exact_power(n, up, down) == pytest.approx(power, abs=1e-4)
+    flips = np.random.default_rng(0).multinomial(n, [up, down, 1 - rate], size=4000)
+    found = np.mean([p_values(int(b), int(c))[0] < ALPHA and b > c for b, c, _ in flips])
+    assert found == pytest.approx(power, abs=0.02)
+
+
+def test_more_questions_and_fewer_flips_make_smaller_effects_detectable():
+    assert compared(400, 20, 20)["mde"] < compared(100, 20, 20)["mde"]
+    assert compared(100, 5, 5)["mde"] < compared(100, 20, 20)["mde"]
+
+
+@pytest.mark.parametrize("n", [8, 20, 40, 100])
+def test_no_effect_is_stated_that_cannot_be(n):
+    """Where too few answers flip, the effect is the rate of flips, all one way, that the test needs at all."""
+    mde = statistics.detectable_effect(n, 1 / n, 0.95, 0.8)
+    assert stats.binom.sf(5, n, mde) == pytest.approx(0.8, abs=1e-4)  # six flips one way are the fewest significant
+    effects = [statistics.detectable_effect(n, rate, 0.95, 0.8) for rate in np.linspace(0.01, 1, 60)]
+    assert all(mde - 1e-5 <= effect <= 1 for effect in effects)
+    assert np.abs(np.diff(effects)).max() < 0.05  # without a jump where the rate of flips begins to suffice
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_where_nothing_can_be_significant_the_effect_is_one(n):
+    assert statistics.detectable_effect(n, 0.5, 0.95, 0.8) == 1
+    assert compared(n, 0, n)["p_value"] > ALPHA
+
+
+# --- equivalence ---------------------------------------------------------------------------------------------------
+
+equivalence = cache(statistics.equivalence_p)
+
+
+@pytest.mark.parametrize(("gained", "lost", "n", "margin"), [(3, 9, 100, 0.05), (0, 2, 60, 0.1), (40, 31, 500, 0.02)])
+def test_the_variance_is_that_of_the_most_likely_rates_at_the_margin(gained, lost, n, margin):
+    def one_sided(b, c):
+        def unlikely(loss):
+            gain = loss - margin
+            same = 1 - loss - gain
+            return -(b * np.log(gain) + c * np.log(loss) + (n - b - c) * np.log(same))
+
+        loss = optimize.minimize_scalar(
+            unlikely, bounds=(margin + 1e-12, (1 + margin) / 2), method="bounded", options={"xatol": 1e-10}
+        ).x
+        variance = (2 * loss - margin) - margin**2
+        return stats.norm.sf(((b - c) / n + margin) / np.sqrt(variance / n))
+
+    expected = max(one_sided(gained, lost), one_sided(lost, gained))
+    assert equivalence(gained, lost, n, margin) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(12, 5), (0, 8), (31, 30)])
+def test_without_a_margin_it_is_mcnemars_test(gained, lost):
+    two_sided = mcnemar([[0, gained], [lost, 0]], exact=False, correction=False).pvalue
+    assert equivalence(gained, lost, 100, 1e-9) == pytest.approx(1 - two_sided / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [60, 100, 240, 400])
+@pytest.mark.parametrize("rate", [1.001, 1.1, 1.5, 3])
+def test_equivalence_keeps_its_size_at_the_margin(n, rate):
+    """rate: of flips, in margins; at 1 all flips go one way."""
+    margin = 0.05
+    up, down = margin * (rate - 1) / 2, margin * (rate + 1) / 2
+    size = over_flips(n, up, down, lambda b, c: equivalence(b, c, n, margin) < ALPHA)
+    assert size <= ALPHA + 0.001
+
+
+def test_equivalence_is_found_where_nothing_differs():
+    found = over_flips(1000, 0.05, 0.05, lambda b, c: equivalence(b, c, 1000, 0.05) < ALPHA)
+    assert found > 0.99
+    assert over_flips(40, 0.05, 0.05, lambda b, c: equivalence(b, c, 40, 0.05) < ALPHA) == 0  # too few questions
+
+
+def test_equivalence_is_an_interval_inside_the_margin():
+    for gained, lost, n in [(30, 30, 1000), (30, 60, 1000), (60, 90, 2000), (200, 210, 800), (90, 15, 2000)]:
+        found = statistics.paired_difference(*pair(n, gained, lost), 1 - 2 * ALPHA, 0.8)
+        inside = max(-found["ci_low"], found["ci_high"]) < 0.05
+        assert (equivalence(gained, lost, n, 0.05) < ALPHA) == inside, (gained, lost, n)
+
+
+def test_a_design_effect_divides_the_counts():
+    assert equivalence(12, 30, 600, 0.05, 3.0) == pytest.approx(equivalence(4, 10, 200, 0.05))
+
+
+def test_under_groups_equivalence_keeps_its_size_by_the_design_effect():
+    values, groups = clustered(300, 80, 0.9, 300, seed=7, rates=(0.05, 0.15))
+    found = [statistics.paired_difference(d > 0, d < 0, 0.95, 0.8, groups) for d in values.T]
+    counts = [(row["gained"], row["lost"], 300, 0.1) for row in found]
+    whole = [statistics.equivalence_p(*c, r["design_effect"]) < ALPHA for c, r in zip(counts, found, strict=True)]
+    assert np.mean(whole) < ALPHA + 0.02
+    assert np.mean([equivalence(*c) < ALPHA for c in counts]) > 2 * ALPHA
+
+
+@pytest.mark.parametrize("margin", [0, 1, -0.1, 5])
+def test_a_margin_is_a_difference_of_shares(margin):
+    with pytest.raises(StatisticsError, match="margin is"):
+        statistics.equivalence_p(3, 3, 100, margin)
+
+
+# --- verdicts ------------------------------------------------------------------------------------------------------
+
+
+def judged(*flips):
+    rows = [compared(n, gained, lost) for n, gained, lost in flips]
+    return statistics.verdicts(pd.DataFrame(rows), 0.95, 0.05)
+
+
+def test_every_comparison_gets_its_word():
+    table = judged((400, 60, 10), (400, 10, 60), (2000, 20, 22), (60, 4, 5), (4000, 60, 5))
+    assert list(table.verdict) == ["better", "worse", "equivalent", "not detectable", "better"]
+    assert list(table.within_margin) == [False, False, True, False, True]  # the last is certain, and small
+    assert (table.margin == 0.05).all()
+
+
+def test_differences_and_equivalences_are_two_families():
+    table = judged((400, 30, 15), (400, 28, 14), (900, 10, 12), (900, 20, 30))
+    assert list(table.p_holm) == pytest.approx(list(multipletests(table.p_clustered, method="holm")[1]))
+    expected = [equivalence(b, c, n, 0.05) for b, c, n in zip(table.gained, table.lost, table.n, strict=True)]
+    assert list(table.p_equivalence) == pytest.approx(expected)
+    assert list(table.p_equivalence_holm) == pytest.approx(list(multipletests(expected, method="holm")[1]))
+    alone = judged((400, 30, 15))
+    assert (alone.verdict[0], table.verdict[0]) == ("better", "not detectable")  # the family makes it harder
+
+
+def test_false_words_are_rare_in_a_family(monkeypatch):
+    """Twenty comparisons without a difference: a "better" or "worse" in at most one family of twenty."""
+    monkeypatch.setattr(gc, "collect", int)  # statsmodels calls it in every adjustment, which costs 0.2 s here
+    draw, families = np.random.default_rng(0), []
+    for _ in range(200):
+        flips = pd.DataFrame(draw.multinomial(200, [0.1, 0.1, 0.8], size=20)[:, :2], columns=["gained", "lost"])
+        table = flips.assign(n=200, design_effect=1.0, difference=(flips.gained - flips.lost) / 200)
+        table["p_clustered"] = [p_values(int(b), int(c))[0] for b, c in zip(table.gained, table.lost, strict=True)]
+        families.append(statistics.verdicts(table, 0.95, 0.05))
+    false = [table.verdict.isin(["better", "worse"]).any() for table in families]
+    assert np.mean(false) <= ALPHA + 0.01
+
+
+# --- timings -------------------------------------------------------------------------------------------------------
+
+
+def test_the_median_of_one_repeat_is_its_own_interval():
+    assert statistics.median_interval([0.3], 0.95) == (0.3, 0.3, 0.3)
+    assert statistics.median_interval([0.3] * 5, 0.95) == (0.3, 0.3, 0.3)
+
+
+@pytest.mark.parametrize("values", [[3.0, 1.0], [5.0, 1.0, 2.0, 9.0, 4.0], list(range(30))])
+def test_the_median_lies_in_its_interval_and_that_in_the_range(values):
+    median, low, high = statistics.median_interval(values, 0.95)
+    assert min(values) <= low <= median <= high <= max(values)
+    assert median == np.median(values)
+    assert statistics.median_interval(values, 0.95) == (median, low, high)
+    narrow = statistics.median_interval(values, 0.5)
+    assert low <= narrow[1] and narrow[2] <= high
