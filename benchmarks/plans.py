@@ -20,7 +20,7 @@ from medkit.outputs import ROOT
 from medkit.params import load_params
 
 GOAL_SHARE = 0.30  # of the student's bf16 bytes
-CHECKED = 12  # modules whose sensitivity is also measured by a run of its own, evenly spread over the estimates
+CHECKED = 8  # modules whose sensitivity is also measured by a run of its own, evenly spread over the estimates
 
 
 def check_estimates(model, examples, pad: int, double_quant: bool, estimated: pd.DataFrame) -> pd.DataFrame:
@@ -39,8 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
     parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.27, 0.28, GOAL_SHARE, 0.33, 0.40])
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.28, GOAL_SHARE, 0.33])
     parser.add_argument("--random", type=int, default=5, help="random plans of the goal's size")
+    parser.add_argument("--random-calibrated", type=int, default=2, help="of these, how many are calibrated as well")
+    parser.add_argument("--valid-rows", type=int, default=64)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
 
@@ -50,7 +52,7 @@ def main() -> None:
     questions, pad = pd.read_parquet(args.run / "01_data" / "questions.parquet"), tokenizer.pad_token_id
     rows = {s: data.training_rows(questions, s).sample(frac=1, random_state=params.seed) for s in ("train", "valid")}
     encoded = {split: batching.encode_questions(tokenizer, table) for split, table in rows.items()}
-    calibration, valid = encoded["train"][: section.calibration_examples], encoded["valid"]
+    calibration, valid = encoded["train"][: section.calibration_examples], encoded["valid"][: args.valid_rows]
 
     load, began, cpu = os.getloadavg(), time.perf_counter(), time.process_time()
     damage = sensitivity.measure_sensitivity(model, calibration, pad, section.double_quant)
@@ -64,16 +66,19 @@ def main() -> None:
     budgets = {share: quantization.budget_bytes(model, share) for share in args.shares}
     ours = [plans.budget_plan(damage, size, f"budget_{share:.2f}") for share, size in budgets.items()]
     goal = quantization.budget_bytes(model, GOAL_SHARE)
-    candidates = [*fixed, *ours, *(plans.random_plan(damage, goal, seed) for seed in range(args.random))]
+    randoms = [plans.random_plan(damage, goal, seed) for seed in range(args.random)]
+    library, _, all_nf4, _ = fixed
+    runs = [("nearest", plan) for plan in (*fixed, *ours, *randoms)]
+    runs += [("calibrated", plan) for plan in (library, all_nf4, *ours, *randoms[: args.random_calibrated])]
     tables = []
-    for name, fitted in (("nearest", ()), ("calibrated", calibration)):
-        for plan in candidates:
-            began, cpu = time.perf_counter(), time.process_time()
-            table = sensitivity.measure_plans(model, valid, pad, section.double_quant, [plan], damage, fitted)
-            table["rounding"], table["load"] = name, os.getloadavg()[0]
-            table["wall_s"], table["cpu_s"] = time.perf_counter() - began, time.process_time() - cpu
-            tables.append(table)
-            print(table.to_string(header=len(tables) == 1), flush=True)
+    for kind, plan in runs:
+        fitted = calibration if kind == "calibrated" else ()
+        began, cpu = time.perf_counter(), time.process_time()
+        table = sensitivity.measure_plans(model, valid, pad, section.double_quant, [plan], damage, fitted)
+        table["rounding"], table["load"] = kind, os.getloadavg()[0]
+        table["wall_s"], table["cpu_s"] = time.perf_counter() - began, time.process_time() - cpu
+        tables.append(table)
+        print(table.to_string(header=len(tables) == 1), flush=True)
     found = pd.concat(tables, ignore_index=True)
     bf16 = int(ledger.plan_bytes(ledger.model_shapes(model.config), {}).bytes.sum())
     norms = bf16 - int(damage[damage.scheme == "keep"].bytes.sum())
@@ -81,7 +86,7 @@ def main() -> None:
 
     kl = found.set_index(["plan", "rounding"]).kl_nats
     best = f"budget_{GOAL_SHARE:.2f}"
-    randoms = {kind: [kl[f"random_{seed}", kind] for seed in range(args.random)] for kind in ("nearest", "calibrated")}
+    of_random = found[found.plan.str.startswith("random")].groupby("rounding").kl_nats
     ratios = {
         "budget/share_of_bf16": Ratio(found.share[found.plan == best].max(), GOAL_SHARE, "lower", 1),
         "budget_calibrated/kl_over_library_nf4": Ratio(kl[best, "calibrated"] / kl["nf4", "nearest"], 1.0, "lower", 1),
@@ -90,8 +95,8 @@ def main() -> None:
             kl["nf4_all", "calibrated"] / kl["nf4_all", "nearest"], None, "lower", 1
         ),
     }
-    for kind, values in randoms.items():
-        ratios[f"budget/kl_over_best_random/{kind}"] = Ratio(kl[best, kind] / min(values), 1.0, "lower", len(values))
+    for kind, values in of_random:
+        ratios[f"budget/kl_over_best_random/{kind}"] = Ratio(kl[best, kind] / values.min(), 1.0, "lower", len(values))
     agree = float(spearmanr(checked.estimated, checked.measured).statistic)
     ratios["sensitivity/rank_correlation_with_runs"] = Ratio(agree, None, "higher", len(checked))
     setup = {

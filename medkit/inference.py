@@ -21,6 +21,7 @@ from medkit.scoring import Item, score_options
 
 NEVER = -1  # an end token no model emits: generation then runs to its full length
 PAGE_SIZE = 64  # tokens per page of the paged key-value cache
+WRITING = 4  # times as many tokens at once as when scoring: a row that writes needs logits at one position only
 
 
 # --- answering the test questions ------------------------------------------------------------------------------------
@@ -106,7 +107,8 @@ def _write(
     """Text and length in tokens (end token included) of the greedy answer to each prompt."""
     pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
     written: list[tuple[str, int]] = [("", 0)] * len(asked)
-    for numbers in bucket_by_length([len(prompt) + max_new_tokens for prompt in asked], batch_tokens):
+    lengths = [len(prompt) + max_new_tokens for prompt in asked]
+    for numbers in bucket_by_length(lengths, WRITING * batch_tokens):
         batch = [list(asked[i]) for i in numbers]
         said = generate_static(model, batch, [max_new_tokens] * len(batch), eos, pad)
         for number, answer in zip(numbers, said, strict=True):

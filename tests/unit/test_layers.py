@@ -15,8 +15,10 @@ LAYERS = [
     ["outputs", "sources", "prompts", "duplicates", "figures", "plans", "statistics"],
     ["parsing", "records", "datacard", "contamination", "calibration", "energy", "clauses"],
     ["evaluation", "readers", "icd", "models", "batching", "ledger"],
-    ["claims", "safety", "report", "data", "problems", "embeddings", "training", "rowwise", "lora", "scoring"]
-    + ["edge_tokenizer", "peak"],
+    [
+        *["claims", "safety", "report", "data", "problems", "embeddings"],
+        *["training", "rowwise", "lora", "scoring", "edge_tokenizer", "peak"],
+    ],
     ["edge", "budget", "rounding", "studies"],
     ["quantization", "inference", "robustness"],
     ["sensitivity", "distillation", "paper", "card", "compare"],

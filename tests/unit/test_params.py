@@ -26,6 +26,9 @@ OPEN = {
     ("data", "open_questions"),
     ("data", "drug_pairs"),
     ("inference", "questions"),
+    ("inference", "studies", "shuffle", "questions"),
+    ("inference", "studies", "ablation"),
+    ("inference", "studies", "ensemble", "questions"),
 }
 
 

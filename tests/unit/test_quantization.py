@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import DynamicCache
 
-from medkit import batching, ledger, lora, models, plans, quantization, rowwise
+from medkit import batching, ledger, lora, models, plans, quantization, rounding, rowwise
 from medkit.params import QuantizationParams
 from medkit.plans import Plan, PlanError
 
@@ -249,8 +249,12 @@ def test_a_calibrated_plan_weighs_the_same_and_comes_back_to_the_bit(
     model, plain, examples = make_model(tied), make_model(tied), make_examples(12)
     plan = plan_for(model, "nf4_all")
     exact = batching.collect_logits(model, examples, PAD)
+    fitted = rounding.calibrate(model, plan.schemes, examples, True)
     quantization.apply_plan(model, plan, True, calibration=examples)
     quantization.apply_plan(plain, plan, True)
+    for name, stored in fitted.items():
+        module = model.get_submodule(name)
+        assert torch.equal(getattr(module, "rows", module).weight.data, stored.data), name
     assert ledger.measure_bytes(model).equals(ledger.measure_bytes(plain))
     assert ends_are_one(model) == tied
     folder = quantization.save_quantized(model, tokenizer, plan, tmp_path / "calibrated")
