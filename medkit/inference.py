@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from medkit import prompts
-from medkit.batching import bucket_by_length
+from medkit.batching import bucket_by_length, letter_forms
 from medkit.scoring import Item, score_options
 
 NEVER = -1  # an end token no model emits: generation then runs to its full length
@@ -75,17 +76,18 @@ def predict(model: nn.Module, tokenizer, asked: pd.DataFrame, batch_tokens: int,
         question = {name: value for name, value in question.items() if not isinstance(value, float)}  # NaN: not given
         template, prompt, answers = _encode(tokenizer, question)
         row = {"id": question["id"], "scoring": question["scoring"], "template": template.name}
-        row |= {"logprobs": [], "answer_tokens": list(map(len, answers)), "text": ""}
+        row |= {"logprobs": [], "answer_tokens": [len(forms[0]) for forms in answers], "text": ""}
         rows.append(row | {name: question.get(name, "") for name in labels})
         if question["scoring"] == "generated":
             writes.setdefault(prompt, []).append(rows[-1])
         else:
             numbers = reads.setdefault(prompt, {})
-            scored.append((rows[-1], prompt, [numbers.setdefault(ids, len(numbers)) for ids in answers]))
+            found = [[numbers.setdefault(ids, len(numbers)) for ids in forms] for forms in answers]
+            scored.append((rows[-1], prompt, found))
     items = [Item(list(prompt), [list(ids) for ids in answers]) for prompt, answers in reads.items()]
     scores = dict(zip(reads, score_options(model, items, batch_tokens, tokenizer.pad_token_id), strict=True))
-    for row, prompt, numbers in scored:
-        row["logprobs"] = [scores[prompt][number] for number in numbers]
+    for row, prompt, found in scored:  # an option is as likely as all of its forms together
+        row["logprobs"] = [float(np.logaddexp.reduce([scores[prompt][n] for n in forms])) for forms in found]
     written = _write(model, tokenizer, list(writes), batch_tokens, max_new_tokens)
     for answered, (text, length) in zip(writes.values(), written, strict=True):
         for row in answered:
@@ -117,8 +119,8 @@ def _write(
     return written
 
 
-def _encode(tokenizer, question: dict) -> tuple[prompts.Template, tuple[int, ...], list[tuple[int, ...]]]:
-    """How a row is asked: its template, its prompt, and the answers to be scored in the question's own order."""
+def _encode(tokenizer, question: dict) -> tuple[prompts.Template, tuple[int, ...], list[list[tuple[int, ...]]]]:
+    """How a row is asked: template, prompt, and the forms of each answer to be scored, in the question's own order."""
     scoring, order = question["scoring"], list(question.get("order", range(len(question["options"]))))
     template = prompts.pick_template(question["kind"], scoring)
     template = prompts.TEMPLATES[question.get("template", template.name)]
@@ -133,7 +135,10 @@ def _encode(tokenizer, question: dict) -> tuple[prompts.Template, tuple[int, ...
     texts = prompts.answers(shown, template) if scoring == "letter" else shown["options"]
     pairs = dict(zip(order, (prompts.encode(tokenizer, messages, text) for text in texts), strict=True))
     # a letter is judged by its own token; that it ends there says nothing about which letter it is
-    answers = [tuple(ids[:-1] if scoring == "letter" else ids) for _, (_, ids) in sorted(pairs.items())]
+    answers = [[tuple(ids[:-1] if scoring == "letter" else ids)] for _, (_, ids) in sorted(pairs.items())]
+    if scoring == "letter" and not template.lead:
+        forms = dict(zip(order, (letter_forms(tokenizer, letter) for letter in texts), strict=True))
+        answers = [list(map(tuple, found)) for _, found in sorted(forms.items())]
     return template, tuple(pairs[0][0]), answers
 
 

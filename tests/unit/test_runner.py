@@ -13,7 +13,7 @@ import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from medkit import __main__, runner
+from medkit import __main__, page, runner
 from medkit.outputs import FINGERPRINT, ROOT, Stage, run_dir
 from medkit.params import load_params
 from medkit.runner import RunError, fingerprints, run_all
@@ -500,13 +500,16 @@ def test_a_wrong_command_is_one_sentence_and_exit_code_one(monkeypatch, capsys, 
 
 
 def test_a_whole_run_says_where_things_are(monkeypatch, capsys, executed, outputs):
-    arguments = ("run", "--params", str(SMOKE), "--run", "r")
+    arguments, made = ("run", "--params", str(SMOKE), "--run", "r"), []
+    monkeypatch.setattr(page, "export_notebooks", made.append)
+    monkeypatch.setattr(page, "write_page", lambda folder: (folder / "report.html").write_text("made"))
     code, out, err = command(monkeypatch, capsys, *arguments)
     assert code == 0
     assert all(name in err for name in STAGES)
-    assert str(outputs / "r" / "results.json") in out
+    assert all(str(outputs / "r" / name) in out for name in ("results.json", "report.html"))
     code, out, _ = command(monkeypatch, capsys, *arguments)
     assert (code, "up to date" in out) == (0, True)
+    assert made == [outputs / "r"]  # a page that is there, of results that did not change, is not made again
     code, out, _ = command(monkeypatch, capsys, "status", "--params", str(SMOKE), "--run", "r")
     assert (code, out.count("done")) == (0, 6)
     code, out, _ = command(
