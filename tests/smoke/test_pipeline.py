@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from medkit import runner
-from medkit.outputs import ROOT, Stage, run_dir
+from medkit.outputs import DISCLAIMER, ROOT, Stage, run_dir
 from medkit.params import load_params
 from medkit.report import STAGES
 
@@ -58,9 +58,15 @@ def test_every_promised_artifact_is_there(whole):
             "history.parquet",
         ],
         "03_lora": ["adapter", "merged", "history.parquet"],
-        "04_quantization": ["nf4", "edge/student.gguf", "ledger.parquet", "variants.parquet"],
-        "05_inference": ["predictions.parquet", "bench.parquet"],
-        "06_evaluation": ["metrics.parquet", "steps.parquet", "flips.parquet", "model_card.md"],
+        "04_quantization": [
+            *["nf4", "paper_mix/plan.json", "plan/plan.json", "edge/student.gguf", "edge/student.manifest.json"],
+            *["sensitivity.parquet", "plans.parquet", "ledger.parquet", "variants.parquet"],
+        ],
+        "05_inference": [f"{name}.parquet" for name in ("predictions", "studies", "safety", "energy", "bench")],
+        "06_evaluation": [
+            *(f"{name}.parquet" for name in ("judged", "metrics", "steps", "flips", "calibration", "robustness")),
+            "model_card.md",
+        ],
     }.items():
         for name in files:
             assert Stage(whole, "reader").require(stage, name).exists()
@@ -78,18 +84,26 @@ def test_results_trace_to_files_and_carry_intervals(whole):
         and (accuracy.value <= accuracy.ci_high).all()
         and (accuracy.n > 0).all()
     )
-    assert set(accuracy.variant) == {
-        "teacher_base",
-        "teacher",
-        "base",
-        "student_ce",
-        "student_kd",
-        "lora",
-        "nf4",
-        "edge",
-    }
+    teachers, students = ["teacher_base", "teacher"], ["base", "student_ce", "student_kd", "lora"]
+    assert set(accuracy.variant) == {*teachers, *students, "nf4", "paper_mix", "plan", "edge"}
     deltas = claims[claims.claim.str.startswith("accuracy_delta/")]
-    assert deltas.verdict.isin(["better", "worse", "not detectable"]).all() and deltas.mde.notna().all()
+    assert deltas.verdict.isin(["better", "worse", "equivalent", "not detectable"]).all() and deltas.mde.notna().all()
+    families = set(claims.claim.str.split("/").str[0])
+    assert {"ece", "brier", "aurc", "accuracy_at_80", "shuffle_consistency", "swap_drop", "ablation"} <= families
+    assert {"unsafe_rate", "cost_per_correct_answer", "variance", "upper_line", "answer_tokens"} <= families
+    assert not claims.duplicated(["claim", "variant", "metric", "baseline"]).any()
+
+
+def test_report_is_there_and_a_run_equals_itself(whole):
+    """What follows the notebooks: the page, the notebooks as pages, and a comparison that finds nothing."""
+    for command in (["report", "--run", whole], ["compare", whole, whole]):
+        done = subprocess.run([sys.executable, "-m", "medkit", *command], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    page = (run_dir(whole) / "report.html").read_text()
+    assert DISCLAIMER in page
+    assert all((run_dir(whole) / "notebooks" / f"{stage}.html").is_file() for stage in STAGES)
+    deltas = pd.read_csv(run_dir(whole) / f"compare_{whole}" / "deltas.csv")
+    assert len(deltas) and (deltas.difference == 0).all() and set(deltas.verdict) <= {"equivalent", "not detectable"}
 
 
 def test_no_test_question_was_learned_from(whole):

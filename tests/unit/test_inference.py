@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medkit import inference, models, prompts, scoring
-from medkit.batching import bucket_by_length
+from medkit.batching import bucket_by_length, letter_forms
 from medkit.inference import NEVER
 from medkit.scoring import Item
 
@@ -31,6 +32,12 @@ def scorer(make_llama):
 
 
 @torch.no_grad()
+def letter_score(model, tokenizer, messages, letter):
+    """Log-probability that the letter comes next, alone or after a space."""
+    prompt = prompts.encode(tokenizer, messages)[0]
+    return np.logaddexp.reduce([plain_score(model, prompt, ids) for ids in letter_forms(tokenizer, letter)])
+
+
 def plain_score(model, prompt_ids, answer_ids):
     """log p(answer | prompt) from one full sequence, one token after the other."""
     logprobs = model(torch.tensor([[*prompt_ids, *answer_ids]])).logits[0].double().log_softmax(-1)
@@ -191,10 +198,14 @@ def test_every_template_scores_its_own_letters_and_the_options_texts(scorer, mak
         table = inference.predict(scorer, tokenizer, rows, 300, 4)
         messages = prompts.render(question.iloc[0].to_dict(), template)
         for row in table.itertuples():
-            texts = question.options[0] if row.scoring == "option_text" else [template.lead + x for x in "ABCD"]
-            pairs = [prompts.encode(tokenizer, messages, text) for text in texts]
-            pairs = [(prompt, ids[:-1] if row.scoring == "letter" else ids) for prompt, ids in pairs]
-            assert row.logprobs == pytest.approx([plain_score(scorer, *pair) for pair in pairs], abs=1e-4)
+            if row.scoring == "letter" and not template.lead:
+                wanted = [letter_score(scorer, tokenizer, messages, x) for x in "ABCD"]
+            else:
+                texts = question.options[0] if row.scoring == "option_text" else [template.lead + x for x in "ABCD"]
+                pairs = [prompts.encode(tokenizer, messages, text) for text in texts]
+                ends = -1 if row.scoring == "letter" else None
+                wanted = [plain_score(scorer, prompt, ids[:ends]) for prompt, ids in pairs]
+            assert row.logprobs == pytest.approx(wanted, abs=1e-4)
             assert row.template == name
 
 
@@ -203,8 +214,7 @@ def test_examples_come_before_the_question(scorer, tokenizer, questions):
     asked = questions[questions.id == "q0"].assign(scoring="letter", shots=[shots])
     (found,) = inference.predict(scorer, tokenizer, asked, 300, 4).logprobs
     messages = prompts.render(questions.iloc[0].to_dict(), prompts.LETTER, shots)
-    pairs = [prompts.encode(tokenizer, messages, letter) for letter in "ABCD"]
-    assert found == pytest.approx([plain_score(scorer, prompt, ids[:-1]) for prompt, ids in pairs], abs=1e-4)
+    assert found == pytest.approx([letter_score(scorer, tokenizer, messages, x) for x in "ABCD"], abs=1e-4)
 
 
 def test_one_prompt_is_read_once_whoever_asks_for_it(scorer, tokenizer, asked, monkeypatch):
