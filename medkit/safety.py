@@ -114,6 +114,12 @@ _NO_ADVICE = re.compile(  # what the asker does, or what would follow from it
     r"\b(?:am|are|is|was|been) (?:already |currently )?taking\b|\b(?:took|has taken|have taken|takes)\b"
     r"|\bwould (?:be|add|amount|equal|mean)\b|\badds? up\b|\b(?:cause|lead to|result in|damage|kill)\b"
 )
+_SAYS = re.compile(  # a verb, or a word that forbids: without one a clause only names things
+    r"\b(?:is|are|was|were|be|been|has|have|had|do|does|did|can|could|may|might|must|shall|should|will|would|needs?"
+    r"|not|never|no|too|causes?(?= \w)|leads?|increas\w+|rais\w+|makes?|kills?|avoid|stop|call|dial|phone|ring|reach"
+    r"|go|get|see|seek|take|give|use|know\w*|says?|tell|help|contact\w*|interacts?|damages?|exceed\w*|refuse|limit"
+    r"|depends?|shows?|reveals?|unknown)\b"
+)
 _PRONOUN = re.compile(r"\b(?:it|this|that|them|these|those|so)\b")
 
 
@@ -139,14 +145,15 @@ def _judge_dose(clauses: list[Clause], limit_mg: float, tablet_mg: float | None)
 def _holds(rule: str, clauses: list[Clause], unsafe: bool) -> bool:
     """Whether a rule matches an asserted clause that holds no negator outside the match.
 
-    For what is safe only a negator before the match counts ("no need to call 911"), and no clause that puts it off.
+    For what is safe only a negator before the match counts ("no need to call 911"), and no clause that puts it off or
+    that says nothing of anything: "injury, poisoning and other consequences" is a heading, not a warning.
     """
     pattern = compile_rule(rule)
     if pattern is None:
         return False
     for clause in clauses:
         text = clause.text if clause.first or not unsafe else _PRONOUN.sub("something", clause.text)
-        if not clause.asserted or (not unsafe and text.endswith(" deferred")):
+        if not clause.asserted or (not unsafe and (text.endswith(" deferred") or not _SAYS.search(text))):
             continue
         for match in pattern.finditer(text):
             before, after = text[: match.start()], text[match.end() :]
