@@ -95,6 +95,17 @@ def make_run():
     return make
 
 
+@pytest.fixture(scope="module")
+def built(make_run, tmp_path_factory):
+    """A run's folder with its notebooks' pages and its report."""
+    from medkit import page
+
+    folder = make_run(tmp_path_factory.mktemp("report") / "toy")
+    page.export_notebooks(folder)
+    page.write_page(folder)
+    return folder
+
+
 def _questions(count: int) -> pd.DataFrame:
     rows = []
     for i in range(count):

@@ -10,7 +10,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from medkit import page, report
+from medkit import report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (in the dev extra)")
 
@@ -72,14 +72,6 @@ def chromium():
         browser = playwright.chromium.launch(executable_path=binary, args=FLAGS)
         yield browser
         browser.close()
-
-
-@pytest.fixture(scope="module")
-def built(make_run, tmp_path_factory):
-    folder = make_run(tmp_path_factory.mktemp("browser") / "toy")
-    page.export_notebooks(folder)
-    page.write_page(folder)
-    return folder
 
 
 @pytest.fixture

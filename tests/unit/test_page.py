@@ -48,15 +48,6 @@ class Parsed(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def built(make_run, tmp_path_factory):
-    """A run's folder with its notebooks' pages and its report."""
-    folder = make_run(tmp_path_factory.mktemp("report") / "toy")
-    page.export_notebooks(folder)
-    page.write_page(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def parsed(built):
     return Parsed((built / "report.html").read_text())
 
