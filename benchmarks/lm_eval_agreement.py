@@ -14,8 +14,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,7 @@ from medkit.params import load_params
 
 PACKAGE_TASKS = Path(lm_eval.__file__).parent / "tasks"
 BATCH_TOKENS = 1024
+VERSIONS = ("torch", "transformers", "lm_eval", "datasets")
 LOGLIKELIHOOD_GOAL = 1e-3  # nats; float32 sums in another order
 
 
@@ -170,8 +172,10 @@ def score_by_ours(lm: TimedHFLM, requests: list[list[tuple[str, str]]]) -> tuple
         return scoring.score_options(lm.model, items, BATCH_TOKENS, lm.tokenizer.pad_token_id), watch
 
 
-def compare(model, tokenizer, questions: dict[str, pd.DataFrame], rounds: int) -> dict[str, dict]:
-    """Per task: predictions, log-likelihoods, accuracies and seconds of both, who take turns `rounds` times.
+def compare(
+    model, tokenizer, questions: dict[str, pd.DataFrame], rounds: int, tasks: Collection[str]
+) -> dict[str, dict]:
+    """Per task of `tasks`: predictions, log-likelihoods, accuracies and seconds of both, who take turns `rounds` times.
 
     acc_norm is lm-eval's: log-likelihood divided by the number of characters.
     """
@@ -180,7 +184,8 @@ def compare(model, tokenizer, questions: dict[str, pd.DataFrame], rounds: int) -
     with tempfile.TemporaryDirectory() as scratch:
         write_tasks(questions, Path(scratch))
         manager = TaskManager(include_path=scratch, include_defaults=False)
-        for name, task in TASKS.items():
+        for name in tasks:
+            task = TASKS[name]
             parts = np.array_split(np.arange(len(questions[task.source])), rounds)
             samples, ours, rounds_s = [], [], []
             for part in parts:
@@ -251,10 +256,21 @@ def ratios(found: dict[str, dict]) -> dict[str, Ratio]:
     return rows
 
 
+def earlier(directory: Path, model: str) -> dict[str, dict]:
+    """What an earlier run with the same model and versions found per task: all of it at full size takes hours."""
+    path = result_path("lm_eval_agreement", directory)
+    if not path.is_file():
+        return {}
+    record = json.loads(path.read_text())
+    same = record["setup"]["model"] == model and record["setup"]["versions"] == versions(*VERSIONS)
+    return record["raw"]["tasks"] if same else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="a model on this machine; default the tiny profile's")
     parser.add_argument("--limit", type=int, help="questions per set, drawn at random; default all")
+    parser.add_argument("--task", choices=TASKS, action="append", help="default all; what others gave earlier is kept")
     parser.add_argument("--rounds", type=int, default=3, help="parts of each set, on which both take turns")
     parser.add_argument("--threads", type=int, default=1, help="more only on an idle machine")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -271,19 +287,25 @@ def main() -> None:
             for name, table in questions.items()
         }
     before = os.getloadavg()
-    found = compare(model, tokenizer, questions, args.rounds)
+    tasks = args.task or list(TASKS)
+    found = compare(model, tokenizer, questions, args.rounds, tasks)
+    now = {"date": datetime.now(UTC).date().isoformat(), "limit": args.limit, "loadavg_before": before}
+    now |= {"loadavg_after": os.getloadavg(), "threads": args.threads}
+    found = {name: result | now for name, result in found.items()}
+    if args.task:
+        found = earlier(args.output, folder.name) | found
+    found = {name: found[name] for name in TASKS if name in found}
     setup = {
-        "model": folder.name, "dtype": "float32", "threads": args.threads,
+        "model": folder.name, "dtype": "float32",
         "items": {name: result["items"] for name, result in found.items()},
         "tasks": {name: {"include": task.base, "changes": task.changes, "why": task.why}
                   for name, task in TASKS.items()},
         "lm_eval": "HFLM, batch size 1, its own tokenising of context and continuation, logits cache on (default)",
         "medkit": f"score_options, batches of {BATCH_TOKENS} tokens, the same tokens",
         "timed": {"rounds": args.rounds, "statistic": "median of the rounds' ratios; contenders take turns"},
-        "versions": versions("torch", "transformers", "lm_eval", "datasets"),
+        "versions": versions(*VERSIONS),
     }  # fmt: skip
-    raw = {"loadavg_before": before, "loadavg_after": os.getloadavg(), "tasks": found}
-    write("lm_eval_agreement", setup, ratios(found), raw, args.output)
+    write("lm_eval_agreement", setup, ratios(found), {"tasks": found}, args.output)
     print(result_path("lm_eval_agreement", args.output).read_text().partition('"raw"')[0])
 
 

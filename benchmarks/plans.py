@@ -62,10 +62,12 @@ def main() -> None:
     print(checked.to_string(), flush=True)
 
     shapes = quantization.weight_shapes(model)
+    bf16 = int(ledger.plan_bytes(ledger.model_shapes(model.config), {}).bytes.sum())
+    norms = bf16 - int(damage[damage.scheme == "keep"].bytes.sum())
     fixed = [plans.nf4_plan(shapes, ends) for ends in ("keep", "int8", "nf4")] + [plans.paper_plan(shapes)]
-    budgets = {share: quantization.budget_bytes(model, share) for share in args.shares}
+    budgets = {share: int(share * bf16) - norms for share in args.shares}
     ours = [plans.budget_plan(damage, size, f"budget_{share:.2f}") for share, size in budgets.items()]
-    goal = quantization.budget_bytes(model, GOAL_SHARE)
+    goal = int(GOAL_SHARE * bf16) - norms
     randoms = [plans.random_plan(damage, goal, seed) for seed in range(args.random)]
     library, _, all_nf4, _ = fixed
     runs = [("nearest", plan) for plan in (*fixed, *ours, *randoms)]
@@ -80,8 +82,6 @@ def main() -> None:
         tables.append(table)
         print(table.to_string(header=len(tables) == 1), flush=True)
     found = pd.concat(tables, ignore_index=True)
-    bf16 = int(ledger.plan_bytes(ledger.model_shapes(model.config), {}).bytes.sum())
-    norms = bf16 - int(damage[damage.scheme == "keep"].bytes.sum())
     found["share"] = (found.bytes + norms) / bf16
 
     kl = found.set_index(["plan", "rounding"]).kl_nats

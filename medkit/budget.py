@@ -1,13 +1,15 @@
 """Which plan fits a device: total memory of the usual recipes from a model's shapes alone, and the best under a budget.
 
 Nothing is loaded and nothing measured, so what a recipe costs in accuracy is not known here: the best is the one that
-keeps most bits per weight. Plans fitted to a model by its measured sensitivity are for `plans`.
+keeps most bits per weight. Plans fitted to a model by its measured sensitivity are for `plans`; how many bytes they may
+take is said here.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from medkit.peak import activation_bytes
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 BF16_BYTES = 2
+KV_BYTES = {"bf16": BF16_BYTES, "fp8": FP8_BYTES}
 DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 LLAMA_70B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
@@ -112,18 +115,52 @@ def estimate(config: PreTrainedConfig, batch: int, context: int) -> list[Estimat
     if context > config.max_position_embeddings:
         raise ParamsError(f"--context {context}: the model's positions end at {config.max_position_embeddings}")
     shapes = model_shapes(config)
-    formats = {"bf16": BF16_BYTES} if any(windows(config)) else {"bf16": BF16_BYTES, "fp8": FP8_BYTES}
-    found = []
-    for recipe, schemes in recipes(shapes).items():
-        table = plan_bytes(shapes, schemes, BF16_BYTES).set_index("component")
-        state = int(table.bytes.get("quantization state", 0))
-        weights = int(table.bytes.sum()) - state
-        bits = 8 * (weights + state) / int(table.weights.sum())
-        for kv_format, size in formats.items():
-            cache = kv_cache_bytes(config, batch, context, size)
-            passing = activation_bytes(config, shapes, schemes, batch, context, BF16_BYTES, size)
-            found.append(Estimate(recipe, kv_format, bits, weights, state, cache, max(passing.values())))
+    formats = ["bf16"] if any(windows(config)) else ["bf16", "fp8"]
+    found = [
+        estimate_plan(config, recipe, schemes, batch, context, kv_format, shapes)
+        for recipe, schemes in recipes(shapes).items()
+        for kv_format in formats
+    ]
     return sorted(found, key=lambda e: (-e.bits_per_weight, e.kv_format))
+
+
+def estimate_plan(
+    config: PreTrainedConfig,
+    name: str,
+    schemes: Mapping[str, str],
+    batch: int,
+    context: int,
+    kv_format: str = "bf16",
+    shapes: list[Weight] | None = None,
+) -> Estimate:
+    """One plan's memory, by `schemes` (module → scheme); what is not quantised is in bf16."""
+    shapes = model_shapes(config) if shapes is None else shapes
+    size = KV_BYTES[kv_format]
+    table = plan_bytes(shapes, schemes, BF16_BYTES).set_index("component")
+    state = int(table.bytes.get("quantization state", 0))
+    weights = int(table.bytes.sum()) - state
+    bits = 8 * (weights + state) / int(table.weights.sum())
+    cache = kv_cache_bytes(config, batch, context, size)
+    passing = activation_bytes(config, shapes, schemes, batch, context, BF16_BYTES, size)
+    return Estimate(name, kv_format, bits, weights, state, cache, max(passing.values()))
+
+
+def room_for_plan(config: PreTrainedConfig, total_bytes: float, batch: int, context: int) -> int:
+    """Of a total, what is left for the matrices and their scales beside a full bf16 cache, activations, norms, biases.
+
+    Activations are those of the plan that has most of them: all matrices in NF4, which are decoded whole before use.
+    A plan that fits the room therefore fits the total. Raises ParamsError where not even that plan fits.
+    """
+    shapes = model_shapes(config)
+    all_nf4 = {weight.module: "nf4" for weight in shapes if len(weight.shape) == 2}
+    least = estimate_plan(config, "nf4_all", all_nf4, batch, context, shapes=shapes)
+    if least.total > total_bytes:
+        raise ParamsError(
+            f"quantization.memory.total_mb is {total_bytes / 1e6:g}, with all in NF4 the model takes "
+            f"{least.total / 1e6:.1f} MB at batch {batch} and context {context}; raise it, or lower the context"
+        )
+    kept = sum(BF16_BYTES * weight.count for weight in shapes if weight.module not in all_nf4)
+    return int(total_bytes) - least.kv_cache - least.activations - kept
 
 
 def choose(estimates: list[Estimate], budget_bytes: float) -> Estimate | None:

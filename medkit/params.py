@@ -199,13 +199,22 @@ class LoraParams(Section):
     """Validation rows on which adapter and merged model are compared."""
 
 
+class MemoryParams(Section):
+    """What a device has for our plan while it runs: weights, scales, a full key-value cache in bf16, activations."""
+
+    total_mb: PositiveFloat
+    """Millions of bytes."""
+    batch: PositiveInt
+    context: PositiveInt
+    """Tokens per sequence, prompt and answer."""
+
+
 class QuantizationParams(Section):
     double_quant: bool
     """Quantise the block scales of NF4 as well: 4.13 instead of 4.50 bits per weight."""
     gguf_type: Literal["F16", "Q8_0", "Q4_0", "Q4_1"]
     """Weight format of the exported edge file."""
-    budget_share: Fraction
-    """What all weights of our plan may take, as a share of their bf16 bytes."""
+    memory: MemoryParams
     calibration_examples: PositiveInt
     """Training rows that rounding and sensitivities are measured on."""
     drift_examples: PositiveInt

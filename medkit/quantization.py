@@ -59,13 +59,6 @@ def weight_shapes(model: nn.Module) -> Shapes:
     return shapes
 
 
-def budget_bytes(model: nn.Module, share: float) -> int:
-    """What a plan may weigh so that all weights take `share` of their bf16 bytes; norms and biases stay in bf16."""
-    planned = sum(rows * columns for rows, columns in weight_shapes(model).values())
-    total = sum({id(p): p.numel() for p in model.parameters()}.values())
-    return int(share * 2 * total) - 2 * (total - planned)
-
-
 def check_plan(plan: Plan, model: nn.Module) -> None:
     """Raise PlanError unless the plan names exactly the model's modules, with schemes that each of them can take."""
     shapes = weight_shapes(model)

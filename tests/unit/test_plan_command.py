@@ -1,6 +1,7 @@
 """`python -m medkit plan`: the best that fits is found, what does not fit is told, and no file or network is needed."""
 
 import json
+import random
 import re
 import socket
 import sys
@@ -178,3 +179,34 @@ def test_a_config_that_is_none_is_named(command, tmp_path, text, named):
     assert code == 1
     assert str(path) in err and named in err
     assert err.startswith("medkit: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_whatever_fits_the_room_for_a_plan_fits_the_total(tied):
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=512, tie_word_embeddings=tied,
+    )  # fmt: skip
+    shapes = [weight for weight in ledger.model_shapes(config) if len(weight.shape) == 2]
+    totals, draw = [estimate.total for estimate in budget.estimate(config, 2, 128)], random.Random(0)
+    total = (min(totals) + max(totals)) // 2
+    room = budget.room_for_plan(config, total, 2, 128)
+    fitted = []
+    for _ in range(200):
+        schemes = {weight.module: draw.choice(["keep", "int8", "nf4"]) for weight in shapes}
+        table = ledger.plan_bytes(ledger.model_shapes(config), schemes).set_index("component").bytes
+        planned = int(table.sum() - table["norms"])
+        estimate = budget.estimate_plan(config, "drawn", schemes, 2, 128)
+        assert estimate.weights + estimate.state == table.sum()
+        if planned <= room:
+            assert estimate.total <= total
+            fitted.append(estimate.total)
+    assert 0 < len(fitted) < 200
+    assert max(fitted) > 0.9 * total
+
+
+def test_a_total_that_not_even_nf4_fits_is_refused():
+    config = budget.read_config(STUDENT)
+    with pytest.raises(ParamsError, match=r"quantization\.memory\.total_mb is 4000, .* takes 4749\.4 MB at batch 1"):
+        budget.room_for_plan(config, 4e9, 1, 4096)
+    assert budget.room_for_plan(config, 4750e6, 1, 4096) > 0
