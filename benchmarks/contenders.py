@@ -48,6 +48,8 @@ CONTENDERS = [
     Contender("nf4_library", linear="nf4", library=True),
     Contender("paper_mix", linear="nf4", attention_linear="llm_int8", head="nf4"),
     Contender("nf4_int8_ends", linear="nf4", **INT8_ENDS),
+    # what `python -m medkit plan` picks for 30 % of bf16's total, in the package's own modules
+    Contender("plan", linear="nf4", embedding="nf4_rows_embedding", head="nf4_rows_head"),
     Contender("nf4_lean_graph", linear="nf4", embedding="int4_embedding", head="int8_head", decode="graph"),
     Contender("int4_fast", linear="int4", decode="graph"),
     Contender("int4_fast_int8_ends", linear="int4", decode="graph", **INT8_ENDS),

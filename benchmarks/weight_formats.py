@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from matvec import GROUP, int4_matvec, int8_matvec, pack_words, unpack_words
 from torch import Tensor, nn
 
+from medkit import rowwise
+
 PART = 2**26  # weights handled at a time, to bound temporary memory
 INNER_K_TILES = 8  # layout parameter of PyTorch's int4 kernel
 
@@ -162,8 +164,20 @@ def llm_int8_linear(source: nn.Linear) -> bnb.nn.Linear8bitLt:
     return layer
 
 
+def nf4_rows_embedding(source: nn.Embedding) -> rowwise.QuantizedEmbedding:
+    """The package's own: rows of bitsandbytes' NF4, of which a look-up decodes those it reads."""
+    return rowwise.QuantizedEmbedding(rowwise.Nf4Rows.quantise(source.weight.data, double_quant=True))
+
+
+def nf4_rows_head(source: nn.Linear) -> rowwise.QuantizedLinear:
+    """The package's own: the same storage as an output projection, decoded a few megabytes at a time."""
+    return rowwise.QuantizedLinear(rowwise.Nf4Rows.quantise(source.weight.data, double_quant=True), source.bias)
+
+
 FORMATS = {
     "nf4": nf4_linear,
+    "nf4_rows_embedding": nf4_rows_embedding,
+    "nf4_rows_head": nf4_rows_head,
     "llm_int8": llm_int8_linear,
     "int4": Int4Linear,
     "int4_matvec": Int4MatvecLinear,
@@ -185,6 +199,8 @@ def dequantised(layer: nn.Module, original: Tensor) -> Tensor:
             levels, scale, zero = int4_groups(original)
             groups = (levels - 8).float().unflatten(-1, (-1, GROUP))
             return (groups * scale[..., None] + zero[..., None]).flatten(-2)
+        case rowwise.QuantizedEmbedding() | rowwise.QuantizedLinear():
+            return rowwise.decode_nf4(layer.rows.weight).float()
         case Int8Embedding() | Int8Head():
             return layer.levels.float() * layer.scale
     return layer.weight.data.float()
