@@ -41,11 +41,6 @@ def layer_of(module: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def keep_plan(shapes: Shapes) -> Plan:
-    """Everything as loaded."""
-    return Plan(name="keep", schemes=dict.fromkeys(shapes, "keep"))
-
-
 def nf4_plan(shapes: Shapes, ends: Scheme = "keep") -> Plan:
     """Every decoder linear in NF4; embeddings and head by `ends` (`keep` is what the library does)."""
     name = {"keep": "nf4", "int8": "nf4_int8_ends", "nf4": "nf4_all"}[ends]

@@ -8,7 +8,6 @@ tokenised in one way only.
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -123,16 +122,6 @@ def answers(question: dict, template: Template) -> list[str]:
     """The answer text that stands for each option of the question."""
     options = list(question["options"])
     return [template.lead + letter for letter in LETTERS[: len(options)]] if template.lists_options else options
-
-
-def shuffle_options(question: dict, seed: int) -> dict:
-    """The question with its options in another order, the same one for the same seed, and `answer` following them.
-
-    A model that knows the answer gives the same one; a model that likes a letter does not.
-    """
-    order = random.Random(f"{seed}:{question['id']}").sample(range(len(question["options"])), len(question["options"]))
-    answer = order.index(question["answer"]) if question["answer"] >= 0 else question["answer"]
-    return {**question, "options": [question["options"][i] for i in order], "answer": answer}
 
 
 def encode(tokenizer, messages: list[dict], answer: str | None = None) -> tuple[list[int], list[int]]:

@@ -6,8 +6,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from medkit import prompts
 from medkit.prompts import ABSTRACT, LETTER, LETTERS, RATIONALE, TEMPLATES, TEXT, answers, encode, render
@@ -93,24 +91,6 @@ def test_examples_come_before_the_question_with_their_answers():
 def test_examples_reach_a_model_without_a_chat_template():
     prompt, _ = encode(Letters(None), render(question(*DRUGS), TEXT, [{**question(*DRUGS), "answer": C}]))
     assert Letters("").read(prompt) == "Question: Which one?\nAnswer: metformin\n\nQuestion: Which one?\nAnswer:"
-
-
-@given(st.lists(st.text(min_size=1), min_size=2, max_size=10, unique=True), st.integers(0, 2**32), st.data())
-def test_shuffling_moves_the_answer_along(options, seed, data):
-    asked = {**question(*options), "id": "x", "answer": data.draw(st.integers(-1, len(options) - 1))}
-    shuffled = prompts.shuffle_options(asked, seed)
-    assert sorted(shuffled["options"]) == sorted(options)
-    assert prompts.shuffle_options(asked, seed) == shuffled
-    if asked["answer"] >= 0:
-        assert shuffled["options"][shuffled["answer"]] == options[asked["answer"]]
-    else:
-        assert shuffled["answer"] == -1
-
-
-def test_shuffling_favours_no_place():
-    asked = {**question(*DRUGS), "answer": A}
-    places = [prompts.shuffle_options({**asked, "id": str(i)}, seed=0)["answer"] for i in range(4000)]
-    assert all(900 < places.count(place) < 1100 for place in range(4))  # 1000 ± 3.7 standard deviations
 
 
 def test_the_record_template_tells_its_schema():

@@ -177,7 +177,7 @@ def make_model(make_llama):
 
 
 PLANS = {
-    "keep": plans.keep_plan,
+    "keep": lambda shapes: Plan(name="keep", schemes=dict.fromkeys(shapes, "keep")),
     "nf4": plans.nf4_plan,
     "paper_mix": plans.paper_plan,
     "paper_mix_nf4_head": lambda shapes: plans.paper_plan(shapes, "nf4"),

@@ -140,7 +140,8 @@ def test_columns_are_what_a_budget_needs(model, examples):
     assert set(table.layer.dropna()) == set(range(LAYERS))
     assert set(table.kind) >= {"q_proj", "down_proj", "embed_tokens"}
     shapes = ledger.model_shapes(model.config)
-    for plan in (plans.nf4_plan(quantization.weight_shapes(model), "int8"), plans.keep_plan(table.module.unique())):
+    everything = Plan(name="keep", schemes=dict.fromkeys(table.module, "keep"))
+    for plan in (plans.nf4_plan(quantization.weight_shapes(model), "int8"), everything):
         listed = table.set_index(["module", "scheme"]).loc[list(plan.schemes.items())].bytes.sum()
         norms = 2 * sum(weight.count for weight in shapes if len(weight.shape) == 1)
         assert listed + norms == ledger.plan_bytes(shapes, plan.schemes).bytes.sum()
@@ -158,7 +159,7 @@ def test_a_simulated_plan_is_the_plan(make_llama, make_examples):
     shapes = quantization.weight_shapes(model)
     table = measure(model, examples)
     int8 = Plan(name="all_int8", schemes=dict.fromkeys(shapes, "int8"))
-    candidates = [plans.keep_plan(shapes), int8, plans.paper_plan(shapes)]
+    candidates = [Plan(name="keep", schemes=dict.fromkeys(shapes, "keep")), int8, plans.paper_plan(shapes)]
     found = sensitivity.measure_plans(model, examples, PAD, True, candidates, table).set_index("plan")
     assert found.loc["keep"].drop("bytes").eq(0).all()
     assert found.kl_nats["paper_mix"] > found.kl_nats["all_int8"] > 0
