@@ -7,10 +7,12 @@ seconds by the clock, and of this process's processor time.
 """
 
 import argparse
+import json
 import os
 import tempfile
 import time
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +42,15 @@ def timed(name: str, found: dict[str, dict]):
     """Adds the time of a `with` block to `found` under its name."""
     clock, cpu = time.perf_counter(), time.process_time()
     yield
-    found[name] = {"clock": time.perf_counter() - clock, "cpu": time.process_time() - cpu}
-    print(name, found[name], f"load {os.getloadavg()[0]:.1f}", flush=True)
+    seconds = {"clock": time.perf_counter() - clock, "cpu": time.process_time() - cpu}
+    found[name] = seconds | {"load": os.getloadavg()[0], "date": datetime.now(UTC).date().isoformat()}
+    print(name, found[name], flush=True)
 
 
-def time_model(folder: Path, limit: int | None, threads: int) -> tuple[dict, dict[str, Ratio], dict]:
+def time_model(
+    folder: Path, limit: int | None, threads: int, sources: list[str] | None, output: Path
+) -> tuple[dict, dict[str, Ratio], dict]:
+    """`sources`: measured anew; the others keep what an earlier run with the same settings wrote to `output`."""
     torch.set_num_threads(threads)
     model, tokenizer = models.load_model(folder, PARAMS.models), models.load_tokenizer(folder)
     questions = all_questions()
@@ -57,23 +63,37 @@ def time_model(folder: Path, limit: int | None, threads: int) -> tuple[dict, dic
         asked = questions.groupby("source", group_keys=False)[list(questions)].apply(
             lambda table: table.sample(min(limit, len(table)), random_state=0)
         )
-    seconds, load_before = {}, os.getloadavg()
+    setup = {
+        "model": folder.name, "device": str(model.device), "threads": threads, "scoring": "letter",
+        "batch_tokens": PARAMS.inference.batch_tokens, "limit_per_set": limit, "asked": len(asked),
+    }  # fmt: skip
+    seconds = earlier(setup, output) if sources else {}
     for source, table in asked.groupby("source"):
+        if sources and source not in sources:
+            continue
         with timed(source, seconds):
             inference.predict(model, tokenizer, table, PARAMS.inference.batch_tokens, 1)
     sizes = questions.groupby("source").tokens.agg(["size", "sum"])
     share = sizes["sum"] / asked.groupby("source").tokens.sum()
     whole = {name: sum(seconds[s][name] * share[s] for s in seconds) for name in ("clock", "cpu")}
-    setup = {
-        "model": folder.name, "device": str(model.device), "threads": threads, "scoring": "letter",
-        "batch_tokens": PARAMS.inference.batch_tokens, "limit_per_set": limit, "asked": len(asked),
+    setup |= {
         "questions": sizes["size"].to_dict(), "prompt_tokens": sizes["sum"].to_dict(),
         "whole_sets": "measured" if not limit else "computed from the part that was asked, by prompt tokens",
         "goal_seconds": MODEL_GOAL_S, "versions": versions("torch", "transformers"),
     }  # fmt: skip
-    raw = {"seconds": seconds, "whole_seconds": whole, "loadavg_before": load_before, "loadavg_after": os.getloadavg()}
+    raw = {"seconds": seconds, "whole_seconds": whole}
     raw["prompt_tokens_per_s"] = sizes["sum"].sum() / whole["clock"]
     return setup, {"all_sets/seconds": Ratio(whole["clock"], MODEL_GOAL_S, "lower", 1)}, raw
+
+
+def earlier(setup: dict, output: Path) -> dict[str, dict]:
+    """Seconds per set of an earlier run with the same settings."""
+    path = result_path("evaluation_throughput_model", output)
+    if not path.is_file():
+        return {}
+    record = json.loads(path.read_text())
+    same = all(record["setup"][name] == value for name, value in setup.items())
+    return record["raw"]["seconds"] if same else {}
 
 
 def invented_predictions(questions: pd.DataFrame, variants: list[str]) -> pd.DataFrame:
@@ -145,6 +165,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["model", "statistics"], action="append", help="default both")
     parser.add_argument("--folder", type=Path, help="a model on this machine; default the tiny profile's")
     parser.add_argument("--limit", type=int, help="questions per set; default all")
+    parser.add_argument("--source", action="append", help="a set to time anew; others keep their earlier times")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3, help="of the statistics")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -152,7 +173,7 @@ def main() -> None:
     for part in args.part or ["model", "statistics"]:
         if part == "model":
             folder = args.folder or models.local_folder(PARAMS.models.teacher)
-            measured = time_model(folder, args.limit, args.threads)
+            measured = time_model(folder, args.limit, args.threads, args.source, args.output)
         else:
             measured = time_statistics(args.repeats)
         name = f"evaluation_throughput_{part}"
