@@ -10,65 +10,28 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from record import RESULTS, Ratio, result_path, versions, write
 from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
 
-from medkit import edge, inference, models, prompts
+from medkit import edge, models, prompts, workloads
+from medkit.edge_engine import FLOAT32, OpenVinoEngine, import_openvino
+from medkit.engines import Engine, EngineError, Request
 from medkit.outputs import Stage, StageError
-
-try:
-    import openvino
-    import openvino_genai
-except ImportError:
-    sys.exit(
-        "edge_agreement: openvino_genai is not installed; install the extra `edge` (pip install -e '.[edge]') first"
-    )
+from medkit.torch_engine import TorchEngine
 
 WEIGHT_TYPES = ("F16", "Q8_0", "Q4_0")
-FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 TIMED_PROMPTS, TIMED_TOKENS = 3, 33  # 33 tokens: 32 steps after the first
-
-
-class Clock(openvino_genai.StreamerBase):
-    """Notes when each token came (seconds since the clock was made)."""
-
-    def __init__(self):
-        super().__init__()
-        self.began, self.times_s = time.perf_counter(), []
-
-    def write(self, token) -> openvino_genai.StreamingStatus:
-        self.times_s += [time.perf_counter() - self.began] * (1 if isinstance(token, int) else len(token))
-        return openvino_genai.StreamingStatus.RUNNING
-
-    def end(self) -> None:
-        pass
+BATCH_TOKENS = 4096
 
 
 def load_transformers(folder: Path, **gguf):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **gguf).eval()
     model.generation_config = GenerationConfig()
     return model
-
-
-def answer(pipeline, ids: list[int], length: int, **settings) -> list[int]:
-    """Greedy token ids, up to and with the end token."""
-    prompt = openvino.Tensor(np.array([ids], dtype=np.int64))
-    return list(pipeline.generate(prompt, max_new_tokens=length, do_sample=False, **settings).tokens[0])
-
-
-def step_s(pipeline, ids: list[int]) -> float:
-    """Seconds per token after the first, at exactly TIMED_TOKENS tokens."""
-    clock = Clock()
-    answer(pipeline, ids, TIMED_TOKENS, ignore_eos=True, streamer=clock)
-    if len(clock.times_s) != TIMED_TOKENS:
-        raise RuntimeError(f"asked for {TIMED_TOKENS} tokens, got {len(clock.times_s)}; timings would not compare")
-    return (clock.times_s[-1] - clock.times_s[0]) / (TIMED_TOKENS - 1)
 
 
 @torch.inference_mode()
@@ -90,14 +53,14 @@ def compare(model, asked: list[list[int]], reference: list[list[int]], found: li
     return {"answers_equal": (len(asked) - len(differences)) / len(asked), "differences": differences}
 
 
-def compare_tokenizers(pipeline, tokenizer, questions: list[dict], asked: list[list[int]]) -> dict:
+def compare_tokenizers(engine: OpenVinoEngine, tokenizer, questions: list[dict], asked: list[list[int]]) -> dict:
     """Shares of prompts whose text (chat template) and whose token ids are the same in the engine's own reading."""
-    engine, texts, same_ids = pipeline.get_tokenizer(), 0, 0
+    own, texts, same_ids = engine._pipeline.get_tokenizer(), 0, 0  # which the engine never uses: see `edge_engine`
     for question, ids in zip(questions, asked, strict=True):
         messages = prompts.render(question, prompts.pick_template(question["kind"], "option_text"))
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        texts += engine.apply_chat_template(messages, add_generation_prompt=True) == text
-        same_ids += engine.encode(text, add_special_tokens=False).input_ids.data[0].tolist() == ids
+        texts += own.apply_chat_template(messages, add_generation_prompt=True) == text
+        same_ids += own.encode(text, add_special_tokens=False).input_ids.data[0].tolist() == ids
     return {"chat_text_equal": texts / len(asked), "token_ids_equal": same_ids / len(asked)}
 
 
@@ -106,12 +69,17 @@ def measure(folder: Path, questions: list[dict], new_tokens: int, repeats: int, 
     torch.set_num_threads(threads)
     model, tokenizer = load_transformers(folder), models.load_tokenizer(folder)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    asked = [inference.prompt_of(tokenizer, question) for question in questions]
+    asked = workloads.encode_prompts(tokenizer, pd.DataFrame(questions))
+    requests = [Request(ids, new_tokens, (eos,)) for ids in asked]
 
-    def greedy(model) -> list[list[int]]:
-        return [g.token_ids for g in inference.generate_sequential(model, asked, [new_tokens] * len(asked), eos, pad)]
+    def in_torch(model) -> TorchEngine:
+        return TorchEngine(model, pad, scheduler="sequential", batch_tokens=BATCH_TOKENS)
 
-    reference = greedy(model)
+    def greedy(engine: Engine) -> list[list[int]]:
+        return [found.token_ids for found in engine.generate(requests)]
+
+    student = in_torch(model)
+    reference = greedy(student)
     formats, timed = {}, {}
     raw = {
         "loadavg_before": os.getloadavg(),
@@ -122,39 +90,27 @@ def measure(folder: Path, questions: list[dict], new_tokens: int, repeats: int, 
     with tempfile.TemporaryDirectory() as scratch:
         for kind in WEIGHT_TYPES:
             path = edge.export_gguf(model, tokenizer, Path(scratch) / f"{kind}.gguf", kind)
-            settings = {"INFERENCE_NUM_THREADS": threads}
-            exact = openvino_genai.LLMPipeline(path, "CPU", **FLOAT32, **settings)
-            timed[kind] = openvino_genai.LLMPipeline(path, "CPU", **settings)
-            read = greedy(load_transformers(path.parent, gguf_file=path.name,
-                                            quantization_config=GgufConfig(dequantize=True)))  # fmt: skip
-            ours = [answer(exact, ids, new_tokens) for ids in asked]
+            exact, timed[f"openvino_{kind}"] = (OpenVinoEngine(path, threads, exact=e) for e in (True, False))
+            read = greedy(in_torch(load_transformers(path.parent, gguf_file=path.name,
+                                                     quantization_config=GgufConfig(dequantize=True))))  # fmt: skip
+            ours = greedy(exact)
             formats[kind] = {
                 "bytes": edge.check_manifest(path)["bytes"],
                 "tokenizer": compare_tokenizers(exact, tokenizer, questions, asked),
                 "openvino": compare(model, asked, reference, ours),
-                "openvino_own_settings": compare(
-                    model, asked, reference, [answer(timed[kind], ids, new_tokens) for ids in asked]
-                ),
+                "openvino_own_settings": compare(model, asked, reference, greedy(timed[f"openvino_{kind}"])),
                 "transformers_gguf": compare(model, asked, reference, read),
                 "openvino_against_transformers_gguf": compare(model, asked, read, ours),
             }
-            del exact
+            exact.close()
             print(kind, formats[kind]["openvino"], flush=True)
-        raw["step_s"] = time_steps(model, timed, asked[:TIMED_PROMPTS], repeats, pad)
+        workload = workloads.equal(asked[:TIMED_PROMPTS], TIMED_TOKENS)
+        passes, _ = workloads.take_turns({"transformers_float32": student, **timed}, workload, repeats, alone=True)
+        raw["step_s"] = passes.groupby("engine", sort=False).latency_s_per_token.agg(list).to_dict()
+        for engine in timed.values():
+            engine.close()
     raw["loadavg_after"] = os.getloadavg()
     return raw
-
-
-def time_steps(model, pipelines: dict, asked: list[list[int]], repeats: int, pad: int) -> dict[str, list[float]]:
-    """Seconds per token, the median over the prompts per round; contenders take turns, the first round is dropped."""
-    lengths = [TIMED_TOKENS] * len(asked)
-    times = {"transformers_float32": [], **{f"openvino_{kind}": [] for kind in pipelines}}
-    for _ in range(repeats + 1):
-        found = inference.measure("sequential", model, asked, lengths, pad)
-        times["transformers_float32"].append(found["latency_s_per_token"])
-        for kind, pipeline in pipelines.items():
-            times[f"openvino_{kind}"].append(statistics.median(step_s(pipeline, ids) for ids in asked))
-    return {name: values[1:] for name, values in times.items()}
 
 
 def ratios(raw: dict, repeats: int) -> dict[str, Ratio]:
@@ -185,9 +141,10 @@ def main() -> None:
     args = parser.parse_args()
     stage = Stage(args.run, "04_quantization")
     try:
+        import_openvino()
         table = pd.read_parquet(stage.require("01_data", "questions.parquet"))
         folder = stage.require("03_lora", "merged")
-    except StageError as error:
+    except (StageError, EngineError) as error:
         sys.exit(f"edge_agreement: {error}")
     valid = table[table.split == "valid"]
     questions = valid.sample(min(args.prompts, len(valid)), random_state=0).to_dict("records")

@@ -1,4 +1,4 @@
-"""Command line: run, status, report, compare, plan, doctor. `python -m medkit --help` lists them."""
+"""Command line: run, status, report, compare, plan, serve, doctor. `python -m medkit --help` lists them."""
 
 from __future__ import annotations
 
@@ -199,9 +199,35 @@ def plan(
     )
 
 
+@app.command()
+def serve(
+    params: ParamsFile = ROOT / "params" / "tiny.yaml",
+    run: RunName = "tiny",
+    variant: Annotated[str, typer.Option("--variant", help="Which of the run's models, e.g. lora, nf4, edge")] = "edge",
+    host: Annotated[str, typer.Option(help="Other addresses than 127.0.0.1 need an API key")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    api_key: Annotated[str | None, typer.Option(envvar="MEDKIT_API_KEY", help="Better in the environment")] = None,
+    max_running: Annotated[int, typer.Option(min=1, help="Requests that the engine works on at once")] = 16,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests in line; more are sent away (429)")] = 64,
+    overrides: Overrides = None,
+) -> None:
+    """Answer OpenAI's clients with a model of a run, until Ctrl-C or SIGTERM."""
+    try:
+        from medkit import serving
+    except ImportError as error:
+        raise StageError(f"serving needs the extra `serve` ({error}): pip install -e '.[serve]'") from error
+    from medkit import variants
+
+    engine, tokenizer, context = variants.load_engine(run, variant, load_params(params, parse_overrides(overrides)))
+    limits = serving.Limits(context_tokens=context, max_running=max_running, max_waiting=max_waiting)
+    served = serving.create_app(engine, tokenizer, model_name=f"{run}/{variant}", limits=limits, api_key=api_key)
+    serving.serve(served, host, port)
+
+
 OPTIONAL = {
     "flash_attn": "FlashAttention-2 kernels (extra gpu); SDPA is used without",
     "openvino_genai": "runs the edge file on a CPU (extra edge)",
+    "starlette": "`medkit serve` (extra serve)",
     "nbval": "notebook tests (extra dev)",
 }
 
@@ -251,12 +277,13 @@ def doctor() -> None:
 
 def main() -> None:
     """The command line with every expected error as one sentence and exit code 1."""
+    from medkit.engines import EngineError
     from medkit.runner import RunError
     from medkit.sources import SourceError
 
     try:
         app()
-    except (ParamsError, StageError, SourceError, RunError) as error:
+    except (ParamsError, StageError, SourceError, RunError, EngineError) as error:
         typer.echo(f"medkit: {error}", err=True)
         raise SystemExit(1) from error
 

@@ -66,14 +66,17 @@ def from_ledger(ledger: pd.DataFrame) -> Iterator[dict]:
 
 
 def from_bench(bench: pd.DataFrame, confidence: float) -> Iterator[dict]:
-    """`ttft_s`, `latency_s_per_token` (single requests), `throughput_tokens_per_s/<workload>`: medians over repeats."""
+    """`ttft_s`, `latency_s_per_token` (single requests), `throughput_tokens_per_s/<workload>`: medians over repeats.
+
+    `metric` is the engine, or the way in which requests were scheduled.
+    """
     rows = []
-    for (variant, workload, scheduler), repeats in bench.groupby(["variant", "workload", "scheduler"], sort=False):
+    for (variant, workload, engine), repeats in bench.groupby(["variant", "workload", "engine"], sort=False):
         single = workload == "single"
         for name in ("ttft_s", "latency_s_per_token") if single else ("throughput_tokens_per_s",):
             value, low, high = median_interval(repeats[name], confidence)
             row = {"claim": name if single else f"{name}/{workload}", "unit": "s" if single else "tokens/s"}
-            row |= {"variant": variant, "scoring": scheduler, "value": value, "ci_low": low, "ci_high": high}
+            row |= {"variant": variant, "scoring": engine, "value": value, "ci_low": low, "ci_high": high}
             lengths = repeats[["prompt_tokens", "output_tokens", "requests"]].iloc[0]
             rows.append({**row, "n": len(repeats), **lengths})
     lengths = "prompt_tokens output_tokens requests"
@@ -95,7 +98,9 @@ def ratios(claims: list[dict]) -> Iterator[dict]:
         for variant, baseline in pairs:
             if {variant, baseline} <= set(measured.index):
                 ratio = measured.value[variant] / measured.value[baseline]
-                where = {"unit": unit, "stage": measured.stage[variant], "file": measured.file[variant]}
+                engines = measured.metric[[variant, baseline]]
+                by = f", {' against '.join(engines)}" if engines.nunique() > 1 else ""
+                where = {"unit": unit + by, "stage": measured.stage[variant], "file": measured.file[variant]}
                 yield _claim(f"{name}_ratio", variant, ratio, metric="ratio", baseline=baseline, **where)
 
 

@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
 import pandas as pd
-from torch import nn
 
 from medkit.edge_tokenizer import ExportError, write_tokenizer
 from medkit.outputs import DISCLAIMER, atomic_path
 from medkit.sources import sha256_of
+
+if TYPE_CHECKING:
+    from torch import nn  # the engines that only check a file need no torch
 
 WEIGHT_TYPES = ("F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # OpenVINO GenAI reads all but the two of 5 bits
 BIASED = {"llama": (), "qwen2": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}

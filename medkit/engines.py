@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from medkit.scoring import Item
+if TYPE_CHECKING:
+    from medkit.scoring import Item  # its module loads torch, which not every engine needs
 
 
 class EngineError(RuntimeError):

@@ -1,31 +1,22 @@
-"""Answers to the test questions, three ways to schedule requests, and their timing.
+"""Answers to the test questions: which are asked, how each is put, and what a model says to them.
 
-Every timed call says how long prompts and answers were, how many ran together and what was warmed up. Answers are
-token ids; reading them is for `prompts`, judging them for `evaluation`.
+Log-probabilities and token ids come from `torch_engine`. Reading an answer's text is for `parsing`, judging it for
+`evaluation`, timing for `workloads`.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
-import torch
 from torch import nn
-from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from medkit import prompts
-from medkit.batching import bucket_by_length, letter_forms
-from medkit.scoring import Item, score_options
-
-NEVER = -1  # an end token no model emits: generation then runs to its full length
-PAGE_SIZE = 64  # tokens per page of the paged key-value cache
-WRITING = 4  # times as many tokens at once as when scoring: a row that writes needs logits at one position only
-
-
-# --- answering the test questions ------------------------------------------------------------------------------------
+from medkit.batching import letter_forms
+from medkit.engines import Request
+from medkit.scoring import Item
+from medkit.torch_engine import TorchEngine
 
 
 def choose_questions(
@@ -51,12 +42,6 @@ def choose_questions(
                 )
             chosen.append((rows if count == "all" else rows.head(count)).assign(scoring=scoring))
     return pd.concat(chosen, ignore_index=True)
-
-
-def prompt_of(tokenizer, question: dict) -> list[int]:
-    """Token ids of the prompt that asks for an option's text."""
-    template = prompts.pick_template(question["kind"], "option_text")
-    return prompts.encode(tokenizer, prompts.render(question, template))[0]
 
 
 def predict(model: nn.Module, tokenizer, asked: pd.DataFrame, batch_tokens: int, max_new_tokens: int) -> pd.DataFrame:
@@ -85,10 +70,11 @@ def predict(model: nn.Module, tokenizer, asked: pd.DataFrame, batch_tokens: int,
             found = [[numbers.setdefault(ids, len(numbers)) for ids in forms] for forms in answers]
             scored.append((rows[-1], prompt, found))
     items = [Item(list(prompt), [list(ids) for ids in answers]) for prompt, answers in reads.items()]
-    scores = dict(zip(reads, score_options(model, items, batch_tokens, tokenizer.pad_token_id), strict=True))
+    engine = _engine(model, tokenizer, batch_tokens)
+    scores = dict(zip(reads, engine.score(items), strict=True))
     for row, prompt, found in scored:  # an option is as likely as all of its forms together
         row["logprobs"] = [float(np.logaddexp.reduce([scores[prompt][n] for n in forms])) for forms in found]
-    written = _write(model, tokenizer, list(writes), batch_tokens, max_new_tokens)
+    written = _write(engine, tokenizer, list(writes), max_new_tokens)
     for answered, (text, length) in zip(writes.values(), written, strict=True):
         for row in answered:
             row |= {"text": text, "answer_tokens": [length]}
@@ -100,23 +86,21 @@ def write_answers(
 ) -> list[str]:
     """The model's greedy answers to chat messages, in their order: for questions without options."""
     asked = [prompts.encode(tokenizer, messages)[0] for messages in conversations]
-    return [text for text, _ in _write(model, tokenizer, asked, batch_tokens, max_new_tokens)]
+    engine = _engine(model, tokenizer, batch_tokens)
+    return [text for text, _ in _write(engine, tokenizer, asked, max_new_tokens)]
+
+
+def _engine(model: nn.Module, tokenizer, batch_tokens: int) -> TorchEngine:
+    """Everything asked is there at once, so padded batches do best."""
+    return TorchEngine(model, tokenizer.pad_token_id, scheduler="static", batch_tokens=batch_tokens)
 
 
 def _write(
-    model: nn.Module, tokenizer, asked: Sequence[Sequence[int]], batch_tokens: int, max_new_tokens: int
+    engine: TorchEngine, tokenizer, asked: Sequence[Sequence[int]], max_new_tokens: int
 ) -> list[tuple[str, int]]:
     """Text and length in tokens (end token included) of the greedy answer to each prompt."""
-    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-    written: list[tuple[str, int]] = [("", 0)] * len(asked)
-    lengths = [len(prompt) + max_new_tokens for prompt in asked]
-    for numbers in bucket_by_length(lengths, WRITING * batch_tokens):
-        batch = [list(asked[i]) for i in numbers]
-        said = generate_static(model, batch, [max_new_tokens] * len(batch), eos, pad)
-        for number, answer in zip(numbers, said, strict=True):
-            text = tokenizer.decode(answer.token_ids, skip_special_tokens=True)
-            written[number] = (text, len(answer.token_ids))
-    return written
+    said = engine.generate([Request(prompt, max_new_tokens, (tokenizer.eos_token_id,)) for prompt in asked])
+    return [(tokenizer.decode(s.token_ids, skip_special_tokens=True), len(s.token_ids)) for s in said]
 
 
 def _encode(tokenizer, question: dict) -> tuple[prompts.Template, tuple[int, ...], list[list[tuple[int, ...]]]]:
@@ -126,149 +110,19 @@ def _encode(tokenizer, question: dict) -> tuple[prompts.Template, tuple[int, ...
     template = prompts.TEMPLATES[question.get("template", template.name)]
     shown = {**question, "options": [question["options"][i] for i in order]}
     messages = prompts.render(shown, template, question.get("shots", ()))
+    prompt = tuple(prompts.encode(tokenizer, messages)[0])
     if scoring == "generated":
         if order != sorted(order):
             raise ValueError(f"{question['id']}: a generated answer is read in the options' own order; give no other")
-        return template, tuple(prompts.encode(tokenizer, messages)[0]), []
+        return template, prompt, []
     if scoring == "letter" and not template.lists_options:
         raise ValueError(f"{question['id']}: the template {template.name!r} shows no letters; ask for option_text")
     texts = prompts.answers(shown, template) if scoring == "letter" else shown["options"]
-    pairs = dict(zip(order, (prompts.encode(tokenizer, messages, text) for text in texts), strict=True))
-    # a letter is judged by its own token; that it ends there says nothing about which letter it is
-    answers = [[tuple(ids[:-1] if scoring == "letter" else ids)] for _, (_, ids) in sorted(pairs.items())]
     if scoring == "letter" and not template.lead:
-        forms = dict(zip(order, (letter_forms(tokenizer, letter) for letter in texts), strict=True))
-        answers = [list(map(tuple, found)) for _, found in sorted(forms.items())]
-    return template, tuple(pairs[0][0]), answers
-
-
-# --- generation ----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Generation:
-    """One request's answer and, relative to the start of its workload, when each token came (seconds)."""
-
-    token_ids: list[int] = field(default_factory=list)
-    token_times_s: list[float] = field(default_factory=list)
-
-
-def generate_sequential(
-    model: nn.Module, prompts: list[list[int]], lengths: list[int], eos: int, pad: int
-) -> list[Generation]:
-    """Greedy, one request after the other."""
-    return [
-        _generate(model, [p], n, [n], eos, pad, time.perf_counter())[0] for p, n in zip(prompts, lengths, strict=True)
-    ]
-
-
-def generate_static(
-    model: nn.Module, prompts: list[list[int]], lengths: list[int], eos: int, pad: int
-) -> list[Generation]:
-    """Greedy, all requests in one padded batch that runs until the longest is done."""
-    return _generate(model, prompts, max(lengths), lengths, eos, pad, time.perf_counter())
-
-
-def generate_continuous(
-    model: nn.Module, prompts: list[list[int]], lengths: list[int], eos: int, pad: int
-) -> list[Generation]:
-    """Greedy, requests join and leave the running batch (transformers' paged continuous batching).
-
-    On a CPU the cache is sized here: the library's own default takes most of the memory.
-    """
-    blocks = sum(-(-(len(p) + n) // PAGE_SIZE) for p, n in zip(prompts, lengths, strict=True)) + 8
-    config = ContinuousBatchingConfig(
-        page_size=PAGE_SIZE, num_blocks=blocks, max_batch_tokens=512, max_requests_per_batch=len(prompts)
-    )
-    generation = GenerationConfig(do_sample=False, eos_token_id=eos, pad_token_id=pad, max_new_tokens=max(lengths))
-    found: dict[str, Generation] = {}
-    began = time.perf_counter()
-    with model.continuous_batching_context_manager(
-        generation_config=generation, continuous_batching_config=config, timeout=5
-    ) as manager:
-        for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
-            manager.add_request(
-                prompt, request_id=str(number), max_new_tokens=length, record_timestamps=True, eos_token_id=eos
-            )
-        while len(found) < len(prompts):
-            result = manager.get_result(timeout=1)
-            if result is None and not manager.is_running():
-                raise RuntimeError(f"continuous batching stopped after {len(found)} of {len(prompts)} requests")
-            if result is not None and result.is_finished():
-                if result.error is not None:
-                    raise RuntimeError(f"continuous batching failed on request {result.request_id}: {result.error}")
-                found[result.request_id] = Generation(
-                    list(result.generated_tokens), [t - began for t in result.timestamps]
-                )
-    return [found[str(number)] for number in range(len(prompts))]
-
-
-SCHEDULERS = {"sequential": generate_sequential, "static": generate_static, "continuous": generate_continuous}
-
-
-class _Clock(StoppingCriteria):
-    """Notes the time after every decoding step; never stops anything."""
-
-    def __init__(self, began: float):
-        self.began, self.times_s = began, []
-
-    def __call__(self, input_ids, scores, **kwargs):
-        self.times_s.append(time.perf_counter() - self.began)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-@torch.inference_mode()
-def _generate(
-    model: nn.Module, prompts: list[list[int]], steps: int, lengths: list[int], eos: int, pad: int, began: float
-) -> list[Generation]:
-    length = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), length), pad)
-    attention_mask = torch.zeros(len(prompts), length, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        input_ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        attention_mask[row, length - len(prompt) :] = 1
-    clock = _Clock(began)
-    config = GenerationConfig(do_sample=False, max_new_tokens=steps, eos_token_id=eos, pad_token_id=pad)
-    output = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        generation_config=config,
-        stopping_criteria=StoppingCriteriaList([clock]),
-    )[:, length:].tolist()
-    return [_until(Generation(row, clock.times_s), n, eos) for row, n in zip(output, lengths, strict=True)]
-
-
-def _until(generation: Generation, length: int, eos: int) -> Generation:
-    """The first `length` tokens, up to and with the end token: what the request asked for."""
-    tokens = generation.token_ids[:length]
-    if eos in tokens:
-        tokens = tokens[: tokens.index(eos) + 1]
-    return Generation(tokens, generation.token_times_s[: len(tokens)])
-
-
-# --- timing --------------------------------------------------------------------------------------------------------
-
-
-def measure(scheduler: str, model: nn.Module, prompts: list[list[int]], lengths: list[int], pad: int) -> dict:
-    """One timed pass of a workload at exactly the asked output lengths.
-
-    ttft_s and latency_s_per_token are medians over the requests; a request's latency per token is its time from the
-    first to the last token over the steps between. throughput counts generated tokens over the whole pass.
-    """
-    began = time.perf_counter()
-    generations = SCHEDULERS[scheduler](model, prompts, lengths, NEVER, pad)
-    duration_s = time.perf_counter() - began
-    written = [len(g.token_ids) for g in generations]
-    if written != lengths:
-        raise RuntimeError(f"{scheduler}: asked for {lengths} tokens, got {written}; timings would not compare")
-    decode = torch.tensor([(g.token_times_s[-1] - g.token_times_s[0]) / (len(g.token_ids) - 1) for g in generations])
-    return {
-        "scheduler": scheduler,
-        "requests": len(prompts),
-        "prompt_tokens": sum(map(len, prompts)),
-        "output_tokens": sum(lengths),
-        "ttft_s": torch.tensor([g.token_times_s[0] for g in generations]).median().item(),
-        "latency_s_per_token": decode.median().item(),
-        "duration_s": duration_s,
-        "throughput_tokens_per_s": sum(lengths) / duration_s,
-    }
+        answers = [letter_forms(tokenizer, letter) for letter in texts]
+    else:
+        answers = [[prompts.encode(tokenizer, messages, text)[1]] for text in texts]
+        if scoring == "letter":  # it is judged by its own token; that it ends there says nothing about which letter
+            answers = [[ids[:-1]] for (ids,) in answers]
+    in_order = [forms for _, forms in sorted(zip(order, answers, strict=True))]
+    return template, prompt, [[tuple(ids) for ids in forms] for forms in in_order]

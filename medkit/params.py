@@ -226,7 +226,7 @@ class BenchParams(Section):
     new_tokens: Annotated[int, Field(ge=2)]
     """Generated per prompt, exactly: an end token does not stop it, so every variant writes the same length."""
     long_new_tokens: Annotated[int, Field(ge=2)]
-    """In the skewed workload every fourth prompt asks for this many."""
+    """The longest answer of the skewed workload, whose lengths are log-normal with a median of `new_tokens`."""
     repeats: PositiveInt
     """Timed passes after one discarded warm-up; medians are reported."""
 

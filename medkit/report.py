@@ -94,8 +94,9 @@ def cost_table(claims: pd.DataFrame) -> str:
     for variant in (v for v in VARIANTS if v in set(claims[claims.claim.isin(wanted)].variant)):
         mine = claims[claims.variant == variant].drop_duplicates("claim").set_index("claim")
         cells = [f"{mine.loc[c].value * scale:,.4g}" if c in mine.index else "–" for c, (_, scale) in wanted.items()]
-        rows.append([LABELS[variant], *cells])
-    table = markdown(["variant", *(name for name, _ in wanted.values())], rows)
+        timed_by = mine.loc["latency_s_per_token"].metric if "latency_s_per_token" in mine.index else "–"
+        rows.append([LABELS[variant], *cells, timed_by])
+    table = markdown(["variant", *(name for name, _ in wanted.values()), "engine"], rows)
     timed = claims[claims.claim == "latency_s_per_token"]
     if timed.empty:
         return table

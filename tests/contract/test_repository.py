@@ -36,10 +36,12 @@ def test_lock_pins_every_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lock = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().split("\n") if "==" in line)
     locked = {re.sub(r"[-_.]+", "-", name).lower() for name in lock}
-    for requirement in [*project["dependencies"], *project["optional-dependencies"]["dev"]]:
+    extras = project["optional-dependencies"]
+    for requirement in [*project["dependencies"], *extras["dev"], *extras["edge"], *extras["serve"]]:
         name = re.match(r"[\w.-]+", requirement)[0]
-        assert name == "pip" or re.sub(r"[-_.]+", "-", name).lower() in locked, name
+        assert name in ("pip", "medkit") or re.sub(r"[-_.]+", "-", name).lower() in locked, name
     assert lock["torch"] == "2.13.0"
+    assert "openvino-telemetry" not in locked  # it reports its use over the network without being asked
 
 
 def test_environment_uses_the_lock():

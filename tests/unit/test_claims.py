@@ -38,7 +38,7 @@ def bench():
                                ("nf4", "single", "sequential", 3), ("edge", "single", "sequential", 2),
                                ("lora", "skewed", "static", 1), ("lora", "skewed", "continuous", 2))
             for repeat in range(3)]  # fmt: skip
-    columns = ["variant", "workload", "scheduler", "repeat", "ttft_s", "latency_s_per_token", "throughput_tokens_per_s"]
+    columns = ["variant", "workload", "engine", "repeat", "ttft_s", "latency_s_per_token", "throughput_tokens_per_s"]
     return pd.DataFrame(rows, columns=columns).assign(prompt_tokens=120, output_tokens=64, requests=4)
 
 

@@ -51,7 +51,7 @@ def test_the_fastest_is_chosen_by_what_the_workload_asks_for(tmp_path, together)
     one = engine_choice.choose(candidates, REQUESTS, 2, tmp_path, IDENTITY, alone=True, together=together)
     assert one.engine == "quick to go on" and one.judged_by == "latency_s_per_token"
     for choice in (many, one):
-        assert [row["engine"] for row in choice.timed][0] == choice.engine and len(choice.timed) == 2
+        assert choice.timed[0]["engine"] == choice.engine and len(choice.timed) == 2
         assert all(row["answers_equal"] == 1 and row["warm_up_s"] > 0 for row in choice.timed)
         assert (
             choice.reason.startswith(choice.engine)

@@ -1,4 +1,4 @@
-"""Branches equal options scored alone, three schedulers write the same tokens, and timings say what they time."""
+"""Branches equal options scored alone, and every way of asking scores and writes what it says it does."""
 
 import itertools
 
@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medkit import inference, models, prompts, scoring
+from medkit import inference, prompts, scoring, workloads
 from medkit.batching import bucket_by_length, letter_forms
-from medkit.inference import NEVER
+from medkit.engines import Request
 from medkit.scoring import Item
+from medkit.torch_engine import TorchEngine
 
 PAD, VOCAB = 0, 300
 ids = st.integers(3, VOCAB - 1)
@@ -153,14 +154,15 @@ def test_a_letter_is_one_token_and_a_text_ends(scorer, make_tokenizer, asked, ch
             assert all(answer[-1] == tokenizer.eos_token_id for _, answer in pairs)
             assert row.answer_tokens == [len(answer) for _, answer in pairs]
             assert row.logprobs == pytest.approx([plain_score(scorer, *pair) for pair in pairs], abs=1e-4)
-            assert inference.prompt_of(tokenizer, question) == pairs[0][0]
+            assert workloads.encode_prompts(tokenizer, pd.DataFrame([question])) == [pairs[0][0]]
 
 
 def test_generated_predictions_are_the_sequential_answers(scorer, tokenizer, asked):
     asked = asked[asked.scoring == "generated"]
     table = inference.predict(scorer, tokenizer, asked, batch_tokens=300, max_new_tokens=6)
-    prompts = [inference.prompt_of(tokenizer, question) for question in asked.to_dict("records")]
-    said = inference.generate_sequential(scorer, prompts, [6] * len(prompts), tokenizer.eos_token_id, PAD)
+    ends = (tokenizer.eos_token_id,)
+    requests = [Request(ids, 6, ends) for ids in workloads.encode_prompts(tokenizer, asked)]
+    said = TorchEngine(scorer, PAD, scheduler="sequential", batch_tokens=300).generate(requests)
     assert list(table.text) == [tokenizer.decode(s.token_ids, skip_special_tokens=True) for s in said]
     assert list(table.answer_tokens) == [[len(s.token_ids)] for s in said]
 
@@ -220,9 +222,9 @@ def test_examples_come_before_the_question(scorer, tokenizer, questions):
 def test_one_prompt_is_read_once_whoever_asks_for_it(scorer, tokenizer, asked, monkeypatch):
     """Letters and texts of a listed question are branches of one prompt; a question asked twice costs nothing."""
     read, written = [], []
-    score, write = inference.score_options, inference.generate_static
-    monkeypatch.setattr(inference, "score_options", lambda m, items, *a: read.extend(items) or score(m, items, *a))
-    monkeypatch.setattr(inference, "generate_static", lambda m, p, *a: written.extend(p) or write(m, p, *a))
+    score, write = TorchEngine.score, TorchEngine.generate
+    monkeypatch.setattr(TorchEngine, "score", lambda self, items: read.extend(items) or score(self, items))
+    monkeypatch.setattr(TorchEngine, "generate", lambda self, asked: written.extend(asked) or write(self, asked))
     texts = asked[asked.scoring == "letter"].assign(scoring="option_text", template="letter")
     plain = inference.predict(scorer, tokenizer, asked, 300, 4)
     first, read[:], first_written, written[:] = len(read), [], len(written), []
@@ -261,98 +263,18 @@ def test_what_could_not_be_read_back_is_not_asked(scorer, tokenizer, questions, 
         inference.predict(scorer, tokenizer, questions[questions.id == "q0"].assign(**changes), 300, 4)
 
 
-# --- generation ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def writer(make_llama):
-    """Untied and sharp: its greedy text varies, and no two tokens are nearly alike."""
-    return make_llama(layers=2, tie_word_embeddings=False, initializer_range=0.3)
-
-
-@pytest.fixture(scope="module")
-def workload():
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(3, VOCAB, (n,), generator=generator).tolist() for n in (5, 70, 3, 21, 9)]
-    return prompts, [4, 20, 9, 3, 12]
-
-
-@pytest.fixture(scope="module")
-def reference(writer, workload):
-    """Greedy by the definition: the whole sequence is read again for each token."""
-    said = []
-    for prompt, length in zip(*workload, strict=True):
-        text = list(prompt)
-        for _ in range(length):
-            with torch.no_grad():
-                text.append(writer(torch.tensor([text])).logits[0, -1].argmax().item())
-        said.append(text[len(prompt) :])
-    assert len(set(said[1])) > 5
-    return said
-
-
-@pytest.mark.parametrize("scheduler", inference.SCHEDULERS)
-def test_every_scheduler_is_greedy_token_by_token(writer, workload, reference, scheduler):
-    found = inference.SCHEDULERS[scheduler](writer, *workload, NEVER, PAD)
-    assert [g.token_ids for g in found] == reference
-    for generation in found:
-        assert len(generation.token_times_s) == len(generation.token_ids)
-        assert generation.token_times_s[0] > 0 and generation.token_times_s == sorted(generation.token_times_s)
-
-
-@pytest.mark.parametrize("scheduler", inference.SCHEDULERS)
-def test_the_end_token_stops_an_answer_and_belongs_to_it(writer, workload, reference, scheduler):
-    eos = reference[1][6]
-    expected = [said[: said.index(eos) + 1] if eos in said else said for said in reference]
-    assert len(expected[1]) < len(reference[1]) and expected[1][-1] == eos
-    found = inference.SCHEDULERS[scheduler](writer, *workload, eos, PAD)
-    assert [g.token_ids for g in found] == expected
-    assert [len(g.token_times_s) for g in found] == [len(said) for said in expected]
-
-
-@pytest.mark.parametrize("scheduler", inference.SCHEDULERS)
-def test_greedy_is_greedy_whatever_the_checkpoint_recommends(
-    make_llama, tokenizer, models_params, tmp_path, workload, reference, scheduler
-):
-    """Checkpoints bring a generation_config, e.g. sampling and a repetition penalty."""
-    model = make_llama(layers=2, tie_word_embeddings=False, initializer_range=0.3)
-    model.generation_config.update(
-        do_sample=True, temperature=5.0, repetition_penalty=1.8, eos_token_id=reference[1][6]
-    )
-    loaded = models.load_model(models.save_model(model, tokenizer, tmp_path / "model"), models_params)
-    found = inference.SCHEDULERS[scheduler](loaded, *workload, NEVER, PAD)
-    assert [g.token_ids for g in found] == reference
-
-
-# --- timing --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scheduler", inference.SCHEDULERS)
-def test_a_measurement_says_what_it_measured(writer, workload, scheduler):
-    found = inference.measure(scheduler, writer, *workload, PAD)
-    assert list(found) == [
-        "scheduler", "requests", "prompt_tokens", "output_tokens", "ttft_s", "latency_s_per_token", "duration_s",
-        "throughput_tokens_per_s",
-    ]  # fmt: skip
-    assert (found["scheduler"], found["requests"]) == (scheduler, 5)
-    assert (found["prompt_tokens"], found["output_tokens"]) == (108, 48)
-    assert 0 < found["ttft_s"] <= found["duration_s"]
-    assert 0 < found["latency_s_per_token"] < found["duration_s"]
-    assert found["throughput_tokens_per_s"] == pytest.approx(48 / found["duration_s"])
-
-
-def test_answers_of_another_length_are_not_timed(writer, workload, monkeypatch):
-    short = [inference.Generation([1, 2], [0.1, 0.2])] * 5
-    monkeypatch.setitem(inference.SCHEDULERS, "static", lambda *args: short)
-    with pytest.raises(RuntimeError, match="timings would not compare"):
-        inference.measure("static", writer, *workload, PAD)
-
-
-def test_the_first_token_of_a_single_request_is_timed_from_its_own_start(writer, monkeypatch):
-    """With a clock that ticks at each look: five requests one by one, each with the same wait."""
-    ticks = itertools.count()
-    monkeypatch.setattr(inference.time, "perf_counter", lambda: float(next(ticks)))
-    one = inference.measure("sequential", writer, [[5, 9, 17]], [4], PAD)
-    five = inference.measure("sequential", writer, [[5, 9, 17]] * 5, [4] * 5, PAD)
-    assert five["latency_s_per_token"] == one["latency_s_per_token"] == 1
-    assert five["ttft_s"] == one["ttft_s"]
+@pytest.mark.parametrize("name", ["letter", "abstain", "rationale"])
+def test_a_letter_is_encoded_once_and_in_its_forms(make_tokenizer, questions, name, monkeypatch):
+    """Without a lead the forms are all there is to encode; with one, the lead is read before the letter."""
+    tokenizer, calls = make_tokenizer(), []
+    encode = prompts.encode
+    monkeypatch.setattr(prompts, "encode", lambda *a: calls.append(a) or encode(*a))
+    question = questions.iloc[0].to_dict() | {"scoring": "letter", "template": name}
+    template, prompt, answers = inference._encode(tokenizer, question)
+    assert list(prompt) == encode(tokenizer, prompts.render(question, template))[0]
+    if template.lead:
+        texts = [tuple(tokenizer(template.lead + letter).input_ids) for letter in "ABCD"]
+        assert answers == [[ids] for ids in texts]
+    else:
+        assert answers == [[tuple(ids) for ids in letter_forms(tokenizer, letter)] for letter in "ABCD"]
+        assert len(calls) == 1

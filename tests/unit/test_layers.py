@@ -13,15 +13,17 @@ PACKAGE = ROOT / "medkit"
 LAYERS = [
     ["params"],
     ["outputs", "sources", "prompts", "duplicates", "figures", "plans", "statistics"],
-    ["parsing", "records", "datacard", "contamination", "calibration", "energy", "clauses"],
+    ["parsing", "records", "datacard", "contamination", "calibration", "energy", "clauses", "response_cache"],
     ["evaluation", "readers", "icd", "models", "batching", "ledger"],
     [
         *["claims", "safety", "report", "data", "problems", "embeddings"],
         *["training", "rowwise", "lora", "scoring", "edge_tokenizer", "peak"],
     ],
-    ["edge", "budget", "rounding", "studies"],
-    ["quantization", "inference", "robustness"],
-    ["sensitivity", "distillation", "paper", "card", "compare"],
+    ["edge", "budget", "rounding", "studies", "engines", "serving_text"],
+    ["quantization", "robustness", "running_batch", "edge_engine", "remote_engine", "workloads", "serving_schema"],
+    ["sensitivity", "distillation", "paper", "card", "compare", "torch_engine", "engine_choice", "serving_queue"],
+    ["inference", "serving_http", "variants"],
+    ["serving"],
     ["runner", "page"],
     ["__main__"],
 ]
@@ -29,6 +31,7 @@ BESIDE = {("figures", "outputs"): "a saved figure is an artifact, written atomic
 WITHOUT_TORCH = [
     *(name for layer in LAYERS[:3] for name in layer),
     *["evaluation", "readers", "icd", "claims", "safety", "report", "data", "problems", "paper", "card", "compare"],
+    *["engines", "edge_engine", "remote_engine", "serving_schema", "serving_queue", "serving_http"],
     *LAYERS[-2],
     *LAYERS[-1],
 ]  # the command line answers at once too

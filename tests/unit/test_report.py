@@ -74,7 +74,7 @@ BENCH = pd.DataFrame(
     columns=[
         "variant",
         "workload",
-        "scheduler",
+        "engine",
         "ttft_s",
         "latency_s_per_token",
         "throughput_tokens_per_s",

@@ -156,6 +156,51 @@ def test_engines_take_turns_and_the_warm_up_is_told_apart():
     assert {name: generations[0].token_ids for name, generations in said.items()} == {"a": [0, 1, 2], "b": [7, 8, 9]}
 
 
+def test_no_pass_repeats_the_questions_of_another(tokenizer, questions):
+    """An engine with a prefix cache would read them once; what is shared by all, template and shots, may be kept."""
+    choice = questions[questions.kind == "choice"]
+    asked = workloads.encode_prompts(tokenizer, choice, choice.tail(1).to_dict("records"))
+    engines = {"a": Scripted(), "b": Scripted()}
+    workloads.take_turns(engines, workloads.equal(asked, 2), repeats=3)
+    assert engines["a"].asked == engines["b"].asked and engines["a"].asked[0] == workloads.equal(asked, 2)
+    shared = next(i for i, column in enumerate(zip(*asked, strict=False)) if len(set(column)) > 1)
+    for number, first in enumerate(asked):
+        passes = [requests[number].prompt_ids for requests in engines["a"].asked]
+        assert len({ids[shared] for ids in map(tuple, passes)}) > 1
+        assert len({tuple(ids[: shared + 4]) for ids in passes}) == 4
+        for ids in passes:
+            assert sorted(ids) == sorted(first) and ids[:shared] == first[:shared]
+            assert tokenizer.decode(ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    "asked", [[[1, 2, 1], [1, 2, 3, 2, 1]], [[1], [1, 2]], [[1, 2, 3]], [[5], [6]], [[1, 2], [1, 2]]]
+)
+def test_other_words_are_as_many(asked):
+    engine = Scripted()
+    workloads.take_turns({"a": engine}, workloads.equal(asked, 2), repeats=5)
+    for requests in engine.asked:
+        assert [sorted(r.prompt_ids) for r in requests] == [sorted(ids) for ids in asked]
+
+
+def test_a_real_engine_gives_the_same_answers_in_every_schedule(make_llama, tokenizer, questions):
+    from medkit.torch_engine import TorchEngine
+
+    model = make_llama(layers=2)
+    schedules = ("sequential", "static", "continuous")
+    engines = {name: TorchEngine(model, 0, scheduler=name, batch_tokens=512) for name in schedules}
+    asked = workloads.skewed(workloads.encode_prompts(tokenizer, questions), 3, 9, seed=0)
+    try:
+        for requests in (asked, workloads.arriving(asked, rate_per_s=50, seed=0)):
+            table, said = workloads.take_turns(engines, requests, repeats=1)
+            assert table.engine.tolist() == list(schedules) and table.output_tokens.nunique() == 1
+            for name in schedules:
+                assert workloads.agreement(said["sequential"], said[name])["answers_equal"] == 1
+    finally:
+        for engine in engines.values():
+            engine.close()
+
+
 # --- looking ---------------------------------------------------------------------------------------------------------
 
 

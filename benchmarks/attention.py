@@ -1,0 +1,125 @@
+"""Where the attention backend matters: a prefill and one decode step over contexts, for every backend that runs here.
+
+`without` is the same model with attention taken out (each token's query is passed on as the result): what a backend
+takes beyond it is attention's own time, scores, softmax and mask included. Random tokens: time does not depend on them.
+The next step after a prefill reads its whole cache. All contenders in turns, in one process. Units: seconds.
+"""
+
+import argparse
+import importlib.util
+import os
+import time
+from pathlib import Path
+
+import pandas as pd
+import torch
+from record import RESULTS, Ratio, result_path, versions, write
+from torch import nn
+from transformers import AttentionInterface, DynamicCache
+
+from medkit import models
+from medkit.outputs import ROOT
+from medkit.params import load_params
+
+CONTEXTS = (512, 1024, 2048, 4096, 8192)
+WITHOUT = "without"
+STEPS = 4  # decode steps per pass; the median counts
+
+
+def pass_on(module: nn.Module, query: torch.Tensor, key, value, attention_mask, **kwargs) -> tuple[torch.Tensor, None]:
+    """In the place of attention (B, heads, S, D) → (B, S, heads, D), without looking at a key or a value."""
+    return query.transpose(1, 2).contiguous(), None
+
+
+def backends(model: nn.Module) -> list[str]:
+    found = ["eager", "sdpa"]
+    if model.device.type == "cuda" and model.dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
+        found.append("flash_attention_2")
+    return [*found, WITHOUT]
+
+
+@torch.inference_mode()
+def time_pass(model: nn.Module, ids: torch.Tensor) -> dict[str, float]:
+    """Seconds of the prefill of (1, S), and the median of STEPS steps after it."""
+    cache, times_s = DynamicCache(config=model.config), []
+    for tokens in (ids, *[ids[:, :1]] * STEPS):
+        wait(model)
+        began = time.perf_counter()
+        model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        wait(model)
+        times_s.append(time.perf_counter() - began)
+    return {"prefill_s": times_s[0], "decode_s": float(torch.tensor(times_s[1:]).median())}
+
+
+def wait(model: nn.Module) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+
+
+def time_contexts(model: nn.Module, contexts: list[int], repeats: int, longest_eager: int) -> pd.DataFrame:
+    """A row per context, repeat and backend. Eager holds all scores of a layer, so it stops at a length of its own."""
+    rows = []
+    for context in contexts:
+        ids = torch.randint(model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(context))
+        for repeat in range(-1, repeats):
+            for backend in backends(model):
+                if backend == "eager" and context > longest_eager:
+                    continue
+                model.set_attn_implementation(backend)
+                found = time_pass(model, (ids[:, :64] if repeat < 0 else ids).to(model.device))
+                if repeat >= 0:  # the first, short one warms up
+                    rows.append({"context": context, "repeat": repeat, "backend": backend, **found})
+        print(pd.DataFrame(rows).query("context == @context").to_string(), flush=True)
+    return pd.DataFrame(rows)
+
+
+def shares(table: pd.DataFrame) -> pd.DataFrame:
+    """Medians per context and backend, and the share of them that is attention's own."""
+    wide = table.groupby(["context", "backend"], sort=False)[["prefill_s", "decode_s"]].median()
+    without = wide.xs(WITHOUT, level="backend")
+    attention = 1 - without.reindex(wide.index, level="context") / wide
+    return wide.join(attention.clip(lower=0).add_suffix("_share")).reset_index()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
+    parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
+    parser.add_argument("--max-context", type=int, default=CONTEXTS[-1])
+    parser.add_argument("--longest-eager", type=int, default=CONTEXTS[-1], help="eager holds S² scores per head")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    AttentionInterface.register(WITHOUT, pass_on)
+    load = os.getloadavg()
+    model = models.load_model(args.run / "03_lora" / "merged", load_params(args.params).models)
+    contexts = [c for c in CONTEXTS if c <= min(args.max_context, model.config.max_position_embeddings)]
+    table = time_contexts(model, contexts, args.repeats, args.longest_eager)
+    found = shares(table)
+    print(found.to_string(float_format="{:.4f}".format))
+    ratios = {}
+    by = found.set_index(["context", "backend"])
+    for context in contexts:
+        for phase in ("prefill", "decode"):
+            share = by[f"{phase}_s_share"][context, "sdpa"]
+            ratios[f"{phase}/{context}/sdpa_share_of_time"] = Ratio(share, None, "lower", args.repeats)
+            for backend in by.index.get_level_values("backend").unique().difference(["sdpa", WITHOUT]):
+                if (context, backend) in by.index:
+                    ratio = by[f"{phase}_s"][context, backend] / by[f"{phase}_s"][context, "sdpa"]
+                    ratios[f"{phase}/{context}/{backend}_over_sdpa"] = Ratio(ratio, None, "lower", args.repeats)
+    setup = {
+        "model": "03_lora/merged of a tiny run", "dtype": str(model.dtype), "batch": 1, "threads": args.threads,
+        "decode": f"median of {STEPS} steps after the prefill", "without": "attention replaced by its query",
+        "statistic": "median over repeats, backends in turns", "load_before": load, "load_after": os.getloadavg(),
+        "versions": versions("torch", "transformers", "flash-attn"),
+    }  # fmt: skip
+    raw = {"passes": table.to_dict("records"), "medians": found.to_dict("records")}
+    write("attention", setup, ratios, raw, args.output)
+    print(result_path("attention", args.output).read_text().partition('"raw"')[0])
+
+
+if __name__ == "__main__":
+    main()

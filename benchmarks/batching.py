@@ -1,0 +1,196 @@
+"""Who waits for whom: requests one by one, in padded batches, and joining and leaving a running batch, on one student.
+
+Prompts are validation and test questions of a finished run. `skewed`: log-normal lengths of answers, all requests there
+at once. `poisson`: the same kind of requests, arriving. `shared_prefix`: solved training questions before every
+question, with and without sharing what is read of them. transformers runs float32; OpenVINO reads the same weights as
+F16 (and computes in float32) and the run's 4-bit edge file. All contenders in turns, in one process, after a warm-up of
+two requests; the words of the questions stand in another order in every pass. Units: seconds, tokens/s.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from record import RESULTS, Ratio, result_path, versions, write
+
+from medkit import data, edge, models, workloads
+from medkit.edge_engine import OpenVinoEngine
+from medkit.engines import Engine, EngineError, Generation, Request
+from medkit.outputs import ROOT
+from medkit.params import load_params
+from medkit.torch_engine import TorchEngine
+
+OVER_STATIC, OVER_SEQUENTIAL = 2.0, 4.0  # goals: throughput at skewed requests
+BATCH = 8  # rows of a static batch that is smaller than the workload
+BATCH_TOKENS = 4096  # four times as many in the cache at once: room for every request of the parts
+SHOTS = 8  # solved questions in the shared prefix
+
+
+class InBatches:
+    """An engine that is handed requests which are all there at once, `size` at a time.
+
+    In the order they come in, as whoever does not know how long an answer will be must; or, with `known`, by length.
+    """
+
+    def __init__(self, engine: Engine, size: int, known: bool = False):
+        self.engine, self.size, self.known, self.name = engine, size, known, f"{engine.name} by {size}"
+
+    def generate(self, requests: Sequence[Request]) -> list[Generation]:
+        began = time.perf_counter()
+        found: dict[int, Generation] = {}
+        order = sorted(range(len(requests)), key=lambda i: requests[i].max_new_tokens * self.known)
+        for start in range(0, len(requests), self.size):
+            batch = order[start : start + self.size]
+            waited = time.perf_counter() - began
+            for i, said in zip(batch, self.engine.generate([requests[i] for i in batch]), strict=True):
+                found[i] = Generation(said.token_ids, [waited + t for t in said.token_times_s])
+        return [found[i] for i in range(len(requests))]
+
+
+def read_run(run: Path, number: int) -> tuple[pd.DataFrame, list[dict]]:
+    """`number` questions that no training saw, and SHOTS solved training questions."""
+    questions = pd.read_parquet(run / "01_data" / "questions.parquet")
+    unseen = questions[questions.split.isin(["valid", "test"])].sample(number, random_state=0)
+    shots = data.training_rows(questions, "train").sample(SHOTS, random_state=0)
+    return unseen, shots.to_dict("records")
+
+
+def torch_engine(model, pad: int, scheduler: str, **settings) -> TorchEngine:
+    return TorchEngine(model, pad, scheduler=scheduler, batch_tokens=BATCH_TOKENS, **settings)
+
+
+def openvino_engines(files: dict[str, tuple[Path, bool]], threads: int, **settings) -> dict[str, Engine]:
+    """Those of the files (path, computed exactly) that OpenVINO can open here; the others' reason is printed."""
+    found = {}
+    for name, (path, exact) in files.items():
+        try:
+            found[name] = OpenVinoEngine(path, threads, exact=exact, **settings)
+        except EngineError as error:
+            print(f"{name}: {error}", flush=True)
+    return found
+
+
+def time_part(
+    engines: dict[str, Engine], requests: Sequence[Request], repeats: int, reference: str | None = None
+) -> tuple[pd.DataFrame, dict]:
+    """A row per engine and repeat, and each engine's agreement with the reference's answers (None: with the first)."""
+    load = os.getloadavg()[0]
+    table, answers = workloads.take_turns(engines, requests, repeats, warm_up=2)
+    agreed = {
+        name: workloads.agreement(answers[reference or next(iter(engines))], said) for name, said in answers.items()
+    }
+    columns = ["ttft_s", "ttft_p95_s", "latency_s_per_token", "latency_p95_s_per_token", "throughput_tokens_per_s"]
+    shown = table.groupby("engine", sort=False)[columns].median().join(pd.DataFrame(agreed).T)
+    print(shown.to_string(float_format="{:.3f}".format), f"\nload {load:.1f} → {os.getloadavg()[0]:.1f}", flush=True)
+    return table.assign(load_before=load), agreed
+
+
+def throughput_ratios(table: pd.DataFrame, repeats: int) -> dict[str, Ratio]:
+    """Each continuous engine's median throughput over that of everyone else; the goals are those of the fastest."""
+    median = table.groupby("engine", sort=False).throughput_tokens_per_s.median()
+    continuous = [name for name in median.index if name == "continuous" or name.startswith("openvino")]
+    batches = ["static all", f"static by {BATCH}"]
+    ratios = {}
+    for name in continuous:
+        goals = (OVER_STATIC, OVER_SEQUENTIAL) if name == median.idxmax() else (None, None)
+        best = median[batches].max()  # of the ways that do not know lengths in advance
+        ratios[f"skewed/{name}/throughput_over_static"] = Ratio(median[name] / best, goals[0], "higher", repeats)
+        over = median[name] / median["sequential"]
+        ratios[f"skewed/{name}/throughput_over_sequential"] = Ratio(over, goals[1], "higher", repeats)
+        known = median[name] / median["static sorted"]
+        ratios[f"skewed/{name}/throughput_over_static_sorted"] = Ratio(known, None, "higher", repeats)
+    return ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
+    parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--median", type=int, default=16, help="tokens of the middle answer")
+    parser.add_argument("--longest", type=int, default=128, help="tokens of the longest answer")
+    parser.add_argument("--rate", type=float, default=1.5, help="requests per second of the Poisson part")
+    parser.add_argument("--repeats", type=int, default=3, help="timed passes per contender, after a warm-up")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--parts", nargs="+", default=["skewed", "poisson", "shared_prefix"])
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    params, folder = load_params(args.params), args.run / "03_lora" / "merged"
+    tokenizer, model = models.load_tokenizer(folder), models.load_model(folder, params.models)
+    pad, half = tokenizer.pad_token_id, args.requests // 2
+    unseen, shots = read_run(args.run, args.requests)
+    asked = workloads.encode_prompts(tokenizer, unseen)
+    helped = workloads.encode_prompts(tokenizer, unseen.head(half), shots)
+    skewed = workloads.skewed(asked, args.median, args.longest, seed=0)
+    parts = {
+        "skewed": skewed,
+        "poisson": workloads.arriving(skewed[:half], args.rate, seed=0),
+        "shared_prefix": workloads.equal(helped, args.median),
+    }
+    found, ratios = {}, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        f16 = edge.export_gguf(model, tokenizer, Path(scratch) / "student.gguf", "F16")
+        files = {
+            "openvino F16": (f16, True),
+            "openvino Q4_0": (args.run / "04_quantization" / "edge" / "student.gguf", False),
+        }
+        plain = {s: torch_engine(model, pad, s) for s in ("sequential", "static", "continuous")}
+        edges = openvino_engines(files, args.threads)
+        unshared = {
+            "continuous, not shared": torch_engine(model, pad, "continuous", prefix_sharing=False),
+            **openvino_engines({f"{n}, not shared": f for n, f in files.items()}, args.threads, prefix_caching=False),
+        }
+        batches = {
+            "static all": InBatches(plain["static"], args.requests),
+            f"static by {BATCH}": InBatches(plain["static"], BATCH),
+            "static sorted": InBatches(plain["static"], BATCH, known=True),
+        }
+        contenders = {
+            "skewed": {"sequential": plain["sequential"], **batches, "continuous": plain["continuous"], **edges},
+            "poisson": {"static": plain["static"], "continuous": plain["continuous"], **edges},
+            "shared_prefix": {"continuous": plain["continuous"], **edges, **unshared},
+        }
+        for part in args.parts:
+            print(part, flush=True)
+            found[part] = time_part(contenders[part], parts[part], args.repeats)
+        for engine in (*plain.values(), *edges.values(), *unshared.values()):
+            engine.close()
+    if "skewed" in found:
+        ratios |= throughput_ratios(found["skewed"][0], args.repeats)
+    if "poisson" in found:
+        waits = found["poisson"][0].groupby("engine").ttft_p95_s.median()
+        for name in waits.index.drop("static"):
+            ratio = Ratio(waits[name] / waits["static"], None, "lower", args.repeats)
+            ratios[f"poisson/{name}/ttft_p95_over_static"] = ratio
+    if "shared_prefix" in found:
+        taken = found["shared_prefix"][0].groupby("engine").duration_s.median()
+        for name in (n for n in taken.index if f"{n}, not shared" in taken.index):
+            ratio = Ratio(taken[f"{name}, not shared"] / taken[name], None, "higher", args.repeats)
+            ratios[f"shared_prefix/{name}/duration_without_over_with"] = ratio
+    setup = {
+        "student": "03_lora/merged of a tiny run, float32; OpenVINO: the same weights in F16, and the run's edge file",
+        "threads": args.threads,
+        "decoding": "greedy, no end token: exactly as many tokens as asked",
+        "answers": {name: [r.max_new_tokens for r in requests] for name, requests in parts.items()},
+        "prompts": {name: [len(r.prompt_ids) for r in requests] for name, requests in parts.items()},
+        "skew": f"log-normal quantiles, median {args.median}, longest {args.longest}",
+        "poisson_rate_per_s": args.rate,
+        "static": f"padded batches of {BATCH} or all at once, in the order of arrival",
+        "static sorted": f"of {BATCH}, by lengths that nobody knows in advance",
+        "statistic": "median over repeats",
+        "versions": versions("torch", "transformers", "openvino", "openvino-genai"),
+    }  # fmt: skip
+    raw = {part: {"passes": t.to_dict("records"), "agreement": agreed} for part, (t, agreed) in found.items()}
+    write("batching", setup, ratios, raw, args.output)
+    print(result_path("batching", args.output).read_text().partition('"raw"')[0])
+
+
+if __name__ == "__main__":
+    main()

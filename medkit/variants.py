@@ -1,0 +1,57 @@
+"""The models of a run by name, as notebook 04 lists them: loaded, or put into the engine that suits them.
+
+What a variant is and how it came about is for the notebooks that make it; how fast an engine is, for `workloads`.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import pandas as pd
+from torch import nn
+from transformers import AutoConfig
+
+from medkit import models, quantization
+from medkit.edge_engine import OpenVinoEngine, import_openvino
+from medkit.engines import Engine, EngineError
+from medkit.outputs import Stage, StageError, run_dir
+from medkit.params import Params
+from medkit.torch_engine import TorchEngine
+
+SERVED_STEP_TOKENS = 64  # one step of the edge engine holds up the whole process: short ones keep a server awake
+
+log = logging.getLogger(__name__)
+
+
+def place_of(run: str, variant: str) -> str:
+    """Where a variant lies in its run's folder; empty for the teacher as it came. Raises StageError."""
+    listed = Stage(run, "05_inference").require("04_quantization", "variants.parquet")
+    places = pd.read_parquet(listed).set_index("variant").place
+    if variant not in places:
+        raise StageError(f"run {run!r} has no model {variant!r}; it has {', '.join(places.index)}")
+    return places[variant]
+
+
+def load_variant(run: str, place: str, params: Params) -> nn.Module:
+    """The model at a place, saved whole, by a plan or as a GGUF file; the teacher as it came where it is empty."""
+    if not place:
+        teacher = params.models.teacher
+        return models.load_model(models.local_folder(teacher), params.models, keep=teacher.keep_layers)
+    folder = run_dir(run) / place
+    load = quantization.load_quantized if (folder / quantization.PLAN).is_file() else models.load_model
+    return load(folder, params.models)
+
+
+def load_engine(run: str, variant: str, params: Params) -> tuple[Engine, object, int]:
+    """Engine, tokenizer and context length (tokens) that serve a variant; the edge file by OpenVINO where it is."""
+    place = place_of(run, variant)
+    folder = Stage(run, "05_inference").require("03_lora", "merged")
+    tokenizer, context = models.load_tokenizer(folder), AutoConfig.from_pretrained(folder).max_position_embeddings
+    if place.endswith(".gguf"):
+        try:
+            import_openvino()
+            return OpenVinoEngine(run_dir(run) / place, batch_tokens=SERVED_STEP_TOKENS), tokenizer, context
+        except EngineError as error:
+            log.warning("transformers reads %s, more slowly: %s", place, error)
+    model = load_variant(run, place, params)
+    return TorchEngine(model, tokenizer.pad_token_id, batch_tokens=params.inference.batch_tokens), tokenizer, context
