@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
-import pandas as pd
 
 from medkit.edge_tokenizer import ExportError, write_tokenizer
 from medkit.outputs import DISCLAIMER, atomic_path
 from medkit.sources import sha256_of
 
-if TYPE_CHECKING:
-    from torch import nn  # the engines that only check a file need no torch
+if TYPE_CHECKING:  # an engine that only checks a file needs neither, and they are larger than a small model
+    import pandas as pd
+    from torch import nn
 
 WEIGHT_TYPES = ("F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # OpenVINO GenAI reads all but the two of 5 bits
 BIASED = {"llama": (), "qwen2": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
@@ -157,6 +157,8 @@ def _write_manifest(path: Path, weight_type: str, config) -> None:
         "sha256": sha256_of(path),
         "architecture": config.model_type,
         "weight_type": weight_type,
+        "context_length": config.max_position_embeddings,
+        "vocab_size": config.vocab_size,
         "source": Path(config.name_or_path).name or None,
         "disclaimer": DISCLAIMER,
     }
@@ -194,6 +196,8 @@ def check_manifest(path: Path) -> dict:
 
 def measure_bytes(path: Path) -> pd.DataFrame:
     """One row per component of a GGUF file: weights, bytes as stored, and the bytes the same weights take in bf16."""
+    import pandas as pd
+
     rows = []
     for tensor in gguf.GGUFReader(path).tensors:
         name = tensor.name

@@ -453,6 +453,8 @@ def test_the_manifest_tells_what_the_file_is(make_llama, make_qwen2, tokenizer, 
         "bytes": path.stat().st_size,
         "architecture": "llama",
         "weight_type": "Q4_0",
+        "context_length": model.config.max_position_embeddings,
+        "vocab_size": model.config.vocab_size,
         "source": "merged",
         "disclaimer": DISCLAIMER,
     }
