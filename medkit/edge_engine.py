@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from math import ceil
 from pathlib import Path
 from queue import SimpleQueue
 from types import ModuleType
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from medkit.scoring import Item  # its module loads torch, which takes more memory than a small edge file
 
 FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+PAGE_TOKENS = 32  # of OpenVINO's paged cache on a CPU
 NO_END = 2**31 - 1  # an end token no model emits, so that the file's own is not put in its place
 
 
@@ -92,7 +94,8 @@ class OpenVinoEngine:
     `exact` computes in float32 and answers as transformers does from the same file; without it activations and the
     KV cache are rounded as OpenVINO sees fit. `threads` None leaves their number to OpenVINO. `prefix_caching` keeps
     what prompts begin with for later requests. At most `batch_tokens` tokens go into one step, so a long prompt holds
-    up running answers for no longer than that. The KV cache grows with use and is not given back before `close`.
+    up running answers for no longer than that. The KV cache grows with use and is not given back before `close`, unless
+    `cache_tokens` bounds it: then all of it is taken at once, and what was kept of old prompts gives way.
 
     Raises EngineError if openvino_genai is not installed, or if the file is not the one that its manifest describes.
     """
@@ -104,11 +107,12 @@ class OpenVinoEngine:
         exact: bool = True,
         prefix_caching: bool = True,
         batch_tokens: int = 256,
+        cache_tokens: int | None = None,
     ):
         self.name = "openvino"
         self._manifest = _check_file(path)
         self._openvino, self._genai = import_openvino()
-        self._path, self._batch_tokens = path, batch_tokens
+        self._path, self._batch_tokens, self._cache_tokens = path, batch_tokens, cache_tokens
         self._properties = (FLOAT32 if exact else {}) | ({} if threads is None else {"INFERENCE_NUM_THREADS": threads})
         self._pipeline = self._open(prefix_caching)
         self._wake = threading.Condition()
@@ -121,6 +125,8 @@ class OpenVinoEngine:
         scheduling = self._genai.SchedulerConfig()
         scheduling.enable_prefix_caching = prefix_caching
         scheduling.max_num_batched_tokens = self._batch_tokens
+        if self._cache_tokens is not None:
+            scheduling.num_kv_blocks = ceil(self._cache_tokens / PAGE_TOKENS)
         try:
             return self._genai.ContinuousBatchingPipeline(self._path, scheduling, "CPU", self._properties)
         except RuntimeError as error:

@@ -50,7 +50,8 @@ def load_engine(run: str, variant: str, params: Params) -> tuple[Engine, object,
     if place.endswith(".gguf"):
         try:
             import_openvino()
-            return OpenVinoEngine(run_dir(run) / place, batch_tokens=SERVED_STEP_TOKENS), tokenizer, context
+            edge = OpenVinoEngine(run_dir(run) / place, batch_tokens=SERVED_STEP_TOKENS, cache_tokens=context)
+            return edge, tokenizer, context
         except EngineError as error:
             log.warning("transformers reads %s, more slowly: %s", place, error)
     model = load_variant(run, place, params)
