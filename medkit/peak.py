@@ -109,8 +109,8 @@ def measure_peak(load: Callable[[], nn.Module], batch: int, context: int, device
     _peaks(toy, batch, 8, device)
     del toy
     gc.collect()
-    _reset_peak(device)
-    libraries = _peak(device)
+    reset_peak(device)
+    libraries = read_peak(device)
     model = load()
     _peaks(model, batch, 8, device)
     prefill, decode = _peaks(model, batch, context, device)
@@ -121,20 +121,22 @@ def _peaks(model: nn.Module, batch: int, context: int, device: torch.device) -> 
     ids = torch.ones(batch, context, dtype=torch.long, device=device)
     cache, peaks = DynamicCache(config=model.config), []
     for tokens in (ids, ids[:, :1]):
-        _reset_peak(device)
+        reset_peak(device)
         model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        peaks.append(_peak(device))
+        peaks.append(read_peak(device))
     return peaks
 
 
-def _reset_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
+    """Begin a new peak. On the CPU raises OSError where /proc is absent or not ours to write to."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak(device: torch.device) -> int:
+def read_peak(device: torch.device) -> int:
+    """Bytes at the peak since `reset_peak`: what CUDA's allocator gave out, or this process's resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text()

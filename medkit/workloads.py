@@ -73,11 +73,11 @@ def measure(engine: Engine, requests: Sequence[Request], alone: bool = False) ->
     """
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
     try:
-        peak._reset_peak(device)
+        peak.reset_peak(device)
     except OSError:  # no /proc, or not ours to write to
         device = None
     asked, generations, duration_s = _run(engine, requests, alone)
-    peak_bytes = peak._peak(device) if device else math.nan
+    peak_bytes = peak.read_peak(device) if device else math.nan
     return {**summarise(engine.name, asked, generations, duration_s), "peak_memory_bytes": peak_bytes}
 
 
