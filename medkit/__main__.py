@@ -227,6 +227,7 @@ def serve(
 OPTIONAL = {
     "flash_attn": "FlashAttention-2 kernels (extra gpu); SDPA is used without",
     "openvino_genai": "runs the edge file on a CPU (extra edge)",
+    "llama_cpp": "runs the edge file on a CPU, faster (extra llama)",
     "starlette": "`medkit serve` (extra serve)",
     "nbval": "notebook tests (extra dev)",
 }

@@ -288,7 +288,7 @@ class LlamaCppEngine:
         try:
             from llama_cpp import Llama
         except ImportError as error:
-            raise EngineError(f"llama_cpp cannot be imported ({error}): pip install llama-cpp-python") from error
+            raise EngineError(f"llama_cpp cannot be imported ({error}): pip install -e '.[llama]'") from error
         settings = {"n_ctx": context, "n_threads": threads, "n_threads_batch": threads, "verbose": False}
         try:
             self._model = Llama(str(path), **settings)

@@ -1,0 +1,90 @@
+"""Does the choice of the plan show in answers? Our plan against random plans of its size and uniform plans.
+
+A finished run's student and its headline questions, asked for the options' texts. All plans are rounded as `--rounding`
+says, on the same training rows; weights are simulated, in the run's dtype. Every comparison is paired, question by
+question. Units: fractions.
+"""
+
+import argparse
+import json
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import pandas as pd
+from record import RESULTS, Ratio, result_path, versions, write
+
+from medkit import batching, calibration, data, evaluation, inference, models, plans, quantization, sensitivity
+from medkit.outputs import ROOT
+from medkit.params import load_params
+from medkit.statistics import paired_difference
+
+PLAN = "plan"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
+    parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
+    parser.add_argument("--random", type=int, default=3, help="random plans")
+    parser.add_argument("--rounding", choices=["calibrated", "nearest"], default="calibrated")
+    parser.add_argument("--limit", type=int, help="headline questions; default all that the run asked")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+
+    params, before = load_params(args.params), os.getloadavg()
+    section, judging, folder = params.quantization, params.evaluation, args.run / "03_lora" / "merged"
+    model, tokenizer = models.load_model(folder, params.models), models.load_tokenizer(folder)
+    questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
+    source = judging.headline_source
+    wanted = {"option_text": {source: params.inference.questions["option_text"][source]}}
+    asked = inference.choose_questions(questions, wanted, params.seed).head(args.limit or len(questions))
+    train = data.training_rows(questions, "train").sample(frac=1, random_state=params.seed)
+    rows = batching.encode_questions(tokenizer, train.head(section.calibration_examples))
+
+    damage = pd.read_parquet(args.run / "04_quantization" / "sensitivity.parquet")
+    chosen = plans.Plan.model_validate_json((args.run / "04_quantization" / "plan" / quantization.PLAN).read_text())
+    sizes = damage.set_index(["module", "scheme"]).bytes
+    budget = int(sizes.loc[list(chosen.schemes.items())].sum())
+    shapes = quantization.weight_shapes(model)
+    uniform = [plans.nf4_plan(shapes), plans.nf4_plan(shapes, "nf4")]
+    contenders = [chosen, *(plans.random_plan(damage, budget, seed) for seed in range(args.random)), *uniform]
+    size = {p.name: int(sizes.loc[list(p.schemes.items())].sum()) for p in contenders}
+    tables = []
+    for plan in (None, *contenders):
+        fitted = rows if args.rounding == "calibrated" else ()
+        with sensitivity.rounded(model, plan.schemes, section.double_quant, fitted) if plan else nullcontext():
+            found = inference.predict(model, tokenizer, asked, params.inference.batch_tokens, 1)
+        tables.append(found.assign(variant=plan.name if plan else "student"))
+        print(tables[-1].variant[0], f"load {os.getloadavg()[0]:.1f}", flush=True)
+    judged = evaluation.judge(pd.concat(tables, ignore_index=True), questions)
+    judged = judged[judged.scoring == judging.headline_scoring]
+    errors = calibration.measure_calibration(judged, judging.confidence)
+    errors = errors[errors.metric == "ece"].set_index("variant")
+    right = judged.pivot(index="id", columns="variant", values="correct")
+    groups = judged.drop_duplicates("id").set_index("id").group.reindex(right.index)
+    compared = {
+        name: paired_difference(right[PLAN], right[name], judging.confidence, judging.power, groups)
+        for name in right.columns
+        if name != PLAN
+    }
+    raw = {
+        "loadavg_before": before, "loadavg_after": os.getloadavg(), "bytes": size,
+        "accuracy": right.mean().to_dict(), "plan_minus_other": compared,
+        "ece": {name: dict(errors.loc[name, ["value", "ci_low", "ci_high", "n"]]) for name in errors.index},
+    }  # fmt: skip
+    ratios = {
+        f"plan_minus_{name}/accuracy": Ratio(found["difference"], None, "higher", len(right))
+        for name, found in compared.items()
+    }
+    setup = {
+        "student": "03_lora/merged of a tiny run", "questions": len(right), "source": source,
+        "scoring": judging.headline_scoring, "rounding": args.rounding, "calibration_rows": len(rows),
+        "repeats": "questions, paired", "versions": versions("torch", "transformers", "bitsandbytes"),
+    }  # fmt: skip
+    write("plans_accuracy", setup, ratios, json.loads(json.dumps(raw, default=float)), args.output)
+    print(result_path("plans_accuracy", args.output).read_text())
+
+
+if __name__ == "__main__":
+    main()
