@@ -94,17 +94,18 @@ def cost_table(claims: pd.DataFrame) -> str:
     for variant in (v for v in VARIANTS if v in set(claims[claims.claim.isin(wanted)].variant)):
         mine = claims[claims.variant == variant].drop_duplicates("claim").set_index("claim")
         cells = [f"{mine.loc[c].value * scale:,.4g}" if c in mine.index else "–" for c, (_, scale) in wanted.items()]
-        timed_by = mine.loc["latency_s_per_token"].metric if "latency_s_per_token" in mine.index else "–"
-        rows.append([LABELS[variant], *cells, timed_by])
-    table = markdown(["variant", *(name for name, _ in wanted.values()), "engine"], rows)
+        rows.append([LABELS[variant], *cells])
+    table = markdown(["variant", *(name for name, _ in wanted.values())], rows)
     timed = claims[claims.claim == "latency_s_per_token"]
     if timed.empty:
         return table
     first = timed.iloc[0]
+    others = timed[timed.metric != first.metric]
+    engines = "".join(f", {LABELS[c.variant]} by {c.metric}" for c in others.itertuples())
     return (
         f"{table}\n\nTimed on {first.requests:.0f} requests, one at a time, with {first.prompt_tokens:.0f} prompt "
         f"tokens and {first.output_tokens:.0f} new tokens in all, after a discarded warm-up; medians of {first.n:.0f} "
-        f"repeats."
+        f"repeats{f', by {first.metric}' if engines else ''}{engines}."
     )
 
 

@@ -40,7 +40,6 @@ COLUMNS = {
         ("weights, MB", "memory_bytes/weights", 1e-6),
         ("first token, ms", "ttft_s", 1e3),
         ("per further token, ms", "latency_s_per_token", 1e3),
-        ("engine", "latency_s_per_token", "metric"),
     ],
     "Energy and price": [
         ("Wh per 1,000 answers", "energy_wh_per_1000_answers", SHORT),
@@ -182,8 +181,6 @@ def by_variant_complaints(title: str, header: list[str], rows: list[list[str]], 
 def write(claim: dict | None, style) -> str:
     if claim is None:
         return "–"
-    if style == "metric":
-        return claim["metric"]
     if not isinstance(style, str):
         return f"{claim['value'] * style:,.4g}"
     ends = [claim["ci_low"], claim["ci_high"]]

@@ -216,6 +216,16 @@ def test_cost_table_has_units_and_dashes(rows, tmp_path):
     assert nf4["first token, ms"] == "–"
 
 
+def test_an_engine_that_differs_is_named(rows, tmp_path):
+    def told(engines):
+        timed = [r | {"metric": engines.get(r["variant"], r["metric"])} for r in rows]
+        return report.cost_table(report.load_results(report.write_results(tmp_path, timed, FACTS))[0])
+
+    assert " by " not in told({"lora": "transformers", "nf4": "transformers"}).splitlines()[-1]
+    mixed = told({"lora": "transformers", "nf4": "openvino"}).splitlines()[-1]
+    assert mixed.endswith(f"repeats, by transformers, {figures.LABELS['nf4']} by openvino.")
+
+
 def test_tables_show_no_hole_of_pandas(results):
     table, facts = report.load_results(results)
     source, scoring = facts["headline_source"], facts["headline_scoring"]
