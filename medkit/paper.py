@@ -1,10 +1,10 @@
 """What arXiv 2505.00025 says in numbers, what was measured here, and whether the two agree.
 
-The paper's numbers are data, below; ours come from a run's claims and from `benchmarks/results/shape7b*.json`; what can
-be known without measuring is computed from the models' shapes or from the paper's own table. Nothing is measured here,
-and no verdict is typed. "reproduced": ours, or an end of its interval, reaches the paper's number as printed. "beaten":
-the whole interval is beyond it by more than `TOLERANCE` of it. "cannot hold": arithmetic contradicts it. A number that
-is a starting point and no achievement is reproduced when ours is within `TOLERANCE` of it.
+The paper's numbers are in `paper_numbers`; ours come from a run's claims and from `benchmarks/results/shape7b*.json`;
+what can be known without measuring is computed from the models' shapes or from the paper's own table. Nothing is
+measured here, and no verdict is typed. "reproduced": ours, or an end of its interval, reaches the paper's number as
+printed. "beaten": the whole interval is beyond it by more than `TOLERANCE` of it. "cannot hold": arithmetic contradicts
+it. A number that is a starting point and no achievement is reproduced when ours is within `TOLERANCE` of it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 
 from medkit.figures import LABELS, VARIANTS
+from medkit.paper_numbers import CLAIM, PAPER_CLAIMS, PaperClaim, change_per_token, tokens_per_problem
 from medkit.report import markdown
 from medkit.statistics import median_interval
 
@@ -35,41 +35,6 @@ CONTENDERS = {
     "int4_lean_graph": "own 4-bit kernel in a CUDA graph, embeddings in 4 bits, head in 8",
 }
 """Of `benchmarks/shape7b.py`: what each one is."""
-
-
-@dataclass(frozen=True)
-class PaperClaim:
-    """A statement of the paper; `value` is None where it claims without a number, `digits` are its printed decimals.
-
-    unit: share is a change relative to the 16-bit 7B model; GB is as printed. reach: on which side of it success lies.
-    """
-
-    id: str
-    where: str
-    what: str
-    value: float | None
-    unit: Literal["share", "GB", "s", "tokens/s", "accuracy"]
-    digits: int
-    reach: Literal["lower", "higher", "near"]
-
-
-PAPER_CLAIMS = [
-    PaperClaim("memory_change", "abstract", "memory, 4-bit against 16-bit", -0.647, "share", 3, "lower"),
-    PaperClaim("latency_change", "abstract", "inference latency, 4-bit against 16-bit", -0.124, "share", 3, "lower"),
-    PaperClaim("usmle", "abstract", "accuracy on USMLE examinations", 0.921, "accuracy", 3, "higher"),
-    PaperClaim("accuracy_kept", "abstract, v1", "professional accuracy is maintained", None, "accuracy", 0, "higher"),
-    PaperClaim("teacher_memory", "results table", "memory of the 70B model, FP16", 78.6, "GB", 1, "near"),
-    PaperClaim("teacher_latency", "results table", "seconds per problem, 70B", 2.06, "s", 2, "near"),
-    PaperClaim("teacher_rate", "results table", "tokens per second, 70B", 25.13, "tokens/s", 2, "near"),
-    PaperClaim("student_memory", "results table", "memory of the 7B model, FP16", 14.9, "GB", 1, "near"),
-    PaperClaim("student_latency", "results table", "seconds per problem, 7B FP16", 1.45, "s", 2, "near"),
-    PaperClaim("student_rate", "results table", "tokens per second, 7B FP16", 28.13, "tokens/s", 2, "near"),
-    PaperClaim("method_memory", "results table", "memory of the 7B model, 4-bit", 5.25, "GB", 2, "lower"),
-    PaperClaim("method_latency", "results table", "seconds per problem, 7B 4-bit", 1.27, "s", 2, "lower"),
-    PaperClaim("method_rate", "results table", "tokens per second, 7B 4-bit", 24.96, "tokens/s", 2, "higher"),
-]
-"""Abstracts of v1 and v2, and the results table of v2. The v2 table has accuracies for no untuned or unquantised 7B."""
-CLAIM = {claim.id: claim for claim in PAPER_CLAIMS}
 
 
 @dataclass(frozen=True)
@@ -107,16 +72,6 @@ def weight_bytes(model: str, recipe: str = "bf16", double_quant: bool = True) ->
     shapes = ledger.model_shapes(budget.read_config(model))
     schemes = budget.recipes(shapes)[recipe]
     return int(ledger.plan_bytes(shapes, schemes, BF16_BYTES, double_quant).bytes.sum())
-
-
-def tokens_per_problem(stage: Literal["teacher", "student", "method"]) -> float:
-    """Length of the paper's answers, from its own columns: seconds per problem times tokens per second."""
-    return CLAIM[f"{stage}_latency"].value * CLAIM[f"{stage}_rate"].value
-
-
-def change_per_token() -> float:
-    """Change of the paper's time per token from FP16 to 4 bits, from its own tokens per second; above 0 is slower."""
-    return CLAIM["student_rate"].value / CLAIM["method_rate"].value - 1
 
 
 def quotient(ours: tuple[float, float, float], theirs: tuple[float, float, float]) -> tuple[float, float, float]:

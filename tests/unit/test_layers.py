@@ -12,7 +12,7 @@ from medkit.outputs import ROOT
 PACKAGE = ROOT / "medkit"
 LAYERS = [
     ["params"],
-    ["outputs", "sources", "prompts", "duplicates", "figures", "plans", "statistics"],
+    ["outputs", "sources", "prompts", "duplicates", "figures", "plans", "statistics", "paper_numbers"],
     ["parsing", "records", "datacard", "contamination", "calibration", "energy", "clauses", "response_cache"],
     ["evaluation", "readers", "icd", "models", "batching", "ledger"],
     [

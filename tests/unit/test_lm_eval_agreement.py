@@ -30,7 +30,7 @@ def found(benchmark):
     settings = params.models.model_copy(update={"device": "cpu"})
     model = models.load_model(folder, settings, params.models.teacher.keep_layers)
     questions = {name: table.head(ITEMS) for name, table in benchmark.read_questions().items()}
-    return benchmark.compare(model, models.load_tokenizer(folder), questions, rounds=1)
+    return benchmark.compare(model, models.load_tokenizer(folder), questions, rounds=1, tasks=list(benchmark.TASKS))
 
 
 @pytest.mark.weights

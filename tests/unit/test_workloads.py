@@ -1,5 +1,7 @@
 """Every contender writes the same lengths, times are told from arrivals, and a pass that cheats is no measurement."""
 
+from mmap import PAGESIZE, mmap
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -116,14 +118,16 @@ def test_the_peak_is_of_the_pass_and_not_of_what_came_before():
         size = 0
 
         def generate(self, requests):
-            np.ones(self.size).sum()
+            with mmap(-1, self.size) as block:  # pages of its own, whatever the allocator keeps
+                for page in range(0, self.size, PAGESIZE):
+                    block[page] = 1
             return super().generate(requests)
 
     engine = Hungry()
     peaks = {}
-    for engine.size in (1, 16 << 20, 2):  # of 8 bytes
+    for engine.size in (1, 128 << 20, 2):
         peaks[engine.size] = workloads.measure(engine, workloads.equal(PROMPTS, 2))["peak_memory_bytes"]
-    assert peaks[16 << 20] - peaks[1] == pytest.approx(128 << 20, rel=0.1)
+    assert peaks[128 << 20] - peaks[1] > 120 << 20
     assert abs(peaks[2] - peaks[1]) < 16 << 20
 
 
