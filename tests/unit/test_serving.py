@@ -229,6 +229,7 @@ def test_spaces_and_bytes_of_other_tokenizers(spaces_tokenizer):
     units += [[vocab[f"<0x{byte:02X}>"] for byte in letter.encode()] for letter in REAL]
     for _ in range(300):
         check_stream(spaces_tokenizer, [i for unit in draw.choices(units, k=draw.randint(0, 20)) for i in unit])
+    assert "".join(check_stream(spaces_tokenizer, [i for unit in units[-len(REAL) :] for i in unit])) == REAL
 
 
 def test_a_stop_string_ends_the_text_wherever_tokens_split_it(tokenizer):
