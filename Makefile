@@ -48,8 +48,8 @@ notebooks: .venv/done  ## run the notebooks in place with the smoke profile, kee
 	MEDKIT_OUTPUTS=$$(mktemp -d) .venv/bin/jupyter execute --inplace notebooks/[0-9]*.ipynb
 	.venv/bin/nbstripout --keep-count --keep-id notebooks/[0-9]*.ipynb
 
-readme: .venv/done  ## regenerate README's tables from docs/results
-	$(PY) -m cogapp -r README.md
+readme: .venv/done  ## regenerate the tables of README and docs from results
+	$(PY) -m cogapp -r README.md docs/benchmarks.md
 
 bench: .venv/done  ## measurements beside their peers; results under benchmarks/results
 	for script in benchmarks/[a-z0-9]*.py; do $(PY) $$script || failed="$$failed $$script"; done; \

@@ -11,13 +11,14 @@ import os
 import time
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from record import RESULTS, Ratio, result_path, versions, write
 from torch import nn
 from transformers import AttentionInterface, DynamicCache
 
-from medkit import models
+from medkit import figures, models
 from medkit.outputs import ROOT
 from medkit.params import load_params
 
@@ -81,6 +82,25 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
     return wide.join(attention.clip(lower=0).add_suffix("_share")).reset_index()
 
 
+def draw(found: pd.DataFrame, path: Path) -> None:
+    """The share of attention in both phases over the length of the context, one line per backend."""
+    figures.set_style()
+    colours = {"eager": "#bdbdbd", "sdpa": "#08519c", "flash_attention_2": "#d55e00"}
+    fig, axes = plt.subplots(1, 2, sharey=True, figsize=figures.SIZE, layout="constrained")
+    for ax, phase, title in zip(
+        axes, ("prefill", "decode"), ("Reading a prompt", "One more token after it"), strict=True
+    ):
+        for backend, table in found[found.backend != WITHOUT].groupby("backend"):
+            ax.plot(table.context, 100 * table[f"{phase}_s_share"], "o-", color=colours[backend], label=backend)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(contexts := sorted(found.context.unique()), contexts)
+        ax.set(title=title, xlabel="tokens in the context", ylim=(0, 100))
+    axes[0].set_ylabel("attention's share of the time, %")
+    axes[0].legend()
+    path.parent.mkdir(exist_ok=True)
+    fig.savefig(path, dpi=100)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
@@ -90,6 +110,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "figures" / "attention.png")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -118,6 +139,7 @@ def main() -> None:
     }  # fmt: skip
     raw = {"passes": table.to_dict("records"), "medians": found.to_dict("records")}
     write("attention", setup, ratios, raw, args.output)
+    draw(found, args.figure)
     print(result_path("attention", args.output).read_text().partition('"raw"')[0])
 
 

@@ -109,18 +109,31 @@ def cost_table(claims: pd.DataFrame) -> str:
     )
 
 
-def benchmarks_table(folder: Path) -> str:
-    """Markdown: the ratios of every `benchmarks/results/*.json`, each beside its goal."""
+def benchmarks_table(folder: Path, goals_only: bool = False) -> str:
+    """Markdown: the ratios of every `benchmarks/results/*.json`, each beside its goal, or those alone that have one."""
     rows = []
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
         for what, ratio in content["ratios"].items():
             higher, goal = ratio["better"] == "higher", ratio["goal"]
+            if goals_only and goal is None:
+                continue
             reached = goal is not None and (ratio["value"] >= goal if higher else ratio["value"] <= goal)
             met = "–" if goal is None else "yes" if reached else "no"
             sign = "" if goal is None else f"{'≥' if higher else '≤'} {goal:g}"
             rows.append([content["name"], content["device"], f"`{what}`", f"{ratio['value']:.2f}", sign, met])
     return markdown(["benchmark", "device", "ratio", "measured", "goal", "met"], rows)
+
+
+def engine_parts_table(path: Path, part: str) -> str:
+    """Markdown: throughput of every contender of one part of the `mieo` benchmark, medians with the range of passes."""
+    passes = pd.DataFrame(json.loads(path.read_text())["raw"][part]["passes"])
+    rows, full = [], None
+    for name, speeds in passes.groupby("engine", sort=False).throughput_tokens_per_s:
+        full = full or speeds.median()
+        spread = f"{speeds.min():.1f} to {speeds.max():.1f}"
+        rows.append([name, f"{speeds.median():.1f}", spread, f"{full / speeds.median():.2f}", str(len(speeds))])
+    return markdown(["contender", "tokens/s", "range", "first over it", "passes"], rows)
 
 
 def provenance_line(facts: dict) -> str:

@@ -14,9 +14,10 @@ README = (ROOT / "README.md").read_text()
 TRACKED = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True).stdout.split()
 
 
-def test_readme_tables_are_fresh():
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_tables_are_fresh(page):
     done = subprocess.run(
-        [sys.executable, "-m", "cogapp", "--check", "-r", "README.md"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "cogapp", "--check", "-r", page], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, f"run `make readme`: {done.stdout}{done.stderr}"
 

@@ -270,5 +270,13 @@ def test_benchmarks_say_whether_the_goal_was_met(tmp_path, better, value, goal, 
     assert numbers(row[-3]) == [value]
 
 
+def test_ratios_without_a_goal_can_be_left_out(tmp_path):
+    ratio = {"value": 1.0, "better": "lower", "repeats": 5}
+    ratios = {"aimed": {**ratio, "goal": 2.0}, "seen": {**ratio, "goal": None}}
+    (tmp_path / "toy.cpu.json").write_text(json.dumps({"name": "toy", "device": "cpu", "ratios": ratios}))
+    assert [row[2] for row in cells(report.benchmarks_table(tmp_path))[1:]] == ["`aimed`", "`seen`"]
+    assert [row[2] for row in cells(report.benchmarks_table(tmp_path, goals_only=True))[1:]] == ["`aimed`"]
+
+
 def test_no_benchmarks_make_an_empty_table(tmp_path):
     assert len(cells(report.benchmarks_table(tmp_path))) == 1
