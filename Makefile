@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab report lint format notebooks readme bench doctor
+.PHONY: help run test lab report lint format notebooks readme bench ablation doctor
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -54,3 +54,6 @@ readme: .venv/done  ## regenerate the tables of README and docs from results
 bench: .venv/done  ## measurements beside their peers; results under benchmarks/results
 	for script in benchmarks/[a-z0-9]*.py; do $(PY) $$script || failed="$$failed $$script"; done; \
 	[ -z "$$failed" ] || { echo "not measured here:$$failed"; exit 1; }
+
+ablation: .venv/done  ## what each part of distillation gives, three seeds, on a finished run (RUN=…); 90 minutes
+	$(PY) benchmarks/ablation.py --run outputs/$(RUN) --params $(PARAMS)

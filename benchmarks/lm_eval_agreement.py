@@ -4,7 +4,8 @@ The test questions are written to json files with the columns that lm-eval's own
 render them (`include:` of the package's yaml, with the local file as dataset). What had to be adapted is in TASKS.
 lm-eval scores through its `HFLM`, one sequence at a time; ours scores the same context and continuation tokens with
 `score_options`. Both take turns on parts of each set. Units: nats, and seconds, by the clock and of this process's
-processor time; the ratio is of the latter, since other programs stretch the former.
+processor time; the ratio is of the latter, since other programs stretch the former. Beside it stands what arithmetic
+alone would give: the multiply-adds of both, at one speed (`raw`, `multiply_adds`).
 """
 
 import argparse
@@ -25,6 +26,7 @@ import torch
 import yaml
 from exams import read_questions
 from record import RESULTS, Ratio, result_path, versions, write
+from torch import nn
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 try:
@@ -156,8 +158,10 @@ def score_by_harness(
     return sorted(told["samples"][f"local_{name}"], key=lambda sample: sample["doc_id"]), lm.watch
 
 
-def score_by_ours(lm: TimedHFLM, requests: list[list[tuple[str, str]]]) -> tuple[list[list[float]], Stopwatch]:
-    """Our scores of the same (context, continuation) pairs per document, and our time.
+def score_by_ours(
+    lm: TimedHFLM, requests: list[list[tuple[str, str]]]
+) -> tuple[list[list[float]], Stopwatch, list[scoring.Item]]:
+    """Our scores of the same (context, continuation) pairs per document, our time, and what was scored.
 
     Texts are cut into tokens as lm-eval does it: the whole is tokenised, and what follows the context's tokens is the
     continuation. Its own method does it here, so that both read the same tokens.
@@ -169,7 +173,32 @@ def score_by_ours(lm: TimedHFLM, requests: list[list[tuple[str, str]]]) -> tuple
             if any(prompt != encoded[0][0] for prompt, _ in encoded):
                 raise RuntimeError("one document with two contexts: its options cannot share one reading")
             items.append(scoring.Item(encoded[0][0], [answer for _, answer in encoded]))
-        return scoring.score_options(lm.model, items, BATCH_TOKENS, lm.tokenizer.pad_token_id), watch
+        scores = scoring.score_options(lm.model, items, BATCH_TOKENS, lm.tokenizer.pad_token_id)
+    return scores, watch, items
+
+
+def multiply_adds(model: nn.Module, items: list[scoring.Item]) -> dict[str, float]:
+    """Multiply-adds (10⁹) that either needs for these items, padding and shared beginnings apart, and their ratio.
+
+    lm-eval reads a sequence per option (letters: one for all of them) and puts every position through the head; we read
+    each token once, and the head sees the positions that predict something. For letters the head is all there is to
+    save: a ratio just below 1 / (1 − `head_share`), the head's share of lm-eval's. Attention counts the pairs of tokens
+    of which one sees the other.
+    """
+    config, head = model.config, model.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    per_pair = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    counts = np.zeros((2, 3))  # lm-eval's and our tokens, pairs of tokens, positions that the head sees
+    for item in items:
+        size = len(item.prompt_ids)
+        read = [size + len(beginning) for beginning in {tuple(answer[:-1]) for answer in item.answer_ids}]
+        branches = {tuple(answer[:n]) for answer in item.answer_ids for n in range(1, len(answer))}
+        counts[0] += [sum(read), sum(n * (n + 1) / 2 for n in read), sum(read)]
+        seen = size * (size + 1) / 2 + sum(size + len(branch) for branch in branches)
+        counts[1] += [size + len(branches), seen, 1 + len(branches)]
+    theirs, ours = counts @ [linear, per_pair, head.weight.numel()] / 1e9
+    share = counts[0, 2] * head.weight.numel() / 1e9 / theirs
+    return {"lm_eval": theirs, "medkit": ours, "ratio": theirs / ours, "head_share": share}
 
 
 def compare(
@@ -187,12 +216,13 @@ def compare(
         for name in tasks:
             task = TASKS[name]
             parts = np.array_split(np.arange(len(questions[task.source])), rounds)
-            samples, ours, rounds_s = [], [], []
+            samples, ours, items, rounds_s = [], [], [], []
             for part in parts:
                 said, theirs = score_by_harness(lm, manager, name, part.tolist())
-                scores, mine = score_by_ours(lm, [pairs_of(sample) for sample in said])
+                scores, mine, scored = score_by_ours(lm, [pairs_of(sample) for sample in said])
                 samples += said
                 ours += scores
+                items += scored
                 rounds_s.append(
                     {
                         contender: {"clock": watch.clock_s, "cpu": watch.cpu_s}
@@ -200,6 +230,7 @@ def compare(
                     }
                 )
             found[name] = summarise(samples, ours, list(questions[task.source].answer)) | {"rounds_s": rounds_s}
+            found[name]["multiply_adds"] = multiply_adds(model, items)
             print(name, json.dumps(found[name]), flush=True)
     return found
 

@@ -1,9 +1,10 @@
-"""Command line: run, status, report, compare, plan, serve, doctor. `python -m medkit --help` lists them."""
+"""Command line: run, status, report, compare, plan, train, serve, doctor. `python -m medkit --help` lists them."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -200,6 +201,26 @@ def plan(
 
 
 @app.command()
+def train(
+    stage: Annotated[str, typer.Option("--stage", help="teacher, student_ce, student_kd or lora")],
+    params: ParamsFile = ROOT / "params" / "tiny.yaml",
+    run: RunName = "tiny",
+    overrides: Overrides = None,
+) -> None:
+    """Train one stage of a run where its notebook would; with `accelerate launch -m medkit train …` on many devices."""
+    from medkit import lora, models, readers, recipes, signals, training
+
+    known = (readers.DataError, lora.AdapterError, models.ModelError, signals.SignalsError, training.TrainingError)
+    try:
+        log = recipes.train_stage(stage, run, load_params(params, parse_overrides(overrides)))
+    except known as error:
+        raise StageError(str(error)) from error
+    if os.environ.get("RANK", "0") == "0":
+        first, last = log.iloc[0], log.iloc[-1]
+        console.print(f"{stage}: {last.step:.0f} steps, loss {first.loss:.3f} → {last.loss:.3f} nats per token")
+
+
+@app.command()
 def serve(
     params: ParamsFile = ROOT / "params" / "tiny.yaml",
     run: RunName = "tiny",
@@ -209,6 +230,7 @@ def serve(
     api_key: Annotated[str | None, typer.Option(envvar="MEDKIT_API_KEY", help="Better in the environment")] = None,
     max_running: Annotated[int, typer.Option(min=1, help="Requests that the engine works on at once")] = 16,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests in line; more are sent away (429)")] = 64,
+    cache: Annotated[int, typer.Option(min=0, help="Answers kept for the very same request; 0 keeps none")] = 0,
     overrides: Overrides = None,
 ) -> None:
     """Answer OpenAI's clients with a model of a run, until Ctrl-C or SIGTERM."""
@@ -220,7 +242,10 @@ def serve(
 
     engine, tokenizer, context = variants.load_engine(run, variant, load_params(params, parse_overrides(overrides)))
     limits = serving.Limits(context_tokens=context, max_running=max_running, max_waiting=max_waiting)
-    served = serving.create_app(engine, tokenizer, model_name=f"{run}/{variant}", limits=limits, api_key=api_key)
+    name = f"{run}/{variant}"
+    served = serving.create_app(
+        engine, tokenizer, model_name=name, limits=limits, api_key=api_key, cached_answers=cache
+    )
     serving.serve(served, host, port)
 
 
@@ -285,7 +310,8 @@ def main() -> None:
     try:
         app()
     except (ParamsError, StageError, SourceError, RunError, EngineError) as error:
-        typer.echo(f"medkit: {error}", err=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one for each machine speaks
+            typer.echo(f"medkit: {error}", err=True)
         raise SystemExit(1) from error
 
 

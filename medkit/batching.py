@@ -131,39 +131,64 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
 
 
-def predicted_logits(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, vocab_size) and targets (N,) at the N labelled positions; the head sees no other position.
+@dataclass(frozen=True)
+class Predicted:
+    """What a model says at the N labelled positions of a batch."""
 
+    logits: torch.Tensor
+    """(N, vocab_size) float32."""
+    targets: torch.Tensor
+    """(N,) the tokens that follow."""
+    hidden: dict[int, torch.Tensor]
+    """Layer → (N, H) float32: the states that the logits are made of; 0 is the embedding, n the output of layer n."""
+
+
+def predict(model: nn.Module, batch: dict, hidden_layers: Sequence[int] = ()) -> Predicted:
+    """Logits, and the hidden states of the layers asked for, at the labelled positions; the head sees no others.
+
+    Layers count as in transformers' `output_hidden_states`: the last one's states are after the final norm.
     Goes through `model(...)`, so that DDP and FSDP hooks run.
     """
     labels = batch["labels"]
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
-    logits = model(**inputs, use_cache=False, logits_to_keep=labels.shape[1] + 1).logits[:, :-1]
+    seen = labels.shape[1] + 1  # position i predicts token i + 1: the last one predicts nothing that is labelled
+    output = model(**inputs, use_cache=False, logits_to_keep=seen, output_hidden_states=bool(hidden_layers))
     mask = labels != IGNORE
-    return logits[mask].float(), labels[mask]
+    hidden = {layer: output.hidden_states[layer][:, -seen:-1][mask].float() for layer in hidden_layers}
+    return Predicted(output.logits[:, :-1][mask].float(), labels[mask], hidden)
+
+
+def predicted_logits(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, vocab_size) and targets (N,) at the N labelled positions."""
+    predicted = predict(model, batch)
+    return predicted.logits, predicted.targets
 
 
 @torch.inference_mode()
-def iterate_predictions(
-    model: nn.Module, examples: Sequence[Example], pad_token_id: int, batch_tokens: int = 1024
-) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Batches of examples of like length: their numbers, and logits (N, vocab_size) and targets (N,) in that order."""
+def iterate_predicted(
+    model: nn.Module,
+    examples: Sequence[Example],
+    pad_token_id: int,
+    batch_tokens: int = 1024,
+    hidden_layers: Sequence[int] = (),
+) -> Iterator[tuple[list[int], Predicted]]:
+    """Batches of examples of like length: their numbers, and what the model says at their positions, in that order."""
     for rows in bucket_by_length([len(e.input_ids) for e in examples], batch_tokens):
         batch = collate([examples[i] for i in rows], pad_token_id)
-        yield rows, *predicted_logits(model, {name: tensor.to(model.device) for name, tensor in batch.items()})
+        yield rows, predict(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, hidden_layers)
 
 
 def collect_logits(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> torch.Tensor:
     """Logits (N, vocab_size) of all predicted positions on the CPU; the same order for every model."""
-    return torch.cat([logits.cpu() for _, logits, _ in iterate_predictions(model, examples, pad_token_id)])
+    return torch.cat([found.logits.cpu() for _, found in iterate_predicted(model, examples, pad_token_id)])
 
 
 def collect_nll(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> list[float]:
     """Mean −log p of each example's predicted tokens, in nats: one number per example, for paired comparisons."""
     model.eval()
     found = [0.0] * len(examples)
-    for rows, logits, targets in iterate_predictions(model, examples, pad_token_id):
-        nll = nn.functional.cross_entropy(logits, targets, reduction="none")
+    for rows, predicted in iterate_predicted(model, examples, pad_token_id):
+        nll = nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
         for row, part in zip(rows, nll.split([examples[i].num_predicted for i in rows]), strict=True):
             found[row] = part.mean().item()
     return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -32,6 +32,8 @@ class Choice:
     """The column of `timed` that decided: `latency_s_per_token` for requests alone, else `throughput_tokens_per_s`."""
     timed: list[dict]
     """A row per candidate that ran, best first: medians over the repeats, and agreement with the first candidate."""
+    passes: list[dict]
+    """What the medians are of: a row per candidate and repeat, as `workloads.take_turns` gives them."""
     refused: dict[str, str]
     """Candidates that cannot be had here, and why."""
     date: str
@@ -46,8 +48,11 @@ def choose(
     identity: Mapping[str, str],
     alone: bool = False,
     together: bool = True,
+    anew: bool = False,
 ) -> Choice:
     """The best candidate for these requests on this machine: read from `folder` if known, else measured and kept there.
+
+    `anew` measures in any case: for times that stand beside others of the same hour.
 
     `identity` tells one measurement from another beside machine, candidates and lengths of the requests: the sha256 of
     the model's file, versions of the engines' packages. The first candidate is the reference of agreement. `together`
@@ -56,8 +61,9 @@ def choose(
     """
     shape = [[len(r.prompt_ids), r.max_new_tokens, round(r.arrival_s, 3)] for r in requests]
     key = {"device": device_name(), "candidates": sorted(candidates), "requests": shape, "alone": alone, **identity}
+    key["record"] = [field.name for field in fields(Choice)]  # what an older version wrote down is not read
     path = folder / f"{digest(key)}.json"
-    if path.exists():
+    if path.exists() and not anew:
         return Choice(**json.loads(path.read_text()))
     found = _measure(candidates, requests, repeats, alone, together)
     with atomic_path(path) as scratch:
@@ -82,7 +88,8 @@ def _measure(
                 engine = _load(name, candidates[name], requests, refused)
                 if engine is not None:
                     engines[name] = engine
-            table, said = workloads.take_turns(engines, requests, repeats, alone)
+            warm_up = 1 if alone else None  # alone, each has just answered the longest; together, shapes are others
+            table, said = workloads.take_turns(engines, requests, repeats, alone, warm_up)
         finally:
             for engine in engines.values():
                 engine.close()
@@ -121,6 +128,7 @@ def _judge(
         reason=_explain(timed, reference, refused, alone),
         judged_by=column,
         timed=timed.to_dict("records"),
+        passes=table.to_dict("records"),
         refused=refused,
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )

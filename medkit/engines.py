@@ -1,14 +1,15 @@
 """What an engine is: something that turns requests into tokens, whatever runs underneath.
 
 `torch_engine`, `edge_engine` and `remote_engine` fill this in; `workloads` times them and `serving` puts one on a
-port. An engine knows token ids and nothing of prompts, templates or questions, and it is greedy.
+port. An engine knows token ids and nothing of prompts, templates or questions. It is greedy unless it was made with a
+temperature.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from medkit.scoring import Item  # its module loads torch, which not every engine needs
@@ -38,6 +39,17 @@ class Generation:
     token_times_s: list[float] = field(default_factory=list)
 
 
+@dataclass
+class PromptLogprobs:
+    """What a model says as it reads a prompt of n tokens, in nats. Entry i is about the token after the first i + 1."""
+
+    top_ids: list[list[int]]
+    """The k likeliest tokens, likeliest first. The last of the n entries is about the token that would follow."""
+    top_logprobs: list[list[float]]
+    token_logprobs: list[float]
+    """Of the tokens that stand there: n − 1, since nothing is said about the first."""
+
+
 class Engine(Protocol):
     """One loaded model. Free it with `close`, after which nothing else may be called."""
 
@@ -56,3 +68,12 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class PromptReader(Protocol):
+    """An engine that also tells what it reads: teachers and servers of log-probabilities need one."""
+
+    def prompt_logprobs(self, prompt_ids: Sequence[int], k: int) -> PromptLogprobs:
+        """Log-probabilities after the softmax over all tokens. Raises EngineError where they cannot be had."""
+        ...

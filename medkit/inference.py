@@ -44,18 +44,22 @@ def choose_questions(
     return pd.concat(chosen, ignore_index=True)
 
 
-def predict(model: nn.Module, tokenizer, asked: pd.DataFrame, batch_tokens: int, max_new_tokens: int) -> pd.DataFrame:
+def predict(
+    model: nn.Module, tokenizer, asked: pd.DataFrame, batch_tokens: int, max_new_tokens: int, said: dict | None = None
+) -> pd.DataFrame:
     """Raw answers to `asked`: option log-probabilities with answer lengths in tokens, or generated text and its length.
 
     Columns id, scoring, template, logprobs, answer_tokens, text, and study and condition where `asked` has them (empty
     for the plain way). Nothing is judged here. Log-probabilities stand in the question's own order of options.
 
     A row may also bring its `template` (a name), `shots` (solved question rows) and `order` (option `order[p]` is shown
-    at place p). Rows with the same prompt share one reading of it, so ask everything of a model in one call.
+    at place p). Rows with the same prompt share one reading of it, so ask everything of a model in one call, or give
+    its calls the same `said`: it keeps what this model said within these limits, and nothing is asked of it twice.
     """
+    said = {} if said is None else said  # (prompt, answer) → log-probability, and prompt → text and length in tokens
     labels = [name for name in ("study", "condition") if name in asked]
     rows, scored = [], []
-    reads: dict[tuple, dict[tuple, int]] = {}  # prompt → its answers to be scored, numbered
+    reads: dict[tuple, dict[tuple, None]] = {}  # prompt → its answers to be scored, in order and each once
     writes: dict[tuple, list[dict]] = {}  # prompt → the rows that want its continuation
     for question in asked.to_dict("records"):
         question = {name: value for name, value in question.items() if not isinstance(value, float)}  # NaN: not given
@@ -66,16 +70,19 @@ def predict(model: nn.Module, tokenizer, asked: pd.DataFrame, batch_tokens: int,
         if question["scoring"] == "generated":
             writes.setdefault(prompt, []).append(rows[-1])
         else:
-            numbers = reads.setdefault(prompt, {})
-            found = [[numbers.setdefault(ids, len(numbers)) for ids in forms] for forms in answers]
-            scored.append((rows[-1], prompt, found))
+            scored.append((rows[-1], prompt, answers))
+            for ids in (ids for forms in answers for ids in forms if (prompt, ids) not in said):
+                reads.setdefault(prompt, {})[ids] = None
     items = [Item(list(prompt), [list(ids) for ids in answers]) for prompt, answers in reads.items()]
     engine = _engine(model, tokenizer, batch_tokens)
-    scores = dict(zip(reads, engine.score(items), strict=True))
-    for row, prompt, found in scored:  # an option is as likely as all of its forms together
-        row["logprobs"] = [float(np.logaddexp.reduce([scores[prompt][n] for n in forms])) for forms in found]
-    written = _write(engine, tokenizer, list(writes), max_new_tokens)
-    for answered, (text, length) in zip(writes.values(), written, strict=True):
+    for (prompt, answers), found in zip(reads.items(), engine.score(items), strict=True):
+        said |= {(prompt, ids): logprob for ids, logprob in zip(answers, found, strict=True)}
+    for row, prompt, answers in scored:  # an option is as likely as all of its forms together
+        row["logprobs"] = [float(np.logaddexp.reduce([said[prompt, ids] for ids in forms])) for forms in answers]
+    new = [prompt for prompt in writes if prompt not in said]
+    said |= zip(new, _write(engine, tokenizer, new, max_new_tokens), strict=True)
+    for prompt, answered in writes.items():
+        text, length = said[prompt]
         for row in answered:
             row |= {"text": text, "answer_tokens": [length]}
     return pd.DataFrame(rows)

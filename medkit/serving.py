@@ -25,6 +25,7 @@ from starlette.routing import Route
 from medkit import engines, prompts
 from medkit.engines import Engine, EngineError
 from medkit.outputs import DISCLAIMER
+from medkit.serving_cache import AnswerCache, Lookup
 from medkit.serving_http import (
     Admission,
     Connection,
@@ -40,16 +41,25 @@ from medkit.serving_http import (
 )
 from medkit.serving_queue import EngineQueue, Limits
 from medkit.serving_schema import CLIENT_GONE, ApiError, Ask, Body, ChatBody, CompletionBody, read_body
-from medkit.serving_text import TextStream, apply_template
+from medkit.serving_text import TextStream, apply_template, token_names
 
 __all__ = ["Limits", "create_app", "make_server", "serve"]
 KEEP_ALIVE_S = 30
+Piece = tuple[str, list[int], str | None]
+"""Text that is certain now, the tokens behind it, and at the end the reason of the end."""
 
 
-def create_app(engine: Engine, tokenizer, *, model_name: str, limits: Limits, api_key: str | None = None) -> Starlette:
-    """The app; it closes the engine when it shuts down. With a key every route but /health asks for it."""
+def create_app(
+    engine: Engine, tokenizer, *, model_name: str, limits: Limits, api_key: str | None = None, cached_answers: int = 0
+) -> Starlette:
+    """The app; it closes the engine when it shuts down. With a key every route but /health asks for it.
+
+    So many whole answers are kept and given again to the very same request, without the engine; `x-medkit-cache` tells.
+    """
     line = EngineQueue(engine, limits)
-    service = _Service(line, tokenizer, model_name)
+    model = f"{model_name} by {engine.name}"
+    cache = AnswerCache(cached_answers, model, line.metrics.registry) if cached_answers else None
+    service = _Service(line, tokenizer, model_name, cache)
     gate, admission = Middleware(Gate, api_key=api_key), Middleware(Admission, line=line)
     asking = {"methods": ["POST"], "middleware": [gate, admission]}
 
@@ -79,8 +89,9 @@ def create_app(engine: Engine, tokenizer, *, model_name: str, limits: Limits, ap
 class _Service:
     """The routes."""
 
-    def __init__(self, line: EngineQueue, tokenizer, model_name: str):
+    def __init__(self, line: EngineQueue, tokenizer, model_name: str, cache: AnswerCache | None):
         self.line, self.limits, self.tokenizer, self.model_name = line, line.limits, tokenizer, model_name
+        self.cache = cache
         self.reader = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")  # long prompts must not stop the loop
 
     async def chat(self, request: Request) -> Response:
@@ -110,10 +121,14 @@ class _Service:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self.limits.request_timeout_s
         ask = await loop.run_in_executor(self.reader, self._read, body)
+        if ask.top_logprobs:
+            return JSONResponse(await unless_gone(request, self._echo(ask, body, deadline_s)), headers=_headers())
+        lookup = self.cache.look_up(ask) if self.cache else None
+        headers = _headers(ask.template) | (lookup.headers if lookup else {})
+        pieces = self._pieces(ask, lookup, deadline_s)
         if body.stream:
-            return Events(self._events(ask, deadline_s, request.scope), headers=_headers(ask.template))
-        answer = await unless_gone(request, self._whole(ask, deadline_s))
-        return JSONResponse(answer, headers=_headers(ask.template))
+            return Events(self._events(ask, pieces, request.scope), headers=headers)
+        return JSONResponse(await unless_gone(request, self._whole(ask, pieces)), headers=headers)
 
     def _check_model(self, name: str) -> None:
         if name != self.model_name:
@@ -122,7 +137,7 @@ class _Service:
 
     def _read(self, body: ChatBody | CompletionBody) -> Ask:
         """Token ids and limits of a body. Raises ApiError (400) if prompt and answer do not fit the model."""
-        template, wanted = None, body.max_tokens
+        template, wanted, top_logprobs = None, body.max_tokens, None
         if chat := isinstance(body, ChatBody):
             turns = [message.as_turn() for message in body.messages]
             if turns[-1]["role"] != "user":
@@ -134,6 +149,7 @@ class _Service:
                 raise ApiError(400, f"the model's chat template refuses this chat: {error}", param="messages") from None
             wanted = body.max_completion_tokens or wanted
         else:
+            top_logprobs = body.top_logprobs()
             text = isinstance(body.prompt, str)
             prompt_ids = self.tokenizer(body.prompt).input_ids if text else list(body.prompt)
         if not prompt_ids or max(prompt_ids) >= len(self.tokenizer):
@@ -142,7 +158,7 @@ class _Service:
                 400, f"the prompt is empty or holds an unknown token; send text, or {allowed}", param="prompt"
             )
         room = self.limits.context_tokens - len(prompt_ids)
-        length = wanted or min(self.limits.chat_tokens, max(room, 1))
+        length = min(self.limits.chat_tokens, max(room, 1)) if wanted is None else wanted
         if length > room:
             raise ApiError(
                 400,
@@ -164,29 +180,44 @@ class _Service:
             body.stops(),
             include_usage=bool(body.stream_options and body.stream_options.include_usage),
             token_ids=bool(body.return_token_ids),
+            top_logprobs=top_logprobs,
         )
 
-    async def _pieces(self, ask: Ask, deadline_s: float) -> AsyncIterator[tuple[str, list[int], str | None]]:
+    async def _echo(self, ask: Ask, body: CompletionBody, deadline_s: float) -> dict:
+        """The prompt as it was read, with its log-probabilities."""
+        said = await self.line.prompt_logprobs(ask.request, ask.top_logprobs, deadline_s)
+
+        def write() -> dict:
+            names = token_names(self.tokenizer, bool(body.return_tokens_as_token_ids))
+            return ask.echoed(said, self.tokenizer.decode(ask.request.prompt_ids), names)
+
+        return await asyncio.get_running_loop().run_in_executor(self.reader, write)
+
+    async def _pieces(self, ask: Ask, lookup: Lookup | None, deadline_s: float) -> AsyncIterator[Piece]:
         """Text and token as they come, and at last the reason why no more come."""
-        text, last = TextStream(self.tokenizer, ask.stops), None
-        async with aclosing(self.line.tokens(ask.request, deadline_s)) as tokens:
-            async for last in tokens:
-                yield text.push(last), [last], None
+        text, written = TextStream(self.tokenizer, ask.stops), []
+        hit = lookup is not None and lookup.found is not None
+        async with aclosing(lookup.replay() if hit else self.line.tokens(ask.request, deadline_s)) as tokens:
+            async for token in tokens:
+                written.append(token)
+                yield text.push(token), [token], None
                 if text.stopped:
                     break
-        rest = "" if text.stopped else text.flush()
-        yield rest, [], "stop" if text.stopped or last in ask.request.end_ids else "length"
+        ended = text.stopped or (bool(written) and written[-1] in ask.request.end_ids)
+        if lookup is not None and (ended or len(written) == ask.request.max_new_tokens):
+            lookup.keep(written)  # whoever leaves or fails does not come this far
+        yield "" if text.stopped else text.flush(), [], "stop" if ended else "length"
 
-    async def _whole(self, ask: Ask, deadline_s: float) -> dict:
-        async with aclosing(self._pieces(ask, deadline_s)) as pieces:
+    async def _whole(self, ask: Ask, pieces: AsyncIterator[Piece]) -> dict:
+        async with aclosing(pieces):
             texts, token_ids, reasons = zip(*[piece async for piece in pieces], strict=True)
         return ask.whole("".join(texts), [i for ids in token_ids for i in ids], reasons[-1])
 
-    async def _events(self, ask: Ask, deadline_s: float, scope) -> AsyncIterator[str]:
+    async def _events(self, ask: Ask, pieces: AsyncIterator[Piece], scope) -> AsyncIterator[str]:
         """Server-sent events: one per token, even if its text is still to come. An error is the last event."""
         written, first = 0, True
         try:
-            async with aclosing(self._pieces(ask, deadline_s)) as pieces:
+            async with aclosing(pieces):
                 async for text, token_ids, reason in pieces:
                     written += len(token_ids)
                     yield _event(ask.chunk(text, token_ids, reason, first))

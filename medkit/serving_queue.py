@@ -12,14 +12,14 @@ import queue
 import threading
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import aclosing, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from medkit.engines import Engine, EngineError, Request
+from medkit.engines import Engine, EngineError, PromptLogprobs, PromptReader, Request
 from medkit.serving_schema import ApiError
 
 RETRY_AFTER_S = 1  # clients double it themselves when they are sent away again
@@ -103,6 +103,24 @@ class EngineQueue:
         `deadline_s` is a time of the event loop. Raises ApiError: 504 past the deadline, 503 at shutdown, 500 if the
         engine fails.
         """
+        async with aclosing(self._results(request, deadline_s, lambda: self.engine.stream(request))) as results:
+            async for token in results:
+                yield int(token)
+
+    async def prompt_logprobs(self, request: Request, k: int, deadline_s: float) -> PromptLogprobs:
+        """What the engine says about the prompt. Raises ApiError as `tokens` does, 400 if the engine cannot tell."""
+        if not isinstance(self.engine, PromptReader):
+            message = f"the engine {self.engine.name} tells no log-probabilities; serve a variant by transformers"
+            raise ApiError(400, message, param="logprobs")
+
+        def read() -> Iterator[PromptLogprobs]:
+            said = self.engine.prompt_logprobs(request.prompt_ids, k)
+            return (one for one in [said])
+
+        async with aclosing(self._results(request, deadline_s, read)) as results:
+            return await anext(results)
+
+    async def _results(self, request: Request, deadline_s: float, begin: Callable[[], Iterator]) -> AsyncIterator:
         loop, events, stopped = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
         self._waiting_for.add(events)
         began_s, times_s = loop.time(), []
@@ -111,8 +129,8 @@ class EngineQueue:
             if self.abandoned:
                 raise _shutting_down()
             self.running += 1
-            self._work.put(partial(self._read, request, events, stopped, loop))
-            while isinstance(event := await self._before(deadline_s, events.get()), int):
+            self._work.put(partial(self._read, begin, max(1, request.max_new_tokens), events, stopped, loop))
+            while not isinstance(event := await self._before(deadline_s, events.get()), Exception | None):
                 times_s.append(loop.time())
                 yield event
             if event is not None:
@@ -133,7 +151,7 @@ class EngineQueue:
     def _count(self, request: Request, began_s: float, times_s: list[float]) -> None:
         if times_s:
             self.metrics.prompt_tokens.inc(len(request.prompt_ids))
-            self.metrics.answer_tokens.inc(len(times_s))
+            self.metrics.answer_tokens.inc(min(len(times_s), request.max_new_tokens))
             self.metrics.ttft_s.observe(times_s[0] - began_s)
         if len(times_s) > 1:
             self.metrics.latency_s_per_token.observe((times_s[-1] - times_s[0]) / (len(times_s) - 1))
@@ -144,16 +162,16 @@ class EngineQueue:
         while (work := self._work.get()) is not None:
             work()
 
-    def _read(self, request: Request, events: asyncio.Queue, stopped: threading.Event, loop) -> None:
+    def _read(self, begin: Callable, most: int, events: asyncio.Queue, stopped: threading.Event, loop) -> None:
         failed: Exception | None = None
         begun = False
         try:
-            with closing(self.engine.stream(request)) as tokens:
+            with closing(begin()) as results:
                 begun = True
-                for token in islice(tokens, request.max_new_tokens):
+                for result in islice(results, most):
                     if stopped.is_set():
                         break
-                    loop.call_soon_threadsafe(events.put_nowait, int(token))
+                    loop.call_soon_threadsafe(events.put_nowait, result)
         except EngineError as error:  # refused at once: the request does not fit; later: the engine has died
             failed = ApiError(500 if begun else 400, str(error), code="engine_error")
         except Exception as error:

@@ -9,16 +9,18 @@ from __future__ import annotations
 import re
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from medkit.engines import Request
+from medkit.engines import PromptLogprobs, Request
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 CLIENT_GONE = 499  # nginx's number for a client that left; it is counted, nobody is there to read it
+MOST_LOGPROBS = 256  # of one token: more than any teacher is asked for, less than would choke the network
 TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -100,10 +102,31 @@ class CompletionBody(Body):
     """POST /v1/completions."""
 
     prompt: str | Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = 16  # the default of OpenAI's own endpoint
+    max_tokens: Annotated[int, Field(ge=0)] | None = 16  # the default of OpenAI's own endpoint
     best_of: Annotated[int | None, ONE_ANSWER] = None
-    echo: Annotated[bool | None, _only(None, False, why="put the prompt before the answer yourself")] = None
-    logprobs: Annotated[int | None, _only(None, why="the engine writes tokens, not probabilities")] = None
+    echo: bool | None = False
+    """With `logprobs`: what the model says about the prompt's tokens, and at most one more."""
+    logprobs: Annotated[int, Field(ge=1, le=MOST_LOGPROBS)] | None = None
+    return_tokens_as_token_ids: bool | None = False
+    """As in vLLM: log-probabilities name tokens `token_id:<id>`, since as text two tokens can look alike."""
+
+    def top_logprobs(self) -> int | None:
+        """How many log-probabilities of each token of the prompt are wanted; None where an answer is."""
+        if not self.echo:
+            if self.logprobs is not None:
+                raise ApiError(400, "log-probabilities are told of a prompt only; send echo too, or leave it out",
+                               param="logprobs")  # fmt: skip
+            if self.max_tokens == 0:
+                raise ApiError(400, "max_tokens is 0; ask for 1 token or more, or send echo and logprobs",
+                               param="max_tokens")  # fmt: skip
+            return None
+        if self.logprobs is None:
+            raise ApiError(400, "echo without logprobs is not supported here: put the prompt before the answer "
+                           "yourself", param="echo")  # fmt: skip
+        if self.stream or self.max_tokens not in (0, 1):
+            raise ApiError(400, "with echo the prompt is read, not answered; send max_tokens 0 or 1, and no stream",
+                           param="stream" if self.stream else "max_tokens")  # fmt: skip
+        return self.logprobs
 
 
 class TextPart(_Strict):
@@ -161,6 +184,8 @@ class Ask:
     stops: tuple[str, ...] = ()
     include_usage: bool = False
     token_ids: bool = False
+    top_logprobs: int | None = None
+    """The prompt is to be read and not answered, with so many log-probabilities of each token."""
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -187,6 +212,22 @@ class Ask:
         choice |= {"delta": role | {"content": text}} if self.chat else {"text": text}
         answer = self._envelope(chunk=True) | {"choices": [choice]} | ({"usage": None} if self.include_usage else {})
         return self._with_ids(answer, choice, token_ids, first)
+
+    def echoed(self, said: PromptLogprobs, text: str, name: Callable[[int], str]) -> dict:
+        """What was read, in one piece; `text` is the prompt's, `name` says how a token is called."""
+        written = said.top_ids[-1][: self.request.max_new_tokens]
+        tokens = [*self.request.prompt_ids, *written]
+        found = [*said.token_logprobs, *said.top_logprobs[-1][: len(written)]]
+        tops = [dict(zip(map(name, ids[::-1]), values[::-1], strict=True))  # the likeliest of two namesakes stays
+                for ids, values in zip(said.top_ids, said.top_logprobs, strict=True)]  # fmt: skip
+        for top, token, value in zip(tops, tokens[1:], found, strict=False):
+            top.setdefault(name(token), value)
+        logprobs = {"tokens": [name(token) for token in tokens], "token_logprobs": [None, *found]}
+        logprobs |= {"top_logprobs": [None, *tops[: len(found)]], "text_offset": None}
+        reason = "stop" if set(written) & set(self.request.end_ids) else "length"
+        choice = {"index": 0, "logprobs": logprobs, "finish_reason": reason, "text": text}
+        answer = self._envelope(chunk=False) | {"choices": [choice], "usage": self._usage(len(written))}
+        return self._with_ids(answer, choice, written, first=True)
 
     def usage_chunk(self, written: int) -> dict:
         return self._envelope(chunk=True) | {"choices": [], "usage": self._usage(written)}

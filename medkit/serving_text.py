@@ -6,7 +6,7 @@ The template is `prompts`' own, so that what is served is what was measured. No 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from medkit import prompts
 from medkit.problems import classify_by_keywords
@@ -30,6 +30,11 @@ def apply_template(turns: Sequence[dict]) -> tuple[list[dict], str | None]:
     template = pick_template(turns[-1]["content"])
     system, question = prompts.render({"context": "", "question": turns[-1]["content"], "options": []}, template)
     return [system, *turns[:-1], question], template.name
+
+
+def token_names(tokenizer, as_ids: bool) -> Callable[[int], str]:
+    """How tokens are called where a key must be text: by their own text, or as vLLM's `token_id:<id>`."""
+    return "token_id:{}".format if as_ids else lambda token: tokenizer.decode([token])
 
 
 class TextStream:

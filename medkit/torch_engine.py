@@ -26,11 +26,12 @@ from transformers import (
 )
 
 from medkit.batching import bucket_by_length
-from medkit.engines import EngineError, Generation, Request
+from medkit.engines import EngineError, Generation, PromptLogprobs, Request
 from medkit.running_batch import RunningBatch, pages_in, pages_of, wait_until
 from medkit.scoring import Item, score_options
 
 SCHEDULERS = ("sequential", "static", "continuous")
+READING = 512  # tokens of a prompt read at a time when it is told what the model says: bounds the logits
 WRITING = 4  # times as many tokens at once as when scoring: a row that writes needs logits at one position only
 NO_END = -1  # an end token no model emits; None would be replaced by the checkpoint's own
 GRAPH_TOKENS = 64  # length of the shortest static cache
@@ -38,7 +39,10 @@ MOST_GRAPHS = 64  # beyond its own limit of 8 torch goes back to eager, silently
 
 
 class TorchEngine:
-    """`engines.Engine` over a loaded transformers model, greedy.
+    """`engines.Engine` over a loaded transformers model, greedy unless a `temperature` above 0 has it draw its tokens.
+
+    Draws are over the whole vocabulary and from torch's own generator: `torch.manual_seed` repeats them, except in a
+    running batch, whose steps fall differently each time.
 
     `batch_tokens` bounds a forward pass when scoring; what is being written may hold WRITING times as many tokens of
     cache, prompts and answers and padding, whichever the scheduler (a longer request: alone if sequential or static,
@@ -61,17 +65,21 @@ class TorchEngine:
         prefix_sharing: bool = True,
         graphs: bool = False,
         fp8_cache: bool = False,
+        temperature: float = 0.0,
     ):
         if scheduler not in SCHEDULERS:
             raise EngineError(f"scheduler {scheduler!r}: give one of {', '.join(SCHEDULERS)}")
         if fp8_cache and (scheduler == "continuous" or graphs):
             raise EngineError("fp8_cache: transformers has it without pages and graphs only; use sequential or static")
+        if temperature < 0:
+            raise EngineError(f"temperature {temperature:g}: give 0, which is greedy, or more")
         if graphs:
             _require_graphs(model, scheduler)
         self.model, self.pad_token_id = model, pad_token_id
         self.scheduler, self.batch_tokens, self.prefix_sharing = scheduler, batch_tokens, prefix_sharing
-        self.graphs, self.fp8_cache = graphs, fp8_cache
+        self.graphs, self.fp8_cache, self.temperature = graphs, fp8_cache, temperature
         self.name = " ".join(["transformers", scheduler, *["graphs"] * graphs, *["fp8"] * fp8_cache])
+        self.name += f" at temperature {temperature:g}" if temperature else ""
         self.warmup_s = 0.0
         self._lock = threading.Lock()  # one thread at a time scores, writes batches, starts or ends the running batch
         self._running: RunningBatch | None = None
@@ -107,6 +115,23 @@ class TorchEngine:
         """Summed log-probability of each answer of each item, in nats. Holds the running batch meanwhile."""
         with self._alone():
             return score_options(self.model, items, self.batch_tokens, self.pad_token_id)
+
+    @torch.inference_mode()
+    def prompt_logprobs(self, prompt_ids: Sequence[int], k: int) -> PromptLogprobs:
+        """See `engines.PromptReader`. Holds the running batch meanwhile."""
+        self._check([Request(prompt_ids, 1)])
+        said = PromptLogprobs([], [], [])
+        with self._alone():
+            ids, cache = torch.tensor(list(prompt_ids), device=self.model.device), None
+            for start in range(0, len(ids), READING):
+                part, follow = ids[start : start + READING], ids[start + 1 : start + READING + 1]
+                read = self.model(input_ids=part[None], past_key_values=cache, use_cache=True)
+                logprobs, cache = read.logits[0].float().log_softmax(-1), read.past_key_values
+                top = logprobs.topk(min(k, logprobs.shape[-1]))
+                said.top_ids += top.indices.tolist()
+                said.top_logprobs += top.values.tolist()
+                said.token_logprobs += logprobs[: len(follow)].gather(1, follow[:, None])[:, 0].tolist()
+        return said
 
     def close(self) -> None:
         """End all streams and let the model go."""
@@ -169,7 +194,7 @@ class TorchEngine:
                 began = time.perf_counter()
                 tokens = WRITING * self.batch_tokens
                 graphs = self.graphs and self.scheduler == "continuous"
-                self._running = RunningBatch(self.model, self._greedy(), tokens, self.prefix_sharing, graphs)
+                self._running = RunningBatch(self.model, self._decoding(), tokens, self.prefix_sharing, graphs)
                 self.warmup_s += timed * (time.perf_counter() - began)
             return self._running
 
@@ -227,16 +252,18 @@ class TorchEngine:
                 input_ids=input_ids.to(self.model.device),
                 attention_mask=attention_mask.to(self.model.device),
                 past_key_values=self._new_cache(cache_tokens),
-                generation_config=self._greedy(most or max(request.max_new_tokens for request in batch)),
+                generation_config=self._decoding(most or max(request.max_new_tokens for request in batch)),
                 stopping_criteria=StoppingCriteriaList([notes]),
             )
         return notes.generations[: len(batch)]
 
-    def _greedy(self, steps: int | None = None) -> GenerationConfig:
-        """Greedy whatever the checkpoint recommends."""
+    def _decoding(self, steps: int | None = None) -> GenerationConfig:
+        """Greedy or drawn at the temperature, whatever the checkpoint recommends."""
         config = GenerationConfig(
             do_sample=False, max_new_tokens=steps, eos_token_id=NO_END, pad_token_id=self.pad_token_id
         )
+        if self.temperature:
+            config.update(do_sample=True, temperature=self.temperature, top_k=0, top_p=1.0)
         if self.graphs and self.scheduler != "continuous":
             mode = "reduce-overhead" if self.model.device.type == "cuda" else "default"
             config.compile_config = CompileConfig(mode=mode, dynamic=False)

@@ -1,62 +1,48 @@
 """One call over the transformers Trainer with a given loss; batches, checkpoints and resume.
 
 The Trainer (and accelerate under it) owns the loop, distribution, checkpoints and resume. Ours is only what it lacks:
-batches cut into slices of so many tokens, which bounds memory whatever the lengths, and a loss that reports its terms.
-What the loss is, is decided by who calls.
+batches cut into slices of so many tokens, which bounds memory whatever the lengths; the same batches however many
+processes share them; and a loss that reports its terms. What the loss is, is decided by who calls.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import os
 import shutil
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import get_last_checkpoint
 
-from medkit.batching import Example, bucket_by_length, collate, predicted_logits
+from medkit.batching import Example, Predicted, collate, predict
 from medkit.params import TrainParams, digest
+from medkit.sampling import EpochLoader, EpochSampler, share
 
 
 class TrainingError(RuntimeError):
     """Training that cannot go on; the message names the step and the cure."""
 
 
-# logits (N, vocab_size) and targets (N,) at the predicted positions of a batch, and what the collator added about them;
-# returns the summed loss and its summed terms
-Loss = Callable[[torch.Tensor, torch.Tensor, dict], tuple[torch.Tensor, dict[str, torch.Tensor]]]
+# what the model says at the predicted positions of a batch, and what the collator added about them; returns the summed
+# loss and its summed terms. An attribute `hidden_layers` names the layers whose hidden states it wants; without, none.
+# A loss with settings is a dataclass: they tell its checkpoints from another's.
+Loss = Callable[[Predicted, dict], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 
-def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, extras: dict) -> tuple[torch.Tensor, dict]:
+def cross_entropy(predicted: Predicted, extras: dict) -> tuple[torch.Tensor, dict]:
     """Summed −log p(target) in nats: plain supervised fine-tuning."""
-    loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+    loss = nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="sum")
     return loss, {"ce": loss.detach()}
-
-
-class _EpochSampler(LengthGroupedSampler):
-    """Batches of like length in an order that depends on seed and epoch alone: a resumed epoch is the killed one.
-
-    transformers' own draws from the global generator, whose state at the start of an epoch a checkpoint does not hold.
-    """
-
-    def __init__(self, *args, seed: int, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self):
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 class _GivenLossTrainer(Trainer):
@@ -65,34 +51,40 @@ class _GivenLossTrainer(Trainer):
     A slice's loss is its sum over the predicted tokens of the whole batch, so that slices add up to the batch's mean.
     """
 
-    def _get_train_sampler(self, train_dataset=None):
-        lengths = [len(row["input_ids"]) for row in self.train_dataset]
-        return _EpochSampler(self.args.train_batch_size, lengths=lengths, seed=self.args.seed)
+    def get_train_dataloader(self):
+        return self.loader  # as it is: accelerate would deal out batches by turns, and fill up the last ones
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        *first, last = inputs["slices"]
         total = torch.zeros((), device=self.args.device)
+        *first, last = inputs["slices"]
         for part in [*first, last]:
-            with nullcontext() if part is last else self.accelerator.no_sync(model):
+            self.accelerator.gradient_state._set_sync_gradients(part is last)  # DeepSpeed steps where this is set
+            # FSDP adds up shards of gradients; held back, it would keep whole ones
+            sync = part is last or self.is_fsdp_enabled
+            with nullcontext() if sync else self.accelerator.no_sync(model):
                 total += super().training_step(model, part, num_items_in_batch)
+        mean = self.accelerator.reduce(total, "mean")
+        if not torch.isfinite(mean):  # in all processes or in none, so that no one waits for the dead
+            raise TrainingError(
+                f"loss is {mean.item()} at step {self.state.global_step + 1}; lower learning_rate, or look at the rows"
+            )
         return total
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits, targets = predicted_logits(model, inputs)
-        total, terms = self.compute_loss_func(logits, targets, inputs)
-        if not torch.isfinite(total):
-            raise TrainingError(
-                f"loss is {total.item()} at step {self.state.global_step + 1}; lower learning_rate, or look at the rows"
-            )
-        for name, value in terms.items():
-            self.terms[name] += value.item()
-        self.terms["tokens"] += len(targets)
-        return total / num_items_in_batch * self.accelerator.num_processes
+        predicted = predict(model, inputs, getattr(self.compute_loss_func, "hidden_layers", ()))
+        total, terms = self.compute_loss_func(predicted, inputs)
+        counts = inputs["counts"]
+        for name, value in {**terms, "tokens": torch.tensor(float(len(predicted.targets)))}.items():
+            self.terms[name] = self.terms.get(name, 0.0) + value.detach().double() * counts
+        return total * counts / num_items_in_batch * self.accelerator.num_processes
 
     def log(self, logs, start_time=None):
-        tokens = self.terms.pop("tokens", 0)
-        if tokens and "loss" in logs:
-            logs = {**logs, **{name: value / tokens for name, value in self.terms.items()}, "loss_tokens": tokens}
+        if self.terms and "loss" in logs:
+            names = sorted(self.terms)
+            sums = torch.stack([self.terms[name].to(self.args.device) for name in names])
+            sums = dict(zip(names, self.accelerator.reduce(sums, "sum").tolist(), strict=True))
+            tokens = sums.pop("tokens")
+            logs = {**logs, **{name: value / tokens for name, value in sums.items()}, "loss_tokens": int(tokens)}
             self.terms.clear()
         super().log(logs, start_time)
 
@@ -103,10 +95,11 @@ def forget_checkpoints(checkpoints: Path) -> None:
 
 
 class _Progress(TrainerCallback):
-    """One tqdm bar with the current loss, on a terminal as in a notebook."""
+    """One tqdm bar with the current loss, on a terminal as in a notebook; of several processes the main one has it."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", desc="training", mininterval=10)
+        shown = {"unit": "step", "desc": "training", "mininterval": 10, "disable": not state.is_world_process_zero}
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, **shown)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
@@ -117,19 +110,97 @@ class _Progress(TrainerCallback):
         self.bar.close()
 
 
-def _last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint whose state file is there: the Trainer writes it last, a killed save lacks it."""
-    if not folder.is_dir():
-        return None
+def _remove_half_checkpoints(folder: Path) -> None:
+    """The Trainer writes a checkpoint's state last: where a killed save left none, or a part, the rest is no good."""
     for checkpoint in folder.glob("checkpoint-*"):
-        if not (checkpoint / "trainer_state.json").is_file():
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
             shutil.rmtree(checkpoint)
-    return get_last_checkpoint(folder)
 
 
-def _bits(tensor: torch.Tensor) -> int:
+def _bits(value: torch.Tensor | dict) -> int | dict:
     """The sum of a tensor's bytes: exact whatever the order, so it tells one start of a training from another."""
-    return tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64).item()
+    if isinstance(value, dict):
+        return {str(name): _bits(each) for name, each in value.items()}
+    return value.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64).item()
+
+
+def key_of(
+    model: nn.Module,
+    examples: Sequence[Example],
+    section: TrainParams,
+    loss: Loss,
+    seed: int,
+    add_extras: Callable[[list[int]], dict] = lambda rows: {},
+    difficulty: Sequence[float] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> str:
+    """What a training's outcome depends on, as a short hash; on which devices it runs is no part of it.
+
+    Of what `add_extras` says, eight examples are looked at.
+    """
+    sample = list(range(0, len(examples), -(-len(examples) // 8)))
+    return digest(
+        [
+            [section.model_dump(exclude={"scale", "save_every_steps"}), seed],
+            repr(loss) if is_dataclass(loss) else loss.__qualname__,
+            [(name, _bits(parameter)) for name, parameter in model.named_parameters()],
+            [asdict(e) for e in examples],
+            _bits(add_extras(sample)),
+            None if difficulty is None else [float(number) for number in difficulty],
+            repr(optimizer),
+        ]
+    )
+
+
+def is_sharded(section: TrainParams) -> bool:
+    """Whether this process is one of several that share the weights (FSDP)."""
+    return bool(section.scale and section.scale.fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1)
+
+
+def _arguments(section: TrainParams, on_cpu: bool, seed: int, checkpoints: Path) -> TrainingArguments:
+    """The Trainer's settings. What is for large models (`scale`) holds where there is something to share."""
+    scale, shards = section.scale, {}
+    if is_sharded(section):
+        # FSDP2; layers to wrap are those that transformers names for the architecture
+        config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_offload": scale.cpu_offload}
+        config |= {"reshard_after_forward": True, "cpu_ram_efficient_loading": True}
+        config |= {"activation_checkpointing": scale.gradient_checkpointing}
+        shards = {"fsdp": True, "fsdp_config": config}
+    if scale and scale.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise TrainingError("scale.tensorboard is set, but the package is absent: pip install tensorboard")
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=section.epochs,
+        learning_rate=section.learning_rate,
+        warmup_steps=section.warmup_fraction,
+        lr_scheduler_type="cosine",
+        save_steps=section.save_every_steps,
+        save_total_limit=1,
+        logging_steps=1,
+        remove_unused_columns=False,
+        report_to="tensorboard" if scale and scale.tensorboard else "none",
+        disable_tqdm=True,
+        use_cpu=on_cpu,
+        bf16=bool(scale and scale.bf16),
+        activation_checkpointing=bool(scale and scale.gradient_checkpointing and not shards),
+        seed=seed,
+        **shards,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs want a process each, not the Trainer's DataParallel
+    return arguments
+
+
+def _gather(trainer: Trainer, model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Put whole weights on the CPU back into a sharded model, in the main process: fit for saving, not for running."""
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.accelerator.is_main_process:
+        for name, tensor in weights.items():  # one by one: load_state_dict would shard them again
+            owner, _, leaf = name.rpartition(".")
+            module, tensor = model.get_submodule(owner), tensor.to(dtypes.get(name, tensor.dtype))
+            setattr(module, leaf, nn.Parameter(tensor) if leaf in module._parameters else tensor)
+        model.tie_weights()
 
 
 def train(
@@ -141,56 +212,63 @@ def train(
     pad_token_id: int,
     seed: int,
     add_extras: Callable[[list[int]], dict] = lambda rows: {},
+    difficulty: Sequence[float] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> pd.DataFrame:
     """Train in place and return the log: step, epoch, loss and its terms (nats per predicted token), learning_rate.
 
-    `add_extras` maps the row numbers of a slice to more tensors for the loss, e.g. teacher signals. A killed run goes
-    on from its last checkpoint to the weights an uninterrupted one would have had; checkpoints of other settings or
-    other examples in the same folder are thrown away.
+    `add_extras` maps the row numbers of a slice to more tensors for the loss, e.g. teacher signals. `difficulty`, one
+    number per example, makes the first epoch go from easy to hard; later ones are drawn. `optimizer` stands in for the
+    Trainer's AdamW; the schedule scales its learning rates. A killed run goes on from its last checkpoint to the
+    weights an uninterrupted one would have had; checkpoints of other settings or other examples in the same folder are
+    thrown away.
+    Under `accelerate launch` every process calls it with the same arguments and gets the same log; after FSDP the main
+    process has whole weights on the CPU, the others their shards.
     Raises TrainingError for no examples and for a loss that is not finite.
     """
     if not examples:
         raise TrainingError("no training examples; raise the numbers of `train` in data.datasets")
-    rows = [{"input_ids": e.input_ids, "row": number} for number, e in enumerate(examples)]
+    sharded = is_sharded(section)
+    on_cpu = next(model.parameters()).device.type != "cuda" and not (sharded and torch.cuda.is_available())
+    arguments = _arguments(section, on_cpu, seed, checkpoints)
+    state, lengths = arguments.distributed_state, [len(e.input_ids) for e in examples]
 
-    def collator(features: list[dict]) -> dict:
-        numbers = [f["row"] for f in features]
-        slices = []
-        for places in bucket_by_length([len(f["input_ids"]) for f in features], section.slice_tokens):
-            part = [numbers[place] for place in places]
-            slices.append({**collate([examples[n] for n in part], pad_token_id), **add_extras(part)})
-        labels = torch.cat([part["labels"].flatten() for part in slices])
-        # the Trainer counts `shift_labels` as they are, and would drop the first of `labels`
-        return {"slices": slices, "labels": labels, "shift_labels": labels}
+    def collator(numbers: list[int]) -> dict:
+        """This process's slices of a batch: as many in each process, since FSDP's shards meet in every one."""
+        shares = share(numbers, lengths, section.slice_tokens, state.num_processes)
+        own, most = shares[state.process_index], max(map(len, shares))
+        idle = [[min(numbers, key=lambda n: lengths[n])]] * (most - len(own))
+        slices = [
+            {**collate([examples[n] for n in part], pad_token_id), **add_extras(part), "counts": float(i < len(own))}
+            for i, part in enumerate([*own, *idle])
+        ]
+        counted = torch.zeros(sum(examples[n].num_predicted for part in own for n in part))
+        # all that the Trainer does with them is to count; it takes `shift_labels` as they are
+        return {"slices": slices, "labels": counted, "shift_labels": counted}
 
-    start = [(name, _bits(p)) for name, p in model.named_parameters()]
-    folder = checkpoints / digest([section.model_dump(), seed, loss.__qualname__, start, [asdict(e) for e in examples]])
-    if checkpoints.is_dir():
-        for other in checkpoints.iterdir():
-            if other != folder:
+    key = None
+    if state.is_main_process:  # the others may not have the weights yet
+        key = key_of(model, examples, section, loss, seed, add_extras, difficulty, optimizer)
+        key += "-sharded" if sharded else ""  # the Trainer's checkpoints of sharded weights are of another kind
+        for other in checkpoints.iterdir() if checkpoints.is_dir() else ():
+            if other.name != key:
                 shutil.rmtree(other)
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=section.epochs,
-        per_device_train_batch_size=section.batch_size,
-        learning_rate=section.learning_rate,
-        warmup_steps=section.warmup_fraction,
-        lr_scheduler_type="cosine",
-        train_sampling_strategy="group_by_length",
-        save_steps=section.save_every_steps,
-        save_total_limit=1,
-        logging_steps=1,
-        remove_unused_columns=False,
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        use_cpu=next(model.parameters()).device.type == "cpu",
-        seed=seed,
-    )
-    trainer = _GivenLossTrainer(model, arguments, collator, rows, compute_loss_func=loss, callbacks=[_Progress()])
+        _remove_half_checkpoints(checkpoints / key)
+    (key,) = broadcast_object_list([key])
+    folder = checkpoints / key
+    arguments.output_dir = str(folder)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    given = {"compute_loss_func": loss, "optimizers": (optimizer, None), "callbacks": [_Progress()]}
+    trainer = _GivenLossTrainer(model, arguments, **given)
+    if sharded and not trainer.is_fsdp_enabled:
+        raise TrainingError("scale.fsdp is set, but accelerate shards on GPUs alone; set it to false for CPUs")
     trainer.remove_callback(PrinterCallback)  # a printed line per step would bury the notebook
-    trainer.terms = defaultdict(float)
+    sampler = EpochSampler(section.batch_size, lengths=lengths, seed=seed, difficulty=difficulty)
+    trainer.loader, trainer.terms = EpochLoader(sampler, collator), {}
     model.train()
-    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(folder))
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    if sharded:
+        _gather(trainer, model, dtypes)
+    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # autocast ends with the training
     model.eval()
     return pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])

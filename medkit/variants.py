@@ -1,4 +1,4 @@
-"""The models of a run by name, as notebook 04 lists them: loaded, or put into the engine that suits them.
+"""The models of a run by name, as notebook 04 lists them: loaded, or put into the engines that suit them.
 
 What a variant is and how it came about is for the notebooks that make it; how fast an engine is, for `workloads`.
 """
@@ -6,16 +6,18 @@ What a variant is and how it came about is for the notebooks that make it; how f
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Callable
 
 import pandas as pd
 from torch import nn
 from transformers import AutoConfig
 
 from medkit import models, quantization
-from medkit.edge_engine import OpenVinoEngine, import_openvino
+from medkit.edge_engine import LlamaCppEngine, OpenVinoEngine, import_openvino
 from medkit.engines import Engine, EngineError
 from medkit.outputs import Stage, StageError, run_dir
-from medkit.params import Params
+from medkit.params import Params, ServerParams
 from medkit.torch_engine import TorchEngine
 
 SERVED_STEP_TOKENS = 64  # one step of the edge engine holds up the whole process: short ones keep a server awake
@@ -56,3 +58,39 @@ def load_engine(run: str, variant: str, params: Params) -> tuple[Engine, object,
             log.warning("transformers reads %s, more slowly: %s", place, error)
     model = load_variant(run, place, params)
     return TorchEngine(model, tokenizer.pad_token_id, batch_tokens=params.inference.batch_tokens), tokenizer, context
+
+
+def in_torch(run: str, place: str, params: Params, pad_token_id: int) -> TorchEngine:
+    """The model at a place in the transformers engine, which writes one request after the other."""
+    model = load_variant(run, place, params)
+    return TorchEngine(model, pad_token_id, scheduler="sequential", batch_tokens=params.inference.batch_tokens)
+
+
+def edge_candidates(run: str, place: str, params: Params, tokenizer) -> dict[str, Callable[[], Engine]]:
+    """Who may answer for the edge file at a place, for `engine_choice`; each is loaded when it is called.
+
+    transformers is the reference. A server that the params name is one more; what it really serves is its own affair,
+    so its agreement with the reference matters.
+    """
+    file, server = run_dir(run) / place, params.inference.server
+    found = {
+        "transformers": lambda: in_torch(run, place, params, tokenizer.pad_token_id),
+        "openvino": lambda: OpenVinoEngine(file, exact=False),
+        "llama.cpp": lambda: LlamaCppEngine(file),
+    }
+    return found | ({"remote": lambda: reach(server, tokenizer)} if server else {})
+
+
+def reach(server: ServerParams, tokenizer) -> Engine:
+    """An engine on that server, its key from the environment. Raises EngineError, within seconds, if there is none."""
+    try:
+        from medkit.remote_engine import RemoteEngine
+    except ImportError as error:
+        raise EngineError(f"inference.server needs the extra `serve` ({error}): pip install -e '.[serve]'") from error
+    key = os.environ.get(server.api_key_env) if server.api_key_env else None
+    if server.api_key_env and not key:
+        raise EngineError(f"inference.server: its key is read from {server.api_key_env}, which is not set; export it")
+    try:
+        return RemoteEngine(server.base_url, server.model, tokenizer, key)
+    except EngineError as error:
+        raise EngineError(f"inference.server: {error}") from error

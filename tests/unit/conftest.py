@@ -118,6 +118,7 @@ def make_section():
             "learning_rate": 1e-3,
             "warmup_fraction": 0.1,
             "save_every_steps": 2,
+            "scale": None,
         }
         return TrainParams(**{**settings, **changes})
 

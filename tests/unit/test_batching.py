@@ -43,6 +43,23 @@ def test_predicted_logits_of_a_padded_batch_are_those_of_each_row_alone(make_lla
     torch.testing.assert_close(logits, torch.cat(alone), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("layer", [0, 1, 3])
+def test_hidden_states_of_a_padded_batch_are_those_that_made_the_logits(make_llama, make_examples, layer):
+    model, examples = make_llama(), make_examples(6)
+    with torch.no_grad():
+        found = batching.predict(model, batching.collate(examples, PAD), [layer])
+        logits, targets = batching.predicted_logits(model, batching.collate(examples, PAD))
+        alone = [
+            model(torch.tensor([e.input_ids]), output_hidden_states=True).hidden_states[layer][0, e.loss_start - 1 : -1]
+            for e in examples
+        ]
+    assert torch.equal(found.logits, logits) and torch.equal(found.targets, targets)
+    assert list(found.hidden) == [layer]
+    torch.testing.assert_close(found.hidden[layer], torch.cat(alone), rtol=0, atol=1e-5)
+    if layer == 3:
+        torch.testing.assert_close(model.lm_head(found.hidden[layer]), logits, rtol=0, atol=1e-5)
+
+
 def test_loss_covers_the_answer_and_its_end_token_and_nothing_else(tokenizer, questions):
     known = questions[questions.answer >= 0]
     for example, row in zip(batching.encode_questions(tokenizer, known), known.itertuples(), strict=True):
@@ -152,13 +169,13 @@ def test_where_nothing_is_saved_there_is_one_group(prompts):
 # --- measures ------------------------------------------------------------------------------------------------------
 
 
-def test_iterate_predictions_gives_each_example_once_and_as_if_alone(make_llama, make_examples):
+def test_each_example_is_predicted_once_and_as_if_alone(make_llama, make_examples):
     model, examples = make_llama(), make_examples(7)
     seen = []
-    for rows, logits, targets in batching.iterate_predictions(model, examples, PAD, batch_tokens=60):
+    for rows, found in batching.iterate_predicted(model, examples, PAD, batch_tokens=60):
         alone = [batching.collect_logits(model, [examples[i]], PAD) for i in rows]
-        torch.testing.assert_close(logits, torch.cat(alone), rtol=0, atol=1e-5)
-        assert targets.tolist() == [t for i in rows for t in examples[i].input_ids[examples[i].loss_start :]]
+        torch.testing.assert_close(found.logits, torch.cat(alone), rtol=0, atol=1e-5)
+        assert found.targets.tolist() == [t for i in rows for t in examples[i].input_ids[examples[i].loss_start :]]
         seen += rows
     assert sorted(seen) == list(range(7))
 

@@ -1,12 +1,21 @@
 """The fastest candidate is chosen, by what the workload asks for; it is measured once; who is missing is named."""
 
 import json
+import socket
+import subprocess
+import sys
+import threading
 import time
+from contextlib import contextmanager
 
 import pytest
+from pydantic import ValidationError
 
-from medkit import engine_choice, workloads
+from medkit import engine_choice, remote_engine, serving, variants, workloads
 from medkit.engines import EngineError, Generation
+from medkit.outputs import ROOT
+from medkit.params import ServerParams, load_params
+from medkit.torch_engine import TorchEngine
 
 REQUESTS = workloads.equal([[1, 2], [3], [4, 5, 6]], 3)
 IDENTITY = {"model": "abc"}
@@ -72,6 +81,31 @@ def test_the_second_time_it_is_read_and_not_measured(tmp_path):
     again = engine_choice.choose({"only": missing(AssertionError("measured again"))}, REQUESTS, 1, tmp_path, IDENTITY)
     assert again == first and loads == [1]
     assert json.loads(next(tmp_path.glob("*.json")).read_text())["reason"] == first.reason
+
+
+def test_measured_anew_it_is_loaded_once_and_its_passes_are_kept(tmp_path):
+    loads = []
+
+    def make():
+        loads.append(1)
+        return Sleepy("only", step_s=0.002)
+
+    for times in (1, 2):
+        found = engine_choice.choose({"only": make}, REQUESTS, 3, tmp_path, IDENTITY, alone=True, anew=True)
+        assert len(loads) == times
+        assert [(row["engine"], row["repeat"]) for row in found.passes] == [("only", repeat) for repeat in range(3)]
+        median = sorted(row["latency_s_per_token"] for row in found.passes)[1]
+        assert found.timed[0]["latency_s_per_token"] == median
+    read = engine_choice.choose({"only": make}, REQUESTS, 3, tmp_path, IDENTITY, alone=True)
+    assert read == found and len(loads) == 2  # the last measurement is the one that is kept
+
+
+def test_a_record_of_another_version_is_not_read(tmp_path, monkeypatch):
+    engine_choice.choose({"only": lambda: Sleepy("only")}, REQUESTS, 1, tmp_path, IDENTITY)
+    fields = engine_choice.fields
+    monkeypatch.setattr(engine_choice, "fields", lambda kind: fields(kind)[:-1])
+    engine_choice.choose({"only": lambda: Sleepy("only")}, REQUESTS, 1, tmp_path, IDENTITY)
+    assert len(list(tmp_path.glob("*.json"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -141,3 +175,113 @@ def test_other_answers_than_the_first_candidates_are_told(tmp_path):
     found = engine_choice.choose(candidates, REQUESTS, 1, tmp_path, IDENTITY)
     assert found.engine == "other" and "0% of its answers are those of reference" in found.reason
     assert {row["engine"]: row["answers_equal"] for row in found.timed} == {"other": 0.0, "reference": 1.0}
+
+
+# --- a server among the candidates -----------------------------------------------------------------------------------
+
+KEY, VARIABLE = "sesame-open-up", "MEDKIT_TEST_KEY"
+
+
+@contextmanager
+def served(engine, tokenizer):
+    """`medkit serve` over an engine: its base_url."""
+    limits = serving.Limits(context_tokens=512)
+    app = serving.create_app(engine, tokenizer, model_name="toy/edge", limits=limits, api_key=KEY)
+    server = serving.make_server(app, port=0)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    finally:
+        server.should_exit = True
+        thread.join(20)
+
+
+def with_server(**changes):
+    """The smoke profile with a server that listens nowhere."""
+    server = {"base_url": "http://127.0.0.1:9/v1", "model": "toy/edge", "api_key_env": VARIABLE, **changes}
+    return load_params(ROOT / "params" / "smoke.yaml", {"inference.server": server})
+
+
+def test_the_profiles_server_is_a_candidate_and_its_key_is_in_no_record(make_llama, tokenizer, tmp_path, monkeypatch):
+    def engine():
+        return TorchEngine(make_llama(seed=3), tokenizer.pad_token_id, batch_tokens=256)
+
+    monkeypatch.setenv(VARIABLE, KEY)
+    with served(engine(), tokenizer) as url:
+        params = with_server(base_url=url)
+        candidates = variants.edge_candidates("run", "04_quantization/edge/student.gguf", params, tokenizer)
+        assert [*candidates] == ["transformers", "openvino", "llama.cpp", "remote"]
+        tried = {"transformers": engine, "remote": candidates["remote"]}
+        found = engine_choice.choose(tried, REQUESTS, 1, tmp_path, IDENTITY, alone=True, together=False)
+    assert found.refused == {} and {row["engine"]: row["answers_equal"] for row in found.timed} == {
+        "transformers": 1.0,
+        "remote": 1.0,
+    }
+    assert KEY not in next(tmp_path.glob("*.json")).read_text() + params.model_dump_json()
+    assert VARIABLE in params.model_dump_json()
+
+
+def test_without_a_server_there_are_the_local_engines():
+    candidates = variants.edge_candidates("run", "edge.gguf", load_params(ROOT / "params" / "smoke.yaml"), None)
+    assert [*candidates] == ["transformers", "openvino", "llama.cpp"]
+
+
+def test_a_server_that_cannot_be_had_is_told_at_once(make_llama, tokenizer, monkeypatch):
+    def refusal(**changes):
+        began = time.perf_counter()
+        with pytest.raises(EngineError) as caught:
+            variants.reach(with_server(**changes).inference.server, tokenizer)
+        assert time.perf_counter() - began < 5
+        assert str(caught.value).startswith("inference.server: ") and KEY not in str(caught.value)
+        return str(caught.value)
+
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert f"read from {VARIABLE}, which is not set" in refusal()
+    monkeypatch.setenv(VARIABLE, KEY)
+    assert "is the server running?" in refusal()  # nobody listens
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the call and says nothing
+        monkeypatch.setattr(remote_engine, "GREETING_S", 0.3)
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        assert f"{url} was silent for 0.3 s: is the server running" in refusal(base_url=url)
+    monkeypatch.undo()
+    monkeypatch.setenv(VARIABLE, KEY)
+    with served(TorchEngine(make_llama(seed=3), tokenizer.pad_token_id, batch_tokens=256), tokenizer) as url:
+        assert "serves no model 'other': it serves toy/edge" in refusal(base_url=url, model="other")
+        assert "refuses the API key" in refusal(base_url=url, api_key_env="")
+
+
+def test_openai_is_needed_for_servers_alone():
+    """It comes with an extra: a run without a server must not miss it."""
+    script = """
+import sys
+sys.modules["openai"] = None
+from medkit import variants
+from medkit.engines import EngineError
+from medkit.params import ServerParams
+try:
+    variants.reach(ServerParams(base_url="http://127.0.0.1:9/v1", model="m", api_key_env=""), None)
+except EngineError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert "needs the extra `serve`" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"base_url": "http://127.0.0.1:8000"},
+        {"base_url": "http://me:secret@example.org/v1"},
+        {"base_url": "example.org/v1"},
+        {"api_key_env": "sk-abc"},
+        {"api_key": KEY},
+    ],
+    ids=str,
+)
+def test_a_server_is_named_in_full_and_without_secrets(wrong):
+    with pytest.raises(ValidationError):
+        ServerParams(**{"base_url": "http://127.0.0.1:8000/v1", "model": "m", "api_key_env": "", **wrong})

@@ -72,7 +72,7 @@ def test_scoring_reads_each_prompt_once(scorer, monkeypatch):
     monkeypatch.setattr(scorer, "forward", lambda **kw: rows.append(kw["input_ids"].shape) or forward(**kw))
     scoring.score_options(scorer, asked, 26, PAD)
     # [8] and [9] are only predicted, so of both answers one token is read
-    assert [tuple(shape) for shape in rows] == [(2, 11), (2, 8)]
+    assert [tuple(shape) for shape in rows] == [(2, 11), (1, 8), (1, 5)]
 
 
 @pytest.mark.parametrize("kept", ["sdpa", "eager"])
@@ -235,6 +235,25 @@ def test_one_prompt_is_read_once_whoever_asks_for_it(scorer, tokenizer, asked, m
     assert again.logprobs.tolist() == table.logprobs[: len(asked)].tolist()
     assert again.text.tolist() == table.text[: len(asked)].tolist() == plain.text.tolist()
     for one, other in zip(plain.logprobs, again.logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_calls_that_share_what_was_said_ask_for_the_rest_alone(scorer, tokenizer, asked, monkeypatch):
+    read, written = [], []
+    score, write = TorchEngine.score, TorchEngine.generate
+    monkeypatch.setattr(TorchEngine, "score", lambda self, items: read.extend(items) or score(self, items))
+    monkeypatch.setattr(TorchEngine, "generate", lambda self, asked: written.extend(asked) or write(self, asked))
+    said = {}
+    first = inference.predict(scorer, tokenizer, asked, 300, 4, said)
+    read[:], written[:] = [], []
+    pd.testing.assert_frame_equal(inference.predict(scorer, tokenizer, asked, 300, 4, said), first)
+    assert read == written == []
+    texts = asked[asked.scoring == "letter"].assign(scoring="option_text", template="letter")  # other answers to them
+    found = inference.predict(scorer, tokenizer, pd.concat([asked, texts], ignore_index=True), 300, 4, said)
+    assert len(read) == len(texts) and not written
+    pd.testing.assert_frame_equal(found[: len(asked)], first)
+    alone = inference.predict(scorer, tokenizer, texts, 300, 4)
+    for one, other in zip(found.logprobs[len(asked) :], alone.logprobs, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
 
 

@@ -11,25 +11,33 @@ from medkit.outputs import ROOT
 
 PACKAGE = ROOT / "medkit"
 LAYERS = [
+    ["profiles"],
     ["params"],
     ["outputs", "sources", "prompts", "duplicates", "figures", "plans", "statistics", "paper_numbers"],
     ["parsing", "records", "datacard", "contamination", "calibration", "energy", "clauses", "response_cache"],
     ["evaluation", "readers", "icd", "models", "batching", "ledger"],
+    ["sampling", "losses", "entities", "options"],
     [
         *["claims", "safety", "report", "data", "problems", "embeddings"],
         *["training", "rowwise", "lora", "scoring", "edge_tokenizer", "peak"],
     ],
-    ["edge", "budget", "rounding", "studies", "engines", "serving_text"],
-    ["quantization", "robustness", "running_batch", "edge_engine", "remote_engine", "workloads", "serving_schema"],
-    ["sensitivity", "distillation", "paper", "card", "compare", "torch_engine", "engine_choice", "serving_queue"],
-    ["inference", "serving_http", "variants"],
+    ["edge", "budget", "rounding", "merging", "studies", "engines", "serving_text"],
+    [
+        *["quantization", "robustness", "signals", "rationales"],
+        *["running_batch", "edge_engine", "remote_engine", "workloads", "serving_schema"],
+    ],
+    [
+        *["sensitivity", "distillation", "alignment", "paper", "card", "compare"],
+        *["torch_engine", "engine_choice", "serving_queue", "serving_cache"],
+    ],
+    ["inference", "recipes", "serving_http", "variants"],
     ["serving"],
     ["runner", "page"],
     ["__main__"],
 ]
 BESIDE = {("figures", "outputs"): "a saved figure is an artifact, written atomically"}
 WITHOUT_TORCH = [
-    *(name for layer in LAYERS[:3] for name in layer),
+    *(name for layer in LAYERS[:4] for name in layer),
     *["evaluation", "readers", "icd", "claims", "safety", "report", "data", "problems", "paper", "card", "compare"],
     *["engines", "edge_engine", "remote_engine", "serving_schema", "serving_queue", "serving_http"],
     *LAYERS[-2],

@@ -29,6 +29,10 @@ OPEN = {
     ("inference", "studies", "shuffle", "questions"),
     ("inference", "studies", "ablation"),
     ("inference", "studies", "ensemble", "questions"),
+    ("inference", "server"),
+    ("distillation", "correction_train", "scale"),
+    ("distillation", "student_train", "scale"),
+    ("lora", "train", "scale"),
 }
 
 
@@ -180,6 +184,11 @@ MISTYPED = [
     ("distillation.top_k", "16"),
     ("distillation.ce_weight", float("nan")),
     ("distillation.kl_weight", float("inf")),
+    ("distillation.divergence", "kl"),
+    ("distillation.jsd_beta", 1.0),
+    ("distillation.hidden_weight", -0.5),
+    ("distillation.hidden_layers", [1, 2]),
+    ("distillation.order", "easy"),
     ("lora", None),
     ("lora.adapter.rank", "16"),
     ("lora.adapter.rank", 0),
@@ -214,6 +223,13 @@ def test_mistyped_override_is_refused_like_a_key(key, value, tmp_path):
 
 def test_headline_source_must_be_a_tested_dataset():
     assert "headline_source" in refusal(SMOKE, {"evaluation.headline_source": "medqaa"})
+
+
+def test_hidden_states_are_compared_between_layers_that_are_named():
+    assert "hidden_layers" in refusal(SMOKE, {"distillation.hidden_weight": 0.5})
+    pairs = {"distillation.hidden_weight": 0.5, "distillation.hidden_layers": [[2, 3]]}
+    assert load_params(SMOKE, pairs).distillation.hidden_layers == [[2, 3]]
+    assert "hidden_layers" in refusal(SMOKE, {**pairs, "distillation.hidden_layers": [[2, 3, 4]]})
 
 
 def test_asked_source_must_be_a_dataset():

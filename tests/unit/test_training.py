@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from medkit import batching, distillation, lora, training
+from medkit import batching, lora, losses, training
 from medkit.params import AdapterParams
 from medkit.training import TrainingError
 
@@ -46,7 +46,7 @@ def test_slices_of_a_batch_change_nothing(make_llama, make_examples, make_sectio
         calls = []
 
         def loss(*args, calls=calls):
-            calls.append(len(args[0]))
+            calls.append(len(args[0].targets))
             return training.cross_entropy(*args)
 
         model, section, folder = make_llama(layers=2), make_section(slice_tokens=tokens), tmp_path / str(tokens)
@@ -103,8 +103,64 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
     pd.testing.assert_frame_equal(log[columns], expected[columns])
 
 
+def rows_of(log):
+    """`add_extras` that notes which rows a slice holds."""
+
+    def add_extras(rows):
+        log.append(rows)
+        return {}
+
+    return add_extras
+
+
+def test_the_first_epoch_goes_from_easy_to_hard_and_the_next_does_not(
+    make_llama, make_examples, make_section, tmp_path
+):
+    examples, section, seen = make_examples(70), make_section(batch_size=2, slice_tokens=10_000), []
+    difficulty = [(37 * n) % 70 for n in range(70)]
+    training.train(
+        make_llama(layers=1), examples, section, training.cross_entropy, tmp_path, PAD, 0, rows_of(seen), difficulty
+    )
+    _, *seen = seen  # a look at a few, for the name of the checkpoints
+    epochs = [[row for rows in part for row in rows] for part in (seen[:35], seen[35:])]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(70))] * 2
+    parts = [[epoch[start : start + 16] for start in range(0, 70, 16)] for epoch in epochs]
+    first, second = ([{difficulty[row] // 16 for row in part} for part in found] for found in parts)
+    assert first == [{0}, {1}, {2}, {3}, {4}], "parts of eight batches, each harder than the one before"
+    assert second != first
+    inside = [difficulty[row] for row in epochs[0][:16]]
+    assert inside != sorted(inside), "within a part the order is drawn"
+    lengths = [[len(examples[row].input_ids) for row in rows] for rows in seen[:35]]
+    spread = sum(max(pair) - min(pair) for pair in lengths)
+    assert spread < 70, "two that share a batch are alike in length: 35 pairs at random differ by 6 each"
+
+
+@pytest.mark.parametrize(("save_every", "step"), [(2, 4), (3, 7), (2, 8)], ids=["first epoch", "between", "second"])
+def test_a_killed_progressive_run_resumes_bit_for_bit(
+    make_llama, make_examples, make_section, tmp_path, save_every, step
+):
+    examples, section = make_examples(12), make_section(batch_size=2, save_every_steps=save_every)
+    whole, killed, resumed = (make_llama(layers=2, attention_dropout=0.1) for _ in range(3))
+    difficulty, no_extras = [(5 * n) % 12 for n in range(12)], rows_of([])
+
+    def train(model, folder):
+        folder = tmp_path / folder
+        return training.train(model, examples, section, training.cross_entropy, folder, PAD, 0, no_extras, difficulty)
+
+    expected = train(whole, "whole")
+    count_steps(killed, dies_at=step)
+    with pytest.raises(Killed):
+        train(killed, "killed")
+    steps = count_steps(resumed)
+    log = train(resumed, "killed")
+    assert len(steps) == 12 - save_every * ((step - 1) // save_every)
+    assert_same_weights(weights(resumed), weights(whole))
+    columns = ["step", "loss", "ce", "loss_tokens", "learning_rate"]
+    pd.testing.assert_frame_equal(log[columns], expected[columns])
+
+
 def test_a_killed_adapter_run_resumes_bit_for_bit(make_llama, make_examples, make_section, tmp_path):
-    adapter = AdapterParams(rank=2, alpha=4.0, dropout=0.1, target_modules=["q_proj", "down_proj"])
+    adapter = AdapterParams(variant="lora", rank=2, alpha=4.0, dropout=0.1, target_modules=["q_proj", "down_proj"])
     examples, section = make_examples(12), make_section(learning_rate=1e-2)
     whole, killed, resumed = (lora.attach(make_llama(layers=2), adapter, seed=0) for _ in range(3))
     training.train(whole, examples, section, training.cross_entropy, tmp_path / "whole", PAD, seed=0)
@@ -134,7 +190,7 @@ def test_a_half_written_checkpoint_is_ignored(make_llama, make_examples, make_se
     assert_same_weights(weights(resumed), weights(whole))
 
 
-@pytest.mark.parametrize("other", ["settings", "examples", "seed", "start", "loss"])
+@pytest.mark.parametrize("other", ["settings", "examples", "seed", "start", "loss", "order"])
 def test_checkpoints_of_another_training_are_thrown_away(make_llama, make_examples, make_section, tmp_path, other):
     """Each is a killed run after which one thing was changed: what comes out is what a fresh run gives."""
     killed, examples, section, seed, loss = make_llama(layers=2), make_examples(12), make_section(), 0, kd_loss(0.5)
@@ -153,16 +209,16 @@ def test_checkpoints_of_another_training_are_thrown_away(make_llama, make_exampl
         seed = 1
     elif other == "loss":
         loss = kd_loss(0.9)
-    extras = teacher_of_one_word(examples)
+    extras, difficulty = teacher_of_one_word(examples), range(12) if other == "order" else None
     found, fresh = (make_llama(layers=2, seed=1 if other == "start" else 0) for _ in range(2))
-    training.train(found, examples, section, loss, tmp_path / "used", PAD, seed, extras)
-    training.train(fresh, examples, section, loss, tmp_path / "fresh", PAD, seed, extras)
+    training.train(found, examples, section, loss, tmp_path / "used", PAD, seed, extras, difficulty)
+    training.train(fresh, examples, section, loss, tmp_path / "fresh", PAD, seed, extras, difficulty)
     assert_same_weights(weights(found), weights(fresh))
     assert not left.exists()
 
 
 def kd_loss(kl_weight):
-    return distillation.make_kd_loss(1 - kl_weight, kl_weight, 1.0)
+    return losses.DistillationLoss(ce_weight=1 - kl_weight, kl_weight=kl_weight)
 
 
 def teacher_of_one_word(examples):
@@ -187,8 +243,8 @@ def test_a_finished_training_can_be_forgotten(make_llama, make_examples, make_se
 def test_a_loss_that_is_not_finite_names_its_step(make_llama, make_examples, make_section, tmp_path):
     calls = iter(range(1, 100))
 
-    def sick(logits, targets, extras):
-        loss, terms = training.cross_entropy(logits, targets, extras)
+    def sick(predicted, extras):
+        loss, terms = training.cross_entropy(predicted, extras)
         return (loss * float("nan") if next(calls) == 2 else loss), terms
 
     with pytest.raises(TrainingError, match="nan at step 2"):

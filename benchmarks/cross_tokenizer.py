@@ -1,0 +1,247 @@
+"""A teacher with another tokenizer: what two tokenizations share, how large the losses are, and what a student gains.
+
+Three parts on a finished run's own answers. Spans: all rows, tokenizers alone. Signals: the teacher's at training rows,
+and the untrained student's losses there; the teacher is first corrected (LoRA), on other rows than it then speaks
+about. Training: CE alone, CE + KL over spans, CE + KL over options, each from the same weights on the same batches,
+judged by paired −log p per answer token of validation rows, and by −log p of the right option among a question's
+options. Units: nats, bytes, fractions.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from record import RESULTS, Ratio, result_path, versions, write
+
+from medkit import alignment, batching, data, lora, models, options, scoring, training
+from medkit.outputs import ROOT
+from medkit.params import load_params
+from medkit.signals import Signals, capture_signals
+from medkit.statistics import bootstrap_interval, weighted_mean
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
+    parser.add_argument("--params", type=Path, default=ROOT / "params" / "cross.yaml")
+    parser.add_argument("--signal-rows", type=int, default=240, help="rows whose teacher signals are looked at")
+    parser.add_argument("--correct-rows", type=int, default=128, help="other rows that correct the teacher; 0: none")
+    parser.add_argument("--train-rows", type=int, default=96, help="of the first, rows to train on; 0: no training")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--valid-rows", type=int, default=105)
+    parser.add_argument("--option-questions", type=int, default=40, help="of them, asked by option text too")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    sizes = {f"distillation.{name}.batch_size": args.batch_size for name in ("correction_train", "student_train")}
+    params, before = load_params(args.params, sizes), os.getloadavg()
+    folders = [models.local_folder(section) for section in (params.models.student, params.models.teacher)]
+    tokenizers = [models.load_tokenizer(folder) for folder in folders]
+    bridge = alignment.Bridge(*(alignment.read_vocabulary(one) for one in tokenizers))
+    questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
+    rows = {split: data.training_rows(questions, split) for split in ("train", "valid")}
+    shuffled = rows["train"].sample(frac=1, random_state=params.seed)
+    raw = {"spans": describe_spans(bridge, tokenizers, pd.concat(rows.values()))}
+    print(json.dumps(raw["spans"]), flush=True)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        others = shuffled.iloc[args.signal_rows :].head(args.correct_rows)
+        teacher = correct(folders[1], tokenizers[1], params, others, Path(scratch))
+        heard = listen(teacher, folders[0], tokenizers, params, shuffled.head(args.signal_rows), bridge, Path(scratch))
+        del teacher
+        raw["signals"] = heard.pop("record")
+        print(json.dumps(raw["signals"]), flush=True)
+        if args.train_rows:
+            valid = rows["valid"].sample(frac=1, random_state=params.seed).head(args.valid_rows)
+            taught = shuffled.head(args.train_rows)
+            raw["training"] = compare_training(folders[0], tokenizers[0], params, taught, valid, heard, args, scratch)
+    raw |= {"loadavg_before": before, "loadavg_after": os.getloadavg()}
+    ratios = {
+        "one_to_one/spans": Ratio(raw["spans"]["one_to_one_spans"], None, "higher", raw["spans"]["answers"]),
+        "one_to_one/bytes": Ratio(raw["spans"]["one_to_one_bytes"], None, "higher", raw["spans"]["answers"]),
+        "shared/teacher_mass": Ratio(raw["signals"]["shared_mass"], None, "higher", raw["signals"]["spans"]),
+    }
+    for name, found in raw.get("training", {}).get("minus_ce", {}).items():
+        for measure, gap in found.items():
+            ratios[f"{measure}_minus_ce/{name}"] = Ratio(gap["mean"], None, "lower", gap["n"])
+    setup = {
+        "versions": versions("torch", "transformers", "tokenizers"), "run": args.run.name,
+        "profile": args.params.name, "threads": args.threads,
+        "rows": {"correct": args.correct_rows, "signals": args.signal_rows, "train": args.train_rows},
+        "batch_size": args.batch_size, "learning_rate": params.distillation.student_train.learning_rate,
+        "weights": {"ce": params.distillation.ce_weight, "kl": params.distillation.kl_weight},
+        "teacher": params.models.teacher.source.file, "student": params.models.student.source.member,
+    }  # fmt: skip
+    print(write("cross_tokenizer", setup, ratios, raw, args.output))
+    print(json.dumps(json.loads(result_path("cross_tokenizer", args.output).read_text())["ratios"], indent=1))
+
+
+def answers_of(examples: list[batching.Example]) -> list[list[int]]:
+    return [example.input_ids[example.loss_start :] for example in examples]
+
+
+def describe_spans(bridge: alignment.Bridge, tokenizers: list, rows: pd.DataFrame) -> dict:
+    """How the two cut the answers. The end of an answer is a span of one token on both sides and of no bytes."""
+    sides = [answers_of(batching.encode_questions(one, rows)) for one in tokenizers]
+    shapes, sizes = [], []
+    for student_ids, teacher_ids in zip(*sides, strict=True):
+        written = bridge.student.spell(student_ids)
+        for span in bridge.align(student_ids, teacher_ids):
+            text = b"".join(written[place] for place in span.student)
+            if text != alignment.END:
+                shapes.append((len(span.student), len(span.teacher)))
+                sizes.append(len(text))
+    shapes, sizes = pd.Series(shapes), np.array(sizes)
+    single = shapes.isin([(1, 1)]).to_numpy()
+    return {
+        "answers": len(rows), "spans": len(shapes), "answer_bytes": int(sizes.sum()),
+        "student_tokens": sum(map(len, sides[0])), "teacher_tokens": sum(map(len, sides[1])),
+        "one_to_one_spans": float(single.mean()), "one_to_one_bytes": float(sizes[single].sum() / sizes.sum()),
+        "shapes": {f"{m}:{n}": int(count) for (m, n), count in shapes.value_counts().head(8).items()},
+        "shared_vocabulary": {
+            "tokens": int((bridge.shared >= 0).sum()),
+            "of_student": float((bridge.shared >= 0).sum() / len(bridge.student.ids)),
+            "of_teacher": float((bridge.shared >= 0).sum() / len(bridge.teacher.ids)),
+        },
+    }  # fmt: skip
+
+
+def correct(folder: Path, tokenizer, params, rows: pd.DataFrame, scratch: Path):
+    """The teacher, with an adapter that learned these rows merged into it; without rows as it was published."""
+    teacher = models.load_model(folder, params.models)
+    if not len(rows):
+        return teacher
+    examples, section = batching.encode_questions(tokenizer, rows), params.distillation
+    adapted = lora.attach(teacher, section.correction, params.seed)
+    given = (section.correction_train, training.cross_entropy, scratch / "teacher", tokenizer.pad_token_id, params.seed)
+    log = training.train(adapted, examples, *given)
+    print("correction", len(log), "steps, ce", log.ce.iloc[0], "to", log.ce.iloc[-1], os.getloadavg(), flush=True)
+    return lora.merge(adapted)
+
+
+def listen(teacher, folder, tokenizers, params, rows: pd.DataFrame, bridge: alignment.Bridge, scratch: Path) -> dict:
+    """The teacher's signals and option scores at these rows, and the untrained student's losses against them."""
+    examples = [batching.encode_questions(one, rows) for one in tokenizers]
+    began = time.perf_counter()
+    pad = tokenizers[1].pad_token_id
+    capture_signals(teacher, examples[1], scratch / "signals", params.distillation.top_k, 64, pad, "cross")
+    scores = score(teacher, tokenizers[1], rows, params)
+    seconds = time.perf_counter() - began
+    signals = alignment.AlignedSignals(Signals(scratch / "signals", "cross"), *examples, bridge)
+    student = models.load_model(folder, params.models)
+    spans = []
+    for numbers, predicted in batching.iterate_predicted(student, examples[0], tokenizers[0].pad_token_id):
+        said = signals.batch(numbers)
+        kl = alignment.span_kl(predicted.logits, predicted.targets, **said)
+        nll = torch.nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
+        own = [part.sum().item() for part in nll.split(said["span_lengths"].tolist())]
+        shapes = [(len(s.student), len(s.teacher)) for n in numbers for s in bridge.align(*signals.answers[n])]
+        weight = said["span_logprobs"].exp().sum(-1)
+        kept = [signals.signals.example(n)["teacher_logprobs"].exp().sum(-1) for n in numbers]
+        places = [[span.teacher[-1] for span in bridge.align(*signals.answers[n])] for n in numbers]
+        ends = torch.cat([mass[last] for mass, last in zip(kept, places, strict=True)])
+        found = {"kl": kl, "ce": torch.tensor(own), "shared": weight, "kept": ends}
+        spans.append(pd.DataFrame({name: values.numpy() for name, values in found.items()}).assign(shape=shapes))
+    spans = pd.concat(spans, ignore_index=True)
+    single = spans["shape"].isin([(1, 1)])
+    num_tokens = sum(map(len, answers_of(examples[0])))
+    num_bytes = sum(len(b"".join(bridge.student.spell(own))) - len(alignment.END) for own in answers_of(examples[0]))
+    teacher_nll = -sum(signals.signals.example(n)["teacher_target_logprobs"].sum().item() for n in range(len(rows)))
+    record = {
+        "rows": len(rows), "spans": len(spans), "top_k": params.distillation.top_k, "teacher_seconds": seconds,
+        "kept_mass": float(spans.kept[single].mean()),
+        "shared_mass": float(spans.shared[single].mean()),
+        "shared_of_kept": float((spans.shared[single] / spans.kept[single]).mean()),
+        "kl_per_span": {"one_to_one": float(spans.kl[single].mean()), "others": float(spans.kl[~single].mean())},
+        "ce_per_span": {"one_to_one": float(spans.ce[single].mean()), "others": float(spans.ce[~single].mean())},
+        "kl_per_token": float(spans.kl.sum() / num_tokens),
+        "ce_per_token": float(spans.ce.sum() / num_tokens),
+        "nll_per_byte": {"student": float(spans.ce.sum()) / num_bytes, "teacher": teacher_nll / num_bytes},
+        "teacher_option_nll": float(np.mean(right_nll(scores, rows))),
+        "teacher_accuracy": accuracy(scores, rows),
+    }  # fmt: skip
+    return {"record": record, "signals": signals, "examples": examples[0], "scores": scores}
+
+
+def score(model, tokenizer, rows: pd.DataFrame, params) -> list[list[float]]:
+    """Summed log-probability of every option's text."""
+    asked = [options.encode_options(tokenizer, question) for question in rows.to_dict("records")]
+    items = [
+        scoring.Item(own[0].input_ids[: own[0].loss_start], [one.input_ids[one.loss_start :] for one in own])
+        for own in asked
+    ]
+    return scoring.score_options(model, items, params.inference.batch_tokens, tokenizer.pad_token_id)
+
+
+def right_nll(scores: list[list[float]], rows: pd.DataFrame) -> list[float]:
+    """−log p of the right option, the options' probabilities adding up to 1."""
+    return [
+        float(np.logaddexp.reduce(own) - own[right]) for own, right in zip(scores, rows.answer.tolist(), strict=True)
+    ]
+
+
+def accuracy(scores: list[list[float]], rows: pd.DataFrame) -> float:
+    return float(np.mean([np.argmax(own) == right for own, right in zip(scores, rows.answer, strict=True)]))
+
+
+def compare_training(folder: Path, tokenizer, params, rows, valid, heard, args, scratch) -> dict:
+    """−log p of validation answers after each arm, and each arm minus CE alone, question by question."""
+    weights = params.distillation.ce_weight, params.distillation.kl_weight
+    examples, pad = heard["examples"][: len(rows)], tokenizer.pad_token_id
+    asked = [options.encode_options(tokenizer, question) for question in rows.to_dict("records")]
+    every = options.OptionRows(asked, rows.answer.tolist(), heard["scores"][: len(rows)], pad)
+    assert every.items == examples
+    arms = {
+        "untrained": None,
+        "ce": (training.cross_entropy, lambda numbers: {}),
+        "ce_span_kl": (alignment.SpanLoss(*weights), heard["signals"].batch),
+        "ce_option_kl": (options.OptionLoss(*weights), every.batch),
+    }
+    judged = batching.encode_questions(tokenizer, valid)
+    some = valid.head(args.option_questions)
+    found, record = {}, {"arms": {}, "valid_rows": len(valid), "option_questions": len(some)}
+    for name, arm in arms.items():
+        model, began, logged = models.load_model(folder, params.models), time.perf_counter(), {}
+        if arm:
+            loss, extras = arm
+            section = params.distillation.student_train
+            log = training.train(model, examples, section, loss, Path(scratch) / name, pad, params.seed, extras)
+            terms = [term for term in ("ce", "span_kl", "option_kl") if term in log]
+            logged = {"steps": len(log), "first": log.iloc[0][terms].to_dict(), "last": log.iloc[-1][terms].to_dict()}
+        seconds = time.perf_counter() - began
+        scores = score(model, tokenizer, some, params)
+        found[name] = {"nll": batching.collect_nll(model, judged, pad), "option_nll": right_nll(scores, some)}
+        record["arms"][name] = logged | {
+            "train_seconds": seconds, "nll": float(np.mean(found[name]["nll"])),
+            "option_nll": float(np.mean(found[name]["option_nll"])), "accuracy": accuracy(scores, some),
+            "loadavg": os.getloadavg(),
+        }  # fmt: skip
+        print(name, json.dumps(record["arms"][name]), flush=True)
+    record["minus_ce"] = {
+        name: {
+            measure: difference(found[name][measure], found["ce"][measure], table.group, params.evaluation.confidence)
+            for measure, table in (("nll", valid), ("option_nll", some))
+        }
+        for name in arms
+        if name != "ce"
+    }
+    return record
+
+
+def difference(ours, theirs, groups, confidence: float) -> dict:
+    """ours − theirs, paired: mean and its bootstrap interval over groups of near-duplicates."""
+    gap = np.subtract(ours, theirs)
+    low, high = bootstrap_interval(gap, groups, weighted_mean, confidence)
+    return {"mean": float(gap.mean()), "ci_low": float(low), "ci_high": float(high), "n": len(gap)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""A distillation step from cached signals against TRL's GKD step with the teacher in memory: time and memory.
+
+Same student, teacher, rows, batches and objective (forward KL at the answers' tokens, temperature 1, float32, AdamW):
+`cached` is `training.train` on top-k signals in slices of so many tokens, as the tiny profile sets it; `cached_whole`
+the same with a batch in one slice. `gkd` is `trl.experimental.gkd` with lmbda=0 (no sampling), the batch at once;
+`gkd_slices` the same by accumulation over quarters of the batch. Real ICD-10-CM questions and the models of a finished
+run. Each in a process of its own, taking turns step by step; the first step is dropped. GKD's KL is over the whole
+vocabulary, ours over the kept tokens and a bucket: equal up to what the bucket merges, which the json shows.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from record import RESULTS, Ratio, result_path, versions, write
+from step_clock import Racer, StepClock
+
+from medkit import batching, models, sampling, signals, training
+from medkit.losses import DistillationLoss
+from medkit.outputs import ROOT
+from medkit.params import load_params
+
+SPEED, MEMORY = 1.8, 0.7  # goals
+KEY = "benchmark"
+
+
+def read_rows(args) -> tuple:
+    """Tokenizer, model settings, and examples in the order in which a training asks for them."""
+    import pandas as pd
+
+    params = load_params(args.params)
+    tokenizer = models.load_tokenizer(args.run / "02_distillation" / "teacher")
+    questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
+    rows = questions[(questions.source == args.source) & (questions.split == "train")]
+    examples = batching.encode_questions(tokenizer, rows.head(args.batch * (args.repeats + 2)))
+    return tokenizer, params, examples
+
+
+def capture(args) -> None:
+    """The teacher speaks, in a process of its own, and is gone."""
+    tokenizer, params, examples = read_rows(args)
+    teacher = models.load_model(args.run / "02_distillation" / "teacher", params.models)
+    signals.capture_signals(teacher, examples, args.signals, args.top_k, 64, tokenizer.pad_token_id, KEY)
+
+
+def cached(args, slice_tokens: int | None = None) -> None:
+    tokenizer, params, examples = read_rows(args)
+    student = models.load_model(args.run / "02_distillation" / "base", params.models)
+    clock, learned = StepClock(student), DistillationLoss(kl_weight=1.0)
+    section = params.distillation.student_train.model_copy(
+        update={
+            "epochs": 9.0,
+            "batch_size": args.batch,
+            "slice_tokens": slice_tokens or args.slice_tokens,
+            "save_every_steps": 10**6,
+        }
+    )
+
+    def loss(predicted, extras):
+        total, terms = learned(predicted, extras)
+        clock.losses.append(total.item())
+        return total, terms
+
+    heard = signals.Signals(args.signals, KEY).batch
+    checkpoints = args.signals.with_name(args.contender)
+    training.train(student, examples, section, loss, checkpoints, tokenizer.pad_token_id, 0, heard)
+
+
+def cached_whole(args) -> None:
+    cached(args, slice_tokens=10**9)
+
+
+def gkd(args, accumulate: int = 1) -> None:
+    from datasets import Dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    tokenizer, params, examples = read_rows(args)
+    folder = args.run / "02_distillation"
+    student, teacher = (models.load_model(folder / name, params.models) for name in ("base", "teacher"))
+    student.train()
+    clock = StepClock(student)
+    order = list(sampling.EpochSampler(args.batch, lengths=[len(e.input_ids) for e in examples], seed=0))
+    rows = Dataset.from_list([{"input_ids": examples[i].input_ids, "labels": examples[i].loss_start} for i in order])
+
+    def collate(features: list[dict]) -> dict:
+        """Padded on the left to the longest row, as TRL's own collator does, from the same tokens."""
+        width = max(len(f["input_ids"]) for f in features)
+        batch = {
+            "input_ids": torch.full((len(features), width), tokenizer.pad_token_id),
+            "attention_mask": torch.zeros(len(features), width, dtype=torch.long),
+            "labels": torch.full((len(features), width), -100),
+        }
+        for row, feature in enumerate(features):
+            ids, first = torch.tensor(feature["input_ids"]), feature["labels"]
+            batch["input_ids"][row, -len(ids) :] = ids
+            batch["attention_mask"][row, -len(ids) :] = 1
+            batch["labels"][row, first - len(ids) :] = ids[first:]
+        return {**batch, "prompts": batch["input_ids"], "prompt_attention_mask": batch["attention_mask"]}
+
+    train = params.distillation.student_train
+    settings = GKDConfig(
+        output_dir=str(args.signals.with_name(args.contender)),
+        lmbda=0.0, beta=0.0, temperature=1.0, num_train_epochs=9, learning_rate=train.learning_rate,
+        warmup_steps=train.warmup_fraction, lr_scheduler_type="cosine", train_sampling_strategy="sequential",
+        per_device_train_batch_size=args.batch // accumulate, gradient_accumulation_steps=accumulate,
+        bf16=False, gradient_checkpointing=False, use_cpu=student.device.type == "cpu",
+        logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = GKDTrainer(
+        student, teacher, settings, data_collator=collate, train_dataset=rows, processing_class=tokenizer
+    )
+    divergence = trainer.generalized_jsd_loss
+
+    def told(*positional, num_items_in_batch=None, **named):
+        found = divergence(*positional, num_items_in_batch=num_items_in_batch, **named)
+        clock.losses.append(found.item() * float(num_items_in_batch))
+        return found
+
+    trainer.generalized_jsd_loss = told
+    trainer.train()
+
+
+def gkd_slices(args) -> None:
+    gkd(args, accumulate=4)
+
+
+CONTENDERS = {f.__name__: f for f in (cached, cached_whole, gkd, gkd_slices)}
+
+
+def measure(args, options: list[str]) -> dict:
+    raw = {"loadavg_before": os.getloadavg(), "contenders": {}}
+    with ExitStack() as stack:
+        racers = [stack.enter_context(Racer(__file__, name, options)) for name in args.among]
+        for _ in range(args.repeats):
+            for racer in racers:
+                racer.step()
+        for racer in racers:
+            raw["contenders"][racer.name] = racer.steps
+    raw["loadavg_after"] = os.getloadavg()
+    for number, each in enumerate(zip(*raw["contenders"].values(), strict=True)):
+        if len({(said["rows"], said["tokens"]) for said in each}) > 1:
+            sys.exit(f"step {number}: the contenders did not read the same rows: {each}")
+    return raw
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
+    parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
+    parser.add_argument("--source", default="icd_chapter", help="whose training questions are learned")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--slice-tokens", type=int, default=512)
+    parser.add_argument("--top-k", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5, help="timed steps per contender, after a warm-up")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--among", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who takes part")
+    parser.add_argument("--contender", choices=CONTENDERS, help="run as one of them, for a parent")
+    parser.add_argument("--signals", type=Path, help="where the teacher's signals are, or go")
+    parser.add_argument("--capture", action="store_true", help="write the signals and end")
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    if args.capture:
+        return capture(args)
+    if args.contender:
+        return CONTENDERS[args.contender](args)
+    with tempfile.TemporaryDirectory() as scratch:
+        names = ("run", "params", "source", "batch", "slice_tokens", "top_k", "repeats", "threads")
+        options = [text for n in names for text in (f"--{n.replace('_', '-')}", str(getattr(args, n)))]
+        options += ["--signals", f"{scratch}/signals"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([sys.executable, __file__, "--capture", *options], env=environment, check=True)
+        raw = measure(args, options)
+    timed = {name: statistics.median(s["step_s"] for s in steps[1:]) for name, steps in raw["contenders"].items()}
+    peaks = {name: steps[-1]["rss_peak"] for name, steps in raw["contenders"].items()}
+    ratios = {}
+    pairs = [(o, t) for o in ("cached", "cached_whole") for t in ("gkd", "gkd_slices") if {o, t} <= timed.keys()]
+    for ours, theirs in pairs:
+        goals = (SPEED, MEMORY) if (ours, theirs) == ("cached", "gkd") else (None, None)
+        ratios[f"{ours}/speed_over_{theirs}"] = Ratio(timed[theirs] / timed[ours], goals[0], "higher", args.repeats)
+        ratios[f"{ours}/peak_memory_over_{theirs}"] = Ratio(peaks[ours] / peaks[theirs], goals[1], "lower", 1)
+    setup = {
+        "models": "teacher and base student of a tiny run, float32; all of the student's weights train",
+        "rows": f"training questions of {args.source}; {args.batch} a step, the same in every contender",
+        "tokens_per_step": [s["tokens"] for s in next(iter(raw["contenders"].values()))],
+        "objective": "forward KL at the answers' tokens, temperature 1; AdamW, gradient norm clipped",
+        "cached": f"top {args.top_k} and a bucket; slices of {args.slice_tokens} tokens, or one slice",
+        "gkd": "lmbda 0, beta 0, teacher resident; the batch at once, or in quarters that are accumulated",
+        "memory": "peak resident set of a fresh process, libraries included",
+        "threads": args.threads,
+        "statistic": "median over steps",
+        "versions": versions("torch", "transformers", "trl", "accelerate"),
+    }  # fmt: skip
+    write("training_step", setup, ratios, raw, args.output)
+    print(result_path("training_step", args.output).read_text().partition('"raw"')[0])
+    print(timed, peaks, raw["loadavg_before"], raw["loadavg_after"])
+
+
+if __name__ == "__main__":
+    main()

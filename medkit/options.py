@@ -1,0 +1,105 @@
+"""Distillation by options: the KL between two models' distributions over the options of a question.
+
+The simplest bridge between two tokenizers: each model reads every option in its own tokens, and only the summed
+log-probabilities meet. The teacher's come from `scoring`, or from any engine. The student's need all options of a
+question in one step, each read as a branch of its own after the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from medkit import prompts
+from medkit.batching import Example, Predicted, collate
+
+
+def option_kl(student: torch.Tensor, teacher: torch.Tensor, num_options: Sequence[int]) -> torch.Tensor:
+    """KL(teacher ‖ student) per question in nats, shape (Q,), between their distributions over its options.
+
+    student, teacher (R,): summed log-probability of every option's text, the questions one after another with
+    `num_options` rows each. The softmax over a question's options makes them distributions.
+    """
+    pairs = zip(student.split(list(num_options)), teacher.split(list(num_options)), strict=True)
+    kl = [
+        nn.functional.kl_div(s.log_softmax(-1), t.log_softmax(-1), reduction="sum", log_target=True) for s, t in pairs
+    ]
+    return torch.stack(kl) if kl else student.new_zeros(0)
+
+
+def option_scores(predicted: Predicted, lengths: torch.Tensor) -> torch.Tensor:
+    """Summed log-probability (R,) of every row's predicted tokens; lengths (R,) say how many each has."""
+    row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
+    nll = nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
+    return torch.zeros_like(lengths, dtype=nll.dtype).index_add(0, row, -nll)
+
+
+def encode_options(tokenizer, question: dict) -> list[Example]:
+    """One example per option of a question: the same prompt, the option's text as the answer."""
+    template = prompts.pick_template(question["kind"], "option_text")
+    messages = prompts.render(question, template)
+    encoded = [prompts.encode(tokenizer, messages, answer) for answer in prompts.answers(question, template)]
+    return [Example([*prompt_ids, *answer_ids], len(prompt_ids)) for prompt_ids, answer_ids in encoded]
+
+
+class OptionRows:
+    """Makes one training item of a question with all its options, for `training.train` and `OptionLoss`.
+
+    `train` sees the right option's row; `batch` puts the rows of all options in its place, so a slice holds whole
+    questions and about as many times `slice_tokens` tokens as a question has options. The prompt is read once per
+    option: what `scoring` saves with a tree of branches, a training step pays.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Sequence[Example]],
+        right: Sequence[int],
+        teacher_logprobs: Sequence[Sequence[float]],
+        pad_token_id: int,
+    ):
+        """`right`: the right option of each question. `teacher_logprobs`: of its options, as `engine.score` gives."""
+        self.rows, self.right, self.teacher_logprobs, self.pad_token_id = rows, right, teacher_logprobs, pad_token_id
+        uneven = [n for n, (own, said) in enumerate(zip(rows, teacher_logprobs, strict=True)) if len(own) != len(said)]
+        if uneven:
+            raise ValueError(f"question {uneven[0]}: the teacher scored another number of options; score them again")
+
+    @property
+    def items(self) -> list[Example]:
+        """The right option's row of each question: the examples to give to `train`."""
+        return [rows[right] for rows, right in zip(self.rows, self.right, strict=True)]
+
+    def batch(self, numbers: list[int]) -> dict:
+        """The slice's tensors anew, a row per option, and what `OptionLoss` needs to know about them."""
+        rows = [row for number in numbers for row in self.rows[number]]
+        return {
+            **collate(rows, self.pad_token_id),
+            "option_lengths": torch.tensor([row.num_predicted for row in rows]),
+            "option_is_right": torch.tensor(
+                [option == self.right[number] for number in numbers for option in range(len(self.rows[number]))]
+            ),
+            "num_options": torch.tensor([len(self.rows[number]) for number in numbers]),
+            "teacher_option_logprobs": torch.tensor(
+                [said for number in numbers for said in self.teacher_logprobs[number]]
+            ),
+        }
+
+
+@dataclass(frozen=True)
+class OptionLoss:
+    """λ1·CE of the right option + λ2·KL over the options, through `OptionRows`.
+
+    `train` divides their sum by the predicted tokens of the right options, as in plain training; the terms in its log
+    are per predicted token of all options.
+    """
+
+    ce_weight: float
+    kl_weight: float
+
+    def __call__(self, predicted: Predicted, extras: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        scores = option_scores(predicted, extras["option_lengths"])
+        ce = -scores[extras["option_is_right"]].sum()
+        kl = option_kl(scores, extras["teacher_option_logprobs"], extras["num_options"].tolist()).sum()
+        return self.ce_weight * ce + self.kl_weight * kl, {"ce": ce.detach(), "option_kl": kl.detach()}

@@ -1,0 +1,220 @@
+"""What each trained stage is: where it starts, what it learns from, where its result goes; in one process or in many.
+
+The notebooks' training cells and `medkit train` call the same functions. Which loss is learned from is for who calls to
+say. What was trained already, from the same start on the same rows by the same code, is read back: so a notebook goes
+on with what many devices made, and a killed one with what it had finished. Nothing here evaluates.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import pandas as pd
+from accelerate import PartialState, load_checkpoint_in_model
+from accelerate.utils import broadcast_object_list, enable_fsdp_ram_efficient_loading
+from filelock import FileLock, Timeout
+from peft import PeftModel
+from torch import nn
+from transformers import AutoConfig
+
+from medkit import batching, data, distillation, entities, lora, losses, models, prompts, sampling, sources, training
+from medkit.batching import Example
+from medkit.outputs import Stage, StageError, run_dir
+from medkit.params import Params, TrainParams, digest
+from medkit.signals import Signals
+from medkit.training import Loss
+
+STAGES = {
+    "teacher": "02_distillation",
+    "student_ce": "02_distillation",
+    "student_kd": "02_distillation",
+    "lora": "03_lora",
+}
+RECORD = "training.json"  # beside trained weights: a key to what they were made from, and the log
+
+
+# --- the stages ------------------------------------------------------------------------------------------------------
+
+
+def correct_teacher(
+    stage: Stage, params: Params, examples: Sequence[Example], loss: Loss
+) -> tuple[nn.Module, pd.DataFrame]:
+    """The teacher, with an adapter that learned the examples merged into it (arXiv 2408.11796), and the log.
+
+    Writes `teacher_adapter/` and `teacher/`.
+    """
+    section, source = params.distillation, params.models.teacher
+    folder = models.local_folder(source)
+    tokenizer = models.load_tokenizer(folder)
+    start = _load(folder, params, section.correction_train, source.keep_layers)
+    teacher, train = lora.attach(start, section.correction, params.seed), section.correction_train
+    fast = {"optimizer": lora.make_optimizer(teacher, section.correction, train.learning_rate)}
+    log = _fit(stage, "teacher_adapter", teacher, tokenizer, examples, train, loss, params.seed, **fast)
+    if PartialState().is_main_process:
+        teacher = lora.merge(teacher)
+        models.save_model(teacher, tokenizer, stage.path("teacher"))
+    return teacher, log
+
+
+def train_student(
+    stage: Stage,
+    params: Params,
+    name: str,
+    examples: Sequence[Example],
+    loss: Loss,
+    add_extras: Callable[[list[int]], dict] = lambda rows: {},
+    difficulty: Sequence[float] | None = None,
+) -> tuple[nn.Module, pd.DataFrame]:
+    """The student in `base/` with all its weights trained, and the log. Writes a folder called `name`."""
+    section, folder = params.distillation.student_train, _made(stage, "base")
+    tokenizer = models.load_tokenizer(folder)
+    student = _load(folder, params, section)
+    projected = None
+    if getattr(loss, "hidden_layers", ()):
+        size = AutoConfig.from_pretrained(_made(stage, "teacher")).get_text_config().hidden_size
+        projected = losses.hidden_projections(student, loss.hidden_layers, size)
+    extras = {"add_extras": add_extras, "difficulty": difficulty, "around": projected}
+    return student, _fit(stage, name, student, tokenizer, examples, section, loss, params.seed, **extras)
+
+
+def fit_adapter(
+    stage: Stage, params: Params, examples: Sequence[Example], loss: Loss
+) -> tuple[PeftModel, pd.DataFrame]:
+    """The distilled student with a trained adapter beside its own weights, not merged, and the log.
+
+    Writes `adapter/`.
+    """
+    folder, section = stage.require("02_distillation", "student_kd"), params.lora
+    tokenizer = models.load_tokenizer(folder)
+    model = lora.attach(_load(folder, params, section.train), section.adapter, params.seed)
+    fast = {"optimizer": lora.make_optimizer(model, section.adapter, section.train.learning_rate)}
+    return model, _fit(stage, "adapter", model, tokenizer, examples, section.train, loss, params.seed, **fast)
+
+
+# --- one training, its result on disk --------------------------------------------------------------------------------
+
+
+def _load(folder: Path, params: Params, section: TrainParams, keep: Sequence[int] = ()) -> nn.Module:
+    """The model on its device; sharded, on the CPU of each machine's first process, whose weights the others get."""
+    if not training.is_sharded(section):
+        return models.load_model(folder, params.models, keep)
+    attention, _ = models.pick_attention(params.models.attention, models.pick_device(params.models.device))
+    enable_fsdp_ram_efficient_loading()
+    there = params.models.model_copy(update={"device": "cpu", "attention": attention})
+    return models.load_model(folder, there, keep)
+
+
+def _fit(
+    stage: Stage,
+    name: str,
+    model: nn.Module,
+    tokenizer,
+    examples: Sequence[Example],
+    section: TrainParams,
+    loss: Loss,
+    seed: int,
+    around: AbstractContextManager | None = None,
+    **extras,
+) -> pd.DataFrame:
+    """Train the model in place and save it as `name`, unless that is there already; returns the log."""
+    state, record = PartialState(), stage.dir / name / RECORD
+    key = found = None
+    if state.is_main_process:
+        code = [Path(m.__file__).read_text() for m in (batching, sampling, training, losses)]
+        key = digest([training.key_of(model, examples, section, loss, seed, **extras), code])
+        found = json.loads(record.read_text()) if record.is_file() else {}
+    key, found = broadcast_object_list([key, found])
+    if found.get("key") == key:
+        if state.is_main_process:
+            _read_back(model, record.parent)
+        return pd.DataFrame(found["log"])
+    checkpoints = stage.path(f"checkpoints/{name}")
+    with around or nullcontext():
+        log = training.train(model, examples, section, loss, checkpoints, tokenizer.pad_token_id, seed, **extras)
+    if state.is_main_process:
+        stage.reopen()
+        if isinstance(model, PeftModel):
+            lora.save_adapter(model, record.parent)
+        else:
+            models.save_model(model, tokenizer, record.parent)
+        stage.write_json(f"{name}/{RECORD}", {"key": key, "log": log.to_dict("records")})
+    state.wait_for_everyone()
+    return log
+
+
+def _read_back(model: nn.Module, folder: Path) -> None:
+    if isinstance(model, PeftModel):
+        lora.restore(model, folder)
+    else:
+        load_checkpoint_in_model(model, str(folder))
+
+
+def _made(stage: Stage, name: str) -> Path:
+    """A part of the stage at hand, which no manifest vouches for yet."""
+    if not (stage.dir / name).is_dir():
+        raise StageError(f"{stage.name}/{name} is not there: run notebook {stage.name} up to it (run={stage.run!r})")
+    return stage.dir / name
+
+
+def signals_key(stage: Stage, tokenizer) -> str:
+    """Who spoke, in which words and through which template: signals of another teacher are refused by it."""
+    weights = [sources.sha256_of(path) for path in sorted(_made(stage, "teacher").glob("*.safetensors"))]
+    return digest([*weights, prompts.TEXT.hash, tokenizer.get_vocab()])
+
+
+# --- from the command line -------------------------------------------------------------------------------------------
+
+
+def train_stage(name: str, run: str, params: Params) -> pd.DataFrame:
+    """Train one of STAGES in this process, or in all processes of `accelerate launch`; returns the log.
+
+    The same result as the notebook's own training, in the same place; the main process alone writes.
+    """
+    if name not in STAGES:
+        raise StageError(f"no trained stage {name!r}; there are {list(STAGES)}")
+    state = PartialState(cpu=models.pick_device(params.models.device).type == "cpu")
+    lock = FileLock(run_dir(run) / ".lock", timeout=2)
+    try:
+        with lock if state.is_main_process else nullcontext():
+            return _train_stage(name, Stage(run, STAGES[name]), params, state)
+    except Timeout as error:
+        raise StageError(f"run {run!r} is being worked on by another process; wait for it") from error
+
+
+def _train_stage(name: str, stage: Stage, params: Params, state: PartialState) -> pd.DataFrame:
+    """What the notebooks' training cells do, without their looks at it."""
+    source = stage.require("02_distillation", "student_kd") if name == "lora" else None
+    tokenizer = models.load_tokenizer(source or models.local_folder(params.models.teacher))
+    questions = pd.read_parquet(stage.require("01_data", "questions.parquet"))
+    splits = ["train"] if name == "lora" or not (questions.split == "transfer").any() else ["train", "transfer"]
+    rows = pd.concat([data.training_rows(questions, split) for split in splits])
+    examples = batching.encode_questions(tokenizer, rows)
+    match name:
+        case "teacher":
+            _, log = correct_teacher(stage, params, examples, training.cross_entropy)
+        case "student_ce" | "student_kd":
+            lesson = _lesson(name, stage, params, tokenizer, examples)
+            _, log = train_student(stage, params, name, examples, *lesson)
+        case "lora":
+            model, log = fit_adapter(stage, params, examples, training.cross_entropy)
+            if state.is_main_process:
+                models.save_model(lora.merge(model), tokenizer, stage.path("merged"))
+    state.wait_for_everyone()
+    return log
+
+
+def _lesson(name: str, stage: Stage, params: Params, tokenizer, examples: Sequence[Example]) -> tuple:
+    """A student's loss, what it hears besides its rows, and how hard they are: as notebook 02 sets them."""
+    section, taught = params.distillation, name == "student_kd"
+    loss = losses.DistillationLoss.from_params(section) if taught else losses.DistillationLoss(ce_weight=1.0)
+    if not taught and section.order == "random":
+        return (loss,)
+    signals = Signals(_made(stage, "signals"), signals_key(stage, tokenizer))
+    marked, hard = entities.mark_entities(tokenizer, examples), None
+    if section.order == "progressive":
+        likely = [-signals.example(n)["teacher_target_logprobs"].mean().item() for n in range(len(examples))]
+        hard = distillation.order_by_difficulty(likely, marked.densities())
+    return loss, lambda rows: {**signals.batch(rows), **marked.batch(rows)} if taught else {}, hard

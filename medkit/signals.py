@@ -1,0 +1,302 @@
+"""The teacher's signals: what it says about every predicted token, kept on disk and read back while a student learns.
+
+Offline distillation: the teacher speaks once, from memory or from a server, and is gone when the student learns. Of
+each position the k likeliest tokens are kept, after the softmax over the whole vocabulary, and the token that stands
+there. Which loss learns from them is for `losses` to say; only tokens of one vocabulary can be compared at all.
+
+A shard is a safetensors file. Per token at k = 64: 128 bytes of fp16 log-probabilities, 128 of the ids' low 16 bits,
+8 for each higher bit an id of this vocabulary may have (none up to 65,536 tokens, 2 up to 262,144), and 2 for the
+token that stands there: 258 to 274 bytes, and 2·H for each layer of hidden states. An example adds 4.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import nn
+from tqdm import tqdm
+
+from medkit.batching import Example, iterate_predicted
+from medkit.engines import EngineError, PromptReader
+from medkit.outputs import atomic_path
+from medkit.params import digest
+
+INDEX = "signals.json"
+FORMAT = 2  # of the shards; a cache in another one is captured anew
+LOW_BITS = 16
+MOST_OPEN = 4  # shards that a reader keeps open
+
+
+class SignalsError(RuntimeError):
+    """A signal cache that does not belong to these examples or this teacher, or cannot be captured or read."""
+
+
+def top_k_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and log-probabilities (N, k) of the k likeliest tokens, after the softmax over the whole vocabulary."""
+    logprobs, ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
+    return ids, logprobs
+
+
+# --- capture -------------------------------------------------------------------------------------------------------
+
+
+def capture_signals(
+    model: nn.Module,
+    examples: Sequence[Example],
+    folder: Path,
+    k: int,
+    shard_examples: int,
+    pad_token_id: int,
+    key: str,
+    hidden_layers: Sequence[int] = (),
+) -> dict:
+    """Write what a resident teacher says at every predicted position; returns the index.
+
+    Shards of `shard_examples` examples are written whole, in order, and skipped if they are there and whole: a killed
+    capture goes on. `key` says what spoke (teacher, template, tokenizer); a cache with another key, other examples or
+    other numbers is begun anew. `hidden_layers` are indices into transformers' `output_hidden_states`, kept in fp16.
+    Raises SignalsError for hidden states beyond the range of fp16.
+    """
+    vocab_size = model.config.get_text_config().vocab_size
+
+    def speak(part: Sequence[Example]) -> dict[str, np.ndarray]:
+        ends = np.cumsum([e.num_predicted for e in part])
+        found: dict[str, np.ndarray] = {}
+        for rows, predicted in iterate_predicted(model, part, pad_token_id, hidden_layers=hidden_layers):
+            ids, logprobs = top_k_logprobs(predicted.logits, k)
+            target = -nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
+            said = {"ids": ids, "logprobs": logprobs, "target_logprobs": target}
+            said |= {_hidden_name(layer): states for layer, states in predicted.hidden.items()}
+            places = np.concatenate([np.arange(ends[i] - part[i].num_predicted, ends[i]) for i in rows])
+            for name, tensor in said.items():
+                values = tensor.cpu().numpy()
+                found.setdefault(name, np.empty((ends[-1], *values.shape[1:]), values.dtype))[places] = values
+        return found
+
+    return _write_cache(examples, folder, _index(examples, k, shard_examples, key, vocab_size, hidden_layers), speak)
+
+
+def capture_from_server(
+    engine: PromptReader,
+    examples: Sequence[Example],
+    folder: Path,
+    k: int,
+    shard_examples: int,
+    key: str,
+    vocab_size: int,
+    at_once: int = 16,
+) -> dict:
+    """The same cache, from a teacher behind a server: `engine` is a `RemoteEngine`, or another one that reads prompts.
+
+    `vocab_size` is the teacher's number of logits, padding included. Up to `at_once` examples are asked about at a
+    time, one shard at a time. Raises SignalsError if the server fails, or gives less than was asked for; shards that
+    are whole stay, and the next call goes on after them.
+    """
+
+    def ask(example: Example) -> dict[str, list]:
+        said = engine.prompt_logprobs(example.input_ids, k)
+        where = slice(example.loss_start - 1, len(example.input_ids) - 1)  # what stands before a token says it
+        names = {"ids": said.top_ids, "logprobs": said.top_logprobs, "target_logprobs": said.token_logprobs}
+        return {name: values[where] for name, values in names.items()}
+
+    def speak(part: Sequence[Example]) -> dict[str, np.ndarray]:
+        with ThreadPoolExecutor(at_once) as pool:
+            asked = [pool.submit(ask, example) for example in part]
+            try:
+                found = [answer.result() for answer in asked]
+            except EngineError as error:
+                raise SignalsError(
+                    f"the teacher's server failed: {error}. Whole shards stay in {folder}; the same call goes on"
+                ) from error
+            finally:
+                pool.shutdown(cancel_futures=True)
+        return {name: np.concatenate([np.asarray(one[name]) for one in found]) for name in found[0]}
+
+    k = min(k, vocab_size)
+    return _write_cache(examples, folder, _index(examples, k, shard_examples, key, vocab_size, ()), speak)
+
+
+def _index(
+    examples: Sequence[Example], k: int, shard_examples: int, key: str, vocab_size: int, hidden_layers: Sequence[int]
+) -> dict:
+    """What a cache must have been made of, to be gone on with."""
+    return {
+        "format": FORMAT,
+        "key": key,
+        "examples": digest([(e.input_ids, e.loss_start) for e in examples]),
+        "top_k": min(k, vocab_size),
+        "vocab_size": vocab_size,
+        "hidden_layers": list(hidden_layers),
+        "shard_examples": shard_examples,
+        "num_examples": len(examples),
+        "num_positions": sum(e.num_predicted for e in examples),
+    }
+
+
+def _write_cache(examples: Sequence[Example], folder: Path, index: dict, speak: Callable) -> dict:
+    """`speak` maps a shard's examples to arrays over their predicted positions, in the order of the examples."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if _read_index(folder) != index:
+        for stale in folder.iterdir():
+            stale.unlink()
+        with atomic_path(folder / INDEX) as scratch:
+            scratch.write_text(json.dumps(index, indent=1))
+    for number in tqdm(range(_num_shards(index)), desc="capturing signals", unit="shard", delay=2, mininterval=10):
+        try:
+            _open_shard(folder, number)
+        except (FileNotFoundError, SignalsError):  # never written, or damaged
+            part = examples[number * index["shard_examples"] : (number + 1) * index["shard_examples"]]
+            shard = _pack(speak(part), index)
+            shard["offsets"] = np.cumsum([0, *(e.num_predicted for e in part)], dtype=np.uint32)
+            with atomic_path(_shard_path(folder, number)) as scratch:
+                save_file(shard, scratch)
+    return index
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def _high_bits(vocab_size: int) -> int:
+    """Bits that an id has beyond the low 16."""
+    return max(0, (vocab_size - 1).bit_length() - LOW_BITS)
+
+
+def pack_ids(ids: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
+    """Ids (N, k) as uint16 (N, k) and, where the vocabulary needs them, their higher bits (N, ⌈k·bits/8⌉) uint8."""
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise SignalsError(
+            f"the teacher names token {ids.max()}, its vocabulary has {vocab_size}: give vocab_size as its number of "
+            f"logits, padding included"
+        )
+    packed = {"ids_low": (ids & 0xFFFF).astype(np.uint16)}
+    if bits := _high_bits(vocab_size):
+        high = (ids[..., None] >> (LOW_BITS + np.arange(bits))) & 1
+        packed["ids_high"] = np.packbits(high.reshape(len(ids), ids.shape[1] * bits).astype(np.uint8), axis=1)
+    return packed
+
+
+def unpack_ids(low: np.ndarray, high: np.ndarray | None, vocab_size: int) -> np.ndarray:
+    """Ids (N, k) int64, as they were before `pack_ids`."""
+    ids, bits = low.astype(np.int64), _high_bits(vocab_size)
+    if bits and ids.size:
+        each = np.unpackbits(high, axis=1, count=low.shape[1] * bits).reshape(*low.shape, bits)
+        ids += each.astype(np.int64) @ (1 << (LOW_BITS + np.arange(bits)))
+    return ids
+
+
+def _pack(said: dict[str, np.ndarray], index: dict) -> dict[str, np.ndarray]:
+    packed = pack_ids(said["ids"], index["vocab_size"])
+    limit = float(np.finfo(np.float16).max)
+    for name in said.keys() - {"ids"}:
+        values = np.maximum(said[name], -limit) if name.endswith("logprobs") else said[name]
+        if not (np.abs(values) <= limit).all():
+            raise SignalsError(
+                f"{name} of the teacher reach {np.abs(values).max():g}, fp16 holds {limit:g}: leave that layer out, "
+                f"or look at the teacher if it is not a number"
+            )
+        packed[name] = values.astype(np.float16)
+    return packed
+
+
+def _hidden_name(layer: int) -> str:
+    return f"hidden_{layer}"
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
+
+
+def _num_shards(index: dict) -> int:
+    return -(-index["num_examples"] // index["shard_examples"])
+
+
+def _read_index(folder: Path) -> dict:
+    path = folder / INDEX
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+class _Shard:
+    """One open file, mapped and not read: a slice costs the bytes of that slice."""
+
+    def __init__(self, path: Path):
+        self.file = safe_open(path, "numpy")
+        self.offsets = self.file.get_tensor("offsets")
+        self.names = [name for name in self.file.keys() if name != "offsets"]  # noqa: SIM118
+
+    def example(self, row: int) -> dict[str, np.ndarray]:
+        where = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+        return {name: self.file.get_slice(name)[where] for name in self.names}
+
+
+def _open_shard(folder: Path, number: int) -> _Shard:
+    path = _shard_path(folder, number)
+    try:
+        return _Shard(path)
+    except SafetensorError as error:
+        raise SignalsError(
+            f"{path} is damaged ({error}); run the capture again, it writes this shard anew and keeps the others"
+        ) from error
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class Signals:
+    """Reader of a signal cache by example number, in any order; at most MOST_OPEN shards are open at a time.
+
+    Raises SignalsError for signals of another teacher, template or tokenizer than `key` says, for a cache that is not
+    whole, and for shards that are cut short.
+    """
+
+    def __init__(self, folder: Path, key: str):
+        self.index = _read_index(folder)
+        if self.index.get("key") != key:
+            raise SignalsError(
+                f"{folder}: signals of {self.index.get('key')!r}, the run wants {key!r}; "
+                f"capture them again with this teacher, template and tokenizer"
+            )
+        if self.index.get("format") != FORMAT:
+            raise SignalsError(f"{folder}: signals in an older format; run capture_signals again")
+        wanted = _num_shards(self.index)
+        missing = [n for n in range(wanted) if not _shard_path(folder, n).is_file()]
+        if missing:
+            raise SignalsError(f"{folder}: shards {missing[:3]} of {wanted} are missing; run capture_signals again")
+        for number in range(wanted):  # now, and not in the middle of a training
+            _open_shard(folder, number)
+        self._shard = lru_cache(MOST_OPEN)(lambda number: _open_shard(folder, number))
+
+    def example(self, number: int) -> dict[str, torch.Tensor | dict[int, torch.Tensor]]:
+        """What the teacher says at the P predicted positions of one example.
+
+        `teacher_ids` (P, k) int64, `teacher_logprobs` (P, k) float32, the likeliest token first,
+        `teacher_target_logprobs` (P,) float32 of the tokens that stand there, and `teacher_hidden`, layer → (P, H)
+        float32, if any were captured.
+        """
+        shard, row = divmod(number, self.index["shard_examples"])
+        said = self._shard(shard).example(row)
+        ids = unpack_ids(said["ids_low"], said.get("ids_high"), self.index["vocab_size"])
+        values = {name: torch.from_numpy(array).float() for name, array in said.items() if array.dtype == np.float16}
+        found = {
+            "teacher_ids": torch.from_numpy(ids),
+            "teacher_logprobs": values["logprobs"],
+            "teacher_target_logprobs": values["target_logprobs"],
+        }
+        layers = self.index["hidden_layers"]
+        return found | ({"teacher_hidden": {layer: values[_hidden_name(layer)] for layer in layers}} if layers else {})
+
+    def batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor | dict[int, torch.Tensor]]:
+        """The same for a batch, flattened in the order of its labelled positions: N of them."""
+        first, *_ = found = [self.example(number) for number in numbers]
+        joined = {name: torch.cat([one[name] for one in found]) for name in first if name != "teacher_hidden"}
+        if "teacher_hidden" in first:
+            layers = self.index["hidden_layers"]
+            joined["teacher_hidden"] = {n: torch.cat([one["teacher_hidden"][n] for one in found]) for n in layers}
+        return joined

@@ -1,0 +1,179 @@
+"""A stage is trained once: what is there, made from the same things, is read back; anything else is made anew."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+
+from medkit import batching, lora, losses, models, recipes, training
+from medkit.outputs import ROOT, Stage, StageError
+from medkit.params import load_params
+
+TRAIN = {
+    **{"epochs": 1.0, "batch_size": 4, "slice_tokens": 200, "learning_rate": 1e-2, "warmup_fraction": 0.1},
+    "save_every_steps": 9,
+}
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory, make_llama, tokenizer):
+    """The smoke profile as plain data, with a toy for a teacher."""
+    folder = tmp_path_factory.mktemp("toy")
+    models.save_model(make_llama(layers=3), tokenizer, folder)
+    raw = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text())
+    raw["models"]["teacher"] = {"source": {"kind": "local", "path": str(folder)}, "keep_layers": []}
+    raw["models"] |= {"device": "cpu", "attention": "sdpa"}
+    raw["distillation"] |= {"correction_train": TRAIN, "student_train": TRAIN}
+    raw["lora"]["train"] = TRAIN
+    return raw
+
+
+@pytest.fixture
+def load(raw, tmp_path):
+    """load(**overrides with _ for the dot between sections): the toy's params."""
+
+    def load(**overrides):
+        path = tmp_path / "toy.yaml"
+        path.write_text(yaml.safe_dump(raw))
+        return load_params(path, {key.replace("__", "."): value for key, value in overrides.items()})
+
+    return load
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch, make_llama, tokenizer):
+    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path / "outputs"))
+    options = ["liver", "heart", "spleen"]
+    rows = [(f"q{n}", "train", "choice", f"Which organ? {n}", "", options, n % 3) for n in range(7)]
+    questions = pd.DataFrame(rows, columns=["id", "split", "kind", "question", "context", "options", "answer"])
+    data = Stage("toy", "01_data")
+    data.write_table("questions.parquet", questions)
+    data.commit()
+    stage = Stage("toy", "02_distillation")
+    models.save_model(make_llama(layers=2, seed=1), tokenizer, stage.path("base"))
+    return stage
+
+
+def count(monkeypatch):
+    """A list that grows with every training."""
+    made, train = [], training.train
+
+    def counted(*args, **kwargs):
+        made.append(1)
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(training, "train", counted)
+    return made
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_weights(found, expected):
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_what_is_trained_already_is_read_back(stage, load, tokenizer, monkeypatch, make_examples):
+    made, examples, params = count(monkeypatch), make_examples(9), load()
+    first, log = recipes.train_student(stage, params, "student_ce", examples, training.cross_entropy)
+    again, known = recipes.train_student(stage, params, "student_ce", examples, training.cross_entropy)
+    assert len(made) == 1
+    assert_same_weights(weights(again), weights(first))
+    assert_same_weights(weights(models.load_model(stage.dir / "student_ce", params.models)), weights(first))
+    pd.testing.assert_frame_equal(known, log)
+
+
+@pytest.mark.parametrize("other", ["examples", "loss", "extras", "settings", "seed", "start", "difficulty", "half"])
+def test_what_was_made_from_other_things_is_made_anew(
+    stage, load, tokenizer, monkeypatch, make_llama, make_examples, other
+):
+    made, examples, params = count(monkeypatch), make_examples(9), load()
+    loss, more = losses.DistillationLoss(ce_weight=1.0), {}
+    recipes.train_student(stage, params, "student_kd", examples, loss)
+    if other == "examples":
+        examples = make_examples(9, seed=1)
+    elif other == "loss":
+        loss = losses.DistillationLoss(ce_weight=2.0)
+    elif other == "extras":
+        more = {"add_extras": lambda rows: {"teacher_ids": torch.ones(len(rows), 1)}}
+    elif other == "settings":
+        params = load(distillation__student_train__learning_rate=2e-2)
+    elif other == "seed":
+        params = load(seed=1)
+    elif other == "start":
+        models.save_model(make_llama(layers=2, seed=2), tokenizer, stage.path("base"))
+    elif other == "difficulty":
+        more = {"difficulty": range(9)}
+    else:
+        (stage.dir / "student_kd" / recipes.RECORD).unlink()
+    recipes.train_student(stage, params, "student_kd", examples, loss, **more)
+    assert len(made) == 2
+
+
+def test_how_many_devices_there_are_is_no_reason_to_train_anew(stage, load, monkeypatch, make_examples):
+    made, examples = count(monkeypatch), make_examples(9)
+    recipes.train_student(stage, load(), "student_ce", examples, training.cross_entropy)
+    scale = {"bf16": False, "gradient_checkpointing": True, "fsdp": True, "cpu_offload": False, "tensorboard": False}
+    params = load(distillation__student_train={**TRAIN, "scale": scale})
+    recipes.train_student(stage, params, "student_ce", examples, training.cross_entropy)
+    assert len(made) == 1
+
+
+def test_training_opens_a_closed_stage(stage, load, make_examples):
+    stage.commit()
+    recipes.train_student(stage, load(), "student_ce", make_examples(9), training.cross_entropy)
+    assert not stage.manifest()
+    stage.commit()
+    recipes.train_student(stage, load(), "student_ce", make_examples(9), training.cross_entropy)
+    assert stage.manifest(), "read back, nothing changed"
+
+
+def test_the_command_trains_what_the_notebook_trains(stage, load, raw, tokenizer, make_llama, monkeypatch):
+    """The teacher's correction and the adapter, by hand as in the cells of notebooks 02 and 03."""
+    params, pad = load(), tokenizer.pad_token_id
+    questions = pd.read_parquet(Stage("toy", "reader").require("01_data", "questions.parquet"))
+    examples = batching.encode_questions(tokenizer, questions)
+    recipes.train_stage("teacher", "toy", params)
+    folder = models.local_folder(params.models.teacher)
+    adapted = lora.attach(models.load_model(folder, params.models), params.distillation.correction, params.seed)
+    section = params.distillation.correction_train
+    training.train(adapted, examples, section, training.cross_entropy, stage.path("by_hand"), pad, params.seed)
+    by_hand = lora.merge(adapted)
+    assert_same_weights(weights(models.load_model(stage.dir / "teacher", params.models)), weights(by_hand))
+
+    recipes.train_stage("student_ce", "toy", params)
+    (stage.dir / "student_ce").rename(stage.dir / "student_kd")
+    stage.commit()
+    recipes.train_stage("lora", "toy", params)
+    third = Stage("toy", "03_lora")
+    student = models.load_model(stage.dir / "student_kd", params.models)
+    model = lora.attach(student, params.lora.adapter, params.seed)
+    log = training.train(
+        model, examples, params.lora.train, training.cross_entropy, third.path("by_hand"), pad, params.seed
+    )
+    assert json.loads((third.dir / "adapter" / recipes.RECORD).read_text())["log"][-1]["loss"] == log.loss.iloc[-1]
+    merged = models.load_model(third.dir / "merged", params.models)
+    assert_same_weights(weights(merged), weights(lora.merge(model)))
+    assert [p.name for p in stage.dir.glob("*.part")] == []
+
+
+def test_what_is_missing_is_named_with_its_cure(stage, load, make_examples):
+    with pytest.raises(StageError, match="no trained stage 'student'; there are"):
+        recipes.train_stage("student", "toy", load())
+    with pytest.raises(StageError, match="02_distillation/signals is not there: run notebook 02_distillation"):
+        recipes.train_stage("student_kd", "toy", load())
+    with pytest.raises(StageError, match="02_distillation/student_kd is not there: run notebook 02_distillation first"):
+        recipes.train_stage("lora", "toy", load())
+    with pytest.raises(StageError, match=r"01_data/questions\.parquet is not there"):
+        recipes.train_stage("teacher", "another", load())
+
+
+def test_a_run_that_is_worked_on_is_left_alone(stage, load):
+    from filelock import FileLock
+
+    with FileLock(stage.dir.parent / ".lock"), pytest.raises(StageError, match="worked on by another process"):
+        recipes.train_stage("teacher", "toy", load())
