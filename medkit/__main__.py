@@ -108,6 +108,8 @@ def _name(source) -> str:
             return f"{source.package}=={source.version}"
         case "hub":
             return f"{source.repo}@{source.revision}"
+        case "wheels":
+            return source.file
         case _:
             return source.path
 

@@ -122,11 +122,10 @@ def align(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[Span]:
             ends[end] = place + 1
         places.append(ends)
     spans, begun = [], (0, 0)
-    for cut in sorted(places[0].keys() & places[1].keys()):
-        if cut > 0:  # a border before the text begins is none
-            ended = places[0][cut], places[1][cut]
-            spans.append(Span(range(begun[0], ended[0]), range(begun[1], ended[1])))
-            begun = ended
+    for cut in sorted(places[0].keys() & places[1].keys()):  # one of them has no border before the text begins
+        ended = places[0][cut], places[1][cut]
+        spans.append(Span(range(begun[0], ended[0]), range(begun[1], ended[1])))
+        begun = ended
     return spans
 
 

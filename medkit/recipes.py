@@ -123,7 +123,7 @@ def _fit(
     state, record = PartialState(), stage.dir / name / RECORD
     key = found = None
     if state.is_main_process:
-        code = [Path(m.__file__).read_text() for m in (batching, sampling, training, losses)]
+        code = [Path(m.__file__).read_text() for m in (batching, sampling, training, losses, lora)]
         key = digest([training.key_of(model, examples, section, loss, seed, **extras), code])
         found = json.loads(record.read_text()) if record.is_file() else {}
     key, found = broadcast_object_list([key, found])

@@ -28,6 +28,7 @@ LAUNCH = [  # as on a machine of two GPUs: with --cpu accelerate starts one proc
 SECTION = {
     **{"epochs": 2.0, "batch_size": 4, "slice_tokens": 60, "learning_rate": 1e-2, "warmup_fraction": 0.1},
     "save_every_steps": 3,
+    "scale": None,
 }
 FSDP = {"bf16": False, "gradient_checkpointing": False, "fsdp": True, "cpu_offload": False, "tensorboard": False}
 
@@ -210,6 +211,8 @@ def test_the_papers_profile_makes_a_plan_for_shards(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setenv("WORLD_SIZE", "2")
             assert training.is_sharded(section)
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "is_sharded", lambda section: True)
             plugin = FullyShardedDataParallelPlugin(**training._arguments(section, True, 0, tmp_path).fsdp_plugin_args)
         assert plugin.fsdp_version == 2
         assert plugin.activation_checkpointing == section.scale.gradient_checkpointing

@@ -167,6 +167,7 @@ MISTYPED = [
     ("seed", True),
     ("seed", None),
     ("models.device", "gpu"),
+    ("lora.adapter.variant", "qlora"),
     ("models.dtype", "float16"),
     ("models.attention", "flash"),
     ("models.student", "pruned"),

@@ -14,6 +14,7 @@ from medkit.params import load_params
 TRAIN = {
     **{"epochs": 1.0, "batch_size": 4, "slice_tokens": 200, "learning_rate": 1e-2, "warmup_fraction": 0.1},
     "save_every_steps": 9,
+    "scale": None,
 }
 
 
