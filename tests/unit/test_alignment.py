@@ -167,7 +167,8 @@ def test_two_texts_are_refused(student, teacher):
 # --- spans: any text -------------------------------------------------------------------------------------------------
 
 texts = st.text(
-    st.one_of(st.sampled_from("thevitamn C5µ≥é😀\n"), st.characters(exclude_categories=["Cs"], exclude_characters="▁")), max_size=40
+    st.one_of(st.sampled_from("thevitamn C5µ≥é😀\n"), st.characters(exclude_categories=["Cs"], exclude_characters="▁")),
+    max_size=40,
 )
 
 
