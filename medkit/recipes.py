@@ -125,7 +125,7 @@ def _fit(
     if state.is_main_process:
         code = [Path(m.__file__).read_text() for m in (batching, sampling, training, losses, lora)]
         key = digest([training.key_of(model, examples, section, loss, seed, **extras), code])
-        found = json.loads(record.read_text()) if record.is_file() else {}
+        found = _read_record(record)
     key, found = broadcast_object_list([key, found])
     if found.get("key") == key:
         if state.is_main_process:
@@ -140,9 +140,21 @@ def _fit(
             lora.save_adapter(model, record.parent)
         else:
             models.save_model(model, tokenizer, record.parent)
-        stage.write_json(f"{name}/{RECORD}", {"key": key, "log": log.to_dict("records")})
+        content = {"key": key, "files": _sizes(record.parent), "log": log.to_dict("records")}
+        stage.write_json(f"{name}/{RECORD}", content)
     state.wait_for_everyone()
     return log
+
+
+def _read_record(record: Path) -> dict:
+    """What stands in it, or nothing if a file beside it is lost or cut short: then it is trained anew."""
+    found = json.loads(record.read_text()) if record.is_file() else {}
+    return found if found.get("files") == _sizes(record.parent) else {}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each file in the folder, but for the record itself."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*")) if path.name != RECORD}
 
 
 def _read_back(model: nn.Module, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """A stage is trained once: what is there, made from the same things, is read back; anything else is made anew."""
 
 import json
+import os
 
 import pandas as pd
 import pytest
@@ -88,7 +89,9 @@ def test_what_is_trained_already_is_read_back(stage, load, tokenizer, monkeypatc
     pd.testing.assert_frame_equal(known, log)
 
 
-@pytest.mark.parametrize("other", ["examples", "loss", "extras", "settings", "seed", "start", "difficulty", "half"])
+@pytest.mark.parametrize(
+    "other", ["examples", "loss", "extras", "settings", "seed", "start", "difficulty", "half", "lost", "cut"]
+)
 def test_what_was_made_from_other_things_is_made_anew(
     stage, load, tokenizer, monkeypatch, make_llama, make_examples, other
 ):
@@ -109,10 +112,15 @@ def test_what_was_made_from_other_things_is_made_anew(
         models.save_model(make_llama(layers=2, seed=2), tokenizer, stage.path("base"))
     elif other == "difficulty":
         more = {"difficulty": range(9)}
-    else:
+    elif other == "half":
         (stage.dir / "student_kd" / recipes.RECORD).unlink()
+    elif other == "lost":
+        (stage.dir / "student_kd" / "config.json").unlink()
+    else:
+        os.truncate(stage.dir / "student_kd" / "model.safetensors", 1000)
     recipes.train_student(stage, params, "student_kd", examples, loss, **more)
     assert len(made) == 2
+    assert models.load_model(stage.dir / "student_kd", params.models)
 
 
 def test_how_many_devices_there_are_is_no_reason_to_train_anew(stage, load, monkeypatch, make_examples):
