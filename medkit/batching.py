@@ -188,10 +188,15 @@ def collect_nll(model: nn.Module, examples: Sequence[Example], pad_token_id: int
     model.eval()
     found = [0.0] * len(examples)
     for rows, predicted in iterate_predicted(model, examples, pad_token_id):
-        nll = nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
-        for row, part in zip(rows, nll.split([examples[i].num_predicted for i in rows]), strict=True):
-            found[row] = part.mean().item()
+        for row, nll in zip(rows, mean_nll(predicted, [examples[i] for i in rows]), strict=True):
+            found[row] = nll
     return found
+
+
+def mean_nll(predicted: Predicted, examples: Sequence[Example]) -> list[float]:
+    """Mean −log p of each example's predicted tokens, in nats; `predicted` is what a model says of these examples."""
+    nll = nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
+    return [part.mean().item() for part in nll.split([example.num_predicted for example in examples])]
 
 
 def measure_drift(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:

@@ -85,8 +85,7 @@ def read_answers(model: nn.Module, examples: Sequence[Example], pad_token_id: in
     model.eval()
     logits, nll = [], np.empty(len(examples))
     for rows, found in batching.iterate_predicted(model, examples, pad_token_id):
-        parts = nn.functional.cross_entropy(found.logits, found.targets, reduction="none")
-        nll[rows] = [part.mean().item() for part in parts.split([examples[i].num_predicted for i in rows])]
+        nll[rows] = batching.mean_nll(found, [examples[i] for i in rows])
         logits.append(found.logits.cpu())
     return Answers(torch.cat(logits), nll)
 
