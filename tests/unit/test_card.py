@@ -104,12 +104,15 @@ def sentences(facts: dict, results: dict) -> list[str]:
         said.append(f"A blind guess gets {facts['chance']:.2f} on")
     if settings:
         said += [f"have a confidence of {settings['confidence']:.0%}.", f"The margin is {settings['margin']:g}."]
-    for r in results["claims"]:
-        if r["claim"] == "latency_s_per_token":
-            return [*said, (
-                f"Timed on {r['requests']} requests, one at a time, with {r['prompt_tokens']} prompt tokens and "
-                f"{r['output_tokens']} new tokens in all, after a discarded warm-up; medians of {r['n']} repeats."
-            )]  # fmt: skip
+    timed = [r for r in results["claims"] if r["claim"] == "latency_s_per_token"]
+    if timed:
+        r = timed[0]
+        others = [f"{figures.LABELS[o['variant']]} by {o['metric']}" for o in timed if o["metric"] != r["metric"]]
+        engines = "".join(f", {text}" for text in ([f"by {r['metric']}", *others] if others else []))
+        said.append(
+            f"Timed on {r['requests']} requests, one at a time, with {r['prompt_tokens']} prompt tokens and "
+            f"{r['output_tokens']} new tokens in all, after a discarded warm-up; medians of {r['n']} repeats{engines}."
+        )
     return said
 
 
