@@ -12,6 +12,7 @@ from itertools import groupby
 
 import pandas as pd
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from medkit import prompts
@@ -149,13 +150,16 @@ def predict(model: nn.Module, batch: dict, hidden_layers: Sequence[int] = ()) ->
     Layers count as in transformers' `output_hidden_states`: the last one's states are after the final norm.
     Goes through `model(...)`, so that DDP and FSDP hooks run.
     """
-    labels = batch["labels"]
+    mask = batch["labels"] != IGNORE
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
-    seen = labels.shape[1] + 1  # position i predicts token i + 1: the last one predicts nothing that is labelled
-    output = model(**inputs, use_cache=False, logits_to_keep=seen, output_hidden_states=bool(hidden_layers))
-    mask = labels != IGNORE
+    seen = mask.shape[1] + 1  # position i predicts token i + 1: the last one predicts nothing that is labelled
+    predicting = nn.functional.pad(mask, (0, 1))
+    head = extract_model_from_parallel(model).get_output_embeddings()
+    # rows have answers of different lengths: `logits_to_keep` cuts columns, this leaves the labelled ones of each row
+    with head.register_forward_pre_hook(lambda _, args: (args[0][predicting], *args[1:])):
+        output = model(**inputs, use_cache=False, logits_to_keep=seen, output_hidden_states=bool(hidden_layers))
     hidden = {layer: output.hidden_states[layer][:, -seen:-1][mask].float() for layer in hidden_layers}
-    return Predicted(output.logits[:, :-1][mask].float(), labels[mask], hidden)
+    return Predicted(output.logits.float(), batch["labels"][mask], hidden)
 
 
 def predicted_logits(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
