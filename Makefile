@@ -24,7 +24,7 @@ run: .venv/done  ## weights and data, all six notebooks, results (PARAMS=… RUN
 	$(PY) -m medkit run --params $(PARAMS) --run $(RUN)
 
 test: .venv/done  ## unit, contract and smoke tests, then every notebook through nbval
-	$(PY) -m pytest tests
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder tests  # in order: the smoke runs start early
 	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
 
 lab: .venv/done  ## JupyterLab on the notebooks
