@@ -121,8 +121,7 @@ class Lesson:
 
     @cached_property
     def difficulty(self) -> list[float]:
-        nll = [-self.signals.example(i)["teacher_target_logprobs"].mean().item() for i in range(len(self.examples))]
-        return order_by_difficulty(nll, self.entities.densities())
+        return order_by_difficulty(self.signals.mean_nll(), self.entities.densities())
 
     @cached_property
     def written(self) -> tuple[list[batching.Example], dict]:

@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from record import RESULTS, Ratio, result_path, versions, write
 
-from medkit import alignment, batching, data, lora, models, options, scoring, training
+from medkit import alignment, batching, data, lessons, lora, models, options, scoring, training
 from medkit.outputs import ROOT
 from medkit.params import load_params
 from medkit.signals import Signals, capture_signals
@@ -45,7 +45,7 @@ def main() -> None:
     params, before = load_params(args.params, sizes), os.getloadavg()
     folders = [models.local_folder(section) for section in (params.models.student, params.models.teacher)]
     tokenizers = [models.load_tokenizer(folder) for folder in folders]
-    bridge = alignment.Bridge(*(alignment.read_vocabulary(one) for one in tokenizers))
+    bridge = lessons.make_bridge(*tokenizers[::-1])
     questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
     rows = {split: data.training_rows(questions, split) for split in ("train", "valid")}
     shuffled = rows["train"].sample(frac=1, random_state=params.seed)
@@ -90,20 +90,14 @@ def answers_of(examples: list[batching.Example]) -> list[list[int]]:
 
 def describe_spans(bridge: alignment.Bridge, tokenizers: list, rows: pd.DataFrame) -> dict:
     """How the two cut the answers. The end of an answer is a span of one token on both sides and of no bytes."""
-    sides = [answers_of(batching.encode_questions(one, rows)) for one in tokenizers]
-    shapes, sizes = [], []
-    for student_ids, teacher_ids in zip(*sides, strict=True):
-        written = bridge.student.spell(student_ids)
-        for span in bridge.align(student_ids, teacher_ids):
-            text = b"".join(written[place] for place in span.student)
-            if text != alignment.END:
-                shapes.append((len(span.student), len(span.teacher)))
-                sizes.append(len(text))
-    shapes, sizes = pd.Series(shapes), np.array(sizes)
+    sides = [batching.encode_questions(one, rows) for one in tokenizers]
+    found = alignment.span_sizes(bridge, *sides)
+    shapes, sizes = pd.Series([span[:2] for span in found]), np.array([span[2] for span in found])
     single = shapes.isin([(1, 1)]).to_numpy()
     return {
         "answers": len(rows), "spans": len(shapes), "answer_bytes": int(sizes.sum()),
-        "student_tokens": sum(map(len, sides[0])), "teacher_tokens": sum(map(len, sides[1])),
+        "student_tokens": sum(e.num_predicted for e in sides[0]),
+        "teacher_tokens": sum(e.num_predicted for e in sides[1]),
         "one_to_one_spans": float(single.mean()), "one_to_one_bytes": float(sizes[single].sum() / sizes.sum()),
         "shapes": {f"{m}:{n}": int(count) for (m, n), count in shapes.value_counts().head(8).items()},
         "shared_vocabulary": {

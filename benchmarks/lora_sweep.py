@@ -99,7 +99,7 @@ def adapt(
     seen = {"tokens": 0}
 
     def count(module, args, batch: dict) -> None:
-        seen["tokens"] += int(batch["attention_mask"].sum())
+        seen["tokens"] += batch["input_ids"].numel()
 
     model = lora.attach(model, section, params.seed)
     counting = model.register_forward_pre_hook(count, with_kwargs=True)

@@ -1,11 +1,12 @@
 """LoRA on short medical questions: the package's training against the plain padded loop of most tutorials.
 
-Same model, adapter, rows, batch size and optimiser, in float32. `medkit` is `training.train`: batches of like length
-in slices of so many tokens, logits at the answers' tokens alone. `padded` draws batches at random, pads each to its
-longest row and asks the model for its loss, which computes logits over the whole vocabulary at every position; it is
-timed from batch to optimiser step like the other. `bucketed` is that loop on batches of like length, to see what
-padding costs and what logits cost. Each in a process of its own, taking turns step by step, over whole epochs of the
-same rows; the first step is dropped. Tokens per second do not count padding.
+Same model, adapter, rows, batch size and optimiser, in float32. `medkit` is `training.train`: what the rows of a slice
+begin with is read once, nothing is padding, logits at the answers' tokens alone. `padded` draws batches at random, pads
+each to its longest row and asks the model for its loss, which computes logits over the whole vocabulary at every
+position; it is timed from batch to optimiser step like the other. `bucketed` is that loop on batches of like length, to
+see what padding costs. Each in a process of its own, taking turns step by step, over whole epochs of the same rows; the
+first step is dropped. Tokens per second count each row's tokens, whether or not they were read for another row too, and
+no padding.
 """
 
 import argparse
@@ -126,13 +127,13 @@ def main() -> None:
         return CONTENDERS[args.contender](args)
     names = ("run", "params", "source", "batch", "batches", "slice_tokens", "threads")
     raw = measure(args, [text for n in names for text in (f"--{n.replace('_', '-')}", str(getattr(args, n)))])
-    speeds, peaks, waste = {}, {}, {}
+    speeds, peaks, fed = {}, {}, {}
     for name, steps in raw["contenders"].items():
         epochs = [steps[first : first + args.batches] for first in range(0, len(steps), args.batches)]
         epochs[0] = epochs[0][1:]
         speeds[name] = statistics.median(sum(s["tokens"] for s in e) / sum(s["step_s"] for s in e) for e in epochs)
         peaks[name] = steps[-1]["rss_peak"]
-        waste[name] = 1 - sum(s["tokens"] for s in steps) / sum(s["padded_tokens"] for s in steps)
+        fed[name] = sum(s["fed_tokens"] for s in steps) / sum(s["tokens"] for s in steps)
     ratios = {
         "tokens_per_s_over_padded": Ratio(speeds["medkit"] / speeds["padded"], SPEED, "higher", args.repeats),
         "tokens_per_s_over_bucketed": Ratio(speeds["medkit"] / speeds["bucketed"], None, "higher", args.repeats),
@@ -144,7 +145,7 @@ def main() -> None:
         "slice_tokens": args.slice_tokens,
         "tokens_per_s": speeds,
         "peak_rss_bytes": peaks,
-        "share_of_padding": waste,
+        "fed_over_tokens": fed,
         "threads": args.threads,
         "statistic": "median over epochs",
         "versions": versions("torch", "transformers", "peft"),

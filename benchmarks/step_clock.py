@@ -26,7 +26,11 @@ def rss(field: str) -> int:
 
 
 class StepClock:
-    """Says after each optimiser step: its time, the loss told to `losses`, and which token rows the model read."""
+    """Says after each optimiser step: its time, the loss told to `losses`, and which token rows the model read.
+
+    `tokens` counts each row whole but for its last token, `fed_tokens` what the model was given: padding too, and what
+    several rows begin with once, if it was read once.
+    """
 
     def __init__(self, model: nn.Module):
         self.rows: list[list[int]] = []
@@ -38,8 +42,13 @@ class StepClock:
 
     def _read(self, module, args, kwargs):
         ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
-        self.rows += [row[keep.bool()].tolist() for row, keep in zip(ids, mask, strict=True)]
-        self.width += ids.numel()
+        if mask.dim() == 4:  # sequences that branch: each is what a last token sees, and no other token sees that one
+            sees = mask[0, 0] == 0
+            keep, ids = sees[sees.sum(0) == 1], ids.expand(len(sees), -1)
+        else:
+            keep = mask.bool() & (mask.cumsum(1) < mask.sum(1, keepdim=True))  # last tokens predict nothing
+        self.rows += [row[own].tolist() for row, own in zip(ids, keep, strict=True)]
+        self.width += kwargs["input_ids"].numel()
 
     def _stop(self, *_):
         said = {
@@ -48,7 +57,7 @@ class StepClock:
             "rss_peak": rss("VmHWM"),
             "rows": sha256(json.dumps(sorted(self.rows)).encode()).hexdigest()[:12],
             "tokens": sum(map(len, self.rows)),
-            "padded_tokens": self.width,
+            "fed_tokens": self.width,
             "loss": sum(self.losses),
         }
         print(MARK + json.dumps(said), flush=True)

@@ -27,6 +27,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from medkit.batching import Example, Predicted
 from medkit.losses import FLOOR
+from medkit.shards import SignalsError
 
 if TYPE_CHECKING:
     from medkit.signals import Signals
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 END = b"\xff<end>"  # stands for the end token; the byte 0xff is in no UTF-8 text
 
 
-class AlignmentError(ValueError):
+class AlignmentError(SignalsError):
     """Two tokenizations that cannot be compared; the message names the text or token and the cure."""
 
 
@@ -187,6 +188,23 @@ class Bridge:
         text = b" " * max(-front, 0) + path + piece
         before = b" " * max(front, 0) + own
         return self.student.ids.get(text[len(before) :], -1) if text.startswith(before) else -1
+
+
+def span_sizes(bridge: Bridge, student: Sequence[Example], teacher: Sequence[Example]) -> list[tuple[int, int, int]]:
+    """Of every span in the answers its tokens to the student, to the teacher, and its bytes.
+
+    `student` and `teacher` are the same questions in the same order. The end of an answer, a span of no bytes, is left
+    out.
+    """
+    sizes = []
+    for ours, theirs in zip(student, teacher, strict=True):
+        answers = ours.input_ids[ours.loss_start :], theirs.input_ids[theirs.loss_start :]
+        written = bridge.student.spell(answers[0])
+        for span in bridge.align(*answers):
+            text = b"".join(written[place] for place in span.student)
+            if text != END:
+                sizes.append((len(span.student), len(span.teacher), len(text)))
+    return sizes
 
 
 class AlignedSignals:

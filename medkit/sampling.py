@@ -13,8 +13,6 @@ import torch
 from torch.utils.data import BatchSampler, DataLoader
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
-from medkit.batching import bucket_by_length
-
 
 class EpochSampler(LengthGroupedSampler):
     """Batches of like length in an order that depends on seed and epoch alone: a resumed epoch is the killed one.
@@ -65,15 +63,7 @@ class EpochLoader(DataLoader):
         self.batch_sampler.set_epoch(epoch)
 
 
-def share(numbers: Sequence[int], lengths: Sequence[int], slice_tokens: int, processes: int) -> list[list[list[int]]]:
-    """A batch's rows for each process, in slices of at most `slice_tokens` with padding: [process][slice][row].
-
-    Rows are dealt out by length, so that every process gets as much work and each row goes to one of them. A process
-    may get fewer slices than another, or none.
-    """
+def share(numbers: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
+    """A batch's rows for each process: dealt out by length, so that every process gets as much work."""
     longest_first = sorted(numbers, key=lambda n: lengths[n], reverse=True)
-    shares = [longest_first[process::processes] for process in range(processes)]
-    return [
-        [[rows[place] for place in places] for places in bucket_by_length([lengths[n] for n in rows], slice_tokens)]
-        for rows in shares
-    ]
+    return [longest_first[process::processes] for process in range(processes)]

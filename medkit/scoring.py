@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from medkit.batching import group_by_prefix
+from medkit.prefixes import additive_masks, group_by_prefix
 
 LEAST_SAVED = 256  # tokens: a prefix of its own costs one more pass and one more batch that is not full
 PASSES = 32  # so many passes over next to nothing take as long as a full batch: beside it, padding is weighed
@@ -178,30 +178,13 @@ def _score_batch(
             sees[row, at] |= sees[row, start + tree.parents[place] - shared]
     logits = model(
         input_ids=input_ids.to(model.device),
-        attention_mask=_additive_masks(model, sees, position_ids),
+        attention_mask=additive_masks(model, sees, position_ids),
         position_ids=position_ids.to(model.device),
         past_key_values=prefix,
         use_cache=prefix is not None,
         logits_to_keep=num_logits,
     ).logits
     return [_score(tree, own) for tree, own in zip(trees, logits, strict=True)]
-
-
-def _additive_masks(model: nn.Module, sees: torch.Tensor, position_ids: torch.Tensor):
-    """What may be seen (B, L, shared + L) as the model takes it: one per kind of layer if some see a window only."""
-
-    def additive(allowed: torch.Tensor) -> torch.Tensor:
-        mask = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(~allowed, torch.finfo(model.dtype).min)
-        return mask.unsqueeze(1).to(model.device)
-
-    config = model.config.get_text_config()
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if window is None or (kinds and "sliding_attention" not in kinds):
-        return additive(sees)
-    before = torch.arange(sees.shape[2] - sees.shape[1]).expand(len(sees), -1)
-    distances = position_ids[:, :, None] - torch.cat([before, position_ids], dim=1)[:, None, :]
-    near = additive(sees & (distances < window))
-    return {"full_attention": additive(sees), "sliding_attention": near} if kinds else near
 
 
 def _score(tree: _Tree, logits: torch.Tensor) -> list[float]:

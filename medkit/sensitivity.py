@@ -69,7 +69,7 @@ def measure_sensitivity(
         for batch in tqdm(batches, desc="sensitivity", unit="batch", delay=2, mininterval=10):
             for choice, slopes in _slopes(model, batch, choices, double_quant, generator).items():
                 squares[choice] += slopes.square().sum().item()
-            positions += int((batch["labels"] != batching.IGNORE).sum())
+            positions += len(batch["labels"])
     weights = {weight.module: weight for weight in ledger.model_shapes(model.config) if len(weight.shape) == 2}
     rows = []
     for module, scheme in [(m, s) for m in shapes for s in ("keep", *schemes) if s == "keep" or (m, s) in squares]:
@@ -126,6 +126,8 @@ def _slopes(
     the square of their sum is, on average, the sum of their squares.
     """
     slopes = dict.fromkeys(choices, torch.tensor(0.0))
+    rows, length = batch["input_ids"].shape
+    of_example, none = batch["predicted_at"] // length, torch.zeros(rows, device=model.device)
     names = {id(model.get_submodule(name).weight): name for name, _ in choices}
 
     def watch(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
@@ -139,7 +141,9 @@ def _slopes(
         apply = nn.functional.embedding if isinstance(module, nn.Embedding) else nn.functional.linear
         for scheme in [scheme for choice, scheme in choices if choice == name]:
             moved = apply(read, rowwise.round_trip(weight, scheme, double_quant) - weight)
-            slopes[name, scheme] = slopes[name, scheme] + (gradient * moved).flatten(1).sum(1).float()
+            along = (gradient * moved).sum(-1).float()  # (B, L); at the head (N,), the predicted positions
+            alone = along.sum(1) if along.dim() == 2 else none.index_add(0, of_example, along)
+            slopes[name, scheme] = slopes[name, scheme] + alone
 
     with ExitStack() as hooks, torch.enable_grad():
         for module in model.modules():

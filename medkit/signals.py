@@ -2,16 +2,12 @@
 
 Offline distillation: the teacher speaks once, from memory or from a server, and is gone when the student learns. Of
 each position the k likeliest tokens are kept, after the softmax over the whole vocabulary, and the token that stands
-there. Which loss learns from them is for `losses` to say; only tokens of one vocabulary can be compared at all.
-
-A shard is a safetensors file. Per token at k = 64: 128 bytes of fp16 log-probabilities, 128 of the ids' low 16 bits,
-8 for each higher bit an id of this vocabulary may have (none up to 65,536 tokens, 2 up to 262,144), and 2 for the
-token that stands there: 258 to 274 bytes, and 2·H for each layer of hidden states. An example adds 4.
+there. What that is on disk is for `shards`, which loss learns from it for `losses`. The tokens are the teacher's: a
+student with another vocabulary hears them through `alignment`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -19,24 +15,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import nn
 from tqdm import tqdm
 
 from medkit.batching import Example, iterate_predicted
 from medkit.engines import EngineError, PromptReader
-from medkit.outputs import atomic_path
 from medkit.params import digest
+from medkit.shards import (
+    FORMAT,
+    Shard,
+    SignalsError,
+    check_shard,
+    num_shards,
+    pack,
+    read_index,
+    shard_path,
+    unpack_ids,
+    write_index,
+    write_shard,
+)
 
-INDEX = "signals.json"
-FORMAT = 2  # of the shards; a cache in another one is captured anew
-LOW_BITS = 16
 MOST_OPEN = 4  # shards that a reader keeps open
-
-
-class SignalsError(RuntimeError):
-    """A signal cache that does not belong to these examples or this teacher, or cannot be captured or read."""
 
 
 def top_k_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,109 +140,27 @@ def _index(
     }
 
 
-def _write_cache(examples: Sequence[Example], folder: Path, index: dict, speak: Callable) -> dict:
+def _write_cache(examples: Sequence[Example], folder: Path, wanted: dict, speak: Callable) -> dict:
     """`speak` maps a shard's examples to arrays over their predicted positions, in the order of the examples."""
     folder.mkdir(parents=True, exist_ok=True)
-    if _read_index(folder) != index:
+    index = read_index(folder)
+    if {name: value for name, value in index.items() if name != "sha256"} != wanted:
         for stale in folder.iterdir():
             stale.unlink()
-        with atomic_path(folder / INDEX) as scratch:
-            scratch.write_text(json.dumps(index, indent=1))
-    for number in tqdm(range(_num_shards(index)), desc="capturing signals", unit="shard", delay=2, mininterval=10):
+        index = {**wanted, "sha256": {}}
+        write_index(folder, index)
+    for number in tqdm(range(num_shards(index)), desc="capturing signals", unit="shard", delay=2, mininterval=10):
         try:
-            _open_shard(folder, number)
+            check_shard(folder, number, index)
         except (FileNotFoundError, SignalsError):  # never written, or damaged
             part = examples[number * index["shard_examples"] : (number + 1) * index["shard_examples"]]
-            shard = _pack(speak(part), index)
-            shard["offsets"] = np.cumsum([0, *(e.num_predicted for e in part)], dtype=np.uint32)
-            with atomic_path(_shard_path(folder, number)) as scratch:
-                save_file(shard, scratch)
+            arrays = pack(speak(part), [e.num_predicted for e in part], index["vocab_size"])
+            index = write_shard(folder, number, arrays, index)
     return index
-
-
-# --- the file --------------------------------------------------------------------------------------------------------
-
-
-def _high_bits(vocab_size: int) -> int:
-    """Bits that an id has beyond the low 16."""
-    return max(0, (vocab_size - 1).bit_length() - LOW_BITS)
-
-
-def pack_ids(ids: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
-    """Ids (N, k) as uint16 (N, k) and, where the vocabulary needs them, their higher bits (N, ⌈k·bits/8⌉) uint8."""
-    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise SignalsError(
-            f"the teacher names token {ids.max()}, its vocabulary has {vocab_size}: give vocab_size as its number of "
-            f"logits, padding included"
-        )
-    packed = {"ids_low": (ids & 0xFFFF).astype(np.uint16)}
-    if bits := _high_bits(vocab_size):
-        high = (ids[..., None] >> (LOW_BITS + np.arange(bits))) & 1
-        packed["ids_high"] = np.packbits(high.reshape(len(ids), ids.shape[1] * bits).astype(np.uint8), axis=1)
-    return packed
-
-
-def unpack_ids(low: np.ndarray, high: np.ndarray | None, vocab_size: int) -> np.ndarray:
-    """Ids (N, k) int64, as they were before `pack_ids`."""
-    ids, bits = low.astype(np.int64), _high_bits(vocab_size)
-    if bits and ids.size:
-        each = np.unpackbits(high, axis=1, count=low.shape[1] * bits).reshape(*low.shape, bits)
-        ids += each.astype(np.int64) @ (1 << (LOW_BITS + np.arange(bits)))
-    return ids
-
-
-def _pack(said: dict[str, np.ndarray], index: dict) -> dict[str, np.ndarray]:
-    packed = pack_ids(said["ids"], index["vocab_size"])
-    limit = float(np.finfo(np.float16).max)
-    for name in said.keys() - {"ids"}:
-        values = np.maximum(said[name], -limit) if name.endswith("logprobs") else said[name]
-        if not (np.abs(values) <= limit).all():
-            raise SignalsError(
-                f"{name} of the teacher reach {np.abs(values).max():g}, fp16 holds {limit:g}: leave that layer out, "
-                f"or look at the teacher if it is not a number"
-            )
-        packed[name] = values.astype(np.float16)
-    return packed
 
 
 def _hidden_name(layer: int) -> str:
     return f"hidden_{layer}"
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.safetensors"
-
-
-def _num_shards(index: dict) -> int:
-    return -(-index["num_examples"] // index["shard_examples"])
-
-
-def _read_index(folder: Path) -> dict:
-    path = folder / INDEX
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-class _Shard:
-    """One open file, mapped and not read: a slice costs the bytes of that slice."""
-
-    def __init__(self, path: Path):
-        self.file = safe_open(path, "numpy")
-        self.offsets = self.file.get_tensor("offsets")
-        self.names = [name for name in self.file.keys() if name != "offsets"]  # noqa: SIM118
-
-    def example(self, row: int) -> dict[str, np.ndarray]:
-        where = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
-        return {name: self.file.get_slice(name)[where] for name in self.names}
-
-
-def _open_shard(folder: Path, number: int) -> _Shard:
-    path = _shard_path(folder, number)
-    try:
-        return _Shard(path)
-    except SafetensorError as error:
-        raise SignalsError(
-            f"{path} is damaged ({error}); run the capture again, it writes this shard anew and keeps the others"
-        ) from error
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -253,11 +170,11 @@ class Signals:
     """Reader of a signal cache by example number, in any order; at most MOST_OPEN shards are open at a time.
 
     Raises SignalsError for signals of another teacher, template or tokenizer than `key` says, for a cache that is not
-    whole, and for shards that are cut short.
+    whole, and for a shard that is cut short; for one with any other damage when it is first read.
     """
 
     def __init__(self, folder: Path, key: str):
-        self.index = _read_index(folder)
+        self.folder, self.index = folder, read_index(folder)
         if self.index.get("key") != key:
             raise SignalsError(
                 f"{folder}: signals of {self.index.get('key')!r}, the run wants {key!r}; "
@@ -265,13 +182,21 @@ class Signals:
             )
         if self.index.get("format") != FORMAT:
             raise SignalsError(f"{folder}: signals in an older format; run capture_signals again")
-        wanted = _num_shards(self.index)
-        missing = [n for n in range(wanted) if not _shard_path(folder, n).is_file()]
+        wanted = num_shards(self.index)
+        missing = [n for n in range(wanted) if not shard_path(folder, n).is_file()]
         if missing:
             raise SignalsError(f"{folder}: shards {missing[:3]} of {wanted} are missing; run capture_signals again")
         for number in range(wanted):  # now, and not in the middle of a training
-            _open_shard(folder, number)
-        self._shard = lru_cache(MOST_OPEN)(lambda number: _open_shard(folder, number))
+            Shard(folder, number)
+        index, checked = self.index, set()
+
+        def open_shard(number: int) -> Shard:
+            if number not in checked:  # once: in a random order shards are opened again and again
+                check_shard(folder, number, index)
+                checked.add(number)
+            return Shard(folder, number)
+
+        self._shard = lru_cache(MOST_OPEN)(open_shard)
 
     def example(self, number: int) -> dict[str, torch.Tensor | dict[int, torch.Tensor]]:
         """What the teacher says at the P predicted positions of one example.
@@ -300,3 +225,8 @@ class Signals:
             layers = self.index["hidden_layers"]
             joined["teacher_hidden"] = {n: torch.cat([one["teacher_hidden"][n] for one in found]) for n in layers}
         return joined
+
+    def mean_nll(self) -> list[float]:
+        """The teacher's mean −log p of each example's own tokens, in nats: how hard it finds them."""
+        numbers = range(self.index["num_examples"])
+        return [-self.example(number)["teacher_target_logprobs"].mean().item() for number in numbers]

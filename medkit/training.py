@@ -24,8 +24,9 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
-from medkit.batching import Example, Predicted, collate, predict
+from medkit.batching import Example, Predicted, cut, pack, predict
 from medkit.params import TrainParams, digest
+from medkit.prefixes import takes_branches
 from medkit.sampling import EpochLoader, EpochSampler, share
 
 
@@ -231,15 +232,18 @@ def train(
     sharded = is_sharded(section)
     on_cpu = next(model.parameters()).device.type != "cuda" and not (sharded and torch.cuda.is_available())
     arguments = _arguments(section, on_cpu, seed, checkpoints)
-    state, lengths = arguments.distributed_state, [len(e.input_ids) for e in examples]
+    state, lengths, branches = arguments.distributed_state, [len(e.input_ids) for e in examples], takes_branches(model)
 
     def collator(numbers: list[int]) -> dict:
         """This process's slices of a batch: as many in each process, since FSDP's shards meet in every one."""
-        shares = share(numbers, lengths, section.slice_tokens, state.num_processes)
+        shares = []
+        for rows in share(numbers, lengths, state.num_processes):
+            parts = cut([examples[n] for n in rows], section.slice_tokens, branches)
+            shares.append([[rows[place] for place in part] for part in parts])
         own, most = shares[state.process_index], max(map(len, shares))
         idle = [[min(numbers, key=lambda n: lengths[n])]] * (most - len(own))
         slices = [
-            {**collate([examples[n] for n in part], pad_token_id), **add_extras(part), "counts": float(i < len(own))}
+            {**pack([examples[n] for n in part], branches), **add_extras(part), "counts": float(i < len(own))}
             for i, part in enumerate([*own, *idle])
         ]
         counted = torch.zeros(sum(examples[n].num_predicted for part in own for n in part))

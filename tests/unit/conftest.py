@@ -59,6 +59,36 @@ def tokenizer(make_tokenizer):
 
 
 @pytest.fixture(scope="session")
+def make_pieces_tokenizer():
+    """pieces(texts, lead=False, byte_fallback=True): SentencePiece-like BPE over "▁" pieces, no regex split."""
+    import json
+
+    from tokenizers import Tokenizer, decoders, normalizers, trainers
+    from tokenizers import models as backends
+    from transformers import PreTrainedTokenizerFast
+
+    def make(texts=SENTENCES, lead=False, byte_fallback=True):
+        backend = Tokenizer(backends.BPE(unk_token="<unk>"))
+        steps = [normalizers.Prepend("▁")] * lead + [normalizers.Replace(" ", "▁")]
+        backend.normalizer = normalizers.Sequence(steps)
+        trainer = trainers.BpeTrainer(
+            vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False, limit_alphabet=60
+        )
+        backend.train_from_iterator([*texts] * 10, trainer)
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * lead)
+        if byte_fallback:
+            state = json.loads(backend.to_str())
+            vocab = state["model"]["vocab"]
+            vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
+            state["model"]["byte_fallback"] = True
+            backend = Tokenizer.from_str(json.dumps(state))
+        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def make_llama():
     """llama(seed=0, layers=3, **config): random float32 weights; norms differ, so that none can be mixed up."""
     import torch

@@ -1,6 +1,5 @@
 """Spans tile both tokenizations, probabilities multiply to the token's own, and what is compared is the same bytes."""
 
-import json
 import math
 import socket
 from types import SimpleNamespace
@@ -20,36 +19,8 @@ WORDS = "Scurvy is caused by too little vitamin C: 5 µg of it, ≥ 3 days, caf�
 
 
 @pytest.fixture(scope="module")
-def make_pieces_tokenizer():
-    """pieces(texts, lead, byte_fallback): SentencePiece-like BPE over "▁" pieces, trained here, no regex split."""
-    from tokenizers import Tokenizer, decoders, normalizers, trainers
-    from tokenizers import models as backends
-    from transformers import PreTrainedTokenizerFast
-
-    def make(texts=(WORDS,), lead=False, byte_fallback=True):
-        backend = Tokenizer(backends.BPE(unk_token="<unk>"))
-        steps = [normalizers.Prepend("▁")] * lead + [normalizers.Replace(" ", "▁")]
-        backend.normalizer = normalizers.Sequence(steps)
-        trainer = trainers.BpeTrainer(
-            vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False, limit_alphabet=60
-        )
-        backend.train_from_iterator([*texts] * 10, trainer)
-        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * lead)
-        if byte_fallback:
-            state = json.loads(backend.to_str())
-            vocab = state["model"]["vocab"]
-            vocab |= {f"<0x{byte:02X}>": len(vocab) + byte for byte in range(256)}
-            state["model"]["byte_fallback"] = True
-            backend = Tokenizer.from_str(json.dumps(state))
-        return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
-
-    return make
-
-
-@pytest.fixture(scope="module")
 def pieces_tokenizer(make_pieces_tokenizer):
-    return make_pieces_tokenizer()
+    return make_pieces_tokenizer((WORDS,))
 
 
 def vocabulary(*pieces):
@@ -117,7 +88,7 @@ def test_a_tokenizer_that_forgets_spaces_is_refused():
 
 
 def test_unknown_characters_are_refused_by_name(make_pieces_tokenizer):
-    tokenizer = make_pieces_tokenizer(byte_fallback=False)
+    tokenizer = make_pieces_tokenizer((WORDS,), byte_fallback=False)
     ids = tokenizer("⚕", add_special_tokens=False).input_ids
     with pytest.raises(AlignmentError, match=f"token {tokenizer.unk_token_id} writes no text"):
         read_vocabulary(tokenizer).spell(ids)
@@ -184,7 +155,7 @@ def borders(pieces, total):
 @pytest.fixture(scope="module")
 def led_tokenizers(tokenizer, make_pieces_tokenizer):
     """Byte-level (None), and SentencePiece-like without and with a space put in front: each with its vocabulary."""
-    found = {None: tokenizer, False: make_pieces_tokenizer(), True: make_pieces_tokenizer(lead=True)}
+    found = {None: tokenizer, False: make_pieces_tokenizer((WORDS,)), True: make_pieces_tokenizer((WORDS,), lead=True)}
     return {name: (one, read_vocabulary(one)) for name, one in found.items()}
 
 

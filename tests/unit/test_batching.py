@@ -1,14 +1,10 @@
 """Batches, the loss mask, and measures over rows: each example once, and as if it stood alone."""
 
-import itertools
-
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from medkit import batching, models, prompts
-from medkit.batching import IGNORE, Example
+from medkit.batching import Example
 from medkit.outputs import ROOT
 from medkit.params import load_params
 
@@ -22,33 +18,49 @@ def test_collate_aligns_to_the_right_and_counts_positions_from_the_first_token(m
     examples = make_examples(7)
     batch = batching.collate(examples, PAD)
     for row, example in enumerate(examples):
-        n, answer = len(example.input_ids), example.input_ids[example.loss_start :]
+        n = len(example.input_ids)
         assert batch["input_ids"][row, -n:].tolist() == example.input_ids
         assert (batch["input_ids"][row, :-n] == PAD).all()
         assert batch["attention_mask"][row].tolist() == [0] * (batch["input_ids"].shape[1] - n) + [1] * n
         assert batch["position_ids"][row, -n:].tolist() == list(range(n))
-        assert batch["labels"][row, -len(answer) :].tolist() == answer
-        assert (batch["labels"][row, : -len(answer)] == IGNORE).all()
-    assert batch["labels"].shape[1] == max(len(e.input_ids) - e.loss_start for e in examples)
+    following = batch["input_ids"].flatten()[batch["predicted_at"] + 1]
+    assert torch.equal(following, batch["labels"])
+    assert batch["labels"].tolist() == [token for e in examples for token in e.input_ids[e.loss_start :]]
 
 
+BATCHES = {
+    "padded": lambda examples: batching.collate(examples, PAD),
+    "packed": batching.pack,
+    "packed, nothing shared": lambda examples: batching.pack(examples, share=False),
+}
+
+
+@pytest.fixture
+def alike(make_examples):
+    """Examples of which many begin alike, one is another's beginning, and one is there twice."""
+    long = Example([5, 9, 17, 33, 4, 8, 21, 7], 3)
+    branch = Example([*long.input_ids[:5], 60, 61, 62], 5)
+    return [*make_examples(4), long, branch, Example(long.input_ids[:6], 1), long, Example([5, 9], 1)]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_predicted_logits_of_a_padded_batch_are_those_of_each_row_alone(make_llama, make_examples, attention):
+def test_predicted_logits_of_a_batch_are_those_of_each_example_alone(make_llama, alike, attention, batch):
     model = make_llama(attn_implementation=attention)
-    examples = [*make_examples(6), Example([5, 9, 17, 33, 4, 8], 1)]
     with torch.no_grad():
-        logits, targets = batching.predicted_logits(model, batching.collate(examples, PAD))
-        alone = [model(torch.tensor([e.input_ids])).logits[0, e.loss_start - 1 : -1] for e in examples]
-    assert targets.tolist() == [t for e in examples for t in e.input_ids[e.loss_start :]]
+        logits, targets = batching.predicted_logits(model, BATCHES[batch](alike))
+        alone = [model(torch.tensor([e.input_ids])).logits[0, e.loss_start - 1 : -1] for e in alike]
+    assert targets.tolist() == [t for e in alike for t in e.input_ids[e.loss_start :]]
     torch.testing.assert_close(logits, torch.cat(alone), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("layer", [0, 1, 3])
-def test_hidden_states_of_a_padded_batch_are_those_that_made_the_logits(make_llama, make_examples, layer):
-    model, examples = make_llama(), make_examples(6)
+def test_hidden_states_of_a_batch_are_those_that_made_the_logits(make_llama, alike, layer, batch):
+    model, examples, made = make_llama(), alike, BATCHES[batch](alike)
     with torch.no_grad():
-        found = batching.predict(model, batching.collate(examples, PAD), [layer])
-        logits, targets = batching.predicted_logits(model, batching.collate(examples, PAD))
+        found = batching.predict(model, made, [layer])
+        logits, targets = batching.predicted_logits(model, made)
         alone = [
             model(torch.tensor([e.input_ids]), output_hidden_states=True).hidden_states[layer][0, e.loss_start - 1 : -1]
             for e in examples
@@ -58,6 +70,58 @@ def test_hidden_states_of_a_padded_batch_are_those_that_made_the_logits(make_lla
     torch.testing.assert_close(found.hidden[layer], torch.cat(alone), rtol=0, atol=1e-5)
     if layer == 3:
         torch.testing.assert_close(model.lm_head(found.hidden[layer]), logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", ["packed", "packed, nothing shared"])
+def test_gradients_of_a_packed_batch_are_those_of_a_padded_one(make_llama, alike, batch):
+    gradients = []
+    for name in ("padded", batch):
+        model = make_llama()
+        logits, targets = batching.predicted_logits(model, BATCHES[name](alike))
+        torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_a_packed_batch_reads_each_beginning_once_and_no_last_token():
+    examples = [Example([5, 6, 7, 8], 2), Example([5, 6, 9, 8], 3), Example([5, 6, 7, 1], 1)]
+    assert batching.pack(examples)["input_ids"].tolist() == [[5, 6, 7, 9]]
+    apart = batching.pack(examples, share=False)
+    assert apart["input_ids"].tolist() == [[5, 6, 7, 5, 6, 9, 5, 6, 7]]
+    assert apart["position_ids"].tolist() == [[0, 1, 2] * 3]
+    assert "attention_mask" not in apart
+
+
+def test_the_head_sees_labelled_positions_alone(make_llama, alike):
+    model, seen = make_llama(), []
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
+    for make in BATCHES.values():
+        batching.predict(model, make(alike))
+    hook.remove()
+    assert seen == [(sum(e.num_predicted for e in alike), model.config.hidden_size)] * 3
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_window_hides_what_lies_further_back(make_llama, alike, share):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    config = make_llama().config.to_dict() | {"sliding_window": 3, "model_type": "mistral"}
+    torch.manual_seed(0)
+    model = MistralForCausalLM(MistralConfig(**{k: v for k, v in config.items() if k != "architectures"})).eval()
+    with torch.no_grad():
+        found = batching.predict(model, batching.pack(alike, share)).logits
+        alone = [model(torch.tensor([e.input_ids])).logits[0, e.loss_start - 1 : -1] for e in alike]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=1e-5)
+
+
+def test_cut_batches_fit_when_packed(make_examples):
+    examples = make_examples(30)
+    for share in (True, False):
+        parts = batching.cut(examples, 64, share)
+        assert sorted(i for part in parts for i in part) == list(range(30))
+        for part in parts:
+            assert len(part) == 1 or batching.pack([examples[i] for i in part], share)["input_ids"].numel() <= 64
 
 
 def test_loss_covers_the_answer_and_its_end_token_and_nothing_else(tokenizer, questions):
@@ -135,35 +199,6 @@ def test_letter_forms_of_the_real_tokenizer():
     for letter in prompts.LETTERS:
         forms = sorted(tokenizer.decode(ids) for ids in batching.letter_forms(tokenizer, letter))
         assert forms == [f" {letter}", letter]
-
-
-# --- what is read once -----------------------------------------------------------------------------------------------
-
-some_prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=12)
-
-
-@given(prompts=some_prompts, least=st.integers(1, 12))
-def test_groups_hold_each_prompt_once_with_a_start_that_all_share(prompts, least):
-    groups = batching.group_by_prefix(prompts, least)
-    assert sorted(itertools.chain(*(members for _, members in groups))) == list(range(len(prompts)))
-    for length, members in groups:
-        assert len({tuple(prompts[i][:length]) for i in members}) == 1
-        assert all(length < len(prompts[i]) for i in members), "a token is left to be read"
-        assert length == 0 or length * (len(members) - 1) >= least, "a group pays for itself"
-
-
-def test_a_start_is_shared_by_as_many_as_have_it():
-    system, exam, code = [1, 2, 3], [10, 11, 12, 13], [20, 21]
-    prompts = [[*system, *kind, 100 + i] for i in range(20) for kind in (exam, code, [])]
-    groups = {length: sorted(members) for length, members in batching.group_by_prefix(prompts, least_saved=30)}
-    assert groups == {7: list(range(0, 60, 3)), 5: list(range(1, 60, 3)), 3: list(range(2, 60, 3))}
-    groups = dict(batching.group_by_prefix(prompts, least_saved=60))
-    assert {length: len(members) for length, members in groups.items()} == {7: 20, 3: 40}, "exam alone saves enough"
-
-
-@pytest.mark.parametrize("prompts", [[], [[5]], [[5, 6], [7, 8]], [[5, 6, 7]] * 3, [[5], [5, 6], [5, 6, 7]]])
-def test_where_nothing_is_saved_there_is_one_group(prompts):
-    assert batching.group_by_prefix(prompts, least_saved=100) == ([(0, list(range(len(prompts))))] if prompts else [])
 
 
 # --- measures ------------------------------------------------------------------------------------------------------

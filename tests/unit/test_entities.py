@@ -155,8 +155,7 @@ def test_a_batch_numbers_its_entities_in_the_order_of_its_positions(tokenizer):
     marked = entities.mark_entities(tokenizer, examples)
     rows = [3, 1, 0]
     batch = marked.batch(rows)
-    targets = batching.collate([examples[n] for n in rows], 0)["labels"]
-    targets = targets[targets != batching.IGNORE]
+    targets = batching.pack([examples[n] for n in rows])["labels"]
     assert batch["entity"].shape == targets.shape and batch["entity"].dtype == torch.int64
     found = [tokenizer.decode(targets[batch["entity"] == n]).strip() for n in range(len(batch["entity_weights"]))]
     assert found == ["colitis", "asthma", "5 mg", "aspirin"]

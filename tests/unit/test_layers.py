@@ -11,17 +11,18 @@ from medkit.outputs import ROOT
 
 PACKAGE = ROOT / "medkit"
 LAYERS = [
-    ["profiles"],
+    ["profiles", "origins"],
     ["params"],
     ["outputs", "sources", "prompts", "duplicates", "figures", "plans", "statistics", "paper_numbers"],
     ["parsing", "records", "datacard", "contamination", "calibration", "energy", "clauses", "response_cache"],
-    ["evaluation", "readers", "icd", "models", "batching", "ledger"],
-    ["sampling", "losses", "entities", "options"],
+    ["evaluation", "readers", "icd", "models", "prefixes", "ledger"],
+    ["batching", "sampling"],
+    ["losses", "entities", "shards"],
     [
         *["claims", "safety", "report", "data", "problems", "embeddings"],
         *["training", "rowwise", "lora", "scoring", "edge_tokenizer", "peak"],
     ],
-    ["edge", "budget", "rounding", "merging", "studies", "engines", "serving_text"],
+    ["edge", "budget", "rounding", "merging", "onpolicy", "studies", "engines", "options", "serving_text"],
     [
         *["quantization", "robustness", "signals", "rationales"],
         *["running_batch", "edge_engine", "remote_engine", "workloads", "serving_schema"],
@@ -30,8 +31,8 @@ LAYERS = [
         *["sensitivity", "distillation", "alignment", "paper", "card", "compare"],
         *["torch_engine", "engine_choice", "serving_queue", "serving_cache"],
     ],
-    ["inference", "recipes", "serving_http", "variants"],
-    ["serving"],
+    ["inference", "lessons", "serving_http", "variants"],
+    ["serving", "recipes"],
     ["runner", "page"],
     ["__main__"],
 ]

@@ -409,10 +409,10 @@ def test_slices_change_neither_the_terms_nor_the_weights(make_llama, make_sectio
     )
     for column in ("loss", "ce", "jsd", "hidden", "entity"):
         assert (log[column] > 0).all()
-        assert cut_log[column].to_numpy() == pytest.approx(log[column].to_numpy(), abs=1e-5), column
+        assert cut_log[column].to_numpy() == pytest.approx(log[column].to_numpy(), abs=5e-5), column
     assert "hidden_projections.1.weight" in whole
     for name, tensor in whole.items():
-        torch.testing.assert_close(cut[name], tensor, rtol=0, atol=2e-5, msg=name)
+        torch.testing.assert_close(cut[name], tensor, rtol=0, atol=1e-4, msg=name)
 
 
 def test_the_projections_are_learned_and_resumed(make_llama, make_section, taught, tmp_path):

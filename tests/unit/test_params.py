@@ -32,6 +32,8 @@ OPEN = {
     ("inference", "server"),
     ("distillation", "correction_train", "scale"),
     ("distillation", "student_train", "scale"),
+    ("distillation", "rationales"),
+    ("distillation", "on_policy"),
     ("lora", "train", "scale"),
 }
 
@@ -190,6 +192,8 @@ MISTYPED = [
     ("distillation.hidden_weight", -0.5),
     ("distillation.hidden_layers", [1, 2]),
     ("distillation.order", "easy"),
+    ("distillation.bridge", "tokens"),
+    ("distillation.bridge", None),
     ("lora", None),
     ("lora.adapter.rank", "16"),
     ("lora.adapter.rank", 0),
@@ -231,6 +235,29 @@ def test_hidden_states_are_compared_between_layers_that_are_named():
     pairs = {"distillation.hidden_weight": 0.5, "distillation.hidden_layers": [[2, 3]]}
     assert load_params(SMOKE, pairs).distillation.hidden_layers == [[2, 3]]
     assert "hidden_layers" in refusal(SMOKE, {**pairs, "distillation.hidden_layers": [[2, 3, 4]]})
+
+
+@pytest.mark.parametrize("bridge", ["spans", "options"])
+@pytest.mark.parametrize(
+    ("key", "value", "carried"),
+    [
+        ("divergence", "jsd", "'forward_kl'"),
+        ("temperature", 2.0, "1.0"),
+        ("hidden_weight", 0.5, "0.0"),
+        ("entity_weight", 0.5, "0.0"),
+    ],
+)
+def test_a_bridge_between_tokenizers_carries_the_plain_kl_alone(bridge, key, value, carried):
+    cross, more = ROOT / "params" / "cross.yaml", {f"distillation.{key}": value, "distillation.hidden_layers": [[1, 1]]}
+    message = refusal(cross, {**more, "distillation.bridge": bridge})
+    assert f"{key}: the bridge {bridge!r} carries {key} {carried} alone; set it to that" in message
+    assert load_params(cross, {**more, "distillation.bridge": "vocabulary"})
+
+
+def test_a_student_cut_from_its_teacher_has_no_second_tokenizer():
+    message = refusal(SMOKE, {"distillation.bridge": "spans"})
+    assert "distillation.bridge: 'spans' is for two tokenizers" in message and "use 'vocabulary'" in message
+    assert load_params(SMOKE, {"distillation.bridge": "options"}).distillation.bridge == "options"
 
 
 def test_asked_source_must_be_a_dataset():

@@ -15,7 +15,8 @@ from starlette.routing import Route
 
 from medkit import prompts, rationales, training
 from medkit.engines import EngineError, Generation, Request
-from medkit.rationales import encode_rationales, keep_verified, sample_rationales
+from medkit.params import RationaleParams
+from medkit.rationales import choose_examples, collect_samples, encode_rationales, keep_verified, sample_rationales
 from medkit.remote_engine import RemoteEngine
 from medkit.torch_engine import TorchEngine
 
@@ -34,12 +35,15 @@ class Scripted:
     name = "scripted"
 
     def __init__(self, tokenizer, said):
-        self.tokenizer, self.said, self.asked = tokenizer, said, []
+        self.tokenizer, self.said, self.asked, self.closed = tokenizer, said, [], 0
+
+    def close(self):
+        self.closed += 1
 
     def generate(self, requests):
         self.asked += requests
         end = [self.tokenizer.eos_token_id]
-        texts = [text for texts in self.said for text in texts]
+        texts = [text for texts in self.said for text in texts][: len(requests)]
         ids = [self.tokenizer(text.rstrip("…"), add_special_tokens=False).input_ids for text in texts]
         ends = [[] if text.endswith("…") else end for text in texts]
         return [Generation([*i, *e]) for i, e in zip(ids, ends, strict=True)]
@@ -99,6 +103,72 @@ def test_questions_that_may_not_be_learned_from_are_refused(engine, tokenizer, k
     with pytest.raises(ValueError, match=r"3 of 3 questions \(e\.g\. q0\).*data\.training_rows"):
         sample_rationales(engine, tokenizer, known.assign(**change), 4, 60)
     assert not engine.asked
+
+
+# --- kept, and made into a lesson ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def collect(engine, tokenizer, known, tmp_path):
+    """collect(speaker, seed, **changes of the section): the samples, from the engine or from the file."""
+
+    def run(speaker="teacher", seed=0, **changes):
+        settings = {"questions": "all", "samples": 4, "max_new_tokens": 60, "temperature": 1.0, "too_easy": 1.0}
+        section = RationaleParams(**{**settings, **changes})
+        return collect_samples(
+            tmp_path / "rationales.parquet", speaker, lambda: engine, tokenizer, known, section, seed
+        )
+
+    return run
+
+
+def test_what_was_sampled_is_read_back(collect, engine, tokenizer, known):
+    first = collect()
+    pd.testing.assert_frame_equal(first, sample_rationales(Scripted(tokenizer, SAID), tokenizer, known, 4, 60))
+    assert engine.closed == 1
+    pd.testing.assert_frame_equal(collect(), first)
+    pd.testing.assert_frame_equal(collect(too_easy=2.0), first)  # what is learned of it may change
+    assert (engine.closed, len(engine.asked)) == (1, 12)
+
+
+@pytest.mark.parametrize(
+    "change", [{"speaker": "other"}, {"seed": 1}, {"samples": 2}, {"max_new_tokens": 9}, {"temperature": 0.5}], ids=str
+)
+def test_another_speaker_or_way_to_ask_is_asked_anew(collect, engine, change):
+    collect()
+    collect(**change)
+    assert engine.closed == 2
+    collect(**change)
+    assert engine.closed == 2
+
+
+def test_fewer_questions_are_drawn_by_the_seed(collect, known):
+    drawn = {seed: tuple(collect(seed=seed, questions=2).id.unique()) for seed in range(8)}
+    assert {len(ids) for ids in drawn.values()} == {2} and len(set(drawn.values())) > 1
+    assert collect(questions=99).id.nunique() == len(known)
+
+
+def test_an_engine_that_fails_is_closed_and_leaves_no_file(collect, engine, tmp_path):
+    def fail(requests):
+        raise EngineError("out of memory")
+
+    engine.generate = fail
+    with pytest.raises(EngineError, match="out of memory"):
+        collect()
+    assert engine.closed == 1 and not list(tmp_path.iterdir())
+
+
+def test_verified_answers_are_repeated_until_there_is_as_much_to_learn(engine, tokenizer, known):
+    sampled = sample_rationales(engine, tokenizer, known, 4, 60)
+    kept, counts = keep_verified(sampled, too_easy=2.0)
+    once = encode_rationales(tokenizer, known, kept)
+    total = sum(example.num_predicted for example in once)
+    for wanted in (1, total, total + 1, 3 * total):
+        chosen, found = choose_examples(tokenizer, known, sampled, 2.0, wanted)
+        assert chosen == [once[n % len(once)] for n in range(len(chosen))]
+        assert sum(e.num_predicted for e in chosen[:-1]) < wanted <= sum(e.num_predicted for e in chosen)
+        pd.testing.assert_frame_equal(found, counts)
+    assert choose_examples(tokenizer, known, sampled.assign(right=False), 2.0, total)[0] == []
 
 
 # --- a real engine ---------------------------------------------------------------------------------------------------
@@ -183,3 +253,12 @@ def test_a_toy_teacher_s_reasons_are_verified(make_llama, make_section, tokenize
         first.input_ids[: first.loss_start]
         == prompts.encode(tokenizer, prompts.render(known.to_dict("records")[0], rationales.TEMPLATE))[0]
     )
+
+    # a student that learns them answers the question right, with the reason, and nothing else of what its teacher said
+    chosen, _ = choose_examples(tokenizer, asked, sampled, 2.0, 20 * first.num_predicted)
+    student, quick = make_llama(seed=4), make_section(epochs=12.0, learning_rate=1e-2, save_every_steps=1000)
+    training.train(student, chosen, quick, training.cross_entropy, tmp_path / "s", PAD, seed=0)
+    engine = TorchEngine(student, PAD, scheduler="static", batch_tokens=1024)
+    answers = sample_rationales(engine, tokenizer, asked, 1, 30).set_index("id")
+    engine.close()
+    assert answers.loc["q0", ["finished", "right"]].all() and answers.text["q0"] in set(kept.text)

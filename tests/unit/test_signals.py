@@ -21,7 +21,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
-from medkit import batching, serving, signals, training
+from medkit import batching, serving, shards, signals, training
 from medkit.batching import Example
 from medkit.engines import EngineError, PromptLogprobs
 from medkit.remote_engine import RemoteEngine
@@ -43,6 +43,10 @@ def capture(teacher, examples, folder, k=8, shard=3, key=KEY, **more):
 
 def times(folder):
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def shard_times(folder):
+    return {name: at for name, at in times(folder).items() if name.endswith(".safetensors")}
 
 
 class Parrot:
@@ -95,8 +99,7 @@ def test_a_batch_is_its_examples_one_after_the_other(teacher, make_examples, tmp
     capture(teacher, examples, tmp_path, hidden_layers=(1, 3))
     found = Signals(tmp_path, KEY)
     batch, alone = found.batch(numbers), [found.example(number) for number in numbers]
-    labels = batching.collate([examples[n] for n in numbers], PAD)["labels"]
-    assert len(batch["teacher_ids"]) == (labels != batching.IGNORE).sum()
+    assert len(batch["teacher_ids"]) == sum(examples[n].num_predicted for n in numbers)
     for name in ("teacher_ids", "teacher_logprobs", "teacher_target_logprobs"):
         assert torch.equal(batch[name], torch.cat([one[name] for one in alone]))
     for layer in (1, 3):
@@ -150,8 +153,8 @@ def test_k_beyond_the_vocabulary_keeps_all_of_it(teacher, make_examples, tmp_pat
 def test_ids_come_back_exactly(vocab_size, k, rows, seed):
     ids = np.random.default_rng(seed).integers(0, vocab_size, (rows, k))
     ids[:1, :1] = vocab_size - 1
-    packed = signals.pack_ids(ids, vocab_size)
-    found = signals.unpack_ids(packed["ids_low"], packed.get("ids_high"), vocab_size)
+    packed = shards.pack_ids(ids, vocab_size)
+    found = shards.unpack_ids(packed["ids_low"], packed.get("ids_high"), vocab_size)
     assert found.dtype == np.int64 and np.array_equal(found, ids)
     assert ("ids_high" in packed) == (vocab_size > 2**16)
 
@@ -223,18 +226,68 @@ def test_a_damaged_shard_is_named_and_a_second_capture_mends_it(teacher, make_ex
     assert others.items() <= times(tmp_path).items()
 
 
+def flip(path, place, bit):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_anywhere_is_noticed_and_a_second_capture_mends_it(teacher, make_examples, tmp_path):
+    examples = make_examples(8)
+    capture(teacher, examples, tmp_path)
+    path, draw = tmp_path / "00001.safetensors", random.Random(0)
+    content = path.read_bytes()
+    header = 8 + int.from_bytes(content[:8], "little")
+    for place in [draw.randrange(header, len(content)) for _ in range(20)]:
+        flip(path, place, draw.randrange(8))
+        with pytest.raises(SignalsError, match=r"00001\.safetensors is damaged \(its sha256.*run the capture again"):
+            Signals(tmp_path, KEY).example(4)
+        assert Signals(tmp_path, KEY).example(0), "the other shards can be read"
+        path.write_bytes(content)
+    flip(path, len(content) - 1, 3)
+    others = {name: at for name, at in times(tmp_path).items() if name != path.name}
+    assert capture_and_read(teacher, examples, tmp_path).example(4)
+    assert path.read_bytes() == content
+    assert others.items() <= times(tmp_path).items()
+
+
+def test_a_shard_is_checked_once_and_only_if_it_is_read(teacher, make_examples, tmp_path, monkeypatch):
+    capture(teacher, make_examples(14), tmp_path, shard=1)
+    read, sha256_of = [], shards.sha256_of
+    monkeypatch.setattr(shards, "sha256_of", lambda path: read.append(path.name) or sha256_of(path))
+    found = Signals(tmp_path, KEY)
+    assert read == []
+    for number in [*range(7), *range(7)]:  # more than are kept open
+        found.example(number)
+    assert read == [f"{number:05d}.safetensors" for number in range(7)]
+
+
+def test_an_index_that_is_no_json_is_no_cache(teacher, make_examples, tmp_path):
+    index = capture(teacher, make_examples(2), tmp_path)
+    (tmp_path / "signals.json").write_bytes(b"{\xff")
+    with pytest.raises(SignalsError, match="signals of None, the run wants"):
+        Signals(tmp_path, KEY)
+    assert capture_and_read(teacher, make_examples(2), tmp_path).index == index
+
+
+def test_the_mean_nll_is_that_of_the_teacher(teacher, make_examples, tmp_path):
+    examples = make_examples(8)
+    found = capture_and_read(teacher, examples, tmp_path).mean_nll()
+    assert found == pytest.approx(batching.collect_nll(teacher, examples, PAD), rel=1e-3)
+
+
 def test_a_killed_capture_goes_on(teacher, make_examples, tmp_path, monkeypatch):
     examples, calls = make_examples(8), iter(range(3))
-    save_file = signals.save_file
+    save_file = shards.save_file
     with monkeypatch.context() as patch:
-        patch.setattr(signals, "save_file", lambda *args: save_file(*args) if next(calls) == 0 else 1 / 0)
+        patch.setattr(shards, "save_file", lambda *args: save_file(*args) if next(calls) == 0 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             capture(teacher, examples, tmp_path / "killed", hidden_layers=(1,))
     first = times(tmp_path / "killed")
     assert set(first) == {"signals.json", "00000.safetensors"}
     capture(teacher, examples, tmp_path / "killed", hidden_layers=(1,))
     capture(teacher, examples, tmp_path / "whole", hidden_layers=(1,))
-    assert first.items() <= times(tmp_path / "killed").items()
+    assert times(tmp_path / "killed")["00000.safetensors"] == first["00000.safetensors"]
     assert_same_files(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -428,7 +481,7 @@ def spoken(make_examples, tokenizer):
 
 def assert_same_signals(ours, theirs):
     ours, theirs = Signals(ours, KEY), Signals(theirs, KEY)
-    assert ours.index == theirs.index
+    assert {**ours.index, "sha256": None} == {**theirs.index, "sha256": None}
     for number in range(ours.index["num_examples"]):
         a, b = ours.example(number), theirs.example(number)
         assert torch.equal(a["teacher_ids"], b["teacher_ids"])
@@ -452,12 +505,12 @@ def test_a_server_that_dies_midway_leaves_what_it_said(teacher, tokenizer, spoke
     cure = "cannot be reached.*Whole shards stay in .*; the same call goes on|shutting down.*the same call goes on"
     with serving_a(first, tokenizer) as url, pytest.raises(SignalsError, match=cure):
         ask(url, tokenizer, spoken, tmp_path / "served", at_once=1)
-    kept = times(tmp_path / "served")
+    kept = shard_times(tmp_path / "served")
     assert {"00000.safetensors", "00001.safetensors"} <= set(kept) and "00003.safetensors" not in kept
     second = Watched(teacher)
     with serving_a(second, tokenizer) as url:
         ask(url, tokenizer, spoken, tmp_path / "served")
-    assert second.read == 11 - 3 * (len(kept) - 1)
+    assert second.read == 11 - 3 * len(kept)
     assert kept.items() <= times(tmp_path / "served").items()
     capture(teacher, spoken, tmp_path / "resident")
     assert_same_signals(tmp_path / "served", tmp_path / "resident")
@@ -465,10 +518,10 @@ def test_a_server_that_dies_midway_leaves_what_it_said(teacher, tokenizer, spoke
 
 def test_a_capture_killed_at_a_shard_goes_on_with_the_server(teacher, tokenizer, spoken, tmp_path, monkeypatch):
     calls = iter(range(9))
-    save_file = signals.save_file
+    save_file = shards.save_file
     with serving_a(Watched(teacher), tokenizer) as url:
         with monkeypatch.context() as patch:
-            patch.setattr(signals, "save_file", lambda *args: save_file(*args) if next(calls) < 2 else 1 / 0)
+            patch.setattr(shards, "save_file", lambda *args: save_file(*args) if next(calls) < 2 else 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 ask(url, tokenizer, spoken, tmp_path / "killed")
         assert not (tmp_path / "killed" / "00002.safetensors").exists()
