@@ -14,7 +14,6 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +36,7 @@ from medkit import (
 )
 from medkit.distillation import order_by_difficulty
 from medkit.outputs import ROOT, atomic_path
-from medkit.params import Params, digest, load_params
+from medkit.params import Params, RationaleParams, digest, load_params
 from medkit.statistics import mean_intervals
 from medkit.torch_engine import TorchEngine
 
@@ -54,7 +53,7 @@ ROWS = {
     "sequence": CE_ONLY,
 }
 ANY_ORDER = ("without progressive", "CE only", "sequence")
-SAMPLES, MAX_NEW_TOKENS, TEMPERATURE = 2, 40, 0.7  # of a teacher's own answers
+RATIONALES = RationaleParams(questions="all", samples=2, max_new_tokens=40, temperature=0.7, too_easy=2.0)
 
 
 @dataclass
@@ -109,9 +108,8 @@ class Lesson:
         section, folder = self.params.distillation, self.folder / f"signals_{self.corrected}"
         key = digest([self.corrected, prompts.TEXT.hash, self.tokenizer.get_vocab()])
         wanted = [theirs for _, theirs in self.layers]
-        pad = self.tokenizer.pad_token_id
         signals.capture_signals(
-            self.teacher(), self.examples, folder, section.top_k, section.shard_examples, pad, key, wanted
+            self.teacher(), self.examples, folder, section.top_k, section.shard_examples, key, wanted
         )
         return signals.Signals(folder, key)
 
@@ -126,28 +124,17 @@ class Lesson:
     @cached_property
     def written(self) -> tuple[list[batching.Example], dict]:
         """The teacher's own answers that were found right, again and again until they have as many tokens."""
-        path, rows = self.folder / "sampled.parquet", self.rows("train")
-        if not path.is_file():
+        rows, wanted = self.rows("train"), sum(e.num_predicted for e in self.examples)
+
+        def make_engine() -> TorchEngine:
             torch.manual_seed(0)
-            engine = TorchEngine(
-                self.teacher(),
-                self.tokenizer.pad_token_id,
-                scheduler="continuous",
-                batch_tokens=self.params.inference.batch_tokens,
-                temperature=TEMPERATURE,
-            )
-            sampled = rationales.sample_rationales(engine, self.tokenizer, rows, SAMPLES, MAX_NEW_TOKENS)
-            engine.close()
-            with atomic_path(path) as scratch:
-                sampled.to_parquet(scratch)
-        kept, found = rationales.keep_verified(pd.read_parquet(path), too_easy=2.0)
-        verified = rationales.encode_rationales(self.tokenizer, rows, kept)
-        wanted, chosen = sum(e.num_predicted for e in self.examples), []
-        for example in cycle(verified):
-            if sum(e.num_predicted for e in chosen) >= wanted:
-                break
-            chosen.append(example)
-        return chosen, {"yield": found.to_dict("records"), "verified": len(verified), "learned": len(chosen)}
+            settings = {"batch_tokens": self.params.inference.batch_tokens, "temperature": RATIONALES.temperature}
+            return TorchEngine(self.teacher(), self.tokenizer.pad_token_id, scheduler="continuous", **settings)
+
+        path, speaker = self.folder / "sampled.parquet", f"{self.run} {self.corrected}"
+        sampled = rationales.collect_samples(path, speaker, make_engine, self.tokenizer, rows, RATIONALES, 0)
+        chosen, found = rationales.choose_examples(self.tokenizer, rows, sampled, RATIONALES.too_easy, wanted)
+        return chosen, {"yield": found.to_dict("records"), "verified": int(found.kept.sum()), "learned": len(chosen)}
 
     def add_extras(self, numbers: list[int]) -> dict:
         return self.signals.batch(numbers) | self.entities.batch(numbers)
@@ -155,7 +142,7 @@ class Lesson:
 
 def teach(name: str, seed: int, lesson: Lesson) -> dict:
     """Train one student and ask it: its log, validation NLL per row, and whether each headline question was right."""
-    params, pad = lesson.params, lesson.tokenizer.pad_token_id
+    params = lesson.params
     began, student = time.perf_counter(), lesson.student()
     loss = losses.DistillationLoss(**(FULL | ROWS[name]), layers=lesson.layers)
     alone = not (loss.kl_weight or loss.hidden_weight or loss.entity_weight)
@@ -167,7 +154,6 @@ def teach(name: str, seed: int, lesson: Lesson) -> dict:
             params.distillation.student_train,
             loss,
             lesson.folder / "checkpoints",
-            pad,
             seed,
             **({} if alone else {"add_extras": lesson.add_extras}),
             difficulty=None if name in ANY_ORDER else lesson.difficulty,
@@ -178,7 +164,7 @@ def teach(name: str, seed: int, lesson: Lesson) -> dict:
     predictions = inference.predict(student, lesson.tokenizer, asked, params.inference.batch_tokens, 1)
     judged = evaluation.judge(predictions.assign(variant=name), lesson.questions)
     judged = judged[judged.scoring == params.evaluation.headline_scoring].set_index("id")
-    valid_nll = batching.collect_nll(student, batching.encode_questions(lesson.tokenizer, valid), pad)
+    valid_nll = batching.collect_nll(student, batching.encode_questions(lesson.tokenizer, valid))
     terms = [column for column in ("loss", "ce", loss.divergence, "hidden", "entity") if column in log]
     return {
         "row": name, "seed": seed, "steps": len(log), "tokens": int(log.loss_tokens.sum()), "train_s": trained_s,

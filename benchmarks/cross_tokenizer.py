@@ -115,7 +115,7 @@ def correct(folder: Path, tokenizer, params, rows: pd.DataFrame, scratch: Path):
         return teacher
     examples, section = batching.encode_questions(tokenizer, rows), params.distillation
     adapted = lora.attach(teacher, section.correction, params.seed)
-    given = (section.correction_train, training.cross_entropy, scratch / "teacher", tokenizer.pad_token_id, params.seed)
+    given = (section.correction_train, training.cross_entropy, scratch / "teacher", params.seed)
     log = training.train(adapted, examples, *given)
     print("correction", len(log), "steps, ce", log.ce.iloc[0], "to", log.ce.iloc[-1], os.getloadavg(), flush=True)
     return lora.merge(adapted)
@@ -125,14 +125,13 @@ def listen(teacher, folder, tokenizers, params, rows: pd.DataFrame, bridge: alig
     """The teacher's signals and option scores at these rows, and the untrained student's losses against them."""
     examples = [batching.encode_questions(one, rows) for one in tokenizers]
     began = time.perf_counter()
-    pad = tokenizers[1].pad_token_id
-    capture_signals(teacher, examples[1], scratch / "signals", params.distillation.top_k, 64, pad, "cross")
+    capture_signals(teacher, examples[1], scratch / "signals", params.distillation.top_k, 64, "cross")
     scores = score(teacher, tokenizers[1], rows, params)
     seconds = time.perf_counter() - began
     signals = alignment.AlignedSignals(Signals(scratch / "signals", "cross"), *examples, bridge)
     student = models.load_model(folder, params.models)
     spans = []
-    for numbers, predicted in batching.iterate_predicted(student, examples[0], tokenizers[0].pad_token_id):
+    for numbers, predicted in batching.iterate_predicted(student, examples[0]):
         said = signals.batch(numbers)
         kl = alignment.span_kl(predicted.logits, predicted.targets, **said)
         nll = torch.nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
@@ -207,12 +206,12 @@ def compare_training(folder: Path, tokenizer, params, rows, valid, heard, args, 
         if arm:
             loss, extras = arm
             section = params.distillation.student_train
-            log = training.train(model, examples, section, loss, Path(scratch) / name, pad, params.seed, extras)
+            log = training.train(model, examples, section, loss, Path(scratch) / name, params.seed, extras)
             terms = [term for term in ("ce", "span_kl", "option_kl") if term in log]
             logged = {"steps": len(log), "first": log.iloc[0][terms].to_dict(), "last": log.iloc[-1][terms].to_dict()}
         seconds = time.perf_counter() - began
         scores = score(model, tokenizer, some, params)
-        found[name] = {"nll": batching.collect_nll(model, judged, pad), "option_nll": right_nll(scores, some)}
+        found[name] = {"nll": batching.collect_nll(model, judged), "option_nll": right_nll(scores, some)}
         record["arms"][name] = logged | {
             "train_seconds": seconds, "nll": float(np.mean(found[name]["nll"])),
             "option_nll": float(np.mean(found[name]["option_nll"])), "accuracy": accuracy(scores, some),

@@ -70,10 +70,10 @@ def measure(name: str, run: Path, profile: Path, limit: int | None, threads: int
     if name != START:
         rows = data.training_rows(questions, "train").head(limit or len(questions))
         examples = batching.encode_questions(tokenizer, rows)
-        model, found = adapt(model, examples, tokenizer.pad_token_id, params, CONTENDERS[name])
+        model, found = adapt(model, examples, params, CONTENDERS[name])
         result |= found
     valid = data.training_rows(questions, "valid").head(limit or len(questions))
-    nll = batching.collect_nll(model, batching.encode_questions(tokenizer, valid), tokenizer.pad_token_id)
+    nll = batching.collect_nll(model, batching.encode_questions(tokenizer, valid))
     source = params.evaluation.headline_source
     wanted = {"option_text": {source: params.inference.questions["option_text"][source]}}
     asked = inference.choose_questions(questions, wanted, params.seed).head(limit or len(questions))
@@ -88,9 +88,7 @@ def measure(name: str, run: Path, profile: Path, limit: int | None, threads: int
     }
 
 
-def adapt(
-    model, examples: list[batching.Example], pad_token_id: int, params, contender: Contender
-) -> tuple[torch.nn.Module, dict]:
+def adapt(model, examples: list[batching.Example], params, contender: Contender) -> tuple[torch.nn.Module, dict]:
     """The student with a trained adapter merged, and what training took."""
     targets = [*params.lora.adapter.target_modules, *contender.more_targets]
     section = params.lora.adapter.model_copy(update={"target_modules": targets, **contender.adapter})
@@ -110,7 +108,7 @@ def adapt(
     with tempfile.TemporaryDirectory() as checkpoints:
         clock, cpu = time.perf_counter(), time.process_time()
         log = training.train(
-            model, examples, train, training.cross_entropy, Path(checkpoints), pad_token_id, params.seed,
+            model, examples, train, training.cross_entropy, Path(checkpoints), params.seed,
             optimizer=optimizer,
         )  # fmt: skip
         seconds = {"clock": time.perf_counter() - clock, "cpu": time.process_time() - cpu}

@@ -43,7 +43,7 @@ def read(args) -> tuple:
 
 
 def medkit(args) -> None:
-    tokenizer, params, examples, model = read(args)
+    _, params, examples, model = read(args)
     clock = StepClock(model)
     section = params.lora.train.model_copy(
         update={"epochs": 99.0, "batch_size": args.batch, "slice_tokens": args.slice_tokens, "save_every_steps": 10**6}
@@ -55,7 +55,7 @@ def medkit(args) -> None:
         return total, terms
 
     with tempfile.TemporaryDirectory() as scratch:
-        training.train(model, examples, section, loss, Path(scratch), tokenizer.pad_token_id, 0)
+        training.train(model, examples, section, loss, Path(scratch), 0)
 
 
 def padded(args, bucketed: bool = False) -> None:

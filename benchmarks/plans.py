@@ -23,14 +23,14 @@ GOAL_SHARE = 0.30  # of the student's bf16 bytes
 CHECKED = 8  # modules whose sensitivity is also measured by a run of its own, evenly spread over the estimates
 
 
-def check_estimates(model, examples, pad: int, double_quant: bool, estimated: pd.DataFrame) -> pd.DataFrame:
+def check_estimates(model, examples, double_quant: bool, estimated: pd.DataFrame) -> pd.DataFrame:
     """Estimated and measured damage in NF4 on the same examples, for modules from the least to the most sensitive."""
     table = estimated[estimated.scheme == "nf4"].sort_values("kl_nats", ignore_index=True)
     table = table.iloc[[round(i * (len(table) - 1) / (CHECKED - 1)) for i in range(CHECKED)]]
-    exact, measured = batching.collect_logits(model, examples, pad), []
+    exact, measured = batching.collect_logits(model, examples), []
     for module in table.module:
         with sensitivity.rounded(model, {module: "nf4"}, double_quant):
-            drift = batching.measure_drift(exact, batching.collect_logits(model, examples, pad))
+            drift = batching.measure_drift(exact, batching.collect_logits(model, examples))
         measured.append(drift["kl_nats"])
     return table[["module", "kl_nats"]].rename(columns={"kl_nats": "estimated"}).assign(measured=measured)
 
@@ -58,7 +58,7 @@ def main() -> None:
     damage = sensitivity.measure_sensitivity(model, calibration, pad, section.double_quant)
     sensitivity_s = {"wall": time.perf_counter() - began, "cpu": time.process_time() - cpu}
     print("sensitivity", sensitivity_s, flush=True)
-    checked = check_estimates(model, calibration, pad, section.double_quant, damage)
+    checked = check_estimates(model, calibration, section.double_quant, damage)
     print(checked.to_string(), flush=True)
 
     shapes = quantization.weight_shapes(model)
@@ -76,7 +76,7 @@ def main() -> None:
     for kind, plan in runs:
         fitted = calibration if kind == "calibrated" else ()
         began, cpu = time.perf_counter(), time.process_time()
-        table = sensitivity.measure_plans(model, valid, pad, section.double_quant, [plan], damage, fitted)
+        table = sensitivity.measure_plans(model, valid, section.double_quant, [plan], damage, fitted)
         table["rounding"], table["load"] = kind, os.getloadavg()[0]
         table["wall_s"], table["cpu_s"] = time.perf_counter() - began, time.process_time() - cpu
         tables.append(table)

@@ -45,13 +45,13 @@ def read_rows(args) -> tuple:
 
 def capture(args) -> None:
     """The teacher speaks, in a process of its own, and is gone."""
-    tokenizer, params, examples = read_rows(args)
+    _, params, examples = read_rows(args)
     teacher = models.load_model(args.run / "02_distillation" / "teacher", params.models)
-    signals.capture_signals(teacher, examples, args.signals, args.top_k, 64, tokenizer.pad_token_id, KEY)
+    signals.capture_signals(teacher, examples, args.signals, args.top_k, 64, KEY)
 
 
 def cached(args) -> None:
-    tokenizer, params, examples = read_rows(args)
+    _, params, examples = read_rows(args)
     student = models.load_model(args.run / "02_distillation" / "base", params.models)
     clock, learned = StepClock(student), DistillationLoss(kl_weight=1.0)
     section = params.distillation.student_train.model_copy(
@@ -65,7 +65,7 @@ def cached(args) -> None:
 
     heard = signals.Signals(args.signals, KEY).batch
     checkpoints = args.signals.with_name(args.contender)
-    training.train(student, examples, section, loss, checkpoints, tokenizer.pad_token_id, 0, heard)
+    training.train(student, examples, section, loss, checkpoints, 0, heard)
 
 
 def gkd(args, accumulate: int = 1) -> None:

@@ -88,6 +88,7 @@ def plan_table(params_file: Path, overrides: dict) -> Table:
     for section, train in (
         ("distillation", params.distillation.correction_train),
         ("", params.distillation.student_train),
+        *([("", params.distillation.on_policy.train)] if params.distillation.on_policy else []),
         ("lora", params.lora.train),
     ):
         table.add_row(
@@ -204,7 +205,7 @@ def plan(
 
 @app.command()
 def train(
-    stage: Annotated[str, typer.Option("--stage", help="teacher, student_ce, student_kd or lora")],
+    stage: Annotated[str, typer.Option("--stage", help="teacher, student_ce, _kd, _seq or _onpolicy, or lora")],
     params: ParamsFile = ROOT / "params" / "tiny.yaml",
     run: RunName = "tiny",
     overrides: Overrides = None,

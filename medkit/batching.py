@@ -158,11 +158,7 @@ def predicted_logits(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch
 
 @torch.inference_mode()
 def iterate_predicted(
-    model: nn.Module,
-    examples: Sequence[Example],
-    pad_token_id: int,
-    batch_tokens: int = 512,
-    hidden_layers: Sequence[int] = (),
+    model: nn.Module, examples: Sequence[Example], batch_tokens: int = 512, hidden_layers: Sequence[int] = ()
 ) -> Iterator[tuple[list[int], Predicted]]:
     """Batches of examples that begin alike: their numbers, and what the model says at their positions, in order."""
     share = prefixes.takes_branches(model)
@@ -171,16 +167,16 @@ def iterate_predicted(
         yield rows, predict(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, hidden_layers)
 
 
-def collect_logits(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> torch.Tensor:
+def collect_logits(model: nn.Module, examples: Sequence[Example]) -> torch.Tensor:
     """Logits (N, vocab_size) of all predicted positions on the CPU; the same order for every model."""
-    return torch.cat([found.logits.cpu() for _, found in iterate_predicted(model, examples, pad_token_id)])
+    return torch.cat([found.logits.cpu() for _, found in iterate_predicted(model, examples)])
 
 
-def collect_nll(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> list[float]:
+def collect_nll(model: nn.Module, examples: Sequence[Example]) -> list[float]:
     """Mean −log p of each example's predicted tokens, in nats: one number per example, for paired comparisons."""
     model.eval()
     found = [0.0] * len(examples)
-    for rows, predicted in iterate_predicted(model, examples, pad_token_id):
+    for rows, predicted in iterate_predicted(model, examples):
         for row, nll in zip(rows, mean_nll(predicted, [examples[i] for i in rows]), strict=True):
             found[row] = nll
     return found

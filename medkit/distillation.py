@@ -30,15 +30,15 @@ def check_same_vocabulary(teacher_tokenizer, student_tokenizer) -> None:
 # --- students ------------------------------------------------------------------------------------------------------
 
 
-def measure_layer_importance(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> list[float]:
+def measure_layer_importance(model: nn.Module, examples: Sequence[Example]) -> list[float]:
     """What each decoder layer is worth: rise of the mean answer NLL (nats per token) when it alone is skipped."""
     layers = model.get_decoder().layers
-    full = np.mean(collect_nll(model, examples, pad_token_id))
+    full = np.mean(collect_nll(model, examples))
     importance = []
     for layer in tqdm(list(layers), desc="layer importance", unit="layer", delay=2, mininterval=10):
         layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
         try:
-            importance.append(float(np.mean(collect_nll(model, examples, pad_token_id)) - full))
+            importance.append(float(np.mean(collect_nll(model, examples)) - full))
         finally:
             del layer.forward  # the class's own again
     return importance

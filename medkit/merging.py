@@ -80,11 +80,11 @@ class Answers:
     """(examples,) mean −log p of each example's tokens, in nats."""
 
 
-def read_answers(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> Answers:
+def read_answers(model: nn.Module, examples: Sequence[Example]) -> Answers:
     """One pass over the examples; the same order for every model."""
     model.eval()
     logits, nll = [], np.empty(len(examples))
-    for rows, found in batching.iterate_predicted(model, examples, pad_token_id):
+    for rows, found in batching.iterate_predicted(model, examples):
         nll[rows] = batching.mean_nll(found, [examples[i] for i in rows])
         logits.append(found.logits.cpu())
     return Answers(torch.cat(logits), nll)

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pandas as pd
+import torch
 from accelerate import PartialState, load_checkpoint_in_model
 from accelerate.utils import broadcast_object_list, enable_fsdp_ram_efficient_loading
 from filelock import FileLock, Timeout
@@ -28,9 +29,11 @@ from medkit import (
     lora,
     losses,
     models,
+    onpolicy,
     options,
     prefixes,
     prompts,
+    rationales,
     sampling,
     sources,
     training,
@@ -39,12 +42,15 @@ from medkit.batching import Example
 from medkit.outputs import Stage, StageError, run_dir
 from medkit.params import Params, TrainParams, digest
 from medkit.signals import Signals
+from medkit.torch_engine import TorchEngine
 from medkit.training import Loss
 
 STAGES = {
     "teacher": "02_distillation",
     "student_ce": "02_distillation",
     "student_kd": "02_distillation",
+    "student_seq": "02_distillation",
+    "student_onpolicy": "02_distillation",
     "lora": "03_lora",
 }
 RECORD = "training.json"  # beside trained weights: a key to what they were made from, and the log
@@ -94,6 +100,100 @@ def train_student(
     return student, _fit(stage, name, student, tokenizer, examples, section, loss, params.seed, **extras)
 
 
+def train_on_rationales(
+    stage: Stage, params: Params, rows: pd.DataFrame, num_predicted: int
+) -> tuple[nn.Module, pd.DataFrame]:
+    """The student in `base/` trained on its teacher's own verified answers to some of the rows, and the log.
+
+    rows: questions with an answer; num_predicted: the tokens that another student learns, and this one as many. The
+    teacher is asked once: with a large one before many devices are, since they would wait for it. Writes
+    `rationales.parquet` and `student_seq/`. Raises StageError if nothing was verified.
+    """
+    section, path = params.distillation.rationales, stage.path("rationales.parquet")
+    tokenizer, own = lessons.load_tokenizers(params)
+
+    def make_engine() -> TorchEngine:
+        teacher = models.load_model(_made(stage, "teacher"), params.models)
+        torch.manual_seed(params.seed)
+        settings = {"batch_tokens": params.inference.batch_tokens, "temperature": section.temperature}
+        return TorchEngine(teacher, tokenizer.pad_token_id, scheduler="continuous", **settings)
+
+    if PartialState().is_main_process:
+        speaker = signals_key(stage, tokenizer)
+        rationales.collect_samples(path, speaker, make_engine, tokenizer, rows, section, params.seed)
+    PartialState().wait_for_everyone()
+    sampled = pd.read_parquet(path)
+    examples, _ = rationales.choose_examples(own, rows, sampled, section.too_easy, num_predicted)
+    if not examples:
+        raise StageError(
+            f"none of {len(sampled)} rationales is worth learning: raise distillation.rationales.samples, "
+            f"max_new_tokens or too_easy"
+        )
+    return train_student(stage, params, "student_seq", examples, training.cross_entropy)
+
+
+def train_on_policy(stage: Stage, params: Params, examples: Sequence[Example]) -> tuple[nn.Module, pd.DataFrame]:
+    """The student in `student_kd/` corrected by the teacher at its own words, and the log. Writes `student_onpolicy/`.
+
+    Through an adapter, it is merged, and `student_onpolicy_adapter/` written as well.
+    """
+    section, folder, name = params.distillation.on_policy, _made(stage, "student_kd"), "student_onpolicy"
+    tokenizer = models.load_tokenizer(folder)
+    student, teacher = (models.load_model(path, params.models) for path in (folder, _made(stage, "teacher")))
+    optimizer = None
+    if section.adapter:
+        student, name = lora.attach(student, section.adapter, params.seed), f"{name}_adapter"
+        optimizer = lora.make_optimizer(student, section.adapter, section.train.learning_rate)
+    log = _keep(
+        stage,
+        name,
+        student,
+        tokenizer,
+        lambda: onpolicy.key_of(student, teacher, examples, section, params.seed),
+        lambda checkpoints: onpolicy.train(
+            student, teacher, tokenizer, examples, section, checkpoints, params.seed, optimizer
+        ),
+    )
+    if section.adapter and PartialState().is_main_process:
+        student = lora.merge(student)
+        models.save_model(student, tokenizer, stage.path("student_onpolicy"))
+    return student, log
+
+
+def list_students(params: Params) -> list[str]:
+    """The students that the profile asks for, in the order in which they can be trained; TRL is missed here."""
+    section = params.distillation
+    if section.on_policy:
+        onpolicy.check_installed()
+    asked = {
+        "student_ce": True,
+        "student_kd": True,
+        "student_seq": section.rationales,
+        "student_onpolicy": section.on_policy,
+    }
+    return [name for name, wanted in asked.items() if wanted]
+
+
+def teach_student(name: str, stage: Stage, params: Params, rows: pd.DataFrame) -> tuple[nn.Module, pd.DataFrame]:
+    """A student by its name, and the log; `rows`: the questions of the stage's signals, in their order.
+
+    `student_seq` and `student_onpolicy` learn from those with an answer. Raises StageError for one that the profile
+    does not ask for.
+    """
+    if name not in list_students(params):
+        key = {"student_seq": "rationales", "student_onpolicy": "on_policy"}.get(name, name)
+        raise StageError(f"{name}: distillation.{key} is null in the profile; fill it in, as in params/gpu.yaml")
+    own = models.load_tokenizer(_made(stage, "base"))
+    examples, answered = batching.encode_questions(own, rows), rows[rows.answer >= 0]
+    match name:
+        case "student_seq":
+            return train_on_rationales(stage, params, answered, sum(e.num_predicted for e in examples))
+        case "student_onpolicy":
+            return train_on_policy(stage, params, batching.encode_questions(own, answered))
+        case _:
+            return train_student(stage, params, name, examples, *read_lesson(name, stage, params, rows))
+
+
 def fit_adapter(
     stage: Stage, params: Params, examples: Sequence[Example], loss: Loss
 ) -> tuple[PeftModel, pd.DataFrame]:
@@ -133,22 +233,40 @@ def _fit(
     around: AbstractContextManager | None = None,
     **extras,
 ) -> pd.DataFrame:
-    """Train the model in place and save it as `name`, unless that is there already; returns the log."""
+    """Train the model in place with a loss and save it as `name`, unless that is there already; returns the log."""
+
+    def learn(checkpoints: Path) -> pd.DataFrame:
+        with around or nullcontext():
+            return training.train(model, examples, section, loss, checkpoints, seed, **extras)
+
+    def key_of() -> str:
+        return training.key_of(model, examples, section, loss, seed, **extras)
+
+    return _keep(stage, name, model, tokenizer, key_of, learn)
+
+
+def _keep(
+    stage: Stage,
+    name: str,
+    model: nn.Module,
+    tokenizer,
+    key_of: Callable[[], str],
+    learn: Callable[[Path], pd.DataFrame],
+) -> pd.DataFrame:
+    """Let the model learn and save it as `name`, unless what the key says is there already; returns the log."""
     state, record = PartialState(), stage.dir / name / RECORD
     key = found = None
     if state.is_main_process:
-        learnt_by = (prefixes, batching, sampling, training, losses, alignment, options, lora)
+        learnt_by = (prefixes, batching, sampling, training, losses, alignment, options, lora, onpolicy)
         code = [Path(module.__file__).read_text() for module in learnt_by]
-        key = digest([training.key_of(model, examples, section, loss, seed, **extras), code])
+        key = digest([key_of(), code])
         found = _read_record(record)
     key, found = broadcast_object_list([key, found])
     if found.get("key") == key:
         if state.is_main_process:
             _read_back(model, record.parent)
         return pd.DataFrame(found["log"])
-    checkpoints = stage.path(f"checkpoints/{name}")
-    with around or nullcontext():
-        log = training.train(model, examples, section, loss, checkpoints, tokenizer.pad_token_id, seed, **extras)
+    log = learn(stage.path(f"checkpoints/{name}"))
     if state.is_main_process:
         stage.reopen()
         if isinstance(model, PeftModel):
@@ -232,13 +350,12 @@ def _train_stage(name: str, stage: Stage, params: Params, state: PartialState) -
             tokenizer, _ = lessons.load_tokenizers(params)
             examples = batching.encode_questions(tokenizer, rows)
             _, log = correct_teacher(stage, params, examples, training.cross_entropy)
-        case "student_ce" | "student_kd":
-            examples = batching.encode_questions(models.load_tokenizer(_made(stage, "base")), rows)
-            _, log = train_student(stage, params, name, examples, *read_lesson(name, stage, params, rows))
         case "lora":
             tokenizer = models.load_tokenizer(stage.require("02_distillation", "student_kd"))
             model, log = fit_adapter(stage, params, batching.encode_questions(tokenizer, rows), training.cross_entropy)
             if state.is_main_process:
                 models.save_model(lora.merge(model), tokenizer, stage.path("merged"))
+        case _:
+            _, log = teach_student(name, stage, params, rows)
     state.wait_for_everyone()
     return log

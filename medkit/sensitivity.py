@@ -85,7 +85,6 @@ def measure_sensitivity(
 def measure_plans(
     model: nn.Module,
     examples: Sequence[Example],
-    pad_token_id: int,
     double_quant: bool,
     candidates: Sequence[Plan],
     sensitivity: pd.DataFrame,
@@ -98,10 +97,10 @@ def measure_plans(
     NF4 is rounded to fit its examples, and the sum, which is of plain rounding, says what that is worth.
     """
     alone = sensitivity.set_index(["module", "scheme"])
-    exact, rows = batching.collect_logits(model, examples, pad_token_id), []
+    exact, rows = batching.collect_logits(model, examples), []
     for plan in tqdm(candidates, desc="plans", unit="plan", delay=2, mininterval=10):
         with rounded(model, plan.schemes, double_quant, calibration):
-            drift = batching.measure_drift(exact, batching.collect_logits(model, examples, pad_token_id))
+            drift = batching.measure_drift(exact, batching.collect_logits(model, examples))
         taken = alone.loc[list(plan.schemes.items())]
         rows.append((plan.name, drift["kl_nats"], drift["top1_changed"], taken.kl_nats.sum(), int(taken.bytes.sum())))
     return pd.DataFrame(rows, columns=["plan", "kl_nats", "top1_changed", "summed_kl_nats", "bytes"])

@@ -53,7 +53,6 @@ def capture_signals(
     folder: Path,
     k: int,
     shard_examples: int,
-    pad_token_id: int,
     key: str,
     hidden_layers: Sequence[int] = (),
 ) -> dict:
@@ -69,7 +68,7 @@ def capture_signals(
     def speak(part: Sequence[Example]) -> dict[str, np.ndarray]:
         ends = np.cumsum([e.num_predicted for e in part])
         found: dict[str, np.ndarray] = {}
-        for rows, predicted in iterate_predicted(model, part, pad_token_id, hidden_layers=hidden_layers):
+        for rows, predicted in iterate_predicted(model, part, hidden_layers=hidden_layers):
             ids, logprobs = top_k_logprobs(predicted.logits, k)
             target = -nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
             said = {"ids": ids, "logprobs": logprobs, "target_logprobs": target}

@@ -210,7 +210,6 @@ def train(
     section: TrainParams,
     loss: Loss,
     checkpoints: Path,
-    pad_token_id: int,
     seed: int,
     add_extras: Callable[[list[int]], dict] = lambda rows: {},
     difficulty: Sequence[float] | None = None,

@@ -382,14 +382,14 @@ def test_a_student_learns_from_another_tokenizers_teacher(
         written = [[*one(a, add_special_tokens=False).input_ids, one.eos_token_id] for a in answers]
         examples.append([Example([*prompt, *ids], len(prompt)) for ids in written])
     teacher, student = make_llama(seed=3, vocab_size=400), make_llama(seed=4)
-    signals.capture_signals(teacher, examples[1], tmp_path / "signals", 40, 3, 0, "key")
+    signals.capture_signals(teacher, examples[1], tmp_path / "signals", 40, 3, "key")
     bridge = Bridge(read_vocabulary(tokenizer), read_vocabulary(pieces_tokenizer))
     read = alignment.AlignedSignals(signals.Signals(tmp_path / "signals", "key"), *examples, bridge)
     whole, parts = read.batch([5, 2, 0]), [read.batch([n]) for n in (5, 2, 0)]
     assert all(torch.equal(whole[name], torch.cat([part[name] for part in parts])) for name in whole)
     assert whole["span_lengths"].sum() == sum(examples[0][n].num_predicted for n in (5, 2, 0))
     section = make_section(epochs=12.0, learning_rate=3e-3)
-    log = training.train(student, examples[0], section, SpanLoss(0.0, 1.0), tmp_path / "ck", 0, 0, read.batch)
+    log = training.train(student, examples[0], section, SpanLoss(0.0, 1.0), tmp_path / "ck", 0, read.batch)
     assert log.span_kl.tail(4).mean() < 0.5 * log.span_kl.head(4).mean()
 
 

@@ -207,8 +207,8 @@ def test_letter_forms_of_the_real_tokenizer():
 def test_each_example_is_predicted_once_and_as_if_alone(make_llama, make_examples):
     model, examples = make_llama(), make_examples(7)
     seen = []
-    for rows, found in batching.iterate_predicted(model, examples, PAD, batch_tokens=60):
-        alone = [batching.collect_logits(model, [examples[i]], PAD) for i in rows]
+    for rows, found in batching.iterate_predicted(model, examples, batch_tokens=60):
+        alone = [batching.collect_logits(model, [examples[i]]) for i in rows]
         torch.testing.assert_close(found.logits, torch.cat(alone), rtol=0, atol=1e-5)
         assert found.targets.tolist() == [t for i in rows for t in examples[i].input_ids[examples[i].loss_start :]]
         seen += rows
@@ -217,7 +217,7 @@ def test_each_example_is_predicted_once_and_as_if_alone(make_llama, make_example
 
 def test_collect_nll_equals_the_hand_calculation_and_ignores_dropout(make_llama, make_examples):
     model, examples = make_llama(attention_dropout=0.5).train(), make_examples(4)
-    found = batching.collect_nll(model, examples, PAD)
+    found = batching.collect_nll(model, examples)
     for example, nll in zip(examples, found, strict=True):
         with torch.no_grad():
             logprobs = model.eval()(torch.tensor([example.input_ids])).logits[0].log_softmax(-1)

@@ -9,8 +9,6 @@ import torch
 from medkit import batching, distillation, models
 from medkit.signals import SignalsError
 
-PAD = 0
-
 
 def test_two_tokenizers_need_one_vocabulary(tokenizer, make_tokenizer):
     distillation.check_same_vocabulary(tokenizer, make_tokenizer())
@@ -27,19 +25,19 @@ def test_importance_is_the_loss_of_the_model_without_the_layer(make_llama, make_
     model, examples = make_llama(layers=4), make_examples(5)
 
     def nll(model):
-        return np.mean(batching.collect_nll(model, examples, PAD))
+        return np.mean(batching.collect_nll(model, examples))
 
     without = [models.keep_layers(copy.deepcopy(model), [i for i in range(4) if i != cut]) for cut in range(4)]
     expected = [nll(cut) - nll(model) for cut in without]
-    assert distillation.measure_layer_importance(model, examples, PAD) == pytest.approx(expected, abs=1e-5)
+    assert distillation.measure_layer_importance(model, examples) == pytest.approx(expected, abs=1e-5)
     assert max(map(abs, expected)) > 1e-3
 
 
 def test_measuring_importance_leaves_the_model_as_it_was(make_llama, make_examples):
     model, examples = make_llama(), make_examples(3)
-    before = batching.collect_logits(model, examples, PAD)
-    distillation.measure_layer_importance(model, examples, PAD)
-    assert torch.equal(batching.collect_logits(model, examples, PAD), before)
+    before = batching.collect_logits(model, examples)
+    distillation.measure_layer_importance(model, examples)
+    assert torch.equal(batching.collect_logits(model, examples), before)
     assert not [layer for layer in model.get_decoder().layers if "forward" in vars(layer)]
 
 

@@ -127,7 +127,7 @@ def make_run(outputs, profile, make_llama, tokenizer):
         models.save_model(narrow, tokenizer, stage.path("base"))
         examples, key = batching.encode_questions(tokenizer, questions), recipes.signals_key(stage, tokenizer)
         thoughts = [theirs for _, theirs in LAYERS]
-        signals.capture_signals(make_llama(layers=3), examples, stage.path("signals"), 16, 4, 0, key, thoughts)
+        signals.capture_signals(make_llama(layers=3), examples, stage.path("signals"), 16, 4, key, thoughts)
         return stage
 
     return make

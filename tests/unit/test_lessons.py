@@ -75,7 +75,7 @@ def stage(tmp_path, monkeypatch, folders, rows, tokenizer, pieces_tokenizer):
     models.save_model(teacher, pieces_tokenizer, stage.path("teacher"))
     models.save_model(models.load_model(folders / "student", cpu), tokenizer, stage.path("base"))
     key, examples = recipes.signals_key(stage, pieces_tokenizer), batching.encode_questions(pieces_tokenizer, rows)
-    signals.capture_signals(teacher, examples, stage.path("signals"), 16, 4, pieces_tokenizer.pad_token_id, key)
+    signals.capture_signals(teacher, examples, stage.path("signals"), 16, 4, key)
     options.capture_scores(teacher, pieces_tokenizer, rows, stage.path("signals"), key, 512)
     return stage
 
@@ -126,7 +126,7 @@ def test_what_was_learned_over_another_bridge_is_learned_anew(
         other = make_llama(seed=5, vocab_size=400)
         models.save_model(other, pieces_tokenizer, stage.path("teacher"))
         key, examples = recipes.signals_key(stage, pieces_tokenizer), batching.encode_questions(pieces_tokenizer, rows)
-        signals.capture_signals(other, examples, stage.path("signals"), 16, 4, 0, key)
+        signals.capture_signals(other, examples, stage.path("signals"), 16, 4, key)
     recipes.train_stage("student_kd", "toy", params)
     assert len(made) == 2
 
@@ -221,7 +221,7 @@ def test_a_progressive_order_asks_the_teacher_and_a_random_one_does_not(
     params = load("spans")
     teacher = models.load_model(folders / "teacher", params.models)
     examples = batching.encode_questions(pieces_tokenizer, rows)
-    nll = batching.collect_nll(teacher, examples, pieces_tokenizer.pad_token_id)
+    nll = batching.collect_nll(teacher, examples)
     marked = lessons.entities.mark_entities(tokenizer, batching.encode_questions(tokenizer, rows))
     assert found == distillation.order_by_difficulty(nll, marked.densities())
     alone = recipes.read_lesson("student_ce", stage, load("spans", order="progressive"), rows)
@@ -239,7 +239,7 @@ def test_a_vocabulary_hears_entities_too(stage, load, rows, tokenizer, make_llam
     params = load("vocabulary", teacher="student")
     models.save_model(make_llama(seed=4, layers=2), tokenizer, stage.path("teacher"))
     key, examples = recipes.signals_key(stage, tokenizer), batching.encode_questions(tokenizer, rows)
-    signals.capture_signals(make_llama(seed=4, layers=2), examples, stage.path("signals"), 300, 4, 0, key)
+    signals.capture_signals(make_llama(seed=4, layers=2), examples, stage.path("signals"), 300, 4, key)
     lesson = recipes.read_lesson("student_kd", stage, params, rows)
     extras = lesson.add_extras([1, 3])
     assert {"teacher_ids", "teacher_logprobs", "entity", "entity_weights"} <= set(extras)

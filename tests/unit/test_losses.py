@@ -398,7 +398,7 @@ def taught(make_llama, make_examples):
 def train(model, taught, section, folder, loss=LOSS):
     examples, teacher = taught
     with losses.hidden_projections(model, loss.hidden_layers, 48):
-        log = training.train(model, examples, section, loss, folder, PAD, 0, teacher.batch)
+        log = training.train(model, examples, section, loss, folder, 0, teacher.batch)
         return log, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
@@ -452,5 +452,5 @@ def test_a_real_student_takes_a_step_with_every_term(tmp_path, make_section):
     size = teacher.config.hidden_size
     with losses.hidden_projections(student, LOSS.hidden_layers, size):
         section, add_extras = make_section(epochs=1.0), Teacher(teacher, examples, LOSS.teacher_layers).batch
-        log = training.train(student, examples, section, LOSS, tmp_path, PAD, 0, add_extras)
+        log = training.train(student, examples, section, LOSS, tmp_path, 0, add_extras)
     assert (log[["ce", "jsd", "hidden", "entity"]].to_numpy() > 0).all()

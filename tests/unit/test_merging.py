@@ -10,7 +10,6 @@ from medkit.lora import AdapterError
 from medkit.params import AdapterParams
 
 IDS = torch.tensor([[5, 9, 17, 33, 4, 8]])
-PAD = 0
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 EXACT = pytest.mark.parametrize("double_quant", [False, True], ids=["scales in fp32", "scales in 8 bits"])
 
@@ -153,13 +152,13 @@ def test_an_adapter_learns_over_4_bits_and_most_of_it_survives_merging(
     targets, examples = [*TARGETS, "gate_proj", "up_proj"], make_examples(8)
     section = AdapterParams(variant="lora", rank=8, alpha=16.0, dropout=0.0, target_modules=targets)
     model, base = lora.attach(nf4_llama(make_llama), section, seed=0), nf4_llama(make_llama)
-    before = merging.read_answers(model, examples, PAD)
+    before = merging.read_answers(model, examples)
     long = make_section(epochs=20.0, learning_rate=1e-2)
-    training.train(model, examples, long, training.cross_entropy, tmp_path / "c", PAD, seed=0)
-    beside = merging.read_answers(model, examples, PAD)
+    training.train(model, examples, long, training.cross_entropy, tmp_path / "c", seed=0)
+    beside = merging.read_answers(model, examples)
     merged = merging.merge_into_quantized(base, lora.save_adapter(model, tmp_path / "adapter"))
     merging.dequantise(merged)
-    after = merging.read_answers(merged, examples, PAD)
+    after = merging.read_answers(merged, examples)
     learned, kept = before.nll.mean() - beside.nll.mean(), before.nll.mean() - after.nll.mean()
     assert learned > 1.0
     assert kept > 0.5 * learned
@@ -200,13 +199,13 @@ def test_a_base_that_has_run_is_refused(make_llama, save):
 
 def test_what_merging_did_is_measured(make_llama, make_examples, save):
     examples = make_examples(12)
-    plain = merging.read_answers(make_llama(), examples, PAD)
-    assert torch.equal(plain.logits, batching.collect_logits(make_llama(), examples, PAD))
-    np.testing.assert_allclose(plain.nll, batching.collect_nll(make_llama(), examples, PAD), atol=1e-6)
+    plain = merging.read_answers(make_llama(), examples)
+    assert torch.equal(plain.logits, batching.collect_logits(make_llama(), examples))
+    np.testing.assert_allclose(plain.nll, batching.collect_nll(make_llama(), examples), atol=1e-6)
     same = merging.measure(plain, plain, range(12), 0.95)
     assert (same["max_abs_logit"], same["top1_changed"], same["nll_change"]) == (0, 0, 0)
     assert same["ci_low"] == same["ci_high"] == 0
-    other = merging.read_answers(make_llama(seed=1), examples, PAD)
+    other = merging.read_answers(make_llama(seed=1), examples)
     found = merging.measure(plain, other, range(12), 0.95)
     assert found["nll_change"] == pytest.approx((other.nll - plain.nll).mean())
     assert found["ci_low"] < found["nll_change"] < found["ci_high"]

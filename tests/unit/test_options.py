@@ -73,7 +73,7 @@ def test_a_student_takes_over_the_teachers_preferences(asked, make_llama, make_s
     """Through the Trainer, slices so small that a batch has several: the student ends with the teacher's choices."""
     student = make_llama(seed=4)
     section = make_section(epochs=40.0, batch_size=3, slice_tokens=64, learning_rate=3e-3)
-    log = training.train(student, asked.items, section, OptionLoss(0.0, 1.0), tmp_path, 0, 0, asked.batch)
+    log = training.train(student, asked.items, section, OptionLoss(0.0, 1.0), tmp_path, 0, asked.batch)
     assert log.option_kl.iloc[-1] < 0.05 * log.option_kl.iloc[0]
     batch = asked.batch([0])
     scores = options.option_scores(batching.predict(student, batch), batch["option_lengths"])
@@ -85,6 +85,6 @@ def test_a_loss_with_more_slices_is_the_same(asked, make_llama, make_section, tm
     logs = []
     for tokens in (32, 4096):
         section = make_section(epochs=1.0, batch_size=3, slice_tokens=tokens)
-        log = training.train(make_llama(), asked.items, section, OptionLoss(1.0, 1.0), tmp_path, 0, 0, asked.batch)
+        log = training.train(make_llama(), asked.items, section, OptionLoss(1.0, 1.0), tmp_path, 0, asked.batch)
         logs.append(log)
     assert logs[0].loss.iloc[0] == pytest.approx(logs[1].loss.iloc[0], rel=1e-4)

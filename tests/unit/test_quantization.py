@@ -11,7 +11,7 @@ from medkit import batching, ledger, lora, models, plans, quantization, rounding
 from medkit.params import QuantizationParams
 from medkit.plans import Plan, PlanError
 
-PAD, VOCAB, HIDDEN, KV, MLP, LAYERS = 0, 300, 64, 32, 128, 3
+VOCAB, HIDDEN, KV, MLP, LAYERS = 300, 64, 32, 128, 3
 LINEAR = LAYERS * [HIDDEN * HIDDEN, HIDDEN * HIDDEN, HIDDEN * KV, HIDDEN * KV, HIDDEN * MLP, HIDDEN * MLP, HIDDEN * MLP]
 NORMS = (2 * LAYERS + 1) * HIDDEN
 BLOCK, OUTER_BLOCK = 64, 256
@@ -148,9 +148,9 @@ def test_saved_and_reloaded_it_gives_the_same_logits(
     folder = models.save_model(model, tokenizer, tmp_path / "nf4")
     again = models.load_model(folder, models_params)
     assert ledger.measure_bytes(again).equals(before)
-    logits = batching.collect_logits(model, examples, PAD)
-    assert torch.equal(batching.collect_logits(again, examples, PAD), logits)
-    exact = batching.collect_logits(models.load_model(saved(), models_params), examples, PAD)
+    logits = batching.collect_logits(model, examples)
+    assert torch.equal(batching.collect_logits(again, examples), logits)
+    exact = batching.collect_logits(models.load_model(saved(), models_params), examples)
     assert 0 < batching.measure_drift(exact, logits)["kl_nats"] < 0.5
 
 
@@ -207,15 +207,15 @@ def test_a_plan_reloads_to_the_same_logits_and_bytes(
 ):
     model, examples = make_model(tied), make_examples(3)
     plan = plan_for(model, name)
-    exact = batching.collect_logits(model, examples, PAD)
+    exact = batching.collect_logits(model, examples)
     quantization.apply_plan(model, plan, double_quant)
     analytic = ledger.plan_bytes(ledger.model_shapes(model.config), plan.schemes, 4, double_quant)
     assert ledger.measure_bytes(model).equals(analytic)
     folder = quantization.save_quantized(model, tokenizer, plan, tmp_path / "plan")
     again = quantization.load_quantized(folder, models_params)
     assert ledger.measure_bytes(again).equals(analytic)
-    logits = batching.collect_logits(model, examples, PAD)
-    assert torch.equal(batching.collect_logits(again, examples, PAD), logits)
+    logits = batching.collect_logits(model, examples)
+    assert torch.equal(batching.collect_logits(again, examples), logits)
     assert torch.equal(logits, exact) == (name == "keep")
     assert batching.measure_drift(exact, logits)["kl_nats"] < 0.5
     assert quantization.read_plan(folder) == plan
@@ -252,7 +252,7 @@ def test_a_calibrated_plan_weighs_the_same_and_comes_back_to_the_bit(
 ):
     model, plain, examples = make_model(tied), make_model(tied), make_examples(12)
     plan = plan_for(model, "nf4_all")
-    exact = batching.collect_logits(model, examples, PAD)
+    exact = batching.collect_logits(model, examples)
     fitted = rounding.calibrate(model, plan.schemes, examples, True)
     quantization.apply_plan(model, plan, True, calibration=examples)
     quantization.apply_plan(plain, plan, True)
@@ -262,9 +262,9 @@ def test_a_calibrated_plan_weighs_the_same_and_comes_back_to_the_bit(
     assert ledger.measure_bytes(model).equals(ledger.measure_bytes(plain))
     assert ends_are_one(model) == tied
     folder = quantization.save_quantized(model, tokenizer, plan, tmp_path / "calibrated")
-    logits, found_plain = (batching.collect_logits(m, examples, PAD) for m in (model, plain))
+    logits, found_plain = (batching.collect_logits(m, examples) for m in (model, plain))
     again = quantization.load_quantized(folder, models_params)
-    assert torch.equal(batching.collect_logits(again, examples, PAD), logits)
+    assert torch.equal(batching.collect_logits(again, examples), logits)
     drifts = [batching.measure_drift(exact, found)["kl_nats"] for found in (logits, found_plain)]
     assert drifts[0] < drifts[1]
 
@@ -280,7 +280,7 @@ def test_what_runs_is_the_round_trip(make_model, make_examples, name):
         for module, scheme in plan.schemes.items():
             weight = simulated.get_submodule(module).weight
             weight.copy_(rowwise.round_trip(weight, scheme, True))
-    found, wanted = (batching.collect_logits(m, examples, PAD) for m in (model, simulated))
+    found, wanted = (batching.collect_logits(m, examples) for m in (model, simulated))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
@@ -290,15 +290,13 @@ def test_biases_are_kept(make_model, make_examples, tokenizer, models_params, tm
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_()
-    exact = batching.collect_logits(model, examples, PAD)
+    exact = batching.collect_logits(model, examples)
     plan = plan_for(model, "paper_mix")
     quantization.apply_plan(model, plan, True)
     folder = quantization.save_quantized(model, tokenizer, plan, tmp_path / "biased")
-    logits = batching.collect_logits(model, examples, PAD)
+    logits = batching.collect_logits(model, examples)
     assert batching.measure_drift(exact, logits)["kl_nats"] < 0.5
-    assert torch.equal(
-        batching.collect_logits(quantization.load_quantized(folder, models_params), examples, PAD), logits
-    )
+    assert torch.equal(batching.collect_logits(quantization.load_quantized(folder, models_params), examples), logits)
 
 
 def test_a_quantised_model_generates(make_model):
@@ -349,7 +347,7 @@ def test_a_model_that_has_run_is_not_saved_if_that_repacked_it(make_model, make_
     model = make_model()
     plan = plan_for(model, "nf4")
     quantization.apply_plan(model, plan, True)
-    batching.collect_logits(model, make_examples(1), PAD)
+    batching.collect_logits(model, make_examples(1))
     state = model.get_decoder().layers[0].mlp.up_proj.weight.quant_state
     state.packing_format_for_cpu = True  # as bitsandbytes does on CPUs with AVX512-BF16
     with pytest.raises(PlanError, match="save a model before it runs"):

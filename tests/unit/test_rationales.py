@@ -237,7 +237,7 @@ def test_a_toy_teacher_s_reasons_are_verified(make_llama, make_section, tokenize
     taught = pd.DataFrame([("q0", "C it is. Answer: B"), ("q2", "No. Answer: B")], columns=["id", "text"])
     section = make_section(epochs=60.0, learning_rate=1e-2, save_every_steps=1000)
     examples = encode_rationales(tokenizer, known, taught)
-    log = training.train(teacher, examples, section, training.cross_entropy, tmp_path / "c", PAD, seed=0)
+    log = training.train(teacher, examples, section, training.cross_entropy, tmp_path / "c", seed=0)
     assert log.loss.iloc[-1] < 0.01
     torch.manual_seed(0)
     engine = TorchEngine(teacher, PAD, scheduler="continuous", batch_tokens=1024, temperature=0.5)
@@ -257,7 +257,7 @@ def test_a_toy_teacher_s_reasons_are_verified(make_llama, make_section, tokenize
     # a student that learns them answers the question right, with the reason, and nothing else of what its teacher said
     chosen, _ = choose_examples(tokenizer, asked, sampled, 2.0, 20 * first.num_predicted)
     student, quick = make_llama(seed=4), make_section(epochs=12.0, learning_rate=1e-2, save_every_steps=1000)
-    training.train(student, chosen, quick, training.cross_entropy, tmp_path / "s", PAD, seed=0)
+    training.train(student, chosen, quick, training.cross_entropy, tmp_path / "s", seed=0)
     engine = TorchEngine(student, PAD, scheduler="static", batch_tokens=1024)
     answers = sample_rationales(engine, tokenizer, asked, 1, 30).set_index("id")
     engine.close()

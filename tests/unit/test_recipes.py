@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from medkit import batching, lora, losses, models, recipes, training
+from medkit import batching, lora, losses, models, onpolicy, recipes, training
 from medkit.outputs import ROOT, Stage, StageError
 from medkit.params import load_params
 
@@ -49,7 +49,8 @@ def stage(tmp_path, monkeypatch, make_llama, tokenizer):
     monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path / "outputs"))
     options = ["liver", "heart", "spleen"]
     rows = [(f"q{n}", "train", "choice", f"Which organ? {n}", "", options, n % 3) for n in range(7)]
-    questions = pd.DataFrame(rows, columns=["id", "split", "kind", "question", "context", "options", "answer"])
+    columns = ["id", "split", "kind", "question", "context", "options", "answer"]
+    questions = pd.DataFrame(rows, columns=columns).assign(source="exam")
     data = Stage("toy", "01_data")
     data.write_table("questions.parquet", questions)
     data.commit()
@@ -132,6 +133,52 @@ def test_how_many_devices_there_are_is_no_reason_to_train_anew(stage, load, monk
     assert len(made) == 1
 
 
+ON_POLICY = {"lmbda": 1.0, "beta": 0.5, "temperature": 1.0, "max_new_tokens": 4, "adapter": None, "train": TRAIN}
+ADAPTER = {"variant": "lora_plus", "rank": 2, "alpha": 4.0, "dropout": 0.0, "target_modules": ["q_proj"]}
+RATIONALES = {"questions": 6, "samples": 2, "max_new_tokens": 12, "temperature": 1.0, "too_easy": 2.0}
+
+
+@pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["all weights", "adapter"])
+def test_a_student_learns_at_its_own_words_once(stage, load, tokenizer, make_llama, monkeypatch, adapter):
+    models.save_model(make_llama(layers=3, seed=5), tokenizer, stage.path("teacher"))
+    models.save_model(make_llama(layers=2, seed=1), tokenizer, stage.path("student_kd"))
+    params = load(distillation__on_policy={**ON_POLICY, "adapter": adapter})
+    log = recipes.train_stage("student_onpolicy", "toy", params)
+    assert len(log) == 2 and log.answer_tokens.max() <= 4
+    found = models.load_model(stage.dir / "student_onpolicy", params.models)
+    start = weights(models.load_model(stage.dir / "student_kd", params.models))
+    changed = {name for name, tensor in weights(found).items() if not torch.equal(tensor, start[name])}
+    assert changed == ({name for name in start if "q_proj" in name} if adapter else set(start))
+    monkeypatch.setattr(onpolicy, "train", None)  # not called again
+    pd.testing.assert_frame_equal(recipes.train_stage("student_onpolicy", "toy", params), log)
+
+
+def test_a_student_learns_its_teacher_s_verified_answers(stage, load, tokenizer, make_llama, monkeypatch):
+    models.save_model(make_llama(layers=3, seed=5), tokenizer, stage.path("teacher"))
+    params = load(distillation__rationales=RATIONALES)
+    with pytest.raises(StageError, match="none of 12 rationales is worth learning"):
+        recipes.train_stage("student_seq", "toy", params)
+    path = stage.dir / "rationales.parquet"
+    sampled = pd.read_parquet(path)
+    right = sampled.assign(text="So. Answer: A", finished=True, right=sampled["sample"] == 0)
+    right.attrs = sampled.attrs
+    right.to_parquet(path)
+    log = recipes.train_stage("student_seq", "toy", params)
+    rows = pd.read_parquet(stage.require("01_data", "questions.parquet"))
+    others = sum(e.num_predicted for e in batching.encode_questions(tokenizer, rows))
+    learned = len(tokenizer("So. Answer: A", add_special_tokens=False).input_ids) + 1
+    assert others <= log.loss_tokens.sum() < others + learned
+    assert models.load_model(stage.dir / "student_seq", params.models)
+
+
+def test_students_that_a_profile_does_not_ask_for_are_refused(stage, load):
+    assert recipes.list_students(load()) == ["student_ce", "student_kd"]
+    every = load(distillation__on_policy=ON_POLICY, distillation__rationales=RATIONALES)
+    assert recipes.list_students(every) == ["student_ce", "student_kd", "student_seq", "student_onpolicy"]
+    with pytest.raises(StageError, match=r"student_onpolicy: distillation\.on_policy is null in the profile"):
+        recipes.train_stage("student_onpolicy", "toy", load())
+
+
 def test_training_opens_a_closed_stage(stage, load, make_examples):
     stage.commit()
     recipes.train_student(stage, load(), "student_ce", make_examples(9), training.cross_entropy)
@@ -143,14 +190,14 @@ def test_training_opens_a_closed_stage(stage, load, make_examples):
 
 def test_the_command_trains_what_the_notebook_trains(stage, load, raw, tokenizer, make_llama, monkeypatch):
     """The teacher's correction and the adapter, by hand as in the cells of notebooks 02 and 03."""
-    params, pad = load(), tokenizer.pad_token_id
+    params = load()
     questions = pd.read_parquet(Stage("toy", "reader").require("01_data", "questions.parquet"))
     examples = batching.encode_questions(tokenizer, questions)
     recipes.train_stage("teacher", "toy", params)
     folder = models.local_folder(params.models.teacher)
     adapted = lora.attach(models.load_model(folder, params.models), params.distillation.correction, params.seed)
     section = params.distillation.correction_train
-    training.train(adapted, examples, section, training.cross_entropy, stage.path("by_hand"), pad, params.seed)
+    training.train(adapted, examples, section, training.cross_entropy, stage.path("by_hand"), params.seed)
     by_hand = lora.merge(adapted)
     assert_same_weights(weights(models.load_model(stage.dir / "teacher", params.models)), weights(by_hand))
 
@@ -161,9 +208,7 @@ def test_the_command_trains_what_the_notebook_trains(stage, load, raw, tokenizer
     third = Stage("toy", "03_lora")
     student = models.load_model(stage.dir / "student_kd", params.models)
     model = lora.attach(student, params.lora.adapter, params.seed)
-    log = training.train(
-        model, examples, params.lora.train, training.cross_entropy, third.path("by_hand"), pad, params.seed
-    )
+    log = training.train(model, examples, params.lora.train, training.cross_entropy, third.path("by_hand"), params.seed)
     assert json.loads((third.dir / "adapter" / recipes.RECORD).read_text())["log"][-1]["loss"] == log.loss.iloc[-1]
     merged = models.load_model(third.dir / "merged", params.models)
     assert_same_weights(weights(merged), weights(lora.merge(model)))

@@ -26,12 +26,12 @@ def measure(model, examples, **settings):
 
 def brute_force(model, examples, module, scheme):
     """KL of two whole runs, one of them with the module's weight written over."""
-    before = batching.collect_logits(model, examples, PAD)
+    before = batching.collect_logits(model, examples)
     weight = model.get_submodule(module).weight
     exact = weight.detach().clone()
     with torch.no_grad():
         weight.copy_(rowwise.round_trip(exact, scheme, True))
-        after = batching.collect_logits(model, examples, PAD)
+        after = batching.collect_logits(model, examples)
         weight.copy_(exact)
     return batching.measure_drift(before, after)["kl_nats"]
 
@@ -160,13 +160,13 @@ def test_a_simulated_plan_is_the_plan(make_llama, make_examples):
     table = measure(model, examples)
     int8 = Plan(name="all_int8", schemes=dict.fromkeys(shapes, "int8"))
     candidates = [Plan(name="keep", schemes=dict.fromkeys(shapes, "keep")), int8, plans.paper_plan(shapes)]
-    found = sensitivity.measure_plans(model, examples, PAD, True, candidates, table).set_index("plan")
+    found = sensitivity.measure_plans(model, examples, True, candidates, table).set_index("plan")
     assert found.loc["keep"].drop("bytes").eq(0).all()
     assert found.kl_nats["paper_mix"] > found.kl_nats["all_int8"] > 0
     alone = table.set_index(["module", "scheme"]).kl_nats
     assert found.summed_kl_nats["all_int8"] == pytest.approx(alone.xs("int8", level="scheme").sum())
-    before = batching.collect_logits(model, examples, PAD)
-    after = batching.collect_logits(quantization.apply_plan(make(), int8, True), examples, PAD)
+    before = batching.collect_logits(model, examples)
+    after = batching.collect_logits(quantization.apply_plan(make(), int8, True), examples)
     assert batching.measure_drift(before, after)["kl_nats"] == pytest.approx(found.kl_nats["all_int8"], rel=1e-3)
 
 
@@ -175,12 +175,12 @@ def test_a_simulated_calibrated_plan_is_the_plan(make_llama, make_examples):
     examples, model = make_examples(20), make()
     table = measure(model, examples)
     plan = plans.nf4_plan(quantization.weight_shapes(model), "int8")
-    arguments = (model, examples, PAD, True, [plan], table)
+    arguments = (model, examples, True, [plan], table)
     found, plain = sensitivity.measure_plans(*arguments, calibration=examples), sensitivity.measure_plans(*arguments)
     assert found.kl_nats[0] < plain.kl_nats[0]
     assert found.drop(columns=["kl_nats", "top1_changed"]).equals(plain.drop(columns=["kl_nats", "top1_changed"]))
     quantised = quantization.apply_plan(make(), plan, True, calibration=examples)
     for layer in quantised.modules():
         layer.support_avx512bf16_for_cpu = False  # bitsandbytes computes in bf16 where it can
-    before, after = (batching.collect_logits(m, examples, PAD) for m in (model, quantised))
+    before, after = (batching.collect_logits(m, examples) for m in (model, quantised))
     assert batching.measure_drift(before, after)["kl_nats"] == pytest.approx(found.kl_nats[0], rel=1e-2)

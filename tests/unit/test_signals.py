@@ -38,7 +38,7 @@ def teacher(make_llama):
 
 
 def capture(teacher, examples, folder, k=8, shard=3, key=KEY, **more):
-    return capture_signals(teacher, examples, folder, k, shard, PAD, key, **more)
+    return capture_signals(teacher, examples, folder, k, shard, key, **more)
 
 
 def times(folder):
@@ -81,7 +81,7 @@ def test_signals_come_back_as_they_were_spoken(teacher, make_examples, tmp_path)
     assert index["num_positions"] == sum(len(e.input_ids) - e.loss_start for e in examples)
     outside = 0
     for number, example in enumerate(examples):
-        true = batching.collect_logits(teacher, [example], PAD).log_softmax(-1)
+        true = batching.collect_logits(teacher, [example]).log_softmax(-1)
         said = found.example(number)
         ids, logprobs = said["teacher_ids"], said["teacher_logprobs"]
         assert ids.dtype == torch.int64 and logprobs.dtype == torch.float32
@@ -273,7 +273,7 @@ def test_an_index_that_is_no_json_is_no_cache(teacher, make_examples, tmp_path):
 def test_the_mean_nll_is_that_of_the_teacher(teacher, make_examples, tmp_path):
     examples = make_examples(8)
     found = capture_and_read(teacher, examples, tmp_path).mean_nll()
-    assert found == pytest.approx(batching.collect_nll(teacher, examples, PAD), rel=1e-3)
+    assert found == pytest.approx(batching.collect_nll(teacher, examples), rel=1e-3)
 
 
 def test_a_killed_capture_goes_on(teacher, make_examples, tmp_path, monkeypatch):
@@ -399,7 +399,7 @@ def test_signals_arrive_in_the_order_of_the_predicted_positions(
         return found.batch([(n + shift) % len(examples) for n in numbers])
 
     section = make_section(epochs=1.0, learning_rate=1e-6)
-    log = training.train(student, examples, section, dense_kl, tmp_path / "c", PAD, seed=0, add_extras=add_extras)
+    log = training.train(student, examples, section, dense_kl, tmp_path / "c", seed=0, add_extras=add_extras)
     assert (log.kl > 0.1).all() if shift else (log.kl.abs() < 2e-3).all()
 
 
@@ -407,7 +407,7 @@ def test_a_student_learns_from_signals_alone(make_llama, teacher, make_examples,
     examples, student = make_examples(8), make_llama(seed=1)
     found = capture_and_read(teacher, examples, tmp_path / "signals", k=VOCAB)
     section = make_section(epochs=8.0, learning_rate=1e-2, save_every_steps=100)
-    log = training.train(student, examples, section, dense_kl, tmp_path / "c", PAD, seed=0, add_extras=found.batch)
+    log = training.train(student, examples, section, dense_kl, tmp_path / "c", seed=0, add_extras=found.batch)
     assert log.kl.tail(2).mean() < 0.5 * log.kl.head(2).mean()
 
 

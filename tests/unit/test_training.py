@@ -50,7 +50,7 @@ def test_slices_of_a_batch_change_nothing(make_llama, make_examples, make_sectio
             return training.cross_entropy(*args)
 
         model, section, folder = make_llama(layers=2), make_section(slice_tokens=tokens), tmp_path / str(tokens)
-        logs.append(training.train(model, make_examples(10), section, loss, folder, PAD, seed=0))
+        logs.append(training.train(model, make_examples(10), section, loss, folder, seed=0))
         ends.append(weights(model))
         slices.append(len(calls))
     assert slices[0] == 6 < slices[1]
@@ -63,15 +63,15 @@ def test_slices_of_a_batch_change_nothing(make_llama, make_examples, make_sectio
 
 def test_training_learns_and_its_log_is_per_token(make_llama, make_examples, make_section, tmp_path):
     model, examples = make_llama(layers=2), make_examples(8)
-    before = batching.collect_nll(model, examples, PAD)
+    before = batching.collect_nll(model, examples)
     section = make_section(epochs=6.0, learning_rate=1e-2)
-    log = training.train(model, examples, section, training.cross_entropy, tmp_path / "c", PAD, seed=0)
+    log = training.train(model, examples, section, training.cross_entropy, tmp_path / "c", seed=0)
     tokens = sum(len(e.input_ids) - e.loss_start for e in examples)
     assert log.step.tolist() == list(range(1, 13))
     assert log.loss_tokens.groupby((log.step - 1) // 2).sum().tolist() == [tokens] * 6
     assert log.ce.to_numpy() == pytest.approx(log.loss.to_numpy(), abs=2e-4)  # the Trainer rounds its own
     assert not model.training
-    assert sum(batching.collect_nll(model, examples, PAD)) < 0.7 * sum(before)
+    assert sum(batching.collect_nll(model, examples)) < 0.7 * sum(before)
 
 
 def test_the_first_logged_loss_is_the_loss_before_training(make_llama, make_examples, make_section, tmp_path):
@@ -79,7 +79,7 @@ def test_the_first_logged_loss_is_the_loss_before_training(make_llama, make_exam
     with torch.no_grad():
         logits, targets = batching.predicted_logits(model, batching.collate(examples, PAD))
     expected = torch.nn.functional.cross_entropy(logits, targets).item()
-    log = training.train(model, examples, make_section(), training.cross_entropy, tmp_path / "c", PAD, seed=0)
+    log = training.train(model, examples, make_section(), training.cross_entropy, tmp_path / "c", seed=0)
     assert log.ce[0] == pytest.approx(expected, abs=1e-5)
 
 
@@ -91,12 +91,12 @@ def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
 ):
     examples, section = make_examples(12), make_section(save_every_steps=save_every)
     whole, killed, resumed = (make_llama(layers=2, attention_dropout=0.1) for _ in range(3))
-    expected = training.train(whole, examples, section, training.cross_entropy, tmp_path / "whole", PAD, seed=0)
+    expected = training.train(whole, examples, section, training.cross_entropy, tmp_path / "whole", seed=0)
     count_steps(killed, dies_at=step)
     with pytest.raises(Killed):
-        training.train(killed, examples, section, training.cross_entropy, tmp_path / "killed", PAD, seed=0)
+        training.train(killed, examples, section, training.cross_entropy, tmp_path / "killed", seed=0)
     steps = count_steps(resumed)
-    log = training.train(resumed, examples, section, training.cross_entropy, tmp_path / "killed", PAD, seed=0)
+    log = training.train(resumed, examples, section, training.cross_entropy, tmp_path / "killed", seed=0)
     assert len(steps) == 6 - (step - 1)
     assert_same_weights(weights(resumed), weights(whole))
     columns = ["step", "loss", "ce", "loss_tokens", "learning_rate"]
@@ -119,7 +119,7 @@ def test_the_first_epoch_goes_from_easy_to_hard_and_the_next_does_not(
     examples, section, seen = make_examples(70), make_section(batch_size=2, slice_tokens=10_000), []
     difficulty = [(37 * n) % 70 for n in range(70)]
     training.train(
-        make_llama(layers=1), examples, section, training.cross_entropy, tmp_path, PAD, 0, rows_of(seen), difficulty
+        make_llama(layers=1), examples, section, training.cross_entropy, tmp_path, 0, rows_of(seen), difficulty
     )
     _, *seen = seen  # a look at a few, for the name of the checkpoints
     epochs = [[row for rows in part for row in rows] for part in (seen[:35], seen[35:])]
@@ -145,7 +145,7 @@ def test_a_killed_progressive_run_resumes_bit_for_bit(
 
     def train(model, folder):
         folder = tmp_path / folder
-        return training.train(model, examples, section, training.cross_entropy, folder, PAD, 0, no_extras, difficulty)
+        return training.train(model, examples, section, training.cross_entropy, folder, 0, no_extras, difficulty)
 
     expected = train(whole, "whole")
     count_steps(killed, dies_at=step)
@@ -163,12 +163,12 @@ def test_a_killed_adapter_run_resumes_bit_for_bit(make_llama, make_examples, mak
     adapter = AdapterParams(variant="lora", rank=2, alpha=4.0, dropout=0.1, target_modules=["q_proj", "down_proj"])
     examples, section = make_examples(12), make_section(learning_rate=1e-2)
     whole, killed, resumed = (lora.attach(make_llama(layers=2), adapter, seed=0) for _ in range(3))
-    training.train(whole, examples, section, training.cross_entropy, tmp_path / "whole", PAD, seed=0)
+    training.train(whole, examples, section, training.cross_entropy, tmp_path / "whole", seed=0)
     count_steps(killed, dies_at=3)
     with pytest.raises(Killed):
-        training.train(killed, examples, section, training.cross_entropy, tmp_path / "killed", PAD, seed=0)
+        training.train(killed, examples, section, training.cross_entropy, tmp_path / "killed", seed=0)
     steps = count_steps(resumed)
-    training.train(resumed, examples, section, training.cross_entropy, tmp_path / "killed", PAD, seed=0)
+    training.train(resumed, examples, section, training.cross_entropy, tmp_path / "killed", seed=0)
     assert len(steps) == 4
     assert_same_weights(weights(resumed), weights(whole))
 
@@ -176,16 +176,16 @@ def test_a_killed_adapter_run_resumes_bit_for_bit(make_llama, make_examples, mak
 def test_a_half_written_checkpoint_is_ignored(make_llama, make_examples, make_section, tmp_path):
     examples, section = make_examples(12), make_section()
     whole, killed, resumed = (make_llama(layers=2) for _ in range(3))
-    training.train(whole, examples, section, training.cross_entropy, tmp_path / "whole", PAD, seed=0)
+    training.train(whole, examples, section, training.cross_entropy, tmp_path / "whole", seed=0)
     count_steps(killed, dies_at=3)
     with pytest.raises(Killed):
-        training.train(killed, examples, section, training.cross_entropy, tmp_path / "killed", PAD, seed=0)
+        training.train(killed, examples, section, training.cross_entropy, tmp_path / "killed", seed=0)
     (state,) = (tmp_path / "killed").rglob("trainer_state.json")
     half = state.parent.with_name("checkpoint-3")
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half of it")
     steps = count_steps(resumed)
-    training.train(resumed, examples, section, training.cross_entropy, tmp_path / "killed", PAD, seed=0)
+    training.train(resumed, examples, section, training.cross_entropy, tmp_path / "killed", seed=0)
     assert len(steps) == 4
     assert_same_weights(weights(resumed), weights(whole))
 
@@ -197,7 +197,7 @@ def test_checkpoints_of_another_training_are_thrown_away(make_llama, make_exampl
     count_steps(killed, dies_at=3)
     with pytest.raises(Killed):
         extras = teacher_of_one_word(examples)
-        training.train(killed, examples, section, loss, tmp_path / "used", PAD, seed, extras)
+        training.train(killed, examples, section, loss, tmp_path / "used", seed, extras)
     (left,) = (tmp_path / "used").rglob("trainer_state.json")
     assert json.loads(left.read_text())["global_step"] == 2
 
@@ -211,8 +211,8 @@ def test_checkpoints_of_another_training_are_thrown_away(make_llama, make_exampl
         loss = kd_loss(0.9)
     extras, difficulty = teacher_of_one_word(examples), range(12) if other == "order" else None
     found, fresh = (make_llama(layers=2, seed=1 if other == "start" else 0) for _ in range(2))
-    training.train(found, examples, section, loss, tmp_path / "used", PAD, seed, extras, difficulty)
-    training.train(fresh, examples, section, loss, tmp_path / "fresh", PAD, seed, extras, difficulty)
+    training.train(found, examples, section, loss, tmp_path / "used", seed, extras, difficulty)
+    training.train(fresh, examples, section, loss, tmp_path / "fresh", seed, extras, difficulty)
     assert_same_weights(weights(found), weights(fresh))
     assert not left.exists()
 
@@ -233,7 +233,7 @@ def teacher_of_one_word(examples):
 
 def test_a_finished_training_can_be_forgotten(make_llama, make_examples, make_section, tmp_path):
     training.train(
-        make_llama(layers=2), make_examples(4), make_section(), training.cross_entropy, tmp_path / "c", PAD, seed=0
+        make_llama(layers=2), make_examples(4), make_section(), training.cross_entropy, tmp_path / "c", seed=0
     )
     training.forget_checkpoints(tmp_path / "c")
     assert not (tmp_path / "c").exists()
@@ -248,9 +248,9 @@ def test_a_loss_that_is_not_finite_names_its_step(make_llama, make_examples, mak
         return (loss * float("nan") if next(calls) == 2 else loss), terms
 
     with pytest.raises(TrainingError, match="nan at step 2"):
-        training.train(make_llama(layers=2), make_examples(8), make_section(), sick, tmp_path / "c", PAD, seed=0)
+        training.train(make_llama(layers=2), make_examples(8), make_section(), sick, tmp_path / "c", seed=0)
 
 
 def test_no_examples_is_an_error_with_its_cure(make_llama, make_section, tmp_path):
     with pytest.raises(TrainingError, match=r"data\.datasets"):
-        training.train(make_llama(layers=2), [], make_section(), training.cross_entropy, tmp_path / "c", PAD, seed=0)
+        training.train(make_llama(layers=2), [], make_section(), training.cross_entropy, tmp_path / "c", seed=0)
