@@ -8,10 +8,12 @@ two requests; the words of the questions stand in another order in every pass. U
 """
 
 import argparse
+import json
 import os
 import tempfile
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
@@ -108,6 +110,16 @@ def throughput_ratios(table: pd.DataFrame, repeats: int) -> dict[str, Ratio]:
     return ratios
 
 
+def earlier(setup: dict, parts: list[str], directory: Path) -> tuple[dict[str, Ratio], dict]:
+    """Ratios and passes of the other parts, of an earlier run with the same requests and versions."""
+    path = result_path("batching", directory)
+    record = json.loads(path.read_text()) if path.is_file() else {}
+    if record.get("setup") != json.loads(json.dumps(setup)):
+        return {}, {}
+    ratios = {what: Ratio(**told) for what, told in record["ratios"].items() if what.split("/")[0] not in parts}
+    return ratios, {part: told for part, told in record["raw"].items() if part not in parts}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
@@ -118,7 +130,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.5, help="requests per second of the Poisson part")
     parser.add_argument("--repeats", type=int, default=3, help="timed passes per contender, after a warm-up")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--parts", nargs="+", default=["skewed", "poisson", "shared_prefix"])
+    parser.add_argument(
+        "--parts", nargs="+", default=["skewed", "poisson", "shared_prefix"], help="what others gave earlier is kept"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
 
@@ -188,8 +202,13 @@ def main() -> None:
         "statistic": "median over repeats",
         "versions": versions("torch", "transformers", "openvino", "openvino-genai"),
     }  # fmt: skip
-    raw = {part: {"passes": t.to_dict("records"), "agreement": agreed} for part, (t, agreed) in found.items()}
-    write("batching", setup, ratios, raw, args.output)
+    today = datetime.now(UTC).date().isoformat()
+    raw = {
+        part: {"passes": table.to_dict("records"), "agreement": agreed, "date": today}
+        for part, (table, agreed) in found.items()
+    }
+    kept_ratios, kept = earlier(setup, args.parts, args.output)
+    write("batching", setup, kept_ratios | ratios, kept | raw, args.output)
     print(result_path("batching", args.output).read_text().partition('"raw"')[0])
 
 

@@ -44,7 +44,8 @@ class StepClock:
         ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
         if mask.dim() == 4:  # sequences that branch: each is what a last token sees, and no other token sees that one
             sees = mask[0, 0] == 0
-            keep, ids = sees[sees.sum(0) == 1], ids.expand(len(sees), -1)
+            keep = sees[sees.sum(0) == 1]
+            ids = ids.expand(len(keep), -1)
         else:
             keep = mask.bool() & (mask.cumsum(1) < mask.sum(1, keepdim=True))  # last tokens predict nothing
         self.rows += [row[own].tolist() for row, own in zip(ids, keep, strict=True)]

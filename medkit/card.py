@@ -36,6 +36,7 @@ SETTINGS = {
     "models.student": "student",
     "distillation.num_layers": "decoder layers of a pruned student",
     "distillation.top_k": "teacher log-probabilities kept per position",
+    "distillation.bridge": "what carries the teacher's distribution over",
     "distillation.temperature": "temperature of distillation",
     "distillation.ce_weight": "weight of the answers (CE)",
     "distillation.kl_weight": "weight of the teacher's distribution",

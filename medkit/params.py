@@ -218,6 +218,7 @@ class DistillationParams(Section):
     @model_validator(mode="after")
     def _asks_for_what_the_bridge_carries(self) -> DistillationParams:
         carried = {"divergence": "forward_kl", "temperature": 1.0, "hidden_weight": 0.0, "entity_weight": 0.0}
+        carried |= {"on_policy": None}
         for name, value in carried.items() if self.bridge != "vocabulary" else ():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}: the bridge {self.bridge!r} carries {name} {value!r} alone; set it to that")

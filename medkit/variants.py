@@ -48,7 +48,10 @@ def load_engine(run: str, variant: str, params: Params) -> tuple[Engine, object,
     """Engine, tokenizer and context length (tokens) that serve a variant; the edge file by OpenVINO where it is."""
     place = place_of(run, variant)
     folder = Stage(run, "05_inference").require("03_lora", "merged")
-    tokenizer, context = models.load_tokenizer(folder), AutoConfig.from_pretrained(folder).max_position_embeddings
+    if place in ("", "02_distillation/teacher"):  # which may have a tokenizer of its own
+        folder = models.local_folder(params.models.teacher)
+    context = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
+    tokenizer = models.load_tokenizer(folder)
     if place.endswith(".gguf"):
         try:
             import_openvino()
