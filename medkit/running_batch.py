@@ -13,15 +13,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import count, pairwise
+from itertools import count
 from math import ceil
 from queue import SimpleQueue
 
-import torch
 from torch import nn
-from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig
-from transformers.generation.continuous_batching import PagedAttentionCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from medkit.engines import EngineError, Generation, Request
 
@@ -62,7 +59,6 @@ class RunningBatch:
             use_async_batching=False,
             auto_switch_to_flash=False,
         )
-        AttentionInterface.register("sdpa", attend_by_request)
         try:
             self.manager = model.init_continuous_batching(decoding, config)
             self.manager.warmup()
@@ -212,30 +208,3 @@ def wait_until(moment: float) -> None:
     """Sleep until `time.perf_counter` has reached `moment`, never less."""
     while (left_s := moment - time.perf_counter()) > 0:
         time.sleep(left_s)
-
-
-def attend_by_request(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    cache: PagedAttentionCache | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """transformers' SDPA, but in a running batch on a CPU every request attends to its own keys alone.
-
-    There transformers multiplies all queries of a step with the keys of all requests and masks the others': work that
-    grows with the square of the batch. Without a paged cache, or on a GPU, nothing changes.
-    """
-    if cache is None or query.device.type != "cpu":
-        return sdpa_attention_forward(module, query, key, value, attention_mask, cache=cache, **kwargs)
-    key, value = cache.update(key, value, module.layer_idx, kwargs)
-    queries, keys = (pairwise(kwargs.pop(f"cu_seq_lens_{side}").tolist()) for side in "qk")
-    read = [
-        sdpa_attention_forward(
-            module, query[:, :, q:r], key[:, :, k:n], value[:, :, k:n], attention_mask[..., q:r, k:n], **kwargs
-        )[0]
-        for (q, r), (k, n) in zip(queries, keys, strict=True)
-    ]
-    return torch.cat(read, dim=1), None

@@ -8,9 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
 
-from medkit import running_batch
 from medkit.engines import EngineError, Request
 from medkit.torch_engine import TorchEngine
 
@@ -67,42 +65,6 @@ def test_streams_of_many_threads_are_the_sequential_answers(make_engine):
     engine = make_engine()
     with ThreadPoolExecutor(16) as threads:
         assert list(threads.map(lambda request: list(engine.stream(request)), asked)) == expected
-
-
-@pytest.mark.parametrize("step_tokens", [512, 32])
-def test_a_request_attends_to_its_own_tokens_and_no_others(make_engine, writer, step_tokens, monkeypatch):
-    """Products of queries with keys, counted: the sum over the requests, however many there are together."""
-    asked, multiplied, attend = ask(10), [], torch.nn.functional.scaled_dot_product_attention
-
-    def counted(query, key, *args, **options):
-        multiplied.append(query.numel() // query.shape[-1] * key.shape[2])
-        return attend(query, key, *args, **options)
-
-    expected = [g.token_ids for g in make_engine(scheduler="sequential").generate(asked)]
-    monkeypatch.setattr(running_batch, "STEP_TOKENS", step_tokens)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-    found = make_engine(batch_tokens=1000, prefix_sharing=False).generate(asked)
-    assert [g.token_ids for g in found] == expected
-    lengths = [(len(request.prompt_ids), request.max_new_tokens) for request in asked]
-    decoded = sum(prompt + step for prompt, new in lengths for step in range(1, new))
-    read = sum(prompt**2 for prompt, _ in lengths)
-    per_product = writer.config.num_hidden_layers * writer.config.num_attention_heads
-    if step_tokens == 512:
-        assert sum(multiplied) == per_product * (decoded + read)
-    else:  # a prompt read in pieces: a piece does not see what comes after it
-        assert per_product * decoded < sum(multiplied) < per_product * (decoded + read)
-
-
-def test_a_sliding_window_stays_one(make_engine):
-    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
-    torch.manual_seed(0)
-    config = MistralConfig(**sizes, **heads, sliding_window=16, initializer_range=0.3, tie_word_embeddings=False)
-    model = MistralForCausalLM(config).eval()
-    asked = ask(10)
-    expected = make_engine(scheduler="sequential", model=model).generate(asked)
-    found = make_engine(model=model, batch_tokens=1000).generate(asked)
-    assert [g.token_ids for g in found] == [g.token_ids for g in expected]
 
 
 def test_tokens_come_as_they_are_written(make_engine, writer, monkeypatch):
