@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from medkit.prefixes import additive_masks, group_by_prefix
+from medkit.prefixes import Tree, additive_masks, group_by_prefix, grow
 
 LEAST_SAVED = 256  # tokens: a prefix of its own costs one more pass and one more batch that is not full
 PASSES = 32  # so many passes over next to nothing take as long as a full batch: beside it, padding is weighed
@@ -119,14 +119,9 @@ def _read_prefix(model: nn.Module, token_ids: list[int]) -> Cache | None:
 
 
 @dataclass(frozen=True)
-class _Tree:
+class _Tree(Tree):
     """An item as it is fed: the prompt, then its answers without their last tokens, equal beginnings once."""
 
-    token_ids: list[int]
-    parents: list[int]
-    """Place of the token that comes before; −1 for the first."""
-    depths: list[int]
-    """Number of tokens that come before: the position."""
     answer_ids: list[list[int]]
     predicted_at: list[list[int]]
     """Per answer, the places whose logits predict its tokens."""
@@ -138,21 +133,8 @@ class _Tree:
 
 
 def _grow(item: Item) -> _Tree:
-    last = len(item.prompt_ids) - 1
-    token_ids, parents, depths = list(item.prompt_ids), list(range(-1, last)), list(range(last + 1))
-    branches: dict[tuple[int, int], int] = {}  # a place and the token after it → that token's place
-    predicted_at = []
-    for answer in item.answer_ids:
-        path = [last]
-        for token in answer[:-1]:
-            place = branches.setdefault((path[-1], token), len(token_ids))
-            if place == len(token_ids):
-                token_ids.append(token)
-                parents.append(path[-1])
-                depths.append(depths[path[-1]] + 1)
-            path.append(place)
-        predicted_at.append(path)
-    return _Tree(token_ids, parents, depths, item.answer_ids, predicted_at)
+    tree, last = grow([[*item.prompt_ids, *answer[:-1]] for answer in item.answer_ids]), len(item.prompt_ids) - 1
+    return _Tree(**vars(tree), answer_ids=item.answer_ids, predicted_at=[path[last:] for path in tree.paths])
 
 
 def _score_batch(
