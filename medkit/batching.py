@@ -98,8 +98,8 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
 def pack(examples: Sequence[Example], share: bool = True) -> dict[str, torch.Tensor]:
     """All examples in one row without padding, what they begin with alike read once, each seeing itself alone.
 
-    To a model as good as `collate`; the mask says who sees whom, (1, T, T). With `share` off there is no mask, and
-    positions restart at each example.
+    Gives the predictions that `collate` gives. The mask, (1, T, T), says who sees whom; with `share` off there is none,
+    and positions restart at each example, which is how FlashAttention tells them apart.
     """
     tree = prefixes.grow([e.input_ids[:-1] for e in examples], share)  # the last tokens are predicted, never read
     predicted_at = [p for e, path in zip(examples, tree.paths, strict=True) for p in path[e.loss_start - 1 :]]
@@ -140,7 +140,7 @@ def predict(model: nn.Module, batch: dict, hidden_layers: Sequence[int] = ()) ->
     mask = batch.get("attention_mask")
     if mask is not None and mask.dim() == 3:
         mask = prefixes.additive_masks(inner, mask, positions)
-    # a head sees what its rows have in common; this leaves it the labelled positions of each
+    # transformers' `logits_to_keep` leaves the head the same columns of all rows; this, the labelled positions of each
     with inner.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[at],)):
         output = model(
             input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False,
