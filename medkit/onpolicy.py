@@ -13,7 +13,6 @@ Nothing here loads or saves a model, and nothing is sharded: every process draws
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import warnings
 from collections.abc import Sequence
 from dataclasses import fields
@@ -22,7 +21,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
 from transformers import PrinterCallback
@@ -163,12 +161,7 @@ def train(
     key = None
     if state.is_main_process:
         key = f"{key_of(student, teacher, examples, section, seed)}-{given.world_size}"
-        for other in checkpoints.iterdir() if checkpoints.is_dir() else ():
-            if other.name != key:
-                shutil.rmtree(other)
-        training._remove_half_checkpoints(checkpoints / key)
-    (key,) = broadcast_object_list([key])
-    folder = checkpoints / key
+    folder = training.claim_checkpoints(checkpoints, key)
     arguments.output_dir = str(folder)
 
     from datasets import Dataset  # what TRL asks for; it is not read

@@ -120,6 +120,20 @@ def _remove_half_checkpoints(folder: Path) -> None:
             shutil.rmtree(checkpoint)
 
 
+def claim_checkpoints(checkpoints: Path, key: str | None) -> Path:
+    """This training's own folder of checkpoints, for every process; `key` is what the main one knows, None elsewhere.
+
+    What other trainings left in `checkpoints` is removed, and what a killed save left half.
+    """
+    if key is not None:
+        for other in checkpoints.iterdir() if checkpoints.is_dir() else ():
+            if other.name != key:
+                shutil.rmtree(other)
+        _remove_half_checkpoints(checkpoints / key)
+    (key,) = broadcast_object_list([key])
+    return checkpoints / key
+
+
 def _bits(value: torch.Tensor | dict) -> int | dict:
     """The sum of a tensor's bytes: exact whatever the order, so it tells one start of a training from another."""
     if isinstance(value, dict):
@@ -253,12 +267,7 @@ def train(
     if state.is_main_process:  # the others may not have the weights yet
         key = key_of(model, examples, section, loss, seed, add_extras, difficulty, optimizer)
         key += "-sharded" if sharded else ""  # the Trainer's checkpoints of sharded weights are of another kind
-        for other in checkpoints.iterdir() if checkpoints.is_dir() else ():
-            if other.name != key:
-                shutil.rmtree(other)
-        _remove_half_checkpoints(checkpoints / key)
-    (key,) = broadcast_object_list([key])
-    folder = checkpoints / key
+    folder = claim_checkpoints(checkpoints, key)
     arguments.output_dir = str(folder)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     given = {"compute_loss_func": loss, "optimizers": (optimizer, None), "callbacks": [_Progress()]}
