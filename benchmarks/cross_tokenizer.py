@@ -188,9 +188,9 @@ def accuracy(scores: list[list[float]], rows: pd.DataFrame) -> float:
 def compare_training(folder: Path, tokenizer, params, rows, valid, heard, args, scratch) -> dict:
     """−log p of validation answers after each arm, and each arm minus CE alone, question by question."""
     weights = params.distillation.ce_weight, params.distillation.kl_weight
-    examples, pad = heard["examples"][: len(rows)], tokenizer.pad_token_id
+    examples = heard["examples"][: len(rows)]
     asked = [options.encode_options(tokenizer, question) for question in rows.to_dict("records")]
-    every = options.OptionRows(asked, rows.answer.tolist(), heard["scores"][: len(rows)], pad)
+    every = options.OptionRows(asked, rows.answer.tolist(), heard["scores"][: len(rows)])
     assert every.items == examples
     arms = {
         "untrained": None,

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from medkit import prompts
-from medkit.batching import Example, Predicted, collate, encode_questions
+from medkit.batching import Example, Predicted, encode_questions
 from medkit.outputs import atomic_path
 from medkit.params import digest
 from medkit.scoring import Item, score_options
@@ -109,20 +109,15 @@ def _answered(questions: pd.DataFrame) -> list[dict]:
 class OptionRows:
     """Makes one training item of a question with all its options, for `training.train` and `OptionLoss`.
 
-    `train` sees the right option's row; `batch` puts the rows of all options in its place, so a slice holds whole
-    questions and about as many times `slice_tokens` tokens as a question has options. The prompt is read once per
-    option: what `scoring` saves with a tree of branches, a training step pays.
+    `train` sees the right option's row; `batch` puts the rows of all options in its place. A slice holds whole
+    questions, so it may have more than `slice_tokens` tokens: by those of the wrong options, after a shared prompt.
     """
 
     def __init__(
-        self,
-        rows: Sequence[Sequence[Example]],
-        right: Sequence[int],
-        teacher_logprobs: Sequence[Sequence[float]],
-        pad_token_id: int,
+        self, rows: Sequence[Sequence[Example]], right: Sequence[int], teacher_logprobs: Sequence[Sequence[float]]
     ):
         """`right`: the right option of each question. `teacher_logprobs`: of its options, as `engine.score` gives."""
-        self.rows, self.right, self.teacher_logprobs, self.pad_token_id = rows, right, teacher_logprobs, pad_token_id
+        self.rows, self.right, self.teacher_logprobs = rows, right, teacher_logprobs
         uneven = [n for n, (own, said) in enumerate(zip(rows, teacher_logprobs, strict=True)) if len(own) != len(said)]
         if uneven:
             raise ValueError(f"question {uneven[0]}: the teacher scored another number of options; score them again")
@@ -139,7 +134,7 @@ class OptionRows:
             for question, known, text in zip(questions.to_dict("records"), solved, texts, strict=True)
         ]
         said = [own if known else [0.0] for own, known in zip(teacher_logprobs, solved, strict=True)]
-        return cls(rows, questions.answer.clip(lower=0).tolist(), said, tokenizer.pad_token_id)
+        return cls(rows, questions.answer.clip(lower=0).tolist(), said)
 
     @property
     def items(self) -> list[Example]:
@@ -147,10 +142,10 @@ class OptionRows:
         return [rows[right] for rows, right in zip(self.rows, self.right, strict=True)]
 
     def batch(self, numbers: list[int]) -> dict:
-        """The slice's tensors anew, a row per option, and what `OptionLoss` needs to know about them."""
+        """The slice's examples, one per option, and what `OptionLoss` needs to know about them."""
         rows = [row for number in numbers for row in self.rows[number]]
         return {
-            **collate(rows, self.pad_token_id),
+            "examples": rows,
             "option_lengths": torch.tensor([row.num_predicted for row in rows]),
             "option_is_right": torch.tensor(
                 [option == self.right[number] for number in numbers for option in range(len(self.rows[number]))]
@@ -166,8 +161,7 @@ class OptionRows:
 class OptionLoss:
     """λ1·CE of the right option + λ2·KL over the options, through `OptionRows`.
 
-    `train` divides their sum by the predicted tokens of the right options, as in plain training; the terms in its log
-    are per predicted token of all options.
+    Both per predicted token of the right options, as in plain training.
     """
 
     ce_weight: float
@@ -175,6 +169,8 @@ class OptionLoss:
 
     def __call__(self, predicted: Predicted, extras: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         scores = option_scores(predicted, extras["option_lengths"])
-        ce = -scores[extras["option_is_right"]].sum()
+        right = extras["option_is_right"]
+        ce = -scores[right].sum()
         kl = option_kl(scores, extras["teacher_option_logprobs"], extras["num_options"].tolist()).sum()
-        return self.ce_weight * ce + self.kl_weight * kl, {"ce": ce.detach(), "option_kl": kl.detach()}
+        terms = {"ce": ce.detach(), "option_kl": kl.detach(), "tokens": extras["option_lengths"][right].sum()}
+        return self.ce_weight * ce + self.kl_weight * kl, terms

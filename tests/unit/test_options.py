@@ -31,7 +31,7 @@ def test_gradient_is_the_difference_of_the_distributions():
 def test_scores_that_do_not_fit_are_refused(questions, tokenizer):
     rows = [encode_options(tokenizer, q) for q in questions.to_dict("records")[:2]]
     with pytest.raises(ValueError, match="question 1: the teacher scored another number of options"):
-        OptionRows(rows, [1, 0], [[0.0] * 4, [0.0] * 4], tokenizer.pad_token_id)
+        OptionRows(rows, [1, 0], [[0.0] * 4, [0.0] * 4])
 
 
 @pytest.fixture
@@ -40,7 +40,13 @@ def asked(questions, tokenizer):
     solved = questions[questions.answer >= 0].to_dict("records")
     rows = [encode_options(tokenizer, question) for question in solved]
     said = [[-float((7 * n + 3 * k) % 5) for k in range(len(own))] for n, own in enumerate(rows)]
-    return OptionRows(rows, [question["answer"] for question in solved], said, tokenizer.pad_token_id)
+    return OptionRows(rows, [question["answer"] for question in solved], said)
+
+
+def read(asked: OptionRows, numbers: list[int]) -> dict:
+    """A slice as `train` makes it of them."""
+    batch = asked.batch(numbers)
+    return batching.pack(batch.pop("examples")) | batch
 
 
 def test_items_are_what_plain_training_reads(asked, questions, tokenizer):
@@ -51,7 +57,7 @@ def test_loss_is_that_of_the_scores(asked, make_llama):
     """The same numbers as `scoring`, which reads a question once for all its options."""
     model = make_llama()
     numbers = [2, 0, 1]
-    batch = asked.batch(numbers)
+    batch = read(asked, numbers)
     total, terms = OptionLoss(0.25, 2.0)(batching.predict(model, batch), batch)
     items = [
         scoring.Item(rows[0].input_ids[: rows[0].loss_start], [row.input_ids[row.loss_start :] for row in rows])
@@ -75,7 +81,7 @@ def test_a_student_takes_over_the_teachers_preferences(asked, make_llama, make_s
     section = make_section(epochs=40.0, batch_size=3, slice_tokens=64, learning_rate=3e-3)
     log = training.train(student, asked.items, section, OptionLoss(0.0, 1.0), tmp_path, 0, asked.batch)
     assert log.option_kl.iloc[-1] < 0.05 * log.option_kl.iloc[0]
-    batch = asked.batch([0])
+    batch = read(asked, [0])
     scores = options.option_scores(batching.predict(student, batch), batch["option_lengths"])
     assert scores.argmax() == torch.tensor(asked.teacher_logprobs[0]).argmax()
 
@@ -88,3 +94,15 @@ def test_a_loss_with_more_slices_is_the_same(asked, make_llama, make_section, tm
         log = training.train(make_llama(), asked.items, section, OptionLoss(1.0, 1.0), tmp_path, 0, asked.batch)
         logs.append(log)
     assert logs[0].loss.iloc[0] == pytest.approx(logs[1].loss.iloc[0], rel=1e-4)
+    tokens = sum(example.num_predicted for example in asked.items[:3])
+    assert [int(log.loss_tokens.iloc[0]) for log in logs] == [tokens, tokens]
+    log = logs[0].iloc[0]
+    assert log.ce + log.option_kl == pytest.approx(log.loss, rel=1e-4)
+
+
+def test_a_prompt_is_read_once_for_all_its_options(asked):
+    """A slice has the tokens of the prompt and of the options' ends, not of as many prompts as there are options."""
+    for number, rows in enumerate(asked.rows):
+        prompt = rows[0].loss_start
+        found = read(asked, [number])["input_ids"].numel()
+        assert found <= prompt + sum(row.num_predicted for row in rows)
