@@ -92,7 +92,7 @@ def time_part(
     return table.assign(load_before=load), agreed
 
 
-def throughput_ratios(table: pd.DataFrame, repeats: int) -> dict[str, Ratio]:
+def throughput_ratios(table: pd.DataFrame, longest: int, repeats: int) -> dict[str, Ratio]:
     """Each continuous engine's median throughput over that of everyone else; the goals are `continuous`'s: same model,
     arithmetic and code as what it is compared with, so that only the scheduling differs."""
     median = table.groupby("engine", sort=False).throughput_tokens_per_s.median()
@@ -107,7 +107,19 @@ def throughput_ratios(table: pd.DataFrame, repeats: int) -> dict[str, Ratio]:
         ratios[f"skewed/{name}/throughput_over_sequential"] = Ratio(over, goals[1], "higher", repeats)
         known = median[name] / median["static sorted"]
         ratios[f"skewed/{name}/throughput_over_static_sorted"] = Ratio(known, None, "higher", repeats)
+    ratios["skewed/limit/throughput_over_sequential"] = Ratio(bound_by_steps(table, longest), None, "higher", repeats)
     return ratios
+
+
+def bound_by_steps(table: pd.DataFrame, longest: int) -> float:
+    """What batching in these steps can reach over `sequential`, were all rows but one of each step free.
+
+    The longest answer takes as many steps as it has tokens, and none is shorter than one row's alone; the prompts have
+    to be read as well, which is taken to cost what it cost one by one.
+    """
+    alone = table[table.engine == "sequential"].median(numeric_only=True)
+    prompts_s = alone.duration_s - (alone.output_tokens - alone.requests) * alone.latency_s_per_token
+    return alone.duration_s / (prompts_s + (longest - 1) * alone.latency_s_per_token)
 
 
 def earlier(setup: dict, parts: list[str], directory: Path) -> tuple[dict[str, Ratio], dict]:
@@ -178,7 +190,7 @@ def main() -> None:
         for engine in (*plain.values(), *edges.values(), *unshared.values()):
             engine.close()
     if "skewed" in found:
-        ratios |= throughput_ratios(found["skewed"][0], args.repeats)
+        ratios |= throughput_ratios(found["skewed"][0], args.longest, args.repeats)
     if "poisson" in found:
         waits = found["poisson"][0].groupby("engine").ttft_p95_s.median()
         for name in waits.index.drop("static"):
