@@ -211,9 +211,10 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train one stage of a run where its notebook would; with `accelerate launch -m medkit train …` on many devices."""
-    from medkit import lora, models, readers, recipes, signals, training
+    from medkit import lora, models, readers, recipes, sharding, signals, training
 
     known = (readers.DataError, lora.AdapterError, models.ModelError, signals.SignalsError, training.TrainingError)
+    known += (sharding.ShardingError,)
     try:
         log = recipes.train_stage(stage, run, load_params(params, parse_overrides(overrides)))
     except known as error:

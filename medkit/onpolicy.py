@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PrinterCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from medkit import training
+from medkit import sharding, training
 from medkit.batching import Example, collate, predict
 from medkit.params import OnPolicyParams, digest
 from medkit.sampling import EpochLoader, EpochSampler
@@ -131,8 +131,8 @@ def train(
         raise TrainingError("no training examples; raise the numbers of `train` in data.datasets")
     if section.lmbda < 1 and not all(e.num_predicted for e in examples):
         raise TrainingError(f"on_policy.lmbda is {section.lmbda}, and some examples have no answer: set it to 1.0")
-    if training.is_sharded(section.train):
-        raise TrainingError("nothing is drawn from a student in shards: set on_policy.train.scale.fsdp to false")
+    if sharding.is_sharded(section.train):
+        raise TrainingError("nothing is drawn from a student in shards: set on_policy.train.scale.sharding to null")
     GKDConfig, OnPolicyTrainer = _import_trl()
     given = training._arguments(section.train, next(student.parameters()).device.type != "cuda", seed, checkpoints)
     state, slices = given.distributed_state, count_slices(section, examples, given.world_size)

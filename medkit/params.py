@@ -112,10 +112,10 @@ class ScaleParams(Section):
     """Arithmetic in bfloat16 beside trained weights in float32 (autocast)."""
     gradient_checkpointing: bool
     """Activations are computed again in the backward pass: less memory, a third more arithmetic."""
-    fsdp: bool
-    """Weights, gradients and optimiser are sharded over the processes of `accelerate launch` (FSDP2)."""
+    sharding: Literal["fsdp", "deepspeed"] | None
+    """Weights, gradients and optimiser over the processes of `accelerate launch`: FSDP2, or DeepSpeed's ZeRO-3."""
     cpu_offload: bool
-    """Shards wait in the CPU's memory; with `fsdp` alone."""
+    """Shards wait in the CPU's memory; with `sharding` alone."""
     tensorboard: bool
 
 

@@ -35,6 +35,7 @@ from medkit import (
     prompts,
     rationales,
     sampling,
+    sharding,
     sources,
     training,
 )
@@ -212,11 +213,12 @@ def fit_adapter(
 
 
 def _load(folder: Path, params: Params, section: TrainParams, keep: Sequence[int] = ()) -> nn.Module:
-    """The model on its device; sharded, on the CPU of each machine's first process, whose weights the others get."""
-    if not training.is_sharded(section):
+    """The model on its device; sharded, on the CPU: with FSDP of each machine's first process, which the others ask."""
+    if not sharding.is_sharded(section):
         return models.load_model(folder, params.models, keep)
     attention, _ = models.pick_attention(params.models.attention, models.pick_device(params.models.device))
-    enable_fsdp_ram_efficient_loading()
+    if section.scale.sharding == "fsdp":
+        enable_fsdp_ram_efficient_loading()
     there = params.models.model_copy(update={"device": "cpu", "attention": attention})
     return models.load_model(folder, there, keep)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from medkit import sharding
 from medkit.batching import Example, Predicted, cut, pack, predict
 from medkit.params import TrainParams, digest
 from medkit.prefixes import takes_branches
@@ -35,7 +35,8 @@ class TrainingError(RuntimeError):
 
 
 # what the model says at the predicted positions of a batch, and what the collator added about them; returns the summed
-# loss and its summed terms. An attribute `hidden_layers` names the layers whose hidden states it wants; without, none.
+# loss and its summed terms, among them `tokens` where others than all predicted ones are to be counted. An attribute
+# `hidden_layers` names the layers whose hidden states it wants; without, none.
 # A loss with settings is a dataclass: they tell its checkpoints from another's.
 Loss = Callable[[Predicted, dict], tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
@@ -74,8 +75,8 @@ class _GivenLossTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         predicted = predict(model, inputs, getattr(self.compute_loss_func, "hidden_layers", ()))
         total, terms = self.compute_loss_func(predicted, inputs)
-        counts = inputs["counts"]
-        for name, value in {**terms, "tokens": torch.tensor(float(len(predicted.targets)))}.items():
+        counts, tokens = inputs["counts"], torch.tensor(float(len(predicted.targets)))
+        for name, value in {"tokens": tokens, **terms}.items():
             self.terms[name] = self.terms.get(name, 0.0) + value.detach().double() * counts
         return total * counts / num_items_in_batch * self.accelerator.num_processes
 
@@ -156,36 +157,27 @@ def key_of(
     Of what `add_extras` says, eight examples are looked at.
     """
     sample = list(range(0, len(examples), -(-len(examples) // 8)))
+    extras = add_extras(sample)
+    read = extras.pop("examples", [])
     return digest(
         [
             [section.model_dump(exclude={"scale", "save_every_steps"}), seed],
             repr(loss) if is_dataclass(loss) else loss.__qualname__,
             [(name, _bits(parameter)) for name, parameter in model.named_parameters()],
-            [asdict(e) for e in examples],
-            _bits(add_extras(sample)),
+            [asdict(e) for e in [*examples, *read]],
+            _bits(extras),
             None if difficulty is None else [float(number) for number in difficulty],
             repr(optimizer),
         ]
     )
 
 
-def is_sharded(section: TrainParams) -> bool:
-    """Whether this process is one of several that share the weights (FSDP)."""
-    return bool(section.scale and section.scale.fsdp and int(os.environ.get("WORLD_SIZE", 1)) > 1)
-
-
 def _arguments(section: TrainParams, on_cpu: bool, seed: int, checkpoints: Path) -> TrainingArguments:
     """The Trainer's settings. What is for large models (`scale`) holds where there is something to share."""
-    scale, shards = section.scale, {}
-    if is_sharded(section):
-        # FSDP2; layers to wrap are those that transformers names for the architecture
-        config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "cpu_offload": scale.cpu_offload}
-        config |= {"reshard_after_forward": True, "cpu_ram_efficient_loading": True}
-        config |= {"activation_checkpointing": scale.gradient_checkpointing}
-        shards = {"fsdp": True, "fsdp_config": config}
+    scale = section.scale
     if scale and scale.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise TrainingError("scale.tensorboard is set, but the package is absent: pip install tensorboard")
-    arguments = TrainingArguments(
+    given = dict(
         output_dir=str(checkpoints),
         num_train_epochs=section.epochs,
         learning_rate=section.learning_rate,
@@ -199,23 +191,12 @@ def _arguments(section: TrainParams, on_cpu: bool, seed: int, checkpoints: Path)
         disable_tqdm=True,
         use_cpu=on_cpu,
         bf16=bool(scale and scale.bf16),
-        activation_checkpointing=bool(scale and scale.gradient_checkpointing and not shards),
+        activation_checkpointing=bool(scale and scale.gradient_checkpointing),
         seed=seed,
-        **shards,
     )
+    arguments = TrainingArguments(**given | sharding.arguments(section))
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs want a process each, not the Trainer's DataParallel
     return arguments
-
-
-def _gather(trainer: Trainer, model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Put whole weights on the CPU back into a sharded model, in the main process: fit for saving, not for running."""
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if trainer.accelerator.is_main_process:
-        for name, tensor in weights.items():  # one by one: load_state_dict would shard them again
-            owner, _, leaf = name.rpartition(".")
-            module, tensor = model.get_submodule(owner), tensor.to(dtypes.get(name, tensor.dtype))
-            setattr(module, leaf, nn.Parameter(tensor) if leaf in module._parameters else tensor)
-        model.tie_weights()
 
 
 def train(
@@ -231,34 +212,36 @@ def train(
 ) -> pd.DataFrame:
     """Train in place and return the log: step, epoch, loss and its terms (nats per predicted token), learning_rate.
 
-    `add_extras` maps the row numbers of a slice to more tensors for the loss, e.g. teacher signals. `difficulty`, one
-    number per example, makes the first epoch go from easy to hard; later ones are drawn. `optimizer` stands in for the
+    `add_extras` maps the row numbers of a slice to more tensors for the loss, e.g. teacher signals; what it calls
+    `examples` is read in place of the slice's own. `difficulty`, one number per example, makes the first epoch go from
+    easy to hard; later ones are drawn. `optimizer` stands in for the
     Trainer's AdamW; the schedule scales its learning rates. A killed run goes on from its last checkpoint to the
     weights an uninterrupted one would have had; checkpoints of other settings or other examples in the same folder are
     thrown away.
-    Under `accelerate launch` every process calls it with the same arguments and gets the same log; after FSDP the main
+    Under `accelerate launch` every process calls it with the same arguments and gets the same log; sharded, the main
     process has whole weights on the CPU, the others their shards.
     Raises TrainingError for no examples and for a loss that is not finite.
     """
     if not examples:
         raise TrainingError("no training examples; raise the numbers of `train` in data.datasets")
-    sharded = is_sharded(section)
+    sharded = sharding.is_sharded(section)
     on_cpu = next(model.parameters()).device.type != "cuda" and not (sharded and torch.cuda.is_available())
     arguments = _arguments(section, on_cpu, seed, checkpoints)
     state, lengths, branches = arguments.distributed_state, [len(e.input_ids) for e in examples], takes_branches(model)
 
     def collator(numbers: list[int]) -> dict:
-        """This process's slices of a batch: as many in each process, since FSDP's shards meet in every one."""
+        """This process's slices of a batch: as many in each process, since shards meet in every one."""
         shares = []
         for rows in share(numbers, lengths, state.num_processes):
             parts = cut([examples[n] for n in rows], section.slice_tokens, branches)
             shares.append([[rows[place] for place in part] for part in parts])
         own, most = shares[state.process_index], max(map(len, shares))
         idle = [[min(numbers, key=lambda n: lengths[n])]] * (most - len(own))
-        slices = [
-            {**pack([examples[n] for n in part], branches), **add_extras(part), "counts": float(i < len(own))}
-            for i, part in enumerate([*own, *idle])
-        ]
+        slices = []
+        for i, part in enumerate([*own, *idle]):
+            extras = add_extras(part)
+            read = extras.pop("examples", [examples[n] for n in part])
+            slices.append({**pack(read, branches), **extras, "counts": float(i < len(own))})
         counted = torch.zeros(sum(examples[n].num_predicted for part in own for n in part))
         # all that the Trainer does with them is to count; it takes `shift_labels` as they are
         return {"slices": slices, "labels": counted, "shift_labels": counted}
@@ -272,15 +255,15 @@ def train(
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     given = {"compute_loss_func": loss, "optimizers": (optimizer, None), "callbacks": [_Progress()]}
     trainer = _GivenLossTrainer(model, arguments, **given)
-    if sharded and not trainer.is_fsdp_enabled:
-        raise TrainingError("scale.fsdp is set, but accelerate shards on GPUs alone; set it to false for CPUs")
+    if sharded and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise TrainingError("scale.sharding is set, but accelerate shards on GPUs alone; set it to null for CPUs")
     trainer.remove_callback(PrinterCallback)  # a printed line per step would bury the notebook
     sampler = EpochSampler(section.batch_size, lengths=lengths, seed=seed, difficulty=difficulty)
     trainer.loader, trainer.terms = EpochLoader(sampler, collator), {}
     model.train()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
     if sharded:
-        _gather(trainer, model, dtypes)
+        sharding.gather(trainer, model, dtypes)
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # autocast ends with the training
     model.eval()
     return pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])

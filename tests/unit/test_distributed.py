@@ -5,6 +5,7 @@ through a projection, what it thinks. To start a process takes longer than what 
 accelerate launches trains all that a pair has to show, and those to be killed are forked from one that is loaded.
 """
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 
-from medkit import batching, models, recipes, signals, training
+from medkit import batching, models, recipes, sharding, signals, training
 from medkit.outputs import ROOT, Stage
 from medkit.params import load_params
 
@@ -66,7 +67,9 @@ SECTION = {
     "save_every_steps": 3,
     "scale": None,
 }
-FSDP = {"bf16": False, "gradient_checkpointing": False, "fsdp": True, "cpu_offload": False, "tensorboard": False}
+SCALE = {"bf16": False, "gradient_checkpointing": False, "cpu_offload": False, "tensorboard": False}
+SHARDING = ["fsdp", "deepspeed"] if importlib.util.find_spec("deepspeed") else ["fsdp"]
+SHARD_FILES = {"fsdp": "pytorch_model_fsdp*", "deepspeed": "global_step*/zero_pp_rank_1*"}
 LAYERS = [[1, 2], [2, 3]]  # the student's, the teacher's
 
 
@@ -164,17 +167,16 @@ def launched(make_run, profile, outputs):
     (outputs / "in_turn.py").write_text(IN_TURN)
     stages = {
         "two": make_run("two"),
-        "sharded": make_run("sharded"),
-        "sharded_adapter": make_run("sharded_adapter", True),
+        **{f"{library}_adapter": make_run(f"{library}_adapter", True) for library in SHARDING},
+        **{library: make_run(library) for library in SHARDING},
     }
     make_run("bare")
-    plain, fsdp = profile("plain"), profile("fsdp", scale=FSDP)
-    turns = [
-        words("two", "student_kd", plain),
-        words("sharded", "student_kd", fsdp),
-        words("sharded_adapter", "lora", fsdp),
-        words("bare", "lora", plain),
-    ]
+    plain = profile("plain")
+    turns = [words("two", "student_kd", plain)]
+    for library in SHARDING:
+        sharded = profile(library, scale={**SCALE, "sharding": library})
+        turns += [words(library, "student_kd", sharded), words(f"{library}_adapter", "lora", sharded)]
+    turns.append(words("bare", "lora", plain))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{outputs}:{ROOT}")
         process = subprocess.Popen(
@@ -206,8 +208,10 @@ def test_two_processes_learn_what_one_learns(alone, launched, profile):
     stage = stages["two"]
     assert (stage.dir / "student_kd").is_dir(), err
     assert_same_training(trained(stage, "student_kd"), trained(alone[0], "student_kd"), atol=1e-5)
-    assert out.count("student_kd: 8 steps") == 2 and out.count("lora: 8 steps") == 1, "the main process speaks"
-    assert err.count("training:   0%") == 3, "one bar for each training, of the main process"
+    students, adapters = 1 + len(SHARDING), len(SHARDING)
+    said = [out.count(f"{name}: 8 steps") for name in ("student_kd", "lora")]
+    assert said == [students, adapters], "the main process speaks"
+    assert err.count("training:   0%") == students + adapters, "one bar for each training, of the main process"
     assert len(trained(stage, "student_kd")[1]) == 8
     assert list(stage.dir.glob("checkpoints/student_kd/*/checkpoint-*/rng_state_1.pth")), "there was a second process"
     before = (stage.dir / "student_kd" / "model.safetensors").stat().st_mtime_ns
@@ -215,19 +219,26 @@ def test_two_processes_learn_what_one_learns(alone, launched, profile):
     assert (stage.dir / "student_kd" / "model.safetensors").stat().st_mtime_ns == before, "trained already"
 
 
-def test_sharded_weights_are_trained_alike_and_saved_whole(alone, launched):
+@pytest.fixture(params=["fsdp", "deepspeed"])
+def library(request):
+    if request.param not in SHARDING:
+        pytest.skip("the extra `deepspeed` is not installed")
+    return request.param
+
+
+def test_sharded_weights_are_trained_alike_and_saved_whole(alone, launched, library):
     """With a learned projection of hidden states, which is sharded with the student, and gone afterwards."""
     stages, _, _, err = launched()
-    stage = stages["sharded"]
+    stage = stages[library]
     assert (stage.dir / "student_kd").is_dir(), err
     assert_same_training(trained(stage, "student_kd"), trained(alone[0], "student_kd"), atol=1e-4)
     assert "hidden" in trained(stage, "student_kd")[1]
-    assert list(stage.dir.glob("checkpoints/student_kd/*-sharded/checkpoint-*/pytorch_model_fsdp*"))
+    assert list(stage.dir.glob(f"checkpoints/student_kd/*-sharded/checkpoint-*/{SHARD_FILES[library]}"))
 
 
-def test_a_sharded_adapter_is_trained_alike_and_merged_whole(alone, launched):
+def test_a_sharded_adapter_is_trained_alike_and_merged_whole(alone, launched, library):
     stages, _, _, err = launched()
-    stage = stages["sharded_adapter"]
+    stage = stages[f"{library}_adapter"]
     assert (stage.dir / "merged").is_dir(), err
     found, expected = trained(stage, "adapter"), trained(alone[1], "adapter")
     assert all("lora_" in name for name in expected[0])
@@ -304,14 +315,14 @@ def test_the_papers_profile_makes_a_plan_for_shards(monkeypatch, tmp_path):
     """The Trainer's arguments and accelerate's plugin accept it; on one device it is off."""
     params = load_params(ROOT / "params" / "paper.yaml")
     for section in (params.distillation.correction_train, params.distillation.student_train, params.lora.train):
-        assert section.scale.fsdp
-        assert not training.is_sharded(section)
+        assert section.scale.sharding == "fsdp"
+        assert not sharding.is_sharded(section)
         assert not training._arguments(section, True, 0, tmp_path).fsdp
         with monkeypatch.context() as patch:
             patch.setenv("WORLD_SIZE", "2")
-            assert training.is_sharded(section)
+            assert sharding.is_sharded(section)
         with monkeypatch.context() as patch:
-            patch.setattr(training, "is_sharded", lambda section: True)
+            patch.setattr(sharding, "is_sharded", lambda section: True)
             plugin = FullyShardedDataParallelPlugin(**training._arguments(section, True, 0, tmp_path).fsdp_plugin_args)
         assert plugin.fsdp_version == 2
         assert plugin.activation_checkpointing == section.scale.gradient_checkpointing

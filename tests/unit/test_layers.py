@@ -16,7 +16,7 @@ LAYERS = [
     ["outputs", "sources", "prompts", "duplicates", "figures", "plans", "statistics", "paper_numbers"],
     ["parsing", "records", "datacard", "contamination", "calibration", "energy", "clauses", "response_cache"],
     ["evaluation", "readers", "icd", "models", "prefixes", "ledger"],
-    ["batching", "sampling"],
+    ["batching", "sampling", "sharding"],
     ["losses", "entities", "shards"],
     [
         *["claims", "safety", "report", "data", "problems", "embeddings"],

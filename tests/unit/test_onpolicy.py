@@ -298,8 +298,17 @@ def test_nothing_of_trl_stays_and_nobody_is_told(make_llama, learn, no_network, 
 def test_what_cannot_be_trained_is_refused_in_a_sentence(make_llama, learn, monkeypatch):
     with pytest.raises(TrainingError, match="no training examples; raise the numbers of `train`"):
         learn(make_llama(), make_llama(), given=[])
-    scale = {"bf16": False, "gradient_checkpointing": False, "fsdp": True, "cpu_offload": False, "tensorboard": False}
-    with monkeypatch.context() as patch, pytest.raises(TrainingError, match=r"on_policy\.train\.scale\.fsdp to false"):
+    scale = {
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "sharding": "fsdp",
+        "cpu_offload": False,
+        "tensorboard": False,
+    }
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(TrainingError, match=r"on_policy\.train\.scale\.sharding to null"),
+    ):
         patch.setenv("WORLD_SIZE", "2")
         learn(make_llama(), make_llama(), train={"scale": scale})
     with pytest.raises(TrainingError, match=r"loss is nan at step \d; lower learning_rate"):

@@ -127,7 +127,13 @@ def test_what_was_made_from_other_things_is_made_anew(
 def test_how_many_devices_there_are_is_no_reason_to_train_anew(stage, load, monkeypatch, make_examples):
     made, examples = count(monkeypatch), make_examples(9)
     recipes.train_student(stage, load(), "student_ce", examples, training.cross_entropy)
-    scale = {"bf16": False, "gradient_checkpointing": True, "fsdp": True, "cpu_offload": False, "tensorboard": False}
+    scale = {
+        "bf16": False,
+        "gradient_checkpointing": True,
+        "sharding": "fsdp",
+        "cpu_offload": False,
+        "tensorboard": False,
+    }
     params = load(distillation__student_train={**TRAIN, "scale": scale})
     recipes.train_student(stage, params, "student_ce", examples, training.cross_entropy)
     assert len(made) == 1
