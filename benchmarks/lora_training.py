@@ -9,7 +9,6 @@ first step is dropped. Tokens per second count each row's tokens, whether or not
 no padding.
 """
 
-import argparse
 import os
 import random
 import statistics
@@ -20,11 +19,10 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from record import RESULTS, Ratio, result_path, versions, write
-from step_clock import Racer, StepClock
+from record import Ratio, result_path, versions, write
+from step_clock import Racer, StepClock, racing_parser
 
 from medkit import batching, lora, models, sampling, training
-from medkit.outputs import ROOT
 from medkit.params import load_params
 
 SPEED = 1.5  # goal
@@ -109,17 +107,9 @@ def measure(args, options: list[str]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
-    parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
-    parser.add_argument("--source", default="icd_chapter", help="whose training questions are learned")
-    parser.add_argument("--batch", type=int, default=16)
+    parser = racing_parser(__doc__, CONTENDERS)
     parser.add_argument("--batches", type=int, default=4, help="optimiser steps of an epoch")
-    parser.add_argument("--slice-tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3, help="epochs per contender; the first lacks its first step")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--contender", choices=CONTENDERS, help="run as one of them, for a parent")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)

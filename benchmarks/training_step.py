@@ -8,7 +8,6 @@ run. Each in a process of its own, taking turns step by step; the first step is 
 vocabulary, ours over the kept tokens and a bucket: equal up to what the bucket merges, which the json shows.
 """
 
-import argparse
 import os
 import statistics
 import subprocess
@@ -18,8 +17,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from record import RESULTS, Ratio, result_path, versions, write
-from step_clock import Racer, StepClock
+from record import Ratio, result_path, versions, write
+from step_clock import Racer, StepClock, racing_parser
 
 from medkit import batching, models, sampling, signals, training
 from medkit.losses import DistillationLoss
@@ -142,18 +141,10 @@ def measure(args, options: list[str]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
-    parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
-    parser.add_argument("--source", default="icd_chapter", help="whose training questions are learned")
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--slice-tokens", type=int, default=512)
+    parser = racing_parser(__doc__, CONTENDERS)
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="timed steps per contender, after a warm-up")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--among", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who takes part")
-    parser.add_argument("--contender", choices=CONTENDERS, help="run as one of them, for a parent")
     parser.add_argument("--signals", type=Path, help="where the teacher's signals are, or go")
     parser.add_argument("--capture", action="store_true", help="write the signals and end")
     args = parser.parse_args()

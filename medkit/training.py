@@ -214,10 +214,9 @@ def train(
 
     `add_extras` maps the row numbers of a slice to more tensors for the loss, e.g. teacher signals; what it calls
     `examples` is read in place of the slice's own. `difficulty`, one number per example, makes the first epoch go from
-    easy to hard; later ones are drawn. `optimizer` stands in for the
-    Trainer's AdamW; the schedule scales its learning rates. A killed run goes on from its last checkpoint to the
-    weights an uninterrupted one would have had; checkpoints of other settings or other examples in the same folder are
-    thrown away.
+    easy to hard; later ones are drawn. `optimizer` stands in for the Trainer's AdamW; the schedule scales its learning
+    rates. A killed run goes on from its last checkpoint to the weights an uninterrupted one would have had; checkpoints
+    of other settings or other examples in the same folder are thrown away.
     Under `accelerate launch` every process calls it with the same arguments and gets the same log; sharded, the main
     process has whole weights on the CPU, the others their shards.
     Raises TrainingError for no examples and for a loss that is not finite.

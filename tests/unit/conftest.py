@@ -5,6 +5,7 @@ torch is imported where a toy is asked for: tests of modules without torch do no
 """
 
 import random
+import socket
 
 import pandas as pd
 import pytest
@@ -21,6 +22,24 @@ SENTENCES = [
     "Does aspirin reduce fever? Answer yes, no or maybe. yes no maybe, the dose is 325 mg.",
     *["Answer: A B C D"] * 5,
 ]
+
+
+@pytest.fixture(scope="module")
+def no_network():
+    """Connections that were tried by the tests of a module; none is made, whatever the environment allows."""
+    tried = []
+
+    def refuse(*args, **kwargs):
+        tried.append(args)
+        raise OSError("no network in this test")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("CI", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+            patch.delenv(name, raising=False)
+        patch.setattr(socket, "getaddrinfo", refuse)
+        for name in ("connect", "connect_ex"):
+            patch.setattr(socket.socket, name, refuse)
+        yield tried
 
 
 @pytest.fixture(scope="session")

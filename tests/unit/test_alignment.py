@@ -1,7 +1,6 @@
 """Spans tile both tokenizations, probabilities multiply to the token's own, and what is compared is the same bytes."""
 
 import math
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -417,22 +416,13 @@ def test_loss_is_the_weighted_sum_of_its_terms(two_readings):
 
 
 @pytest.fixture(scope="module")
-def trl_import():
+def trl_import(no_network):
     """TRL's ULD loss, and the connections that were tried while it was imported."""
-    tried = []
-
-    def refuse(*args, **kwargs):
-        tried.append(args)
-        raise OSError("no network in this test")
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-        patch.setattr(socket, "getaddrinfo", refuse)
-        for name in ("connect", "connect_ex"):
-            patch.setattr(socket.socket, name, refuse)
         from trl.experimental.gold.gold_trainer import ULDLoss
 
-        yield ULDLoss, tried
+    return ULDLoss, no_network
 
 
 @pytest.fixture(scope="module")

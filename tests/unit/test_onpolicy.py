@@ -1,7 +1,6 @@
 """A student learns at its own words and nowhere else, from its teacher; killed, it goes on to the same bits."""
 
 import copy
-import socket
 import sys
 
 import pandas as pd
@@ -16,23 +15,7 @@ from medkit.training import TrainingError
 
 WORD, END = 50, 2
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_network():
-    """Connections that were tried while TRL was imported and its trainers were made."""
-    tried = []
-
-    def refuse(*args, **kwargs):
-        tried.append(args)
-        raise OSError("no network in this test")
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("CI", "HF_HUB_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
-            patch.delenv(name, raising=False)
-        patch.setattr(socket, "getaddrinfo", refuse)
-        for name in ("connect", "connect_ex"):
-            patch.setattr(socket.socket, name, refuse)
-        yield tried
+pytestmark = pytest.mark.usefixtures("no_network")
 
 
 @pytest.fixture(scope="module")
