@@ -136,6 +136,27 @@ def engine_parts_table(path: Path, part: str) -> str:
     return markdown(["contender", "tokens/s", "range", "first over it", "passes"], rows)
 
 
+def ablation_table(path: Path) -> str:
+    """Markdown: students that lack a part of distillation, and what the whole has over each of them, with intervals.
+
+    A loss is better below, so a part that helps has a negative difference there and a positive one in accuracy.
+    """
+    found = {(row["row"], row["metric"]): row for row in json.loads(path.read_text())["raw"]["table"]}
+    rows = []
+    for name in dict.fromkeys(name for name, _ in found):
+        cells = [name]
+        for metric in ("valid_nll", "accuracy"):
+            own = found[name, metric]
+            low, high = own["ci_low"], own["ci_high"]
+            difference = "–" if name == "full" else f"{own['full_minus_row']:+.3f} [{low:+.3f}, {high:+.3f}]"
+            cells += [f"{own['mean']:.3f} ± {own['std_over_seeds']:.3f}", difference]
+        rows.append(cells)
+    loss, right = (found["full", metric] for metric in ("valid_nll", "accuracy"))
+    counted = f"n = {loss['n']} and {right['n']} questions, {right['seeds']} seeds"
+    headers = ["student", "validation loss, nats", "full minus it", "accuracy", "full minus it"]
+    return f"{markdown(headers, rows)}\n\nMean ± standard deviation over seeds; paired by question, {counted}."
+
+
 def provenance_line(facts: dict) -> str:
     """One sentence: which run, where, when, under what disclaimer."""
     return f"Run `{facts['run']}` on {facts['device']}, {facts['date']}. {DISCLAIMER}"

@@ -280,3 +280,30 @@ def test_ratios_without_a_goal_can_be_left_out(tmp_path):
 
 def test_no_benchmarks_make_an_empty_table(tmp_path):
     assert len(cells(report.benchmarks_table(tmp_path))) == 1
+
+
+def test_an_ablation_says_what_the_whole_has_over_each_part(tmp_path):
+    shared = {"n": 105, "seeds": 3, "std_over_seeds": 0.01}
+    table = [
+        {
+            **shared,
+            "row": row,
+            "metric": metric,
+            "mean": mean,
+            "full_minus_row": gap,
+            "ci_low": gap - 1,
+            "ci_high": gap + 1,
+        }
+        for row, metric, mean, gap in (
+            ("CE only", "accuracy", 0.75, -0.25),
+            ("full", "accuracy", 0.5, 0.0),
+            ("CE only", "valid_nll", 1.5, 0.5),
+            ("full", "valid_nll", 2.0, 0.0),
+        )
+    ]
+    (tmp_path / "ablation.json").write_text(json.dumps({"raw": {"table": table}}))
+    found, below = report.ablation_table(tmp_path / "ablation.json").split("\n\n")
+    _, alone, whole = cells(found)
+    assert [numbers(cell) for cell in alone[1:]] == [[1.5, 0.01], [0.5, -0.5, 1.5], [0.75, 0.01], [-0.25, -1.25, 0.75]]
+    assert whole[2] == whole[4] == "–"
+    assert "n = 105 and 105 questions, 3 seeds" in below
