@@ -122,14 +122,28 @@ def bound_by_steps(table: pd.DataFrame, longest: int) -> float:
     return alone.duration_s / (prompts_s + (longest - 1) * alone.latency_s_per_token)
 
 
-def earlier(setup: dict, parts: list[str], directory: Path) -> tuple[dict[str, Ratio], dict]:
-    """Ratios and passes of the other parts, of an earlier run with the same requests and versions."""
+def ratios_of(raw: dict, longest: int, repeats: int) -> dict[str, Ratio]:
+    """All that the passes of the parts say; measured now or earlier, it is the same arithmetic."""
+    tables = {part: pd.DataFrame(told["passes"]) for part, told in raw.items()}
+    ratios = throughput_ratios(tables["skewed"], longest, repeats) if "skewed" in tables else {}
+    if "poisson" in tables:
+        waits = tables["poisson"].groupby("engine").ttft_p95_s.median()
+        for name in waits.index.drop("static"):
+            ratio = Ratio(waits[name] / waits["static"], None, "lower", repeats)
+            ratios[f"poisson/{name}/ttft_p95_over_static"] = ratio
+    if "shared_prefix" in tables:
+        taken = tables["shared_prefix"].groupby("engine").duration_s.median()
+        for name in (n for n in taken.index if f"{n}, not shared" in taken.index):
+            ratio = Ratio(taken[f"{name}, not shared"] / taken[name], None, "higher", repeats)
+            ratios[f"shared_prefix/{name}/duration_without_over_with"] = ratio
+    return ratios
+
+
+def earlier(setup: dict, directory: Path) -> dict:
+    """Passes of an earlier run with the same requests and versions."""
     path = result_path("batching", directory)
     record = json.loads(path.read_text()) if path.is_file() else {}
-    if record.get("setup") != json.loads(json.dumps(setup)):
-        return {}, {}
-    ratios = {what: Ratio(**told) for what, told in record["ratios"].items() if what.split("/")[0] not in parts}
-    return ratios, {part: told for part, told in record["raw"].items() if part not in parts}
+    return record["raw"] if record.get("setup") == json.loads(json.dumps(setup)) else {}
 
 
 def main() -> None:
@@ -143,7 +157,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed passes per contender, after a warm-up")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--parts", nargs="+", default=["skewed", "poisson", "shared_prefix"], help="what others gave earlier is kept"
+        "--parts", nargs="*", default=["skewed", "poisson", "shared_prefix"], help="what others gave earlier is kept"
     )
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -161,7 +175,7 @@ def main() -> None:
         "poisson": workloads.arriving(skewed[:half], args.rate, seed=0),
         "shared_prefix": workloads.equal(helped, args.median),
     }
-    found, ratios = {}, {}
+    found = {}
     with tempfile.TemporaryDirectory() as scratch:
         f16 = edge.export_gguf(model, tokenizer, Path(scratch) / "student.gguf", "F16")
         files = {
@@ -189,18 +203,6 @@ def main() -> None:
             found[part] = time_part(contenders[part], parts[part], args.repeats)
         for engine in (*plain.values(), *edges.values(), *unshared.values()):
             engine.close()
-    if "skewed" in found:
-        ratios |= throughput_ratios(found["skewed"][0], args.longest, args.repeats)
-    if "poisson" in found:
-        waits = found["poisson"][0].groupby("engine").ttft_p95_s.median()
-        for name in waits.index.drop("static"):
-            ratio = Ratio(waits[name] / waits["static"], None, "lower", args.repeats)
-            ratios[f"poisson/{name}/ttft_p95_over_static"] = ratio
-    if "shared_prefix" in found:
-        taken = found["shared_prefix"][0].groupby("engine").duration_s.median()
-        for name in (n for n in taken.index if f"{n}, not shared" in taken.index):
-            ratio = Ratio(taken[f"{name}, not shared"] / taken[name], None, "higher", args.repeats)
-            ratios[f"shared_prefix/{name}/duration_without_over_with"] = ratio
     setup = {
         "student": "03_lora/merged of a tiny run, float32; OpenVINO: the same weights in F16, and the run's edge file",
         "threads": args.threads,
@@ -219,8 +221,8 @@ def main() -> None:
         part: {"passes": table.to_dict("records"), "agreement": agreed, "date": today}
         for part, (table, agreed) in found.items()
     }
-    kept_ratios, kept = earlier(setup, args.parts, args.output)
-    write("batching", setup, kept_ratios | ratios, kept | raw, args.output)
+    raw = earlier(setup, args.output) | raw
+    write("batching", setup, ratios_of(raw, args.longest, args.repeats), raw, args.output)
     print(result_path("batching", args.output).read_text().partition('"raw"')[0])
 
 
