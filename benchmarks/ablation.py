@@ -191,6 +191,7 @@ def compare(cells: list[dict], confidence: float) -> pd.DataFrame:
             columns=["row", "seed", "id", "value"],
         )
         means = table.pivot_table(index="id", columns="row", values="value")
+        means = means[[row for row in ROWS if row in means]]
         spread = table.groupby(["row", "seed"]).value.mean().groupby("row").std(ddof=1)
         differences = means[["full"]].to_numpy() - means.to_numpy()
         low, high = mean_intervals(

@@ -137,9 +137,9 @@ def engine_parts_table(path: Path, part: str) -> str:
 
 
 def ablation_table(path: Path) -> str:
-    """Markdown: students that lack a part of distillation, and what the whole has over each of them, with intervals.
+    """Markdown: students that lack a part of distillation, what the whole has over each of them, and whether it helps.
 
-    A loss is better below, so a part that helps has a negative difference there and a positive one in accuracy.
+    A part helps or harms where its interval leaves zero, each interval by itself.
     """
     found = {(row["row"], row["metric"]): row for row in json.loads(path.read_text())["raw"]["table"]}
     rows = []
@@ -148,13 +148,16 @@ def ablation_table(path: Path) -> str:
         for metric in ("valid_nll", "accuracy"):
             own = found[name, metric]
             low, high = own["ci_low"], own["ci_high"]
-            difference = "–" if name == "full" else f"{own['full_minus_row']:+.3f} [{low:+.3f}, {high:+.3f}]"
-            cells += [f"{own['mean']:.3f} ± {own['std_over_seeds']:.3f}", difference]
+            below, above = ("helps", "harms") if metric == "valid_nll" else ("harms", "helps")
+            verdict = below if high < 0 else above if low > 0 else "not detectable"
+            difference = f"{own['full_minus_row']:+.3f} [{low:+.3f}, {high:+.3f}] {verdict}"
+            cells += [f"{own['mean']:.3f} ± {own['std_over_seeds']:.3f}", "–" if name == "full" else difference]
         rows.append(cells)
     loss, right = (found["full", metric] for metric in ("valid_nll", "accuracy"))
     counted = f"n = {loss['n']} and {right['n']} questions, {right['seeds']} seeds"
     headers = ["student", "validation loss, nats", "full minus it", "accuracy", "full minus it"]
-    return f"{markdown(headers, rows)}\n\nMean ± standard deviation over seeds; paired by question, {counted}."
+    said = f"Mean ± standard deviation over seeds; paired by question, {counted}; each interval by itself."
+    return f"{markdown(headers, rows)}\n\n{said}"
 
 
 def provenance_line(facts: dict) -> str:

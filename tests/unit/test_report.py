@@ -297,13 +297,14 @@ def test_an_ablation_says_what_the_whole_has_over_each_part(tmp_path):
         for row, metric, mean, gap in (
             ("CE only", "accuracy", 0.75, -0.25),
             ("full", "accuracy", 0.5, 0.0),
-            ("CE only", "valid_nll", 1.5, 0.5),
+            ("CE only", "valid_nll", 1.5, 1.5),
             ("full", "valid_nll", 2.0, 0.0),
         )
     ]
     (tmp_path / "ablation.json").write_text(json.dumps({"raw": {"table": table}}))
     found, below = report.ablation_table(tmp_path / "ablation.json").split("\n\n")
     _, alone, whole = cells(found)
-    assert [numbers(cell) for cell in alone[1:]] == [[1.5, 0.01], [0.5, -0.5, 1.5], [0.75, 0.01], [-0.25, -1.25, 0.75]]
+    assert [numbers(cell) for cell in alone[1:]] == [[1.5, 0.01], [1.5, 0.5, 2.5], [0.75, 0.01], [-0.25, -1.25, 0.75]]
+    assert alone[2].endswith(" harms") and alone[4].endswith(" not detectable")
     assert whole[2] == whole[4] == "–"
     assert "n = 105 and 105 questions, 3 seeds" in below
