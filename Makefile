@@ -55,5 +55,5 @@ bench: .venv/done  ## measurements beside their peers; results under benchmarks/
 	for script in benchmarks/[a-z0-9]*.py; do $(PY) $$script || failed="$$failed $$script"; done; \
 	[ -z "$$failed" ] || { echo "not measured here:$$failed"; exit 1; }
 
-ablation: .venv/done  ## what each part of distillation gives, three seeds, on a finished run (RUN=…); 90 minutes
+ablation: .venv/done  ## what each part of distillation gives, three seeds, on a finished run (RUN=…); under 90 minutes
 	$(PY) benchmarks/ablation.py --run outputs/$(RUN) --params $(PARAMS)
