@@ -248,7 +248,7 @@ def train(
     key = None
     if state.is_main_process:  # the others may not have the weights yet
         key = key_of(model, examples, section, loss, seed, add_extras, difficulty, optimizer)
-        key += "-sharded" if sharded else ""  # the Trainer's checkpoints of sharded weights are of another kind
+        key += f"-{section.scale.sharding}-sharded" if sharded else ""  # each library's checkpoints are its own
     folder = claim_checkpoints(checkpoints, key)
     arguments.output_dir = str(folder)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from medkit import batching, models, recipes, sharding, signals, training
 from medkit.outputs import ROOT, Stage
-from medkit.params import load_params
+from medkit.params import TrainParams, load_params
 
 LAUNCH = [  # as on a machine of two GPUs: with --cpu accelerate starts one process, whatever it is asked for
     *[sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
@@ -233,7 +233,7 @@ def test_sharded_weights_are_trained_alike_and_saved_whole(alone, launched, libr
     assert (stage.dir / "student_kd").is_dir(), err
     assert_same_training(trained(stage, "student_kd"), trained(alone[0], "student_kd"), atol=1e-4)
     assert "hidden" in trained(stage, "student_kd")[1]
-    assert list(stage.dir.glob(f"checkpoints/student_kd/*-sharded/checkpoint-*/{SHARD_FILES[library]}"))
+    assert list(stage.dir.glob(f"checkpoints/student_kd/*-{library}-sharded/checkpoint-*/{SHARD_FILES[library]}"))
 
 
 def test_a_sharded_adapter_is_trained_alike_and_merged_whole(alone, launched, library):
@@ -327,3 +327,12 @@ def test_the_papers_profile_makes_a_plan_for_shards(monkeypatch, tmp_path):
         assert plugin.fsdp_version == 2
         assert plugin.activation_checkpointing == section.scale.gradient_checkpointing
         assert plugin.cpu_ram_efficient_loading
+
+
+def test_sharding_without_its_library_names_the_cure(monkeypatch, tmp_path):
+    scale = {**SCALE, "sharding": "deepspeed"}
+    section = TrainParams(**{**SECTION, "scale": scale})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sharding.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(sharding.ShardingError, match=r"pip install -e '\.\[deepspeed\]'"):
+        training._arguments(section, True, 0, tmp_path)
