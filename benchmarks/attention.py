@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
     parser.add_argument("--max-context", type=int, default=CONTEXTS[-1])
     parser.add_argument("--longest-eager", type=int, default=CONTEXTS[-1], help="eager holds S² scores per head")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "figures" / "attention.png")

@@ -3,8 +3,9 @@
 Prompts are validation and test questions of a finished run. `skewed`: log-normal lengths of answers, all requests there
 at once. `poisson`: the same kind of requests, arriving. `shared_prefix`: solved training questions before every
 question, with and without sharing what is read of them. transformers runs float32; OpenVINO reads the same weights as
-F16 (and computes in float32) and the run's 4-bit edge file. All contenders in turns, in one process, after a warm-up of
-two requests; the words of the questions stand in another order in every pass. Units: seconds, tokens/s.
+F16 (and computes in float32) and the run's 4-bit edge file, in its running batch, and handed the requests one by one
+and by 8, so that it is compared with itself as well. All contenders in turns, in one process, after a warm-up of two
+requests; the words of the questions stand in another order in every pass. Units: seconds, tokens/s.
 """
 
 import argparse
@@ -31,6 +32,7 @@ OVER_STATIC, OVER_SEQUENTIAL = 2.0, 4.0  # goals: throughput at skewed requests
 BATCH = 8  # rows of a static batch that is smaller than the workload
 BATCH_TOKENS = 4096  # four times as many in the cache at once: room for every request of the parts
 SHOTS = 8  # solved questions in the shared prefix
+ALONE, IN_TURN = ", one by one", f", by {BATCH}"  # an engine that runs a batch, handed its requests otherwise
 
 
 class InBatches:
@@ -96,7 +98,8 @@ def throughput_ratios(table: pd.DataFrame, longest: int, repeats: int) -> dict[s
     """Each continuous engine's median throughput over that of everyone else; the goals are `continuous`'s: same model,
     arithmetic and code as what it is compared with, so that only the scheduling differs."""
     median = table.groupby("engine", sort=False).throughput_tokens_per_s.median()
-    continuous = [name for name in median.index if name == "continuous" or name.startswith("openvino")]
+    running = [name for name in median.index if name == "continuous" or name.startswith("openvino")]
+    continuous = [name for name in running if not name.endswith((ALONE, IN_TURN))]
     batches = ["static all", f"static by {BATCH}"]
     ratios = {}
     for name in continuous:
@@ -107,6 +110,10 @@ def throughput_ratios(table: pd.DataFrame, longest: int, repeats: int) -> dict[s
         ratios[f"skewed/{name}/throughput_over_sequential"] = Ratio(over, goals[1], "higher", repeats)
         known = median[name] / median["static sorted"]
         ratios[f"skewed/{name}/throughput_over_static_sorted"] = Ratio(known, None, "higher", repeats)
+        for how in (ALONE, IN_TURN):
+            if name + how in median:
+                itself = median[name] / median[name + how]
+                ratios[f"skewed/{name}/throughput_over_itself{how}"] = Ratio(itself, None, "higher", repeats)
     ratios["skewed/limit/throughput_over_sequential"] = Ratio(bound_by_steps(table, longest), None, "higher", repeats)
     return ratios
 
@@ -154,7 +161,7 @@ def main() -> None:
     parser.add_argument("--median", type=int, default=16, help="tokens of the middle answer")
     parser.add_argument("--longest", type=int, default=128, help="tokens of the longest answer")
     parser.add_argument("--rate", type=float, default=1.5, help="requests per second of the Poisson part")
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes per contender, after a warm-up")
+    parser.add_argument("--repeats", type=int, default=5, help="timed passes per contender, after a warm-up")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
         "--parts", nargs="*", default=["skewed", "poisson", "shared_prefix"], help="what others gave earlier is kept"
@@ -193,8 +200,17 @@ def main() -> None:
             f"static by {BATCH}": InBatches(plain["static"], BATCH),
             "static sorted": InBatches(plain["static"], BATCH, known=True),
         }
+        itself = {
+            name + how: InBatches(engine, size)
+            for name, engine in edges.items()
+            for how, size in ((ALONE, 1), (IN_TURN, BATCH))
+        }
         contenders = {
-            "skewed": {"sequential": plain["sequential"], **batches, "continuous": plain["continuous"], **edges},
+            "skewed": {"sequential": plain["sequential"]}
+            | batches
+            | {"continuous": plain["continuous"]}
+            | edges
+            | itself,
             "poisson": {"static": plain["static"], "continuous": plain["continuous"], **edges},
             "shared_prefix": {"continuous": plain["continuous"], **edges, **unshared},
         }

@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--median", type=int, default=16, help="tokens of the middle answer")
     parser.add_argument("--longest", type=int, default=96, help="tokens of the longest answer")
     parser.add_argument("--single", type=int, default=2, help="requests of the part that asks one at a time")
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes per contender, after a warm-up")
+    parser.add_argument("--repeats", type=int, default=5, help="timed passes per contender, after a warm-up")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
