@@ -1,7 +1,7 @@
 """The edge file: one GGUF with weights, tokenizer and chat template, for llama.cpp and OpenVINO GenAI.
 
-Llama (SmolLM) and Qwen2 checkpoints only. Matrices are quantised by the `gguf` package's own reference code, which has
-no quantiser for K-quants (Q4_K, …): it only reads them. Norms and biases stay F32.
+Llama (SmolLM) and Qwen2 checkpoints only. Matrices are quantised by the `gguf` package's own reference code; K-quants
+(Q4_K_M, …), which that only reads, are made by llama.cpp (`k_quants`). Norms and biases stay F32.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
 
+from medkit import k_quants
 from medkit.edge_tokenizer import ExportError, write_tokenizer
 from medkit.outputs import DISCLAIMER, atomic_path
 from medkit.sources import sha256_of
@@ -45,31 +47,46 @@ ENDS = {
 def export_gguf(model: nn.Module, tokenizer, path: Path, weight_type: str) -> Path:
     """Write `model` to one GGUF file, whole or not at all, and then its manifest (`check_manifest`) beside it.
 
-    Two-dimensional weights take `weight_type`, one of WEIGHT_TYPES; a row whose length is no multiple of the block (32)
-    falls back to F16. Raises ExportError for a model or tokenizer that the file cannot hold.
+    Two-dimensional weights take `weight_type`, one of WEIGHT_TYPES, or of K_QUANTS where llama.cpp is installed; a row
+    whose length is no multiple of the block (32) falls back to F16. Raises ExportError for a model or tokenizer that
+    the file cannot hold.
     """
     config = model.config
-    if weight_type not in WEIGHT_TYPES:
-        raise ExportError(f"weight type {weight_type!r}: the gguf package quantises to {', '.join(WEIGHT_TYPES)} only")
+    if weight_type not in WEIGHT_TYPES + k_quants.K_QUANTS:
+        raise ExportError(
+            f"weight type {weight_type!r}: give one of {', '.join(WEIGHT_TYPES)}, "
+            f"or with llama.cpp one of {', '.join(k_quants.K_QUANTS)}"
+        )
     _refuse_what_the_file_cannot_say(config)
     for name, _ in model.named_parameters():
         _gguf_name(name, config.model_type)  # refuses before anything is written
-    kind = gguf.GGMLQuantizationType[weight_type]
+    if weight_type in k_quants.K_QUANTS:
+        k_quants.require(weight_type)
     with atomic_path(path) as scratch:
-        writer = gguf.GGUFWriter(scratch, config.model_type)
-        _write_config(writer, config, kind)
-        write_tokenizer(writer, tokenizer, config.vocab_size)
-        for name, values in _exported_weights(model):
-            stored = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else kind
-            if values.ndim > 1 and values.shape[-1] % gguf.GGML_QUANT_SIZES[stored][0]:
-                stored = gguf.GGMLQuantizationType.F16
-            writer.add_tensor(name, gguf.quantize(values, stored), raw_dtype=stored)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        if weight_type in WEIGHT_TYPES:
+            _write_file(model, tokenizer, scratch, gguf.GGMLQuantizationType[weight_type])
+        else:
+            with TemporaryDirectory(dir=path.parent) as aside:  # as large as the model
+                _write_file(model, tokenizer, Path(aside) / "f16.gguf", gguf.GGMLQuantizationType.F16)
+                k_quants.quantise(Path(aside) / "f16.gguf", scratch, weight_type)
     _write_manifest(path, weight_type, config)
     return path
+
+
+def _write_file(model: nn.Module, tokenizer, path: Path, kind: gguf.GGMLQuantizationType) -> None:
+    config = model.config
+    writer = gguf.GGUFWriter(path, config.model_type)
+    _write_config(writer, config, kind)
+    write_tokenizer(writer, tokenizer, config.vocab_size)
+    for name, values in _exported_weights(model):
+        stored = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else kind
+        if values.ndim > 1 and values.shape[-1] % gguf.GGML_QUANT_SIZES[stored][0]:
+            stored = gguf.GGMLQuantizationType.F16
+        writer.add_tensor(name, gguf.quantize(values, stored), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _refuse_what_the_file_cannot_say(config) -> None:

@@ -245,8 +245,8 @@ class MemoryParams(Section):
 class QuantizationParams(Section):
     double_quant: bool
     """Quantise the block scales of NF4 as well: 4.13 instead of 4.50 bits per weight."""
-    gguf_type: Literal["F16", "Q8_0", "Q4_0", "Q4_1"]
-    """Weight format of the exported edge file."""
+    gguf_type: Literal["F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M", "Q5_K_M", "Q6_K"]
+    """Weight format of the exported edge file; the last three need llama.cpp."""
     memory: MemoryParams
     calibration_examples: PositiveInt
     """Training rows that rounding and sensitivities are measured on."""

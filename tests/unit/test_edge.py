@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import gguf
 import numpy as np
@@ -372,6 +373,35 @@ def test_a_missing_weight_is_an_error(make_llama, tokenizer, tmp_path):
     path = edge.export_gguf(make_llama(layers=2), tokenizer, tmp_path / "student.gguf", "F16")
     with pytest.raises(ExportError, match=r"blk\.2\..* is missing"):
         edge.largest_relative_error(make_llama(layers=3), path)
+
+
+@pytest.mark.parametrize(
+    ("weight_type", "kinds", "low", "high"),
+    [
+        ("Q4_K_M", {"Q4_K", "Q6_K"}, 0.04, 0.1),
+        ("Q5_K_M", {"Q5_K", "Q6_K"}, 0.02, 0.06),
+        ("Q6_K", {"Q6_K"}, 0.005, 0.03),
+    ],
+)
+def test_llama_cpp_writes_k_quants(make_llama, tokenizer, tmp_path, weight_type, kinds, low, high):
+    pytest.importorskip("llama_cpp", reason="needs the extra llama")
+    model = make_llama(hidden_size=256, intermediate_size=512)
+    path = edge.export_gguf(model, tokenizer, tmp_path / "student.gguf", weight_type)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["student.gguf", "student.manifest.json"]
+    assert edge.check_manifest(path)["weight_type"] == weight_type
+    reader = gguf.GGUFReader(path)
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == kinds | {"F32"}
+    assert reader.get_field("general.description").contents() == DISCLAIMER
+    assert low < edge.largest_relative_error(model, path) < high
+    close = torch.nn.functional.cosine_similarity(logits(read_back(path)), logits(model), dim=-1)
+    assert close.min() > 0.9  # the right weight in the right place
+
+
+def test_k_quants_without_llama_cpp_name_the_cure_and_write_nothing(make_llama, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(ExportError, match=r"Q4_K_M: only llama.cpp makes it.*pip install -e '\.\[llama\]'"):
+        edge.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "Q4_K_M")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_rotary_rows_go_from_halves_to_pairs():

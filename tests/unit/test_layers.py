@@ -22,6 +22,7 @@ LAYERS = [
         *["claims", "safety", "report", "data", "problems", "embeddings"],
         *["training", "rowwise", "lora", "scoring", "edge_tokenizer", "peak"],
     ],
+    ["k_quants"],
     ["edge", "budget", "rounding", "merging", "onpolicy", "studies", "engines", "options", "serving_text"],
     [
         *["quantization", "robustness", "signals", "rationales"],
