@@ -11,6 +11,7 @@ import json
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import uvicorn
 from jinja2 import TemplateError
@@ -32,6 +33,7 @@ from medkit.serving_http import (
     Count,
     Events,
     Gate,
+    OwnNames,
     Server,
     receive_body,
     show_bug,
@@ -52,11 +54,13 @@ Piece = tuple[str, list[int], str | None]
 def create_app(
     engine: Engine, tokenizer, *, model_name: str, limits: Limits, api_key: str | None = None, cached_answers: int = 0
 ) -> Starlette:
-    """The app; it closes the engine when it shuts down. With a key every route but /health asks for it.
+    """The app; it closes the engine when it shuts down. With a key every route but /health asks for it, without one no
+    request is answered that names another host than this machine.
 
     So many whole answers are kept and given again to the very same request, without the engine; `x-medkit-cache` tells.
     """
-    line = EngineQueue(engine, limits)
+    held = getattr(engine, "max_tokens", None) or limits.context_tokens
+    line = EngineQueue(engine, replace(limits, context_tokens=min(limits.context_tokens, held)))
     model = f"{model_name} by {engine.name}"
     cache = AnswerCache(cached_answers, model, line.metrics.registry) if cached_answers else None
     service = _Service(line, tokenizer, model_name, cache)
@@ -78,7 +82,7 @@ def create_app(
             Route("/metrics", service.metrics, middleware=[gate]),
             Route("/health", service.health),
         ],
-        middleware=[Middleware(Count, line=line)],
+        middleware=[Middleware(Count, line=line), *([] if api_key else [Middleware(OwnNames)])],
         exception_handlers={ApiError: show_error, HTTPException: show_http_error, Exception: show_bug},
         lifespan=lifespan,
     )
@@ -108,6 +112,8 @@ class _Service:
         return JSONResponse(model if name else {"object": "list", "data": [model]}, headers=_headers())
 
     async def health(self, request: Request) -> Response:
+        if getattr(self.line.engine, "ended", False):
+            raise ApiError(503, "the engine has died and answers no more; start the server again", code="engine_ended")
         return JSONResponse({"status": "ok", "running": self.line.running})
 
     async def metrics(self, request: Request) -> Response:
@@ -162,8 +168,8 @@ class _Service:
         if length > room:
             raise ApiError(
                 400,
-                f"the prompt has {len(prompt_ids)} tokens and {length} are asked for, together more than the model's "
-                f"{self.limits.context_tokens}; shorten the prompt or lower max_tokens",
+                f"the prompt has {len(prompt_ids)} tokens and {length} are asked for, together more than the "
+                f"{self.limits.context_tokens} that fit; shorten the prompt or lower max_tokens",
                 param="max_tokens"
                 if len(prompt_ids) < self.limits.context_tokens
                 else "messages"
@@ -214,7 +220,10 @@ class _Service:
         return ask.whole("".join(texts), [i for ids in token_ids for i in ids], reasons[-1])
 
     async def _events(self, ask: Ask, pieces: AsyncIterator[Piece], scope) -> AsyncIterator[str]:
-        """Server-sent events: one per token, even if its text is still to come. An error is the last event."""
+        """Server-sent events: one per token, even if its text is still to come.
+
+        An error is the last event. Raises ApiError for one that comes before the first.
+        """
         written, first = 0, True
         try:
             async with aclosing(pieces):
@@ -223,6 +232,8 @@ class _Service:
                     yield _event(ask.chunk(text, token_ids, reason, first))
                     first = False
         except ApiError as error:
+            if first:
+                raise
             scope["outcome"] = error.status
             yield _event(error.body())
             return

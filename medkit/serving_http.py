@@ -1,4 +1,4 @@
-"""What surrounds the app: key and line before a route, bodies with a limit, streams that end with their client.
+"""What surrounds the app: host, key and line before a route, bodies with a limit, streams that end with their client.
 
 Connections that stall are cut, so that nobody holds a place for nothing. No model and no text here.
 """
@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import re
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 
 import uvicorn
 from starlette.exceptions import HTTPException
@@ -18,9 +21,27 @@ from medkit.serving_queue import EngineQueue, Limits
 from medkit.serving_schema import CLIENT_GONE, ApiError
 
 SILENCE_S = 60.0  # a connection that neither brings a request nor takes its answer for so long is cut
+OWN_NAMES = re.compile(r"(localhost|127(\.[0-9]{1,3}){3}|\[::1\])(:[0-9]+)?", re.IGNORECASE)  # and a port
 
 
 # --- before a route ----------------------------------------------------------------------------------------------
+
+
+class OwnNames:
+    """Refuses who asks for another host than this machine (403).
+
+    Whoever owns a name can let it point to 127.0.0.1; to a browser a page from there then has the server's own origin.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send) -> None:
+        app = self.app
+        if scope["type"] == "http" and not OWN_NAMES.fullmatch(Request(scope).headers.get("host", "")):
+            message = "without an API key only requests to localhost, 127.0.0.1 or [::1] are answered; ask one of these"
+            app = await show_error(Request(scope), ApiError(403, message))
+        await app(scope, receive, send)
 
 
 class Gate:
@@ -38,7 +59,8 @@ class Gate:
         ):
             message = "the API key is missing or wrong; send `Authorization: Bearer <key>`"
             raise ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
-        if request.method == "POST" and request.headers.get("content-type", "").split(";")[0] != "application/json":
+        media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if request.method == "POST" and media_type != "application/json":
             raise ApiError(415, "the body must be JSON; send `Content-Type: application/json`")
         await self.app(scope, receive, send)
 
@@ -138,15 +160,24 @@ async def unless_gone(request: Request, answer):
 
 
 class Events(StreamingResponse):
-    """A stream whose source is closed at once when the client leaves: that stops the engine."""
+    """A stream that begins with its first event, so that an error before it has a status of its own.
+
+    Its source is closed at once when the client leaves, also before that: this stops the engine.
+    """
 
     media_type = "text/event-stream"
 
     async def __call__(self, scope, receive, send) -> None:
-        try:
+        async with aclosing(self.body_iterator) as events:
+            first = await unless_gone(Request(scope, receive), anext(events))
+            self.body_iterator = _with_first(first, events)
             await super().__call__(scope, receive, send)
-        finally:
-            await self.body_iterator.aclose()
+
+
+async def _with_first(first: str, others: AsyncIterator[str]) -> AsyncIterator[str]:
+    yield first
+    async for other in others:
+        yield other
 
 
 # --- connections and server -------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class Limits:
     """What a server takes on. Requests beyond `max_running` wait, beyond `max_waiting` more they are sent away."""
 
     context_tokens: int
-    """Prompt and answer together: the model's own limit."""
+    """Prompt and answer together: the model's own limit, or the engine's `max_tokens` where that is less."""
     chat_tokens: int = 256
     """Length of a chat's answer that names none."""
     max_running: int = 16

@@ -21,7 +21,7 @@ from medkit.engines import PromptLogprobs, Request
 
 CLIENT_GONE = 499  # nginx's number for a client that left; it is counted, nobody is there to read it
 MOST_LOGPROBS = 256  # of one token: more than any teacher is asked for, less than would choke the network
-TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):

@@ -1,6 +1,9 @@
 """The endpoint is asked by OpenAI's own client, over a real socket, and answers what the engine answers alone."""
 
+import ast
+import asyncio
 import http.client
+import importlib
 import json
 import logging
 import random
@@ -20,7 +23,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from medkit import prompts, serving, serving_http, variants
+from medkit import __main__, models, prompts, serving, serving_http, variants
 from medkit.__main__ import app as command_line
 from medkit.engines import EngineError, Request
 from medkit.outputs import DISCLAIMER, ROOT
@@ -103,6 +106,13 @@ class BrokenEngine(ToyEngine):
     def stream(self, request):
         yield 5
         raise self.error(f"secret of {list(request.prompt_ids)}")
+
+
+class RefusingEngine(CountingEngine):
+    """Takes no request at all."""
+
+    def stream(self, request):
+        raise EngineError("the prompt does not fit")
 
 
 @pytest.fixture
@@ -356,6 +366,32 @@ def test_models_and_health_say_what_is_served(engine, serve):
         assert get(server, "/health")[0] == 200
 
 
+def test_the_health_of_an_engine_that_has_died(serve):
+    engine = CountingEngine()
+    with serve(engine) as server:
+        engine.ended = False
+        assert get(server, "/health")[0] == 200
+        engine.ended = True
+        status, answer = get(server, "/health")
+        assert status == 503 and "start the server again" in error_of(answer)["message"]
+
+
+@pytest.mark.parametrize(
+    ("held", "promised"), [(32, 32), (None, LIMITS.context_tokens), (10**6, LIMITS.context_tokens)]
+)
+def test_what_is_promised_is_what_both_model_and_engine_hold(held, promised, tokenizer, serve):
+    engine = CountingEngine()
+    engine.max_tokens = held
+    with serve(engine) as server:
+        client = client_of(server)
+        assert client.models.retrieve(MODEL).max_model_len == promised
+        fits = {"model": MODEL, "prompt": [5] * 20, "max_tokens": promised - 20, "extra_body": {"ignore_eos": True}}
+        assert client.completions.create(**fits).usage.total_tokens == promised
+        with pytest.raises(openai.BadRequestError, match=str(promised)) as caught:
+            client.completions.create(**fits | {"max_tokens": promised - 19})
+        assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "max_tokens")
+
+
 def test_64_clients_get_each_their_own_answer(engine, tokenizer, serve):
     draw = random.Random(0)
     asked = [draw.choices(range(3, len(tokenizer)), k=draw.randint(1, 40)) for _ in range(64)]
@@ -386,6 +422,7 @@ def test_64_clients_get_each_their_own_answer(engine, tokenizer, serve):
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 GOOD = {"model": MODEL, "prompt": "A", "max_tokens": 2}
+HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
 BAD = [
     ({"temperature": 0.7}, "temperature", "greedy"),
     ({"n": 2}, "n", "greedy"),
@@ -484,6 +521,7 @@ def test_other_wrong_requests_have_their_own_status(quiet_server):
         (post(quiet_server, {}, "/v1/embeddings"), 404, None),
         (post(quiet_server, "x" * 20_001), 413, None),
         (post(quiet_server, json.dumps(GOOD), **{"content-type": "text/plain"}), 415, None),
+        (post(quiet_server, json.dumps(GOOD), **{"content-type": "application/json2"}), 415, None),
     ]
     for (status, _, answer), expected, code in cases:
         assert (status, error_of(answer)["code"]) == (expected, code)
@@ -495,10 +533,15 @@ def test_other_wrong_requests_have_their_own_status(quiet_server):
     assert 'medkit_requests_total{route="other",status="404"} 2.0' in get(quiet_server, "/metrics")[1]
 
 
+@pytest.mark.parametrize("said", ["application/json ; charset=utf-8", "Application/JSON", "application/json;"])
+def test_json_is_json_however_it_is_written(said, quiet_server):
+    status, _, answer = post(quiet_server, "{", **{"content-type": said})
+    assert status == 400, answer
+
+
 def test_a_large_body_is_refused_while_it_still_comes(quiet_server):
     with socket.create_connection(("127.0.0.1", quiet_server.port), timeout=10) as raw:
-        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-                    b"transfer-encoding: chunked\r\n\r\n")  # fmt: skip
+        raw.sendall(HEAD + b"transfer-encoding: chunked\r\n\r\n")
         for _ in range(30):
             raw.sendall(b"3e8\r\n" + b"x" * 1000 + b"\r\n")
         assert raw.recv(100).startswith(b"HTTP/1.1 413")
@@ -525,6 +568,36 @@ def test_the_key_is_asked_for_everywhere_but_health(engine, serve, caplog):
         assert get(server, "/v1/models", authorization="Bearer sesame-ü".encode())[0] == 200
         assert post(server, GOOD, authorization="bearer sesame-ü".encode())[0] == 200
     assert "sesame" not in caplog.text
+
+
+OWN = ["localhost", "localhost:8000", "LocalHost:1", "127.0.0.1", "127.0.0.1:8000", "127.0.0.2", "[::1]", "[::1]:8000"]
+FOREIGN = [
+    *["evil.example", "evil.example:8000", "192.168.1.4", "[::2]", "localhost.", "localhost.:8000", "127.0.0.1."],
+    *["", ":8000", "::1", "[::1", "localhost:", "localhost:x", "localhost@evil.example", "localhost:1:2"],
+    *["localhost.evil.example", "127.0.0.1.evil.example", "evil.example/localhost"],
+]
+
+
+def test_without_a_key_other_hosts_are_refused(quiet_server):
+    for host in OWN:
+        assert [get(quiet_server, path, host=host)[0] for path in ("/v1/models", "/health", "/no")] == [200, 200, 404]
+        assert post(quiet_server, GOOD | {"model": "gpt"}, host=host)[0] == 404
+    for host in FOREIGN:
+        for path in ("/v1/models", "/health", "/metrics", "/no"):
+            status, answer = get(quiet_server, path, host=host)
+            assert status == 403 and "localhost" in error_of(answer)["message"], host
+        assert post(quiet_server, GOOD | {"model": "gpt"}, host=host)[0] == 403
+    with pytest.raises(openai.PermissionDeniedError):
+        client_of(quiet_server).models.list(extra_headers={"host": "evil.example"})
+    with socket.create_connection(("127.0.0.1", quiet_server.port), timeout=10) as raw:
+        raw.sendall(b"GET /v1/models HTTP/1.0\r\n\r\n")  # only there may it be missing
+        assert raw.recv(100).startswith(b"HTTP/1.1 403")
+
+
+def test_with_a_key_every_host_is_served(serve):
+    with serve(CountingEngine(), api_key="sesame") as server:
+        for host in OWN + FOREIGN:
+            assert get(server, "/v1/models", host=host, authorization="Bearer sesame")[0] == 200
 
 
 def test_only_loopback_goes_without_a_key(engine, tokenizer):
@@ -590,6 +663,79 @@ def test_a_client_that_leaves_stops_the_engine(make_llama, tokenizer, serve):
         assert 'route="/v1/completions",status="499"} 3.0' in get(server, "/metrics")[1]
 
 
+def test_a_client_that_leaves_before_the_first_token_frees_its_place(engine, serve):
+    stream = GOOD | {"max_tokens": 900, "stream": True, "extra_body": {"ignore_eos": True}}
+    with serve(engine, max_running=1) as server, ThreadPoolExecutor(1) as pool:
+        hurried = client_of(server).with_options(timeout=0.3)
+        engine.go.clear()
+        with pytest.raises(openai.APITimeoutError):  # the engine has begun with it
+            hurried.completions.create(**stream)
+        wait_for(lambda: not server.line.inside)
+        assert engine.open == 1
+        engine.go.set()
+        wait_for(lambda: not engine.open and not server.line.running)
+        assert engine.written <= 1
+
+        engine.go.clear()
+        first = pool.submit(client_of(server).completions.create, **GOOD)
+        wait_for(lambda: engine.open == 1)
+        with pytest.raises(openai.APITimeoutError):  # it is still in line
+            hurried.completions.create(**stream)
+        wait_for(lambda: server.line.inside == 1)
+        engine.go.set()
+        assert first.result(10).choices and engine.begun == 2
+        assert 'route="/v1/completions",status="499"} 2.0' in get(server, "/metrics")[1]
+
+
+def test_a_client_that_leaves_with_the_first_event_closes_the_source():
+    """The response then never begins, and nobody would iterate the rest."""
+    closed, gone = [], asyncio.Event()
+
+    async def source():
+        try:
+            gone.set()
+            yield "first"
+        finally:
+            closed.append(True)
+
+    async def receive():
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        await asyncio.sleep(0)
+
+    async def ask():
+        kept = source()
+        await serving_http.Events(kept)({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+        assert closed  # at once, not when the garbage is collected
+
+    asyncio.run(ask())
+
+
+def test_an_error_before_the_first_token_has_its_status_in_a_stream_too(engine, serve):
+    def status_of(server, **more):
+        status, headers, answer = post(server, GOOD | {"stream": True} | more)
+        assert headers["content-type"] == "application/json"
+        return status, error_of(answer)["code"]
+
+    with serve(RefusingEngine()) as server:
+        assert status_of(server) == (400, "engine_error")
+        assert 'route="/v1/completions",status="400"} 1.0' in get(server, "/metrics")[1]
+    with serve(engine, request_timeout_s=0.2) as server:
+        engine.go.clear()
+        assert status_of(server) == (504, "timeout")
+        engine.go.set()
+    engine.closed = False
+    with serve(engine, grace_s=0.2, max_running=1) as server, ThreadPoolExecutor(1) as pool:
+        engine.go.clear()
+        waiting = pool.submit(status_of, server)
+        wait_for(lambda: server.line.inside == 1)
+        server.should_exit = True
+        assert waiting.result(10) == (503, "shutting_down")
+        engine.go.set()
+
+
 def test_an_answer_that_takes_too_long_is_ended(make_llama, tokenizer, serve):
     engine = ToyEngine(make_llama(seed=3, initializer_range=0.5), len(tokenizer), step_s=0.02)
     long = {"model": MODEL, "prompt": "A", "max_tokens": 900, "extra_body": {"ignore_eos": True}}
@@ -607,7 +753,7 @@ def test_an_answer_that_takes_too_long_is_ended(make_llama, tokenizer, serve):
 
 def test_a_slow_body_and_a_silent_connection_are_cut(engine, serve, monkeypatch):
     monkeypatch.setattr(serving_http, "SILENCE_S", 0.4)
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n"
+    head = HEAD + b"content-length: 100\r\n"
     with serve(engine, body_timeout_s=0.3) as server:
         for sent, answer in ((head + b'\r\n{"model"', b"HTTP/1.1 408"), (head, b""), (b"", b"")):
             with socket.create_connection(("127.0.0.1", server.port), timeout=5) as raw:
@@ -626,7 +772,7 @@ def test_a_slow_reader_holds_neither_the_engine_nor_memory(tokenizer, serve, mon
     tokens, _ = alone(engine, tokenizer, tokenizer("A").input_ids, 1000, end=False)
     more = {"stream": True, "max_tokens": 1000, "ignore_eos": True, "return_token_ids": True}
     body = json.dumps(GOOD | more).encode()
-    head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    head = HEAD + b"content-length: %d\r\n\r\n"
     with serve(engine) as server:
         server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
 
@@ -803,6 +949,51 @@ def test_the_command_line_keeps_answers_if_told_to(arguments, cached, engine, to
     assert done.exit_code == 0, done.output
     names = {family.name for family in apps[0].state.line.metrics.registry.collect()}
     assert {"medkit_cache_answers", "medkit_cache_lookups"} <= names if cached else "cache" not in str(names)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def errors_of_the_package():
+    """Every class of medkit that is an error by name."""
+    trees = {path.stem: ast.parse(path.read_text()) for path in (ROOT / "medkit").glob("*.py")}
+    names = [(module, node.name) for module, tree in trees.items() for node in tree.body
+             if isinstance(node, ast.ClassDef) and node.name.endswith("Error")]  # fmt: skip
+    return [getattr(importlib.import_module(f"medkit.{module}"), name) for module, name in names]
+
+
+def main(monkeypatch, capsys, *arguments):
+    """Exit code and errors of `python -m medkit …`, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["medkit", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        __main__.main()
+    return stopped.value.code, capsys.readouterr().err
+
+
+def test_every_error_of_the_package_ends_the_command_in_a_sentence(monkeypatch, capsys):
+    found = errors_of_the_package()
+    assert len(found) > 20
+    for kind in found:
+
+        def fail(*_, kind=kind):
+            raise kind.__new__(kind, "what is wrong; the cure")
+
+        monkeypatch.setattr(variants, "load_engine", fail)
+        assert main(monkeypatch, capsys, "serve") == (1, "medkit: what is wrong; the cure\n"), kind
+
+
+def test_a_device_that_is_not_there_ends_the_command_in_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(variants, "load_engine", lambda *_: models.pick_device("cuda"))
+    code, said = main(monkeypatch, capsys, "serve", "--variant", "lora")
+    assert code == 1 and said.startswith("medkit: ") and said.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(variants, "load_engine", lambda *_: [].pop())
+    monkeypatch.setattr(sys, "argv", ["medkit", "serve"])
+    with pytest.raises(IndexError):
+        __main__.main()
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
