@@ -6,6 +6,7 @@ differently. Which engine is the faster one is for the benchmark to say.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -187,6 +188,11 @@ class OpenVinoEngine:
             for found, item in zip(handles, items, strict=True)
         ]
 
+    @property
+    def ended(self) -> bool:
+        """Whether it writes no more, closed or failed; a new engine is needed."""
+        return self._ended is not None
+
     def close(self) -> None:
         """End the thread and free the model. Answers still being written end with EngineError."""
         with self._wake:
@@ -265,6 +271,8 @@ def _score(handle, length: int) -> float:
     found = []
     while handle.can_read():
         found += [value for output in handle.read().values() for value in output.generated_log_probs]
+    if len(found) < length:  # OpenVINO ignores what its cache cannot hold
+        raise EngineError(f"no memory to score an answer of {length} tokens with its prompt: shorten the prompt")
     return float(sum(found[len(found) - length :]))
 
 
@@ -278,8 +286,9 @@ def _last_line(error: Exception) -> str:
 class LlamaCppEngine:
     """llama.cpp through llama-cpp-python, one answer at a time: further streams wait until the one before is closed.
 
-    `context` is the most tokens of prompt and answer together; memory for all of them is taken at once. Raises
-    EngineError if the binding is not installed, or if the file is not the one that its manifest describes.
+    `context` is the most tokens of prompt and answer together; memory for all of them is taken at once. `threads` None
+    takes all processors, where the binding would take half of them. Raises EngineError if the binding is not installed,
+    or if the file is not the one that its manifest describes.
     """
 
     def __init__(self, path: Path, threads: int | None = None, context: int = 4096):
@@ -289,6 +298,7 @@ class LlamaCppEngine:
             from llama_cpp import Llama
         except ImportError as error:
             raise EngineError(f"llama_cpp cannot be imported ({error}): pip install -e '.[llama]'") from error
+        threads = threads or os.cpu_count()
         settings = {"n_ctx": context, "n_threads": threads, "n_threads_batch": threads, "verbose": False}
         try:
             self._model = Llama(str(path), **settings)

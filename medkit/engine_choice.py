@@ -89,12 +89,19 @@ def _measure(
                 if engine is not None:
                     engines[name] = engine
             warm_up = 1 if alone else None  # alone, each has just answered the longest; together, shapes are others
-            table, said = workloads.take_turns(engines, requests, repeats, alone, warm_up)
+            while engines:
+                try:
+                    table, said = workloads.take_turns(engines, requests, repeats, alone, warm_up)
+                except workloads.PassError as error:  # the others begin again, without it
+                    refused[error.engine] = str(error)
+                    engines.pop(error.engine).close()
+                    continue
+                tables.append(table)
+                answers |= said
+                break
         finally:
             for engine in engines.values():
                 engine.close()
-        tables.append(table)
-        answers |= said
     if not answers:
         raise EngineError(f"no engine can be had here: {_listed(refused)}; install one of them")
     return _judge(pd.concat(tables), answers, refused, alone)

@@ -37,6 +37,8 @@ class Generation:
 
     token_ids: list[int] = field(default_factory=list)
     token_times_s: list[float] = field(default_factory=list)
+    begun_s: float | None = None
+    """When the engine began to read the prompt; None from one that does not tell."""
 
 
 @dataclass

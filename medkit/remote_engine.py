@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import openai
@@ -29,8 +29,9 @@ class RemoteEngine:
     The server is asked, as vLLM understands it, to take the prompt as token ids, to return the answer's token ids, and
     to write on past the end token where no end is wanted. One that knows none of this is asked in plain text: the ids
     are then `tokenizer`'s reading of each piece of text, which may differ from what the model wrote, and an answer may
-    end early. `tokenizer` None refuses such servers. A silence of `timeout_s` is an error; what failed is not repeated.
-    Greedy, unless a `temperature` above 0 has the server draw its tokens.
+    end early. `tokenizer` None refuses such servers. A server too busy (429) is asked again when it says, for
+    `timeout_s`; a silence as long is an error, and whatever else failed is not repeated. Greedy, unless a `temperature`
+    above 0 has the server draw its tokens.
 
     Raises EngineError if the server cannot be reached, refuses `api_key`, or serves no such model.
     """
@@ -87,7 +88,7 @@ class RemoteEngine:
             size = len(prompt_ids) + len(answer_ids)
             asked = {"prompt": [*prompt_ids, *answer_ids], "echo": True, "logprobs": 1, "max_tokens": 1}
             with self._explained():
-                choice = self._client.completions.create(model=self._model, temperature=0, **asked).choices[0]
+                choice = self._ask(model=self._model, temperature=0, **asked).choices[0]
             found = choice.logprobs.token_logprobs if choice.logprobs else None
             if not found or len(found) not in (size, size + 1):  # the token written after them may be there too
                 raise EngineError(f"{self._url} echoes no log-probabilities of the prompt: score with another engine")
@@ -107,7 +108,7 @@ class RemoteEngine:
         more = {"return_tokens_as_token_ids": True}  # as text two tokens can look alike
         try:
             with self._explained():
-                choice = self._client.completions.create(model=self._model, extra_body=more, **asked).choices[0]
+                choice = self._ask(model=self._model, extra_body=more, **asked).choices[0]
             return _read_echo(choice.logprobs, list(prompt_ids), k)
         except EngineError as error:
             if isinstance(error.__cause__, openai.BadRequestError):
@@ -143,13 +144,29 @@ class RemoteEngine:
         if self._takes_ids:
             more = {"return_token_ids": True, "stop_token_ids": list(request.end_ids)}
             more["ignore_eos"] = getattr(self._tokenizer, "eos_token_id", None) not in request.end_ids
-            with suppress(openai.BadRequestError, openai.UnprocessableEntityError):
-                return self._client.completions.create(prompt=list(request.prompt_ids), extra_body=more, **plain)
-        if self._tokenizer is None:
-            raise EngineError(f"{self._url} takes no token ids: give this engine a tokenizer, or take another server")
-        answer = self._client.completions.create(prompt=self._tokenizer.decode(request.prompt_ids), **plain)
+            try:
+                return self._ask(prompt=list(request.prompt_ids), extra_body=more, **plain)
+            except (openai.BadRequestError, openai.UnprocessableEntityError) as error:
+                if self._tokenizer is None:
+                    raise EngineError(
+                        f"{self._url} refuses a prompt of {len(request.prompt_ids)} token ids ({_said(error)}): "
+                        f"give this engine a tokenizer, which sends text, or ask for less"
+                    ) from error
+        answer = self._ask(prompt=self._tokenizer.decode(request.prompt_ids), **plain)
         self._takes_ids = False  # only now is it known that this was the reason
         return answer
+
+    def _ask(self, **wanted) -> openai.Stream | openai.types.Completion:
+        """One completion, asked for again while the server is too busy."""
+        until = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                return self._client.completions.create(**wanted)
+            except openai.RateLimitError as error:
+                wait_s = _wait_s(error.response.headers.get("retry-after"))
+                if time.monotonic() + wait_s > until:
+                    raise
+                time.sleep(wait_s)
 
     def _token_ids(self, choice) -> list[int]:
         found = (choice.model_extra or {}).get("token_ids")
@@ -182,10 +199,22 @@ class RemoteEngine:
         except openai.NotFoundError as error:
             raise EngineError(f"{self._url} has no completions of {self._model!r} (404): see its /models") from error
         except openai.APIStatusError as error:
-            said = error.body.get("message") if isinstance(error.body, dict) else None
-            raise EngineError(f"{self._url} answered {error.status_code}: {said or error.message}") from error
+            raise EngineError(f"{self._url} answered {error.status_code}: {_said(error)}") from error
         except openai.APIError as error:
             raise EngineError(f"{self._url} failed: {error.message}") from error
+
+
+def _said(error: openai.APIStatusError) -> str:
+    """The server's own words."""
+    return (error.body.get("message") if isinstance(error.body, dict) else None) or error.message
+
+
+def _wait_s(retry_after: str | None) -> float:
+    """Seconds that a busy server asks for; one where it names none, or a date."""
+    try:
+        return max(0.1, float(retry_after))
+    except (TypeError, ValueError):
+        return 1.0
 
 
 def _read_echo(logprobs, prompt_ids: list[int], k: int) -> PromptLogprobs:

@@ -84,7 +84,8 @@ class RunningBatch:
                 entered[i] = self._enter(requests[i], streaming=False)
             for i in range(len(requests)):
                 (said,) = self._read(entered[i][1])
-                found.append(Generation(said.token_ids, [at - began for at in said.token_times_s]))
+                times_s = [at - began for at in said.token_times_s]
+                found.append(Generation(said.token_ids, times_s, said.begun_s - began))
         finally:
             for number, _ in entered.values():
                 self._leave(number, cancel=True)
@@ -190,7 +191,8 @@ class RunningBatch:
             reader.error, reader.finished = result.error, result.error is None
             self._leave(result.request_id, cancel=False)
         if result.error is None:
-            reader.news.put(Generation(result.generated_tokens[reader.taken :], times_s[reader.taken :]))
+            news = result.generated_tokens[reader.taken :], times_s[reader.taken :]
+            reader.news.put(Generation(*news, begun_s=result.lifespan[0]))
             reader.taken = len(result.generated_tokens)
         if result.is_finished():
             reader.news.put(None)

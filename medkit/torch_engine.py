@@ -27,7 +27,7 @@ from transformers import (
 
 from medkit.batching import bucket_by_length
 from medkit.engines import EngineError, Generation, PromptLogprobs, Request
-from medkit.running_batch import RunningBatch, pages_in, pages_of, wait_until
+from medkit.running_batch import PAGE_TOKENS, RunningBatch, pages_in, pages_of, wait_until
 from medkit.scoring import Item, score_options
 
 SCHEDULERS = ("sequential", "static", "continuous")
@@ -132,6 +132,16 @@ class TorchEngine:
                 said.top_logprobs += top.values.tolist()
                 said.token_logprobs += logprobs[: len(follow)].gather(1, follow[:, None])[:, 0].tolist()
         return said
+
+    @property
+    def max_tokens(self) -> int:
+        """The most that a prompt and its answer may have together, as a stream or in a running batch."""
+        return PAGE_TOKENS * pages_in(WRITING * self.batch_tokens)
+
+    @property
+    def ended(self) -> bool:
+        """Whether its streams write no more, closed or failed; a new engine is needed."""
+        return self.model is None or (self._running is not None and self._running.dead)
 
     def close(self) -> None:
         """End all streams and let the model go."""
@@ -276,7 +286,8 @@ class _Notes(StoppingCriteria):
 
     def __init__(self, requests: Sequence[Request], began: float):
         self.requests, self.began = requests, began
-        self.generations = [Generation() for _ in requests]
+        begun_s = time.perf_counter() - began
+        self.generations = [Generation(begun_s=begun_s) for _ in requests]
         self.done = [request.max_new_tokens < 1 for request in requests]
 
     def __call__(self, input_ids, scores, **kwargs):

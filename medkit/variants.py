@@ -45,7 +45,11 @@ def load_variant(run: str, place: str, params: Params) -> nn.Module:
 
 
 def load_engine(run: str, variant: str, params: Params) -> tuple[Engine, object, int]:
-    """Engine, tokenizer and context length (tokens) that serve a variant; the edge file by OpenVINO where it is."""
+    """Engine, tokenizer and context length (tokens) that serve a variant; the edge file by OpenVINO where it is.
+
+    `auto`'s choice is for one request at a time and not asked here: a server has many, and llama.cpp, which may have
+    won, writes one answer after the other.
+    """
     place = place_of(run, variant)
     folder = Stage(run, "05_inference").require("03_lora", "merged")
     if place in ("", "02_distillation/teacher"):  # which may have a tokenizer of its own

@@ -17,7 +17,7 @@ import torch
 from scipy.stats import norm
 
 from medkit import peak, prompts
-from medkit.engines import Engine, Generation, Request
+from medkit.engines import Engine, EngineError, Generation, Request
 
 # --- requests ------------------------------------------------------------------------------------------------------
 
@@ -63,22 +63,32 @@ def arriving(requests: Sequence[Request], rate_per_s: float, seed: int) -> list[
 # --- measuring -----------------------------------------------------------------------------------------------------
 
 
-def measure(engine: Engine, requests: Sequence[Request], alone: bool = False) -> dict:
-    """One timed pass, as `summarise` tells it, and `peak_memory_bytes` of this process while it ran.
+class PassError(EngineError):
+    """A pass that gave no measurement; `engine` is the name of the contender that failed."""
+
+    def __init__(self, engine: str, message: str):
+        super().__init__(f"{engine}: {message}")
+        self.engine = engine
+
+
+def measure(
+    name: str, engine: Engine, requests: Sequence[Request], alone: bool = False
+) -> tuple[dict, list[Generation]]:
+    """One timed pass: what `summarise` tells of it with `peak_memory_bytes` of this process meanwhile, and the answers.
 
     Nothing is warmed up, and an engine that was asked the same before may remember; `take_turns` sees to both.
     `alone`: each request by itself after the one before, whenever it would arrive. The peak is that of CUDA's allocator
     once torch uses CUDA, else of the resident set with all libraries and whatever else is loaded; NaN where the system
-    does not tell. To compare engines by it, give each a process of its own.
+    does not tell. To compare engines by it, give each a process of its own. Raises PassError.
     """
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
     try:
         peak.reset_peak(device)
     except OSError:  # no /proc, or not ours to write to
         device = None
-    asked, generations, duration_s = _run(engine, requests, alone)
+    asked, generations, duration_s = _run(name, engine, requests, alone)
     peak_bytes = peak.read_peak(device) if device else math.nan
-    return {**summarise(engine.name, asked, generations, duration_s), "peak_memory_bytes": peak_bytes}
+    return {**summarise(name, asked, generations, duration_s), "peak_memory_bytes": peak_bytes}, generations
 
 
 def take_turns(
@@ -90,18 +100,17 @@ def take_turns(
 ) -> tuple[pd.DataFrame, dict[str, list[Generation]]]:
     """Timed passes, the engines in turns so that a busy minute hits all of them, and the last answers of each.
 
-    A row per engine and repeat. An engine's first pass, over the first `warm_up` requests (None: over all), is no row;
-    its duration stands in `warm_up_s`.
+    A row per engine and repeat, as `measure` tells it. An engine's first pass, over the first `warm_up` requests (None:
+    over all), is no row; its duration stands in `warm_up_s`.
     In every pass the words of the questions stand in another order, alike for all engines: one that keeps what it has
     read for later requests would otherwise read nothing from the second pass on. What all prompts share stays.
     """
-    warm_up_s = {name: _run(engine, requests[:warm_up], alone)[2] for name, engine in engines.items()}
+    warm_up_s = {name: _run(name, engine, requests[:warm_up], alone)[2] for name, engine in engines.items()}
     rows, answers = [], {}
     for repeat in range(repeats):
         varied = _rotated(requests, repeat + 1)
         for name, engine in engines.items():
-            asked, answers[name], duration_s = _run(engine, varied, alone)
-            found = summarise(name, asked, answers[name], duration_s)
+            found, answers[name] = measure(name, engine, varied, alone)
             rows.append({**found, "repeat": repeat, "warm_up_s": warm_up_s[name]})
     return pd.DataFrame(rows), answers
 
@@ -125,12 +134,17 @@ def _common(sequences: Sequence[Sequence[int]]) -> int:
     return next((i for i, tokens in enumerate(zip(*sequences, strict=False)) if len(set(tokens)) > 1), 0)
 
 
-def _run(engine: Engine, requests: Sequence[Request], alone: bool) -> tuple[Sequence[Request], list[Generation], float]:
+def _run(
+    name: str, engine: Engine, requests: Sequence[Request], alone: bool
+) -> tuple[Sequence[Request], list[Generation], float]:
     """The requests as they were put, their answers, and the seconds it took."""
     if alone:
         requests = [replace(request, arrival_s=0.0) for request in requests]
     began = time.perf_counter()
-    generations = [engine.generate([r])[0] for r in requests] if alone else engine.generate(requests)
+    try:
+        generations = [engine.generate([r])[0] for r in requests] if alone else engine.generate(requests)
+    except EngineError as error:
+        raise PassError(name, str(error)) from error
     return requests, generations, time.perf_counter() - began
 
 
@@ -140,15 +154,15 @@ def summarise(name: str, requests: Sequence[Request], generations: Sequence[Gene
     `ttft_s` is the time from a request's arrival to its first token, so waiting in a queue counts. A request's
     `latency_s_per_token` is the time from its first token to its last over the steps between. Both are medians over the
     requests, with 95th percentiles beside them; `throughput_tokens_per_s` is of all written tokens over the whole pass.
-    Raises RuntimeError for answers of other lengths than asked, and for one that was begun before it was asked for.
+    Raises PassError for answers of other lengths than asked, and for one that was begun before it was asked for.
     """
     asked = [request.max_new_tokens for request in requests]
     written = [len(generation.token_ids) for generation in generations]
     if written != asked:
-        raise RuntimeError(f"{name}: asked for {asked} tokens, got {written}; timings would not compare")
+        raise PassError(name, f"asked for {asked} tokens, got {written}; timings would not compare")
     waits = [g.token_times_s[0] - r.arrival_s for g, r in zip(generations, requests, strict=True)]
     if min(waits) < 0:
-        raise RuntimeError(f"{name}: wrote a token {-min(waits):.3f} s before its request came; check its clock")
+        raise PassError(name, f"wrote a token {-min(waits):.3f} s before its request came; check its clock")
     spans = [(g.token_times_s[-1] - g.token_times_s[0], len(g.token_times_s) - 1) for g in generations]
     steps = [span / count for span, count in spans if count] or [math.nan]
     return {
@@ -169,17 +183,24 @@ def summarise(name: str, requests: Sequence[Request], generations: Sequence[Gene
 
 
 def timeline(generations: Sequence[Generation], requests: Sequence[Request]) -> pd.DataFrame:
-    """A row per token: request, arrival_s, token (from 0), time_s, and the phase that made it.
+    """A row per token: request, arrival_s, begun_s, token (from 0), time_s, and the phase that made it.
 
-    The first token is what `prefill` ends with, all others are `decode` steps.
+    A request waits from arrival to begun_s (NaN if unknown). The first token is what `prefill` ends with, all others
+    are `decode` steps.
     """
     rows = [
-        {"request": number, "arrival_s": request.arrival_s, "token": token, "time_s": time_s}
+        {
+            "request": number,
+            "arrival_s": request.arrival_s,
+            "begun_s": generation.begun_s,
+            "token": token,
+            "time_s": time_s,
+        }
         for number, (generation, request) in enumerate(zip(generations, requests, strict=True))
         for token, time_s in enumerate(generation.token_times_s)
     ]
-    table = pd.DataFrame(rows, columns=["request", "arrival_s", "token", "time_s"])
-    return table.assign(phase=np.where(table.token == 0, "prefill", "decode"))
+    table = pd.DataFrame(rows, columns=["request", "arrival_s", "begun_s", "token", "time_s"])
+    return table.astype({"begun_s": float}).assign(phase=np.where(table.token == 0, "prefill", "decode"))
 
 
 def agreement(reference: Sequence[Generation], other: Sequence[Generation]) -> dict[str, float]:

@@ -1,11 +1,13 @@
 """The edge engines, on toy files: transformers' answers, streams that join, leave and fail, and nothing reported."""
 
+import os
 import subprocess
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import count, islice
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -244,6 +246,67 @@ def test_a_missing_binding_is_named_with_its_cure(monkeypatch, path, engine, mod
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(EngineError, match=f"{module}.*pip install"):
         engine(path)
+
+
+class Llama:
+    """llama.cpp's binding as `LlamaCppEngine` uses it; it counts on from the prompt's last token."""
+
+    running = 0
+
+    def __init__(self, path, n_ctx, n_threads, n_threads_batch, verbose):
+        self.threads, self.context = (n_threads, n_threads_batch), n_ctx
+
+    def n_ctx(self):
+        return self.context
+
+    def n_vocab(self):
+        return VOCAB
+
+    def generate(self, tokens, temp):
+        assert temp == 0.0 and not Llama.running  # greedy; one model writes one answer at a time
+        Llama.running += 1
+        try:
+            for token in count(tokens[-1] + 1):
+                yield token % VOCAB
+        finally:
+            Llama.running -= 1
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def llama(monkeypatch, path):
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
+    return LlamaCppEngine(path, context=64)
+
+
+def test_llama_cpp_is_asked_for_all_processors_and_for_no_more_tokens_than_wanted(llama):
+    assert llama._model.threads == (os.cpu_count(), os.cpu_count())
+    found = llama.generate([Request([5, 9], 3), Request([20], 2), Request([30], 9, end_ids=(33,))])
+    assert [g.token_ids for g in found] == [[10, 11, 12], [21, 22], [31, 32, 33]]
+    assert all(g.token_times_s == sorted(g.token_times_s) for g in found) and Llama.running == 0
+    with pytest.raises(EngineError, match="do not fit a context of 64"):
+        llama.generate([Request([5] * 60, 5)])
+
+
+def test_llama_cpp_begins_an_answer_when_the_one_before_is_closed(llama):
+    first = llama.stream(Request([5], 9))
+    assert next(first) == 6
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(lambda: list(llama.stream(Request([20], 3))))
+        assert not wait([second], timeout=0.2).done
+        first.close()
+        assert second.result(timeout=5) == [21, 22, 23]
+
+
+def test_an_answer_that_was_not_read_has_no_score():
+    class Handle:
+        def can_read(self):
+            return False
+
+    with pytest.raises(EngineError, match="no memory to score"):
+        edge_engine._score(Handle(), 3)
 
 
 REPORTED = """

@@ -70,6 +70,36 @@ def test_the_fastest_is_chosen_by_what_the_workload_asks_for(tmp_path, together)
         assert all(name in choice.reason for name in candidates)
 
 
+class Tired(Sleepy):
+    """Answers the one request it is tried with, and then no more."""
+
+    def __init__(self, fault):
+        super().__init__("tired")
+        self.fault, self.calls = fault, 0
+
+    def generate(self, requests):
+        self.calls += 1
+        found = super().generate(requests)
+        if self.calls > 1 and self.fault == "fails":
+            raise EngineError("the server hung up")
+        if self.calls > 2 and self.fault == "ends early":
+            found[0].token_ids.pop()
+        return found
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize(("fault", "sentence"), [("fails", "hung up"), ("ends early", "timings would not compare")])
+def test_a_candidate_that_fails_while_it_is_timed_is_refused_and_the_others_go_on(tmp_path, together, fault, sentence):
+    tired = Tired(fault)
+    candidates = {"tired": lambda: tired, "sound": lambda: Sleepy("sound")}
+    found = engine_choice.choose(candidates, REQUESTS, 2, tmp_path, IDENTITY, alone=True, together=together)
+    assert found.engine == "sound" and len(found.timed) == 1
+    assert sentence in found.refused["tired"] and "not to be had here: tired" in found.reason
+    assert tired.closed == ["tired"]
+    with pytest.raises(EngineError, match=sentence):
+        engine_choice.choose({"tired": lambda: Tired(fault)}, REQUESTS, 2, tmp_path, IDENTITY, together=together)
+
+
 def test_the_second_time_it_is_read_and_not_measured(tmp_path):
     loads = []
 

@@ -56,8 +56,12 @@ class Toy:
         return [None, *logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist(), -0.5]
 
 
-def make_app(toy, *, extras=True, ids=True, listed=True, silent_s=0.0, breaks=None):
-    """extras: takes token ids and vLLM's fields; ids: returns token ids; breaks: how it stops after three tokens."""
+def make_app(toy, *, extras=True, ids=True, listed=True, silent_s=0.0, breaks=None, busy=0):
+    """extras: takes token ids and vLLM's fields; ids: returns token ids; breaks: how it stops after three tokens.
+
+    busy: how many requests it sends away first.
+    """
+    away = iter(range(busy))
 
     def refuse(status, message):
         return JSONResponse({"error": {"message": message, "type": "x"}}, status_code=status)
@@ -67,6 +71,8 @@ def make_app(toy, *, extras=True, ids=True, listed=True, silent_s=0.0, breaks=No
             return refuse(401, "bad key")
         body = await request.json()
         toy.bodies.append(body)
+        if next(away, None) is not None:
+            return JSONResponse({"error": {"message": "too busy"}}, status_code=429, headers={"retry-after": "0.2"})
         if not extras and (not isinstance(body["prompt"], str) or EXTRAS & set(body)):
             return refuse(422, "extra fields")
         prompt = toy.read(body["prompt"]) if isinstance(body["prompt"], str) else body["prompt"]
@@ -270,6 +276,25 @@ def test_silence_is_cut_short(connect):
         engine.generate([Request(PROMPTS[0], 2)])
 
 
+def test_a_busy_server_is_asked_again_when_it_says(connect, answers):
+    engine = connect(busy=5)
+    began = time.perf_counter()
+    found = engine.generate([Request(prompt, LENGTH) for prompt in PROMPTS])
+    assert [g.token_ids for g in found] == answers and time.perf_counter() - began > 0.2
+
+
+def test_a_server_that_stays_busy_is_given_up(connect):
+    engine = connect(busy=1000, engine={"timeout_s": 1.0})
+    with pytest.raises(EngineError, match="429: too busy"):
+        list(engine.stream(Request(PROMPTS[0], 3)))
+
+
+def test_the_server_s_own_reason_is_told_without_a_tokenizer_too(connect):
+    engine = connect(engine={"tokenizer": None})
+    with pytest.raises(EngineError, match=r"1000 token ids \(the context holds 900 tokens\)"):
+        list(engine.stream(Request([5] * 1000, 3)))
+
+
 def test_the_server_s_own_reason_is_told(connect):
     with pytest.raises(EngineError, match="400: the context holds 900 tokens"):
         next(connect().stream(Request([5] * 1000, 2)))
@@ -281,7 +306,10 @@ def test_an_answer_that_breaks_off_is_no_answer(connect, breaks, sentence):
         list(connect(breaks=breaks).stream(Request(PROMPTS[0], LENGTH)))
 
 
-@pytest.mark.parametrize(("kind", "sentence"), [({"ids": False}, "returns no token ids"), ({"extras": False}, "takes")])
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [({"ids": False}, "returns no token ids"), ({"extras": False}, r"refuses a prompt of 4 token ids \(extra")],
+)
 def test_without_a_tokenizer_token_ids_are_needed(connect, answers, kind, sentence):
     assert list(connect(engine={"tokenizer": None}).stream(Request(PROMPTS[0], LENGTH))) == answers[0]
     with pytest.raises(EngineError, match=f"{sentence}.*give this engine a tokenizer"):

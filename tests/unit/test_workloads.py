@@ -106,7 +106,7 @@ def test_waiting_in_a_queue_counts_and_percentiles_differ():
 def test_alone_nobody_queues_and_arrivals_do_not_matter():
     engine = Scripted()
     requests = workloads.arriving(workloads.equal(PROMPTS, 4), rate_per_s=1.0, seed=0)
-    found = workloads.measure(engine, requests, alone=True)
+    found, _ = workloads.measure("scripted", engine, requests, alone=True)
     assert [len(asked) for asked in engine.asked] == [1] * len(PROMPTS)
     assert {asked[0].arrival_s for asked in engine.asked} == {0.0}
     assert found["ttft_s"] == found["ttft_p95_s"] == 1.0
@@ -126,7 +126,8 @@ def test_the_peak_is_of_the_pass_and_not_of_what_came_before():
     engine = Hungry()
     peaks = {}
     for engine.size in (1, 128 << 20, 2):
-        peaks[engine.size] = workloads.measure(engine, workloads.equal(PROMPTS, 2))["peak_memory_bytes"]
+        found, _ = workloads.measure("hungry", engine, workloads.equal(PROMPTS, 2))
+        peaks[engine.size] = found["peak_memory_bytes"]
     assert peaks[128 << 20] - peaks[1] > 120 << 20
     assert abs(peaks[2] - peaks[1]) < 16 << 20
 
@@ -140,8 +141,9 @@ def test_a_pass_that_would_not_compare_is_no_measurement(fault):
     else:
         said[1] = Scripted().generate([Request([2], 3 if fault == "short" else 5)])[0]
     message = "0.500 s before its request came" if fault == "early" else "timings would not compare"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(workloads.PassError, match=message) as failed:
         workloads.summarise("x", requests, said, 1.0)
+    assert failed.value.engine == "x"
 
 
 def test_engines_take_turns_and_the_warm_up_is_told_apart():
@@ -217,6 +219,14 @@ def test_a_timeline_has_every_token_once_and_one_prefill_per_request():
     assert (table.time_s > table.arrival_s).all()
 
 
+def test_a_timeline_tells_waiting_from_reading_where_the_engine_does():
+    requests = workloads.equal(PROMPTS, 3)
+    said = Scripted().generate(requests)
+    said[1].begun_s = 0.5
+    table = workloads.timeline(said, requests)
+    assert table[table.request == 1].begun_s.eq(0.5).all() and table[table.request != 1].begun_s.isna().all()
+
+
 def test_agreement_counts_up_to_the_first_difference():
     def said(*answers):
         return [Generation(list(answer)) for answer in answers]
@@ -232,4 +242,6 @@ def test_agreement_counts_up_to_the_first_difference():
 
 def test_a_table_of_no_tokens_has_its_columns_too():
     table = workloads.timeline([], [])
-    assert list(table) == ["request", "arrival_s", "token", "time_s", "phase"] and isinstance(table, pd.DataFrame)
+    assert list(table) == ["request", "arrival_s", "begun_s", "token", "time_s", "phase"] and isinstance(
+        table, pd.DataFrame
+    )
