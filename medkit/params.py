@@ -26,7 +26,7 @@ from medkit.profiles import ParamsError, read_profile
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Device = Literal["auto", "cpu", "cuda"]
-Attention = Literal["auto", "eager", "sdpa", "flash_attention_2"]
+Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
 SPLITS = ("train", "valid", "test", "transfer")
 Scoring = Literal["option_text", "letter", "generated"]
 AnswerForm = Literal["index0", "index1", "letter", "text"]
