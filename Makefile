@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab report lint format notebooks readme bench ablation doctor
+.PHONY: help run test lab report lint format notebooks readme llama bench ablation doctor
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -50,6 +50,14 @@ notebooks: .venv/done  ## run the notebooks in place with the smoke profile, kee
 
 readme: .venv/done  ## regenerate the tables of README and docs from results
 	$(PY) -m cogapp -r README.md docs/benchmarks.md
+
+.llama/done: .venv/done
+	$(PYTHON) -m venv .llama
+	.llama/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python xllamacpp
+	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(.llama/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/after.pth
+	touch $@
+
+llama: .llama/done  ## llama.cpp for the benchmarks, in an environment of its own; compiles for ten minutes and more
 
 bench: .venv/done  ## measurements beside their peers; results under benchmarks/results
 	for script in benchmarks/[a-z0-9]*.py; do $(PY) $$script || failed="$$failed $$script"; done; \

@@ -34,8 +34,9 @@ def pass_on(module: nn.Module, query: torch.Tensor, key, value, attention_mask, 
 
 def backends(model: nn.Module) -> list[str]:
     found = ["eager", "sdpa"]
-    if model.device.type == "cuda" and model.dtype != torch.float32 and importlib.util.find_spec("flash_attn"):
-        found.append("flash_attention_2")
+    if model.device.type == "cuda":
+        packages = {"flash_attn": "flash_attention_2", "flash_attn_interface": "flash_attention_3"}
+        found += [name for package, name in packages.items() if importlib.util.find_spec(package)]
     return [*found, WITHOUT]
 
 
@@ -85,7 +86,7 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
 def draw(found: pd.DataFrame, path: Path) -> None:
     """The share of attention in both phases over the length of the context, one line per backend."""
     figures.set_style()
-    colours = {"eager": "#bdbdbd", "sdpa": "#08519c", "flash_attention_2": "#d55e00"}
+    colours = {"eager": "#bdbdbd", "sdpa": "#08519c", "flash_attention_2": "#d55e00", "flash_attention_3": "#009e73"}
     fig, axes = plt.subplots(1, 2, sharey=True, figsize=figures.SIZE, layout="constrained")
     for ax, phase, title in zip(
         axes, ("prefill", "decode"), ("Reading a prompt", "One more token after it"), strict=True
@@ -116,7 +117,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     AttentionInterface.register(WITHOUT, pass_on)
     load = os.getloadavg()
-    model = models.load_model(args.run / "03_lora" / "merged", load_params(args.params).models)
+    params = load_params(args.params).models
+    if models.pick_device(params.device).type == "cuda":  # FlashAttention takes 16 bits only
+        params = params.model_copy(update={"dtype": "bfloat16"})
+    model = models.load_model(args.run / "03_lora" / "merged", params)
     contexts = [c for c in CONTEXTS if c <= min(args.max_context, model.config.max_position_embeddings)]
     table = time_contexts(model, contexts, args.repeats, args.longest_eager)
     found = shares(table)

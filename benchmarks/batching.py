@@ -1,11 +1,12 @@
 """Who waits for whom: requests one by one, in padded batches, and joining and leaving a running batch, on one student.
 
 Prompts are validation and test questions of a finished run. `skewed`: log-normal lengths of answers, all requests there
-at once. `poisson`: the same kind of requests, arriving. `shared_prefix`: solved training questions before every
-question, with and without sharing what is read of them. transformers runs float32; OpenVINO reads the same weights as
-F16 (and computes in float32) and the run's 4-bit edge file, in its running batch, and handed the requests one by one
-and by 8, so that it is compared with itself as well. All contenders in turns, in one process, after a warm-up of two
-requests; the words of the questions stand in another order in every pass. Units: seconds, tokens/s.
+at once. `equal`: 64 questions, answers of one length. `poisson`: the same kind of requests as skewed, arriving.
+`shared_prefix`: solved training questions before every question, with and without sharing what is read of them.
+transformers runs float32; OpenVINO reads the same weights as F16 (and computes in float32) and the run's 4-bit edge
+file, in its running batch, and handed the requests one by one and by 8, so that it is compared with itself as well. All
+contenders in turns, in one process, after a warm-up of two requests; the words of the questions stand in another order
+in every pass. Units: seconds, tokens/s.
 """
 
 import argparse
@@ -32,6 +33,7 @@ OVER_STATIC, OVER_SEQUENTIAL = 2.0, 4.0  # goals: throughput at skewed requests
 BATCH = 8  # rows of a static batch that is smaller than the workload
 BATCH_TOKENS = 4096  # four times as many in the cache at once: room for every request of the parts
 SHOTS = 8  # solved questions in the shared prefix
+STATIC = f"static by {BATCH}"
 ALONE, IN_TURN = ", one by one", f", by {BATCH}"  # an engine that runs a batch, handed its requests otherwise
 
 
@@ -100,7 +102,7 @@ def throughput_ratios(table: pd.DataFrame, longest: int, repeats: int) -> dict[s
     median = table.groupby("engine", sort=False).throughput_tokens_per_s.median()
     running = [name for name in median.index if name == "continuous" or name.startswith("openvino")]
     continuous = [name for name in running if not name.endswith((ALONE, IN_TURN))]
-    batches = ["static all", f"static by {BATCH}"]
+    batches = ["static all", STATIC]
     ratios = {}
     for name in continuous:
         goals = (OVER_STATIC, OVER_SEQUENTIAL) if name == "continuous" else (None, None)
@@ -130,9 +132,21 @@ def bound_by_steps(table: pd.DataFrame, longest: int) -> float:
 
 
 def ratios_of(raw: dict, longest: int, repeats: int) -> dict[str, Ratio]:
-    """All that the passes of the parts say; measured now or earlier, it is the same arithmetic."""
+    """All that the passes of the parts say; measured now or earlier, it is the same arithmetic.
+
+    Beside OpenVINO's stands how many of its answers are those of the part's first contender.
+    """
     tables = {part: pd.DataFrame(told["passes"]) for part, told in raw.items()}
     ratios = throughput_ratios(tables["skewed"], longest, repeats) if "skewed" in tables else {}
+    if "equal" in tables:
+        speed = tables["equal"].groupby("engine", sort=False).throughput_tokens_per_s.median()
+        for name in speed.index.drop("sequential"):
+            ratio = Ratio(speed[name] / speed["sequential"], None, "higher", repeats)
+            ratios[f"equal/{name}/throughput_over_sequential"] = ratio
+    for part, told in raw.items():
+        for name, found in told["agreement"].items():
+            if name.startswith("openvino"):
+                ratios[f"{part}/{name}/answers_equal"] = Ratio(found["answers_equal"], None, "higher", repeats)
     if "poisson" in tables:
         waits = tables["poisson"].groupby("engine").ttft_p95_s.median()
         for name in waits.index.drop("static"):
@@ -147,10 +161,16 @@ def ratios_of(raw: dict, longest: int, repeats: int) -> dict[str, Ratio]:
 
 
 def earlier(setup: dict, directory: Path) -> dict:
-    """Passes of an earlier run with the same requests and versions."""
+    """Passes of an earlier run, of the parts with the same requests, under the same settings and versions."""
     path = result_path("batching", directory)
-    record = json.loads(path.read_text()) if path.is_file() else {}
-    return record["raw"] if record.get("setup") == json.loads(json.dumps(setup)) else {}
+    if not path.is_file():
+        return {}
+    record, now = json.loads(path.read_text()), json.loads(json.dumps(setup))
+    then, lengths = record["setup"], ("answers", "prompts")
+    if any(then.get(name) != value for name, value in now.items() if name not in lengths):
+        return {}
+    same = {part for part in now["answers"] if all(then[name].get(part) == now[name][part] for name in lengths)}
+    return {part: told for part, told in record["raw"].items() if part in same}
 
 
 def main() -> None:
@@ -158,13 +178,17 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
     parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
     parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--equal", type=int, default=64, help="requests of the part with equal lengths")
     parser.add_argument("--median", type=int, default=16, help="tokens of the middle answer")
     parser.add_argument("--longest", type=int, default=128, help="tokens of the longest answer")
     parser.add_argument("--rate", type=float, default=1.5, help="requests per second of the Poisson part")
     parser.add_argument("--repeats", type=int, default=5, help="timed passes per contender, after a warm-up")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--parts", nargs="*", default=["skewed", "poisson", "shared_prefix"], help="what others gave earlier is kept"
+        "--parts",
+        nargs="*",
+        default=["skewed", "equal", "poisson", "shared_prefix"],
+        help="others: what they gave earlier",
     )
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -173,12 +197,14 @@ def main() -> None:
     params, folder = load_params(args.params), args.run / "03_lora" / "merged"
     tokenizer, model = models.load_tokenizer(folder), models.load_model(folder, params.models)
     pad, half = tokenizer.pad_token_id, args.requests // 2
-    unseen, shots = read_run(args.run, args.requests)
+    more, shots = read_run(args.run, max(args.requests, args.equal))
+    unseen = more.head(args.requests)
     asked = workloads.encode_prompts(tokenizer, unseen)
     helped = workloads.encode_prompts(tokenizer, unseen.head(half), shots)
     skewed = workloads.skewed(asked, args.median, args.longest, seed=0)
     parts = {
         "skewed": skewed,
+        "equal": workloads.equal(workloads.encode_prompts(tokenizer, more.head(args.equal)), args.median),
         "poisson": workloads.arriving(skewed[:half], args.rate, seed=0),
         "shared_prefix": workloads.equal(helped, args.median),
     }
@@ -197,7 +223,7 @@ def main() -> None:
         }
         batches = {
             "static all": InBatches(plain["static"], args.requests),
-            f"static by {BATCH}": InBatches(plain["static"], BATCH),
+            STATIC: InBatches(plain["static"], BATCH),
             "static sorted": InBatches(plain["static"], BATCH, known=True),
         }
         itself = {
@@ -211,6 +237,10 @@ def main() -> None:
             | {"continuous": plain["continuous"]}
             | edges
             | itself,
+            "equal": {
+                **{"sequential": plain["sequential"], "static all": plain["static"], STATIC: batches[STATIC]},
+                **{"continuous": plain["continuous"], **edges},
+            },
             "poisson": {"static": plain["static"], "continuous": plain["continuous"], **edges},
             "shared_prefix": {"continuous": plain["continuous"], **edges, **unshared},
         }

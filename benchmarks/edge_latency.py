@@ -1,8 +1,9 @@
 """One answer at a time on a CPU: the edge file's engines against transformers' float32 `generate`.
 
 Real prompts of a finished run, equal lengths, greedy. Every contender lives in a process of its own, so that its memory
-is its own, and they take turns; the first round is dropped. `--llama-python` names an interpreter that has `llama_cpp`
-or `xllamacpp`. Latencies are compared with what reading the weights would take at the bandwidth of a plain copy.
+is its own, and they take turns; the first round is dropped. `make llama` makes an environment with `llama_cpp` and
+`xllamacpp`, `--llama-python` names another interpreter that has one of them. Latencies are compared with what reading
+the weights would take at the bandwidth of a plain copy.
 Units: seconds, bytes.
 """
 
@@ -17,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 COPY_BYTES = 2**29
+LLAMA = Path(__file__).parents[1] / ".llama" / "bin" / "python"  # of `make llama`
 # of a number in the KV cache
 CACHE_BYTES = {"openvino": 1, "openvino_float32": 4, "transformers": 4, "llama_cpp": 2, "xllamacpp": 2}
 
@@ -188,9 +190,10 @@ def bytes_per_token(name: str, args, context: float) -> dict[str, int]:
 
 def measure(args, asked: list[list[int]]) -> dict:
     pythons = {"transformers": sys.executable, "openvino": sys.executable, "openvino_float32": sys.executable}
-    for python in args.llama_python:
-        bound = subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode == 0
-        pythons["llama_cpp" if bound else "xllamacpp"] = python
+    for python in args.llama_python or [str(LLAMA)] * LLAMA.is_file():
+        for binding in ("llama_cpp", "xllamacpp"):
+            if subprocess.run([python, "-c", f"import {binding}"], capture_output=True).returncode == 0:
+                pythons[binding] = python
     raw = {"loadavg_before": os.getloadavg(), "prompt_tokens": [len(p) for p in asked], "copy_bytes_per_s": []}
     contenders = raw["contenders"] = {}
     with ExitStack() as stack:
@@ -260,7 +263,7 @@ def read_prompts(table: Path, folder: Path, count: int) -> list[list[int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", default="tiny", help="a finished run: its student, edge file and validation questions")
-    parser.add_argument("--llama-python", action="append", default=[], help="may be given once for each binding")
+    parser.add_argument("--llama-python", action="append", help="may be given once for each binding")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="timed rounds, after one that is dropped")

@@ -1,14 +1,19 @@
-"""Computed against measured memory of a real model: weights, key-value cache and activations of one pass.
+"""Computed against measured memory of real models: weights, key-value cache and activations of one pass.
 
+Three models: one that is not quantised (`--folder`), and of a finished run the model of its plan as it was saved and
+its student in the library's NF4.
 Each measurement is a process of its own. On the CPU it is the resident set above what the libraries occupy: with blocks
 of 1 MiB and more returned when freed, which is what a ledger can know, and with glibc as it comes, whose pool of freed
 blocks is then counted too (as `reserved` is above `allocated` on CUDA, where the allocator counts). Weights are float32
-on the CPU and bfloat16 on CUDA. Units: bytes.
+on the CPU and bfloat16 on CUDA. A quantised model on the CPU holds more than a ledger knows: the file it was loaded
+from stays mapped (`checkpoint_mapped`), and at the first pass bitsandbytes repacks NF4 layers beside it. Units: bytes.
 """
 
 import argparse
+import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -16,11 +21,11 @@ from pathlib import Path
 
 import torch
 from record import RESULTS, Ratio, result_path, versions, write
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
-from medkit import ledger, models, peak
+from medkit import ledger, models, peak, plans, quantization
 from medkit.outputs import ROOT
-from medkit.params import load_params
+from medkit.params import Params, load_params
 
 SHAPES = [(1, 512), (4, 512), (1, 2048), (4, 2048)]  # sequences, tokens each
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -31,26 +36,56 @@ if DEVICE.type == "cpu":
 GOAL = 0.05  # relative error of the total; none is set for a pool
 
 
-def computed(folder: Path, batch: int, context: int) -> dict[str, int]:
+UNQUANTISED, PLAN, NF4 = "unquantised", "plan", "nf4"
+
+
+def schemes_of(form: str, folder: Path, shapes: list[ledger.Weight]) -> dict[str, str]:
+    """Module → scheme of a model in one of the three forms."""
+    matrices = {weight.module: weight.shape for weight in shapes if len(weight.shape) == 2}
+    if form == PLAN:
+        return quantization.read_plan(folder).schemes
+    return plans.nf4_plan(matrices).schemes if form == NF4 else {}
+
+
+def computed(form: str, folder: Path, params: Params, batch: int, context: int) -> dict[str, int]:
     """The ledger's parts and the two totals that a measurement can see."""
     config, size = AutoConfig.from_pretrained(folder), DTYPE.itemsize
     shapes = ledger.model_shapes(config)
-    weights = int(ledger.plan_bytes(shapes, {}, size).bytes.sum())
+    schemes = schemes_of(form, folder, shapes)
+    weights = int(ledger.plan_bytes(shapes, schemes, size, params.quantization.double_quant).bytes.sum())
     cache = ledger.kv_cache_bytes(config, batch, context, size)
-    activations = peak.activation_bytes(config, shapes, {}, batch, context, size, size)
+    activations = peak.activation_bytes(config, shapes, schemes, batch, context, size, size)
     totals = {name: weights + cache + extra for name, extra in activations.items()}
     return {"weights": weights, "kv_cache": cache, "activations": activations, "total": totals}
 
 
-def measured(folder: Path, batch: int, context: int) -> dict[str, int]:
+def measured(form: str, folder: Path, params: Params, batch: int, context: int) -> dict[str, int]:
+    settings = {"device": DEVICE.type, "dtype": str(DTYPE).removeprefix("torch."), "attention": "sdpa"}
+    asked = params.models.model_copy(update=settings)
+
+    loaded = []  # held beyond the passes, so that what is mapped can be read after them
+
     def load() -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE, attn_implementation="sdpa").to(DEVICE).eval()
+        if form == PLAN:
+            loaded.append(quantization.load_quantized(folder, asked))
+        elif form == NF4:
+            loaded.append(quantization.load_nf4(folder, asked, params.quantization))
+        else:
+            loaded.append(models.load_model(folder, asked))
+        return loaded[0]
 
-    return peak.measure_peak(load, batch, context, DEVICE)
+    return peak.measure_peak(load, batch, context, DEVICE) | {"checkpoint_mapped": mapped_bytes()}
 
 
-def in_a_process(folder: Path, batch: int, context: int, settings: dict[str, str]) -> dict[str, int]:
-    command = [sys.executable, __file__, "--folder", str(folder), "--one", str(batch), str(context)]
+def mapped_bytes() -> int:
+    """Resident bytes of weight files that this process has mapped; the system may take them back, but they count."""
+    smaps = Path("/proc/self/smaps")
+    text = smaps.read_text() if smaps.exists() else ""
+    return 1024 * sum(map(int, re.findall(r"\.safetensors\n(?:.*\n)*?Rss:\s+(\d+) kB", text)))
+
+
+def in_a_process(form: str, folder: Path, batch: int, context: int, settings: dict[str, str]) -> dict[str, int]:
+    command = [sys.executable, __file__, "--one", form, str(folder), str(batch), str(context)]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     done = subprocess.run(command, capture_output=True, text=True, env=inherited | settings)
     if done.returncode:
@@ -61,41 +96,52 @@ def in_a_process(folder: Path, batch: int, context: int, settings: dict[str, str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="a model on this machine; default the tiny profile's")
+    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--one", type=int, nargs=2, metavar=("BATCH", "CONTEXT"), help="measure once, print json")
+    parser.add_argument(
+        "--one", nargs=4, metavar=("FORM", "FOLDER", "BATCH", "CONTEXT"), help="measure once, print json"
+    )
     args = parser.parse_args()
-    teacher = load_params(ROOT / "params" / "tiny.yaml").models.teacher
-    folder = args.folder or models.local_folder(teacher)
+    params = load_params(ROOT / "params" / "tiny.yaml")
     if args.one:
-        print(json.dumps(measured(folder, *args.one)))
+        form, folder, batch, context = args.one
+        print(json.dumps(measured(form, Path(folder), params, int(batch), int(context))))
         return
 
+    folders = {
+        UNQUANTISED: args.folder or models.local_folder(params.models.teacher),
+        PLAN: args.run / "04_quantization" / "plan",
+        NF4: args.run / "03_lora" / "merged",
+    }
     rows = []
-    for batch, context in SHAPES:
-        expected = computed(folder, batch, context)
-        row = {"batch": batch, "context": context, "computed": expected, "measured": {}, "computed_over_measured": {}}
+    for form, (batch, context) in itertools.product(folders, SHAPES):
+        expected = computed(form, folders[form], params, batch, context)
+        row = {"form": form, "batch": batch, "context": context, "computed": expected}
+        row |= {"measured": {}, "computed_over_measured": {}}
         for allocator, settings in ALLOCATORS.items():
-            runs = [in_a_process(folder, batch, context, settings) for _ in range(args.repeats)]
+            runs = [in_a_process(form, folders[form], batch, context, settings) for _ in range(args.repeats)]
             middle = {what: statistics.median(run[what] for run in runs) for what in runs[0]}
             over = {name: expected["total"][name] / middle[name] for name in ("prefill", "decode")}
             row["measured"][allocator] = {"median": middle, "runs": runs}
             row["computed_over_measured"][allocator] = over
-            print(batch, context, allocator, {name: round(value, 4) for name, value in over.items()}, flush=True)
+            print(form, batch, context, allocator, {name: round(value, 4) for name, value in over.items()}, flush=True)
         rows.append(row)
 
     ratios = {}
-    for allocator in ALLOCATORS:
+    for form, allocator, step in itertools.product(folders, ALLOCATORS, ("prefill", "decode")):
         goal = None if allocator == "glibc_pool_included" else GOAL
-        for step in ("prefill", "decode"):
-            errors = [abs(row["computed_over_measured"][allocator][step] - 1) for row in rows]
-            ratios[f"{step}_total_largest_error/{allocator}"] = Ratio(max(errors), goal, "lower", args.repeats)
+        errors = [abs(row["computed_over_measured"][allocator][step] - 1) for row in rows if row["form"] == form]
+        name = f"{step}_total_largest_error/{allocator}"
+        name = name if form == UNQUANTISED else f"{form}/{name}"
+        ratios[name] = Ratio(max(errors), goal, "lower", args.repeats)
     setup = {
-        "model": folder.name, "dtype": str(DTYPE).removeprefix("torch."), "attention": "sdpa", "logits_to_keep": 1,
+        "model": folders[UNQUANTISED].name, "quantised": "plan and merged student of a tiny run",
+        "dtype": str(DTYPE).removeprefix("torch."), "attention": "sdpa", "logits_to_keep": 1,
         "shapes": SHAPES, "repeats": args.repeats, "statistic": "median over processes, largest error over shapes",
         "measured": "peak above the libraries' own memory; resident set on the CPU, allocator on CUDA",
         "allocators": ALLOCATORS, "threads": torch.get_num_threads(),
-        "versions": versions("torch", "transformers"),
+        "versions": versions("torch", "transformers", "bitsandbytes"),
     }  # fmt: skip
     write("ledger", setup, ratios, {"shapes": rows}, args.output)
     print(result_path("ledger", args.output).read_text().partition('"raw"')[0])

@@ -102,14 +102,20 @@ def main() -> None:
     plain = torch_engine(model, pad, "continuous")
     recorded, no_graphs = with_graphs(model, pad, "continuous")
     full = recorded or plain
+    graphs = bool(recorded)  # those without continuous batching then have compiled steps
+    static, one_by_one = (torch_engine(model, pad, s, graphs=graphs) for s in ("static", "sequential"))
+    for start in range(0, len(batch), BATCH) if graphs else ():
+        static.warm_up(batch[start : start + BATCH])
+    for engine in (static, one_by_one) if graphs else ():
+        engine.warm_up(batch)
     contenders = {
         FULL: full,
-        **({"graphs": plain} if recorded else {}),
-        "fused attention": Unfused(torch_engine(model, pad, "continuous")),
-        "continuous batching (one padded batch)": torch_engine(model, pad, "static"),
-        f"continuous batching (by {BATCH})": InBatches(torch_engine(model, pad, "static"), BATCH),
-        "continuous batching (one by one)": torch_engine(model, pad, "sequential"),
-        "prefix sharing": torch_engine(model, pad, "continuous", prefix_sharing=False, graphs=bool(recorded)),
+        **({"graphs": plain} if graphs else {}),
+        "fused attention": Unfused(torch_engine(model, pad, "continuous", graphs=graphs)),
+        "continuous batching (one padded batch)": static,
+        f"continuous batching (by {BATCH})": InBatches(static, BATCH),
+        "continuous batching (one by one)": one_by_one,
+        "prefix sharing": torch_engine(model, pad, "continuous", prefix_sharing=False, graphs=graphs),
     }
     found = {"batch": time_part(contenders, batch, args.repeats)}
     found["repeated"] = time_part({FULL: full, "response cache": Remembering(full)}, [*half, *half], args.repeats)

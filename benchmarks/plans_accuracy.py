@@ -1,8 +1,8 @@
-"""Does the choice of the plan show in answers? Our plan against random plans of its size and uniform plans.
+"""Does the choice of the plan show in answers? Our plan against random plans of its size, uniform plans, the paper's.
 
 A finished run's student and its headline questions, asked for the options' texts. All plans are rounded as `--rounding`
 says, on the same training rows; weights are simulated, in the run's dtype. Every comparison is paired, question by
-question. Units: fractions.
+question, and Holm's adjustment is over all comparisons of this script. Units: fractions.
 """
 
 import argparse
@@ -16,10 +16,20 @@ from record import RESULTS, Ratio, result_path, versions, write
 
 from medkit import batching, calibration, data, evaluation, inference, models, plans, quantization, sensitivity
 from medkit.outputs import ROOT
-from medkit.params import load_params
-from medkit.statistics import paired_difference
+from medkit.params import EvaluationParams, load_params
+from medkit.statistics import paired_difference, verdicts
 
 PLAN = "plan"
+
+
+def compare(right: pd.DataFrame, groups: pd.Series, judging: EvaluationParams) -> pd.DataFrame:
+    """A row per variant beside the plan: `paired_difference` of the plan and it, and `verdicts` over all of them.
+
+    `right` has a row per question and a column per variant, `groups` its questions' groups.
+    """
+    others = [name for name in right.columns if name != PLAN]
+    rows = [paired_difference(right[PLAN], right[n], judging.confidence, judging.power, groups) for n in others]
+    return verdicts(pd.DataFrame(rows, index=others), judging.confidence, judging.margin)
 
 
 def main() -> None:
@@ -47,8 +57,8 @@ def main() -> None:
     sizes = damage.set_index(["module", "scheme"]).bytes
     budget = int(sizes.loc[list(chosen.schemes.items())].sum())
     shapes = quantization.weight_shapes(model)
-    uniform = [plans.nf4_plan(shapes), plans.nf4_plan(shapes, "nf4")]
-    contenders = [chosen, *(plans.random_plan(damage, budget, seed) for seed in range(args.random)), *uniform]
+    fixed = [plans.paper_plan(shapes), *(plans.nf4_plan(shapes, ends) for ends in ("keep", "int8", "nf4"))]
+    contenders = [chosen, *(plans.random_plan(damage, budget, seed) for seed in range(args.random)), *fixed]
     size = {p.name: int(sizes.loc[list(p.schemes.items())].sum()) for p in contenders}
     tables = []
     for plan in (None, *contenders):
@@ -63,24 +73,21 @@ def main() -> None:
     errors = errors[errors.metric == "ece"].set_index("variant")
     right = judged.pivot(index="id", columns="variant", values="correct")
     groups = judged.drop_duplicates("id").set_index("id").group.reindex(right.index)
-    compared = {
-        name: paired_difference(right[PLAN], right[name], judging.confidence, judging.power, groups)
-        for name in right.columns
-        if name != PLAN
-    }
+    compared = compare(right, groups, judging)
     raw = {
         "loadavg_before": before, "loadavg_after": os.getloadavg(), "bytes": size,
-        "accuracy": right.mean().to_dict(), "plan_minus_other": compared,
+        "accuracy": right.mean().to_dict(), "plan_minus_other": compared.to_dict("index"),
         "ece": {name: dict(errors.loc[name, ["value", "ci_low", "ci_high", "n"]]) for name in errors.index},
     }  # fmt: skip
     ratios = {
-        f"plan_minus_{name}/accuracy": Ratio(found["difference"], None, "higher", len(right))
-        for name, found in compared.items()
+        f"plan_minus_{name}/accuracy": Ratio(difference, None, "higher", len(right))
+        for name, difference in compared.difference.items()
     }
     setup = {
         "student": "03_lora/merged of a tiny run", "questions": len(right), "source": source,
         "scoring": judging.headline_scoring, "rounding": args.rounding, "calibration_rows": len(rows),
-        "repeats": "questions, paired", "versions": versions("torch", "transformers", "bitsandbytes"),
+        "repeats": "questions, paired", "holm_over_comparisons": len(compared),
+        "versions": versions("torch", "transformers", "bitsandbytes"),
     }  # fmt: skip
     write("plans_accuracy", setup, ratios, json.loads(json.dumps(raw, default=float)), args.output)
     print(result_path("plans_accuracy", args.output).read_text())

@@ -17,14 +17,16 @@ from decode_loops import GenerateLoop, GraphLoop, now
 from record import RESULTS, Ratio, result_path, versions, write
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Qwen2Config
+from transformers import DynamicCache, Qwen2Config
+from transformers.utils import is_flash_attn_2_available
 from weight_formats import dequantised
 
-PROMPT, NEW = 512, 128  # tokens
+PROMPT, NEW = 512, 128  # tokens; the prompt's is the default
 CHECK_LAYERS, CHECK_PROMPT, CHECK_STEPS = 2, 64, 4
 CHECK_TOLERANCE = 0.05  # relative Frobenius error of the logits
-PREFILL_LAYERS, ATTENTION_LENGTHS = 4, (512, 1024, 2048, 4096, 8192)  # tokens
-OURS, PAPER, BASE, BEST_BASE = "int4_lean_graph", "paper_mix", "bf16_eager", "bf16_graph"
+ATTENTION_LAYERS, ATTENTION_LENGTHS = 4, (512, 1024, 2048, 4096, 8192)  # tokens
+OURS, PAPER, PLAN, BASE, BEST_BASE = "int4_lean_graph", "paper_mix", "plan", "bf16_eager", "bf16_graph"
+GOALS = {OURS: (0.70, 0.60), PAPER: (0.647, 0.124), PLAN: (0.70, 0.60)}  # below BASE: memory, latency
 
 
 def random_prompt(config: Qwen2Config, length: int) -> Tensor:
@@ -78,7 +80,7 @@ def kv_bytes(config: Qwen2Config, length: int) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * head * length * 2
 
 
-def measure(config: Qwen2Config, contender: Contender, repeats: int, bandwidth: float) -> dict:
+def measure(config: Qwen2Config, contender: Contender, prompt_tokens: int, repeats: int, bandwidth: float) -> dict:
     """Medians over `repeats` generations after one discarded; memory as the allocator counts it."""
     empty = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -88,8 +90,9 @@ def measure(config: Qwen2Config, contender: Contender, repeats: int, bandwidth: 
     embedding = model.model.embed_tokens
     table = sum(t.nbytes for t in [*embedding.parameters(), *embedding.buffers()])
     graph = contender.decode == "graph"
-    loop = GraphLoop(model, PROMPT + NEW) if graph else GenerateLoop(model, contender.decode == "generate_compiled")
-    prompt = random_prompt(config, PROMPT)
+    compiled = contender.decode == "generate_compiled"
+    loop = GraphLoop(model, prompt_tokens + NEW) if graph else GenerateLoop(model, compiled)
+    prompt = random_prompt(config, prompt_tokens)
 
     torch.cuda.reset_peak_memory_stats()
     start = now()
@@ -102,7 +105,7 @@ def measure(config: Qwen2Config, contender: Contender, repeats: int, bandwidth: 
 
     decode = [(total - first) / (NEW - 1) for first, total in runs]
     latency = statistics.median(decode)
-    floor = (weights - table + kv_bytes(config, PROMPT + NEW // 2)) / bandwidth
+    floor = (weights - table + kv_bytes(config, prompt_tokens + NEW // 2)) / bandwidth
     before = torch.cuda.memory_allocated()
     cache = loop.cache(prompt, 8)
     cached, delta = cache.layers[0].keys.shape[-2], torch.cuda.memory_allocated() - before
@@ -141,33 +144,45 @@ def copy_bandwidth(repeats: int = 20) -> float:
     return 2 * source.nbytes / statistics.median(times[3:])
 
 
-def prefill_times(layers: int, repeats: int) -> dict:
-    """Prefill of the decoder stack (no head, no cache): eager attention against SDPA held to its flash backend."""
+def attention_times(layers: int, repeats: int) -> dict:
+    """The decoder stack without its head: a prefill without a cache, and one step over a cache as long.
+
+    Eager attention, SDPA held to its flash backend, and FlashAttention-2 where it is installed.
+    """
     config, results = shape_7b(layers), {"layers": layers}
-    for attention in ("eager", "sdpa"):
+    for attention in ("eager", "sdpa", *["flash_attention_2"] * is_flash_attn_2_available()):
         model = build(config, Contender(attention, attention=attention)).model
         for length in ATTENTION_LENGTHS:
-            ids = random_prompt(config, length)
-            before, times = torch.cuda.memory_allocated(), []
-            torch.cuda.reset_peak_memory_stats()
-            for _ in range(repeats + 2):
-                start = now()
-                with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                    model(input_ids=ids, use_cache=False)
-                times.append(now() - start)
-            peak = torch.cuda.max_memory_allocated() - before
-            entry = {"prefill_s": statistics.median(times[2:]), "activation_peak_bytes": peak}
+            ids, cache = random_prompt(config, length), DynamicCache(config=config)
+            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+                before = torch.cuda.memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+                prefill = timed(repeats, model, input_ids=ids, use_cache=False)
+                peak = torch.cuda.max_memory_allocated() - before
+                model(input_ids=ids, past_key_values=cache)
+                decode = timed(repeats, model, input_ids=ids[:, :1], past_key_values=cache)
+            entry = {"prefill_s": prefill, "decode_s": decode, "activation_peak_bytes": peak}
             results.setdefault(str(length), {})[attention] = entry
         del model
         release()
     return results
 
 
+def timed(repeats: int, model: nn.Module, **inputs) -> float:
+    """Median seconds of a forward pass, two warm-ups discarded. A cache among the inputs grows with every pass."""
+    times = []
+    for _ in range(repeats + 2):
+        start = now()
+        model(**inputs)
+        times.append(now() - start)
+    return statistics.median(times[2:])
+
+
 def ratios(results: dict, attention: dict, repeats: int) -> dict[str, Ratio]:
     """Headline ratios; a contender that did not run, or whose check failed, gives none."""
     good = {name: r for name, r in results.items() if "error" not in r and r["check"]["ok"]}
     found = {}
-    for name, memory_goal, latency_goal in ((OURS, 0.70, 0.60), (PAPER, 0.647, 0.124)):
+    for name, (memory_goal, latency_goal) in GOALS.items():
         if name in good and BASE in good:
             memory = 1 - good[name]["generation_peak_bytes"] / good[BASE]["generation_peak_bytes"]
             latency = 1 - good[name]["latency_s_per_token"] / good[BASE]["latency_s_per_token"]
@@ -179,10 +194,20 @@ def ratios(results: dict, attention: dict, repeats: int) -> dict[str, Ratio]:
     if OURS in good:
         found[f"{OURS}/latency_over_floor"] = Ratio(good[OURS]["latency_over_floor"], 2.0, "lower", repeats)
     longest = attention.get(str(ATTENTION_LENGTHS[-1]), {})
-    if len(longest) == 2:
-        speedup = longest["eager"]["prefill_s"] / longest["sdpa"]["prefill_s"]
-        found[f"sdpa_prefill_speedup_at_{ATTENTION_LENGTHS[-1]}"] = Ratio(speedup, None, "higher", repeats)
+    for kernel in (name for name in longest if name != "eager"):
+        for phase in ("prefill", "decode"):
+            if f"{phase}_s" in longest[kernel]:  # earlier runs timed the prefill alone
+                speedup = longest["eager"][f"{phase}_s"] / longest[kernel][f"{phase}_s"]
+                found[f"{kernel}_{phase}_speedup_at_{ATTENTION_LENGTHS[-1]}"] = Ratio(speedup, None, "higher", repeats)
     return found
+
+
+def resume(path: Path) -> tuple[dict, dict]:
+    """What an interrupted run has measured, and the lines of the setup that tell of it."""
+    record = json.loads(path.read_text())
+    told = {key: record[key] for key in ("date", "git_commit")} | {"versions": record["setup"]["versions"]}
+    note = {"note": record["setup"]["note"]} if "note" in record["setup"] else {}
+    return record["raw"], {"resumed": told} | note
 
 
 def attempt(step, *args) -> dict:
@@ -200,6 +225,7 @@ def attempt(step, *args) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--layers", type=int, default=28, help="fewer than 28: a smoke run, not the real shape")
+    parser.add_argument("--prompt", type=int, default=PROMPT, help=f"tokens; {NEW} new ones follow")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--contenders", nargs="*", help="names to run; default all")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -208,31 +234,36 @@ def main() -> None:
     torch.set_grad_enabled(False)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else LLM.int8() logs a cast on every call
 
-    config, name = shape_7b(args.layers), "shape7b" if args.layers == 28 else f"shape7b-{args.layers}-layers"
+    config, name = shape_7b(args.layers), "shape7b"
+    name += f"-{args.layers}-layers" if args.layers != 28 else ""
+    name += f"-prompt-{args.prompt}" if args.prompt != PROMPT else ""
     path = result_path(name, args.output)
     if args.resume and path.exists():
-        raw = json.loads(path.read_text())["raw"]
+        raw, resumed = resume(path)
     else:
-        raw = {"copy_bandwidth_bytes_per_s": copy_bandwidth(), "contenders": {}}
-        raw["prefill_attention"] = attempt(prefill_times, PREFILL_LAYERS, args.repeats)
-    bandwidth, results, attention = raw.values()
+        raw, resumed = {"copy_bandwidth_bytes_per_s": copy_bandwidth(), "contenders": {}}, {}
+        raw["prefill_attention"] = attempt(attention_times, ATTENTION_LAYERS, args.repeats)
+    bandwidth, results = raw["copy_bandwidth_bytes_per_s"], raw["contenders"]
+    attention = raw["prefill_attention"]
     for contender in CONTENDERS:
         results.setdefault(contender.name, {"error": "not run"})
     setup = {
         "model": "random weights at the shapes of DeepSeek-R1-Distill-Qwen-7B; accuracy is not measured",
-        "layers": args.layers, "prompt_tokens": PROMPT, "new_tokens": NEW, "batch": 1,
+        "layers": args.layers, "prompt_tokens": args.prompt, "new_tokens": NEW, "batch": 1,
         "decoding": "greedy, no stop token",
         "repeats": args.repeats, "statistic": "median, one warm-up generation discarded",
         "memory": "generation_peak_bytes: torch.cuda.max_memory_allocated over the timed generations",
         "floor": "(weights without the embedding table + KV cache at the middle of the output) / copy bandwidth",
         "check_layers": CHECK_LAYERS, "check_tolerance": CHECK_TOLERANCE,
-        "versions": versions("torch", "transformers", "bitsandbytes", "triton") | {"cuda": torch.version.cuda},
-    }  # fmt: skip
+        "versions": versions("torch", "transformers", "bitsandbytes", "triton", "flash-attn")
+        | {"cuda": torch.version.cuda},
+    } | resumed  # fmt: skip
     for contender in CONTENDERS:
         if "error" not in results[contender.name] or (args.contenders and contender.name not in args.contenders):
             continue
-        verdict = attempt(check, contender)
-        result = attempt(measure, config, contender, args.repeats, bandwidth) if "error" not in verdict else verdict
+        result = verdict = attempt(check, contender)
+        if "error" not in verdict:
+            result = attempt(measure, config, contender, args.prompt, args.repeats, bandwidth)
         results[contender.name] = result | {"check": verdict}
         write(name, setup, ratios(results, attention, args.repeats), raw, args.output)
         print(contender.name, {k: v for k, v in results[contender.name].items() if "runs" not in k}, flush=True)

@@ -1,11 +1,12 @@
-"""Tables for people from `results.json`, and from nothing else.
+"""Tables for people from `results.json`, from benchmarks' json, and from what `budget` computes; from nothing else.
 
-README, the log and the command line print these. A number that is not in the results cannot be in a table.
+README, the log and the command line print these. A number that is not in one of them cannot be in a table.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -158,6 +159,27 @@ def ablation_table(path: Path) -> str:
     headers = ["student", "validation loss, nats", "full minus it", "accuracy", "full minus it"]
     said = f"Mean ± standard deviation over seeds; paired by question, {counted}; each interval by itself."
     return f"{markdown(headers, rows)}\n\n{said}"
+
+
+def recipes_table(estimates: Mapping[str, Sequence]) -> str:
+    """Markdown: a row per recipe with the cache in bf16; per model what is stored, the total, and that below bf16's.
+
+    `estimates` holds what `budget.estimate` gives for each model.
+    """
+    headers, columns = ["recipe"], []
+    for model, found in estimates.items():
+        totals = {e.recipe: e for e in found if e.kv_format == "bf16"}
+        headers += [f"{model}:<br>stored, GiB", "total, GiB", "below bf16"]
+        columns.append(totals)
+    rows = []
+    for recipe in columns[0]:
+        cells = []
+        for totals in columns:
+            e, whole = totals[recipe], totals["bf16"].total
+            below = "–" if recipe == "bf16" else f"{100 * (1 - e.total / whole):.1f} %"
+            cells += [f"{(e.weights + e.state) / 2**30:.2f}", f"{e.total / 2**30:.2f}", below]
+        rows.append([f"`{recipe}`", *cells])
+    return markdown(headers, rows)
 
 
 def provenance_line(facts: dict) -> str:

@@ -9,6 +9,12 @@ if not torch.cuda.is_available():
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from medkit import ledger, peak, plans, quantization  # noqa: E402
+from medkit.engines import Request  # noqa: E402
+from medkit.outputs import ROOT  # noqa: E402
+from medkit.params import load_params  # noqa: E402
+from medkit.torch_engine import SCHEDULERS, TorchEngine  # noqa: E402
+
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
@@ -179,3 +185,71 @@ def test_allocator_counts_the_weights_and_the_kv_cache():
         model(random_ids(1, tokens), past_key_values=cache, use_cache=True)
     stored = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert stored == 2 * LAYERS * KV_HEADS * HEAD_DIM * tokens * 2
+
+
+# --- the package ---------------------------------------------------------------------------------------------------
+
+
+class NoTokenizer:
+    """Stands where a model is saved with its tokenizer, of which these tests have none."""
+
+    def save_pretrained(self, folder):
+        pass
+
+
+@pytest.fixture
+def models_params():
+    asked = {"device": DEVICE, "dtype": "float32", "attention": "sdpa"}
+    return load_params(ROOT / "params" / "tiny.yaml").models.model_copy(update=asked)
+
+
+@torch.inference_mode()
+def test_a_plan_comes_back_from_disk_with_equal_logits(bnb, models_params, tmp_path):
+    """Every scheme, on linear layers and on both ends."""
+    model, ids = small_llama(), random_ids(2, 32)
+    exact = model(ids).logits
+    plan = plans.nf4_plan(quantization.weight_shapes(model), "int8")
+    plan = plan.model_copy(update={"schemes": plan.schemes | {"lm_head": "nf4", "model.layers.0.mlp.up_proj": "keep"}})
+    assert set(plan.schemes.values()) == {"keep", "int8", "nf4"}
+    model = quantization.apply_plan(model, plan, double_quant=True)
+    quantization.save_quantized(model, NoTokenizer(), plan, tmp_path / "plan")
+    logits = model(ids).logits
+    loaded = quantization.load_quantized(tmp_path / "plan", models_params)
+    assert {parameter.device.type for parameter in loaded.parameters()} == {DEVICE}
+    assert torch.equal(loaded(ids).logits, logits)
+    assert 1e-3 < relative_error(logits, exact) < 0.5
+
+
+def test_schedulers_write_the_same_tokens():
+    model = small_llama()
+    requests = [Request(random_ids(1, n)[0].tolist(), new) for n, new in ((5, 4), (40, 12), (3, 9), (21, 6))]
+    written = {}
+    for scheduler in SCHEDULERS:
+        engine = TorchEngine(model, 0, scheduler=scheduler, batch_tokens=128)
+        try:
+            written[scheduler] = [generation.token_ids for generation in engine.generate(requests)]
+        finally:
+            engine.close()
+    assert len(written) == 3
+    assert [len(tokens) for tokens in written["sequential"]] == [request.max_new_tokens for request in requests]
+    assert all(tokens == written["sequential"] for tokens in written.values())
+
+
+def test_the_measured_peak_is_the_computed_total():
+    """Big enough for a library's workspace of 32 MiB not to matter: 1.0 GB of weights, 1.1 GB beside them."""
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=8, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False,
+    )  # fmt: skip
+    batch, context = 4, 4096
+
+    def load():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        return model.to(DEVICE).eval()
+
+    measured = peak.measure_peak(load, batch, context, torch.device(DEVICE))
+    shapes = ledger.model_shapes(config)
+    rest = ledger.plan_bytes(shapes, {}).bytes.sum() + ledger.kv_cache_bytes(config, batch, context, 2)
+    for step, activations in peak.activation_bytes(config, shapes, {}, batch, context).items():
+        assert rest + activations == pytest.approx(measured[step], rel=0.05), step

@@ -6,7 +6,7 @@ import re
 import pandas as pd
 import pytest
 
-from medkit import claims, figures, report
+from medkit import budget, claims, figures, report
 from medkit.outputs import DISCLAIMER, StageError
 
 FACTS = {"run": "toy", "headline_source": "icd_chapter", "headline_scoring": "option_text", "chance": 0.25}
@@ -308,3 +308,17 @@ def test_an_ablation_says_what_the_whole_has_over_each_part(tmp_path):
     assert alone[2].endswith(" harms") and alone[4].endswith(" not detectable")
     assert whole[2] == whole[4] == "–"
     assert "n = 105 and 105 questions, 3 seeds" in below
+
+
+def test_recipes_of_the_papers_models_have_their_bytes_and_their_distance_from_bf16():
+    names = ("DeepSeek-R1-Distill-Qwen-7B", "DeepSeek-R1-Distill-Llama-70B")
+    estimates = {name: budget.estimate(budget.read_config(name), batch=1, context=4096) for name in names}
+    header, *rows = cells(report.recipes_table(estimates))
+    assert header[1::3] == [f"{name}:<br>stored, GiB" for name in names]
+    found = {row[0].strip("`"): row[1:] for row in rows}
+    assert found["bf16"][0] == "14.19" and found["nf4"][0] == "5.17"
+    assert [found["bf16"][i] for i in (2, 5)] == ["–", "–"]
+    below = {recipe: (numbers(row[2])[0], numbers(row[5])[0]) for recipe, row in found.items() if recipe != "bf16"}
+    assert {recipe for recipe, (student, _) in below.items() if student >= 70} == {"nf4_all"}
+    assert {recipe for recipe, (_, teacher) in below.items() if teacher >= 70} == {"nf4", "nf4_int8_ends", "nf4_all"}
+    assert below["nf4_all"][0] == pytest.approx(70.4, abs=0.05)
