@@ -24,7 +24,8 @@ from medkit.peak import activation_bytes
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 BF16_BYTES = 2
 KV_BYTES = {"bf16": BF16_BYTES, "fp8": FP8_BYTES}
-DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+DENSE = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
+EXTENDING = ("linear", "dynamic", "yarn")  # kinds of rotary embeddings whose factor lengthens the context
 LLAMA_70B = {
     "model_type": "llama", "vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672,
     "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 131072,
@@ -82,16 +83,17 @@ def read_config(model: str) -> PreTrainedConfig:
     path = Path(model)
     path = path / "config.json" if path.is_dir() else path
     name = model.rpartition("/")[2]
-    try:
-        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else KNOWN[name]
-        config = AutoConfig.for_model(**values).get_text_config()
-    except KeyError as error:
+    if not path.is_file() and name not in KNOWN:
         raise ParamsError(
             f"--model {model!r}: neither a config.json, nor a folder with one, nor a name that is known without: "
             f"{', '.join(KNOWN)}"
-        ) from error
-    except (ValueError, TypeError, OSError, StrictDataclassError) as error:
-        raise ParamsError(f"--model {model!r}: {path} is no model's config: {' '.join(str(error).split())}") from error
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else KNOWN[name]
+        config = AutoConfig.for_model(**values).get_text_config()
+    except (KeyError, ValueError, TypeError, OSError, StrictDataclassError) as error:
+        reason = error.args[0] if isinstance(error, KeyError) else error  # a KeyError puts quotes around its sentence
+        raise ParamsError(f"--model {model!r}: {path} is no model's config: {' '.join(str(reason).split())}") from error
     if config.model_type not in DENSE:
         raise ParamsError(
             f"--model {model!r}: {config.model_type!r} is not one of the decoders known: {', '.join(DENSE)}"
@@ -110,10 +112,21 @@ def recipes(shapes: list[Weight]) -> dict[str, dict[str, str]]:
     return whole | {plan.name: {m: s for m, s in plan.schemes.items() if s != "keep"} for plan in named}
 
 
+def last_position(config: PreTrainedConfig) -> int:
+    """How many positions the model has, those included by which its rotary embeddings extend what it was trained on.
+
+    Rotary embeddings that differ between layers (Gemma 3) are extended already in what the config says.
+    """
+    rope, trained = config.rope_parameters or {}, config.max_position_embeddings
+    if rope.get("rope_type") not in EXTENDING:
+        return trained
+    return max(trained, int(rope["factor"] * rope.get("original_max_position_embeddings", trained)))
+
+
 def estimate(config: PreTrainedConfig, batch: int, context: int) -> list[Estimate]:
     """Every recipe with the key-value cache in bf16 and, where transformers has it, in fp8; most bits first."""
-    if context > config.max_position_embeddings:
-        raise ParamsError(f"--context {context}: the model's positions end at {config.max_position_embeddings}")
+    if context > last_position(config):
+        raise ParamsError(f"--context {context}: the model's positions end at {last_position(config)}")
     shapes = model_shapes(config)
     formats = ["bf16"] if any(windows(config)) else ["bf16", "fp8"]
     found = [

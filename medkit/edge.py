@@ -58,7 +58,9 @@ def export_gguf(model: nn.Module, tokenizer, path: Path, weight_type: str) -> Pa
             f"or with llama.cpp one of {', '.join(k_quants.K_QUANTS)}"
         )
     _refuse_what_the_file_cannot_say(config)
-    for name, _ in model.named_parameters():
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point():
+            raise ExportError(f"{name} is quantised already: export the model from before it was quantised")
         _gguf_name(name, config.model_type)  # refuses before anything is written
     if weight_type in k_quants.K_QUANTS:
         k_quants.require(weight_type)

@@ -70,7 +70,7 @@ def budget_plan(choices: pd.DataFrame, budget_bytes: int, name: str = "plan") ->
     modules = choices.module.to_numpy(object)
     one_each = LinearConstraint((pd.unique(modules)[:, None] == modules).astype(float), 1, 1)
     # the solver's tolerances are absolute, 1e-6: damages are blown up, and bytes brought down, until they mean nothing
-    cost = choices.kl_nats.to_numpy() * (1e4 / max(choices.kl_nats.abs().max(), np.finfo(float).tiny))
+    cost = 1e4 * (choices.kl_nats.to_numpy() / max(choices.kl_nats.abs().max(), np.finfo(float).tiny))
     unit, allowed = choices.bytes.median(), budget_bytes
     while True:
         small_enough = LinearConstraint(choices.bytes.to_numpy()[None] / unit, ub=allowed / unit)
@@ -91,9 +91,10 @@ def budget_plan(choices: pd.DataFrame, budget_bytes: int, name: str = "plan") ->
 
 
 def random_plan(choices: pd.DataFrame, budget_bytes: int, seed: int) -> Plan:
-    """Random schemes that weigh `budget_bytes` or less, by less than the smallest step between two schemes.
+    """Random schemes that weigh `budget_bytes` or less, by less than the smallest step between two schemes if they can.
 
-    Starts from each module's smallest scheme and gives random modules a random larger one while it fits.
+    Starts from each module's smallest scheme and gives random modules a random larger one while it fits. Where no plan
+    comes that near (everything fits, or one large matrix leaves a gap), it is the largest of a hundred.
     """
     _check_budget(choices, budget_bytes)
     options = {
@@ -101,8 +102,9 @@ def random_plan(choices: pd.DataFrame, budget_bytes: int, seed: int) -> Plan:
     }
     steps = {b[0] - a[0] for sizes in options.values() for a, b in itertools.pairwise(sizes)} - {0}
     smallest_step = min(steps, default=float("inf"))
-    draw = random.Random(seed)
-    for _ in range(1000):
+    budget_bytes = min(budget_bytes, sum(sizes[-1][0] for sizes in options.values()))
+    draw, least_left, largest = random.Random(seed), float("inf"), {}
+    for _ in range(100):
         taken = {module: sizes[0] for module, sizes in options.items()}
         left = budget_bytes - sum(size for size, _ in taken.values())
         while fitting := [
@@ -112,9 +114,11 @@ def random_plan(choices: pd.DataFrame, budget_bytes: int, seed: int) -> Plan:
             option = draw.choice([o for m, o in fitting if m == module])
             left -= option[0] - taken[module][0]
             taken[module] = option
+        if left < least_left:
+            least_left, largest = left, taken
         if left < smallest_step:
-            return Plan(name=f"random_{seed}", schemes={m: scheme for m, (_, scheme) in taken.items()})
-    raise PlanError(f"no random plan comes within {smallest_step} bytes of {budget_bytes}; choose another budget")
+            break
+    return Plan(name=f"random_{seed}", schemes={m: scheme for m, (_, scheme) in largest.items()})
 
 
 def _plan(name: str, taken: pd.DataFrame) -> Plan:

@@ -16,6 +16,7 @@ import bitsandbytes as bnb
 import torch
 from accelerate import init_empty_weights
 from pydantic import ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
@@ -25,7 +26,16 @@ from medkit.batching import Example
 from medkit.outputs import atomic_path
 from medkit.params import ModelsParams, QuantizationParams
 from medkit.plans import Plan, PlanError, Scheme, Shapes, layer_of
-from medkit.rowwise import ROWS, Int8Rows, Nf4Rows, QuantizedEmbedding, QuantizedLinear, quantise_nf4, restore_nf4
+from medkit.rowwise import (
+    ROWS,
+    Int8Rows,
+    Nf4Rows,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    factor_of,
+    quantise_nf4,
+    restore_nf4,
+)
 
 PLAN, WEIGHTS = "plan.json", "quantized.safetensors"
 """The weights have a name of their own, so that transformers refuses the folder instead of filling it with noise."""
@@ -71,8 +81,9 @@ def check_plan(plan: Plan, model: nn.Module) -> None:
     if missing:
         raise PlanError(f"plan {plan.name!r}: no scheme for {missing[0]!r}; write 'keep' to leave it as it is")
     for name, scheme in plan.schemes.items():
-        kind = type(model.get_submodule(name))
-        if scheme != "keep" and kind not in (nn.Linear, nn.Embedding):
+        module = model.get_submodule(name)
+        kind = type(module)
+        if scheme != "keep" and kind not in (nn.Linear, nn.Embedding) and factor_of(module) is None:
             raise PlanError(
                 f"plan {plan.name!r}: {name!r} cannot be {scheme}: it is a {kind.__name__}, not a plain linear layer "
                 f"or embedding; use 'keep', or the model from before it was quantised"
@@ -132,7 +143,7 @@ def _put_rows(
     if model.get_submodule(name) is not model.get_input_embeddings():
         model.set_submodule(name, QuantizedLinear(rows, bias))
         return
-    model.set_submodule(name, QuantizedEmbedding(rows))
+    model.set_submodule(name, QuantizedEmbedding(rows, factor_of(model.get_submodule(name))))
     if tied_head:
         model.set_submodule(tied_head, QuantizedLinear(rows, None))
 
@@ -168,8 +179,8 @@ def save_quantized(model: nn.Module, tokenizer, plan: Plan, folder: Path) -> Pat
 def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
     """A model that `save_quantized` wrote, in eval mode on the params' device: the same logits, to the bit.
 
-    Weights that the plan keeps, and arithmetic, are in the params' dtype. Raises PlanError for a folder without a
-    plan, and for a plan that is not that of the weights beside it.
+    Weights that the plan keeps, and arithmetic, are in the params' dtype. Raises PlanError where plan or weights are
+    missing or damaged, and for a plan that is not that of the weights beside it.
     """
     plan = read_plan(folder)
     device, dtype = models.pick_device(params.device), getattr(torch, params.dtype)
@@ -179,7 +190,7 @@ def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
     check_plan(plan, model)
-    head, tensors = _tied_head(model), load_file(folder / WEIGHTS, device=str(device))
+    head, tensors = _tied_head(model), _read_weights(folder / WEIGHTS, device)
     for name, scheme in plan.schemes.items():
         own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
         if _scheme_of(own) != scheme:
@@ -209,9 +220,20 @@ def read_plan(folder: Path) -> Plan:
     if not path.is_file():
         raise PlanError(f"{folder}: no {PLAN}; a quantised model is a folder that `save_quantized` wrote")
     try:
-        return Plan.model_validate_json(path.read_text(encoding="utf-8"))
+        return Plan.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise PlanError(f"{path}: {error.errors()[0]['msg']} at {error.errors()[0]['loc']}") from error
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "its top"
+        raise PlanError(f"{path} is damaged ({first['msg']} at {place}); quantise the model again") from error
+
+
+def _read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise PlanError(f"{path} is missing, its plan is there; copy the whole folder, or quantise the model again")
+    try:
+        return load_file(path, device=str(device))
+    except SafetensorError as error:
+        raise PlanError(f"{path} is damaged ({error}); copy it again, or quantise the model again") from error
 
 
 def _scheme_of(tensors: dict[str, torch.Tensor]) -> str:

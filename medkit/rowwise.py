@@ -45,8 +45,11 @@ class Int8Rows(nn.Module):
 
     def project(self, x: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """x (…, columns) times rows start…stop: (…, stop − start). A code is exact in bf16, so the scale comes last."""
-        product = x @ self.codes[start:stop].to(x.dtype).T
-        return (product * self.scale[start:stop, 0]).to(x.dtype)
+        product, scale = x @ self.codes[start:stop].to(x.dtype).T, self.scale[start:stop, 0]
+        # in place: CPUs scale 16 bits by way of float32, so by few enough tokens for copies no larger than the codes
+        for tokens in product.view(-1, stop - start).split(max(1, x.shape[-1] // 4)):
+            tokens.mul_(scale)
+        return product
 
 
 class Nf4Rows(nn.Module):
@@ -98,15 +101,23 @@ class Nf4Rows(nn.Module):
             destination[f"{prefix}weight.{key}"] = tensor
 
 
-class QuantizedEmbedding(nn.Module):
-    """Looks token ids up in a table stored by rows."""
+def factor_of(embedding: nn.Module) -> torch.Tensor | None:
+    """What an embedding multiplies the rows it looks up with, as Gemma's do; a head tied to it does not."""
+    factor = getattr(embedding, "embed_scale", None)
+    return factor if torch.is_tensor(factor) else None
 
-    def __init__(self, rows: Int8Rows | Nf4Rows):
+
+class QuantizedEmbedding(nn.Module):
+    """Looks token ids up in a table stored by rows, and multiplies what it finds with a factor if there is one."""
+
+    def __init__(self, rows: Int8Rows | Nf4Rows, factor: torch.Tensor | None = None):
         super().__init__()
         self.rows = rows
+        self.register_buffer("embed_scale", factor, persistent=False)  # the config tells it, as transformers has it
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.rows.gather(ids)
+        found = self.rows.gather(ids)
+        return found if self.embed_scale is None else found * self.embed_scale.to(found.dtype)
 
 
 class QuantizedLinear(nn.Module):

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from medkit import edge, edge_tokenizer, lora
+from medkit import edge, edge_tokenizer, lora, plans, quantization
 from medkit.edge import ExportError
 from medkit.outputs import DISCLAIMER
 
@@ -402,6 +402,15 @@ def test_k_quants_without_llama_cpp_name_the_cure_and_write_nothing(make_llama, 
     with pytest.raises(ExportError, match=r"Q4_K_M: only llama.cpp makes it.*pip install -e '\.\[llama\]'"):
         edge.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "Q4_K_M")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ends", ["keep", "int8"])
+def test_a_quantised_model_is_refused_with_the_cure(make_llama, tokenizer, tmp_path, ends):
+    model = make_llama(intermediate_size=128)
+    quantization.apply_plan(model, plans.nf4_plan(quantization.weight_shapes(model), ends), True)
+    with pytest.raises(ExportError, match="is quantised already: export the model from before"):
+        edge.export_gguf(model, tokenizer, tmp_path / "m.gguf", "Q8_0")
+    assert not list(tmp_path.iterdir())
 
 
 def test_rotary_rows_go_from_halves_to_pairs():

@@ -13,10 +13,19 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, Gemma3TextConfig, QuantizedCache, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    QuantizedCache,
+    Qwen2Config,
+)
 
 from medkit import budget, ledger, models, peak, quantization
 from medkit.params import QuantizationParams
+from medkit.plans import Plan
 
 GIB = 2**30
 SIZES = {
@@ -28,6 +37,10 @@ WINDOW = 32
 
 def qwen2(**changes):
     return Qwen2Config(**{**SIZES, "tie_word_embeddings": False, **changes})
+
+
+def gemma(**changes):
+    return GemmaConfig(**{**SIZES, "head_dim": 24, **changes})
 
 
 def gemma3(**changes):
@@ -75,7 +88,7 @@ def store(model, schemes, double_quant):
 
 
 @pytest.mark.parametrize(
-    "config", [qwen2(), qwen2(tie_word_embeddings=True), gemma2(), gemma3()], ids=lambda c: c.model_type
+    "config", [qwen2(), qwen2(tie_word_embeddings=True), gemma(), gemma2(), gemma3()], ids=lambda c: c.model_type
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shapes_alone_give_the_bytes_of_a_loaded_model(config, dtype):
@@ -170,7 +183,7 @@ def storage_bytes(cache):
     return sum(t.untyped_storage().nbytes() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
-@pytest.mark.parametrize("config", [qwen2(), gemma2(), gemma3()], ids=lambda c: c.model_type)
+@pytest.mark.parametrize("config", [qwen2(), gemma(), gemma2(), gemma3()], ids=lambda c: c.model_type)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("context", [WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW])
 def test_kv_cache_bytes_after_a_step_are_those_of_a_real_cache(config, dtype, context):
@@ -216,9 +229,12 @@ class Allocations(TorchDispatchMode):
         self.alive -= size
 
 
-def measured_peaks(config, dtype, batch, context, cache):
+def measured_peaks(config, dtype, batch, context, cache, recipe="bf16"):
     """Peak of a prefill, its cache included, and what the decode step after it takes on top of what stays."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    schemes = dict.fromkeys(quantization.weight_shapes(model), "keep")
+    schemes |= budget.recipes(ledger.model_shapes(config))[recipe]
+    quantization.apply_plan(model, Plan(name=recipe, schemes=schemes), True)
     ids = torch.ones(batch, context, dtype=torch.long)
     with torch.inference_mode(), Allocations() as seen:
         found = []
@@ -234,6 +250,8 @@ def measured_peaks(config, dtype, batch, context, cache):
     [
         (qwen2(), torch.float32, 0),
         (qwen2(), torch.bfloat16, 0),
+        (gemma(), torch.float32, 0),
+        (gemma(), torch.bfloat16, 0),
         (gemma2(), torch.float32, 0),
         (gemma2(), torch.bfloat16, 4 * 4),  # 4 heads, whose scores the softmax kernel turns into float32
         (gemma3(), torch.float32, 4),  # the SDPA kernel turns the mask into the dtype
@@ -248,6 +266,17 @@ def test_the_peak_of_a_prefill_is_that_of_the_tensors_alive(config, dtype, scrat
     computed = peak.activation_bytes(config, ledger.model_shapes(config), {}, batch, context, size, size)["prefill"]
     total = computed + ledger.kv_cache_bytes(config, batch, context, size)
     assert 0.99 * prefill <= total <= 1.01 * prefill + scratch * batch * context**2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [qwen2(), gemma()], ids=lambda c: c.model_type)
+def test_the_peak_of_a_prefill_in_int8_is_that_of_the_tensors_alive(config, dtype):
+    size, shapes = dtype.itemsize, ledger.model_shapes(config)
+    prefill, _ = measured_peaks(config, dtype, 2, 512, DynamicCache(config=config), "int8")
+    schemes = budget.recipes(shapes)["int8"]
+    computed = peak.activation_bytes(config, shapes, schemes, 2, 512, size, size)["prefill"]
+    total = computed + ledger.kv_cache_bytes(config, 2, 512, size)
+    assert 0.99 * prefill <= total <= 1.03 * prefill
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from transformers import Gemma3TextConfig, LlamaConfig
+from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfig
 
 from medkit import __main__, budget, ledger, peak
 from medkit.params import ParamsError
@@ -179,6 +179,57 @@ def test_a_config_that_is_none_is_named(command, tmp_path, text, named):
     assert code == 1
     assert str(path) in err and named in err
     assert err.startswith("medkit: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("rope", "reason"),
+    [
+        ({"rope_type": "yarn"}, "Missing required keys in `rope_parameters` for 'rope_type'='yarn': {'factor'}"),
+        ({"type": "linear"}, "Missing required keys in `rope_parameters` for 'rope_type'='linear': {'factor'}"),
+    ],
+)
+def test_an_incomplete_rope_is_told_as_it_is(command, tmp_path, rope, reason):
+    (tmp_path / "config.json").write_text(json.dumps(budget.KNOWN[STUDENT] | {"rope_scaling": rope}))
+    code, _, err = command("--model", str(tmp_path), "--budget", "8GB")
+    assert code == 1
+    assert err.strip().endswith(f"is no model's config: {reason}")
+    assert err.startswith("medkit: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("rope", "last"),
+    [
+        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        ({"rope_type": "yarn", "factor": 4.0}, 131072),
+        ({"type": "linear", "factor": 2}, 65536),
+        ({"type": "dynamic", "factor": 2.0}, 65536),
+        ({"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8192}, 32768),
+        ({"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}, 32768),
+        ({"type": "default", "factor": 4.0}, 32768),
+    ],
+)  # fmt: skip
+def test_a_rope_that_extends_the_context_is_believed(command, tmp_path, rope, last):
+    config = budget.KNOWN[STUDENT] | {"max_position_embeddings": 32768, "rope_scaling": rope}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ("--model", str(tmp_path), "--budget", "100GB", "--context")
+    assert command(*arguments, str(last))[0] == 0
+    code, _, err = command(*arguments, str(last + 1))
+    assert (code, f"positions end at {last}" in err) == (1, True)
+
+
+def test_gemma_3_says_how_far_it_was_extended():
+    full = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    rope = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    assert budget.last_position(Gemma3TextConfig(max_position_embeddings=131072, rope_parameters=rope)) == 131072
+
+
+@pytest.mark.parametrize("config", [GemmaConfig(), Gemma2Config(), Gemma3TextConfig()], ids=lambda c: c.model_type)
+def test_any_gemma_is_planned_for(command, tmp_path, config):
+    config.save_pretrained(tmp_path)
+    code, out, err = command("--model", str(tmp_path), "--budget", "100GB")
+    assert (code, err) == (0, "")
+    assert "best: bf16" in out
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -166,6 +166,20 @@ def test_without_a_choice_there_is_one_plan(choices):
     assert set(plans.budget_plan(only, budget).schemes.values()) == {"int8"}
 
 
-def test_a_budget_far_above_everything_has_no_random_plan(choices):
-    with pytest.raises(PlanError, match="another budget"):
-        plans.random_plan(choices, 2 * least_and_most(choices)[1], 0)
+def test_a_budget_far_above_everything_keeps_everything(choices):
+    budget = 2 * least_and_most(choices)[1]
+    for plan in (plans.budget_plan(choices, budget), plans.random_plan(choices, budget, 0)):
+        assert set(plan.schemes.values()) == {"keep"}
+
+
+def test_a_budget_in_a_gap_takes_the_largest_below(choices):
+    """One matrix that outweighs all others together: between two of its schemes no plan is near."""
+    wide = make_choices({"model.embed_tokens": (10_000, 64), "model.layers.0.mlp.up_proj": (128, 64)})
+    below = 10_000 * 64 + 128 * 64 * 2  # int8, and the other kept
+    for seed in range(5):
+        assert totals(wide, plans.random_plan(wide, below + 10_000, seed))[1] == below
+
+
+def test_where_nothing_damages_any_plan_that_fits_will_do(choices):
+    budget = sum(least_and_most(choices)) // 2
+    assert totals(choices, plans.budget_plan(choices.assign(kl_nats=0.0), budget))[1] <= budget

@@ -1,10 +1,12 @@
 """No int8 weight is off by more than half a step, and rows decode alone as they do together, a few at a time."""
 
+from pathlib import Path
+
 import bitsandbytes as bnb
 import pytest
 import torch
 
-from medkit import rowwise
+from medkit import peak, rowwise
 from medkit.rowwise import Int8Rows, Nf4Rows, QuantizedEmbedding, QuantizedLinear
 
 ROWS, COLUMNS = 100, 128
@@ -66,6 +68,33 @@ def test_a_linear_layer_decodes_no_more_than_its_chunk(monkeypatch, scheme, rows
     wanted = torch.nn.functional.linear(x, rowwise.round_trip(weight, scheme, True), bias)
     torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-4)
     assert max(decoded) <= rows_at_once and sum(decoded) == ROWS
+
+
+def test_scaling_in_place_gives_the_bits_of_scaling_a_copy(weight):
+    rows, x = Int8Rows.quantise(weight, True), torch.randn(2, 45, COLUMNS).to(weight.dtype)  # 90 tokens: 32, 32, 26
+    product = x @ rows.codes.to(x.dtype).T
+    assert torch.equal(rows.project(x, 0, ROWS), (product * rows.scale[:, 0]).to(x.dtype))
+    assert torch.equal(rows.project(x[0, 0], 30, 60), rows.project(x[:1, 0], 30, 60)[0])
+    assert rows.project(x[:, :0], 0, ROWS).shape == (2, 0, ROWS)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the resident set is read as Linux keeps it")
+def test_an_int8_layer_in_half_precision_takes_no_more_than_its_result():
+    tokens, width = 8192, 4096
+    rows = Int8Rows.quantise(torch.randn(width, 256, dtype=torch.bfloat16), True)
+    x, cpu = torch.randn(tokens, 256, dtype=torch.bfloat16), torch.device("cpu")
+    rows.project(x[:8], 0, width)
+    peak.reset_peak(cpu)
+    before = peak.read_peak(cpu)
+    rows.project(x, 0, width)
+    assert peak.read_peak(cpu) - before < 1.5 * 2 * tokens * width
+
+
+def test_an_embedding_multiplies_with_its_factor():
+    rows, ids = Int8Rows.quantise(torch.randn(ROWS, COLUMNS), True), torch.tensor([[3, 99]])
+    scaled = QuantizedEmbedding(rows, torch.tensor(11.5))
+    assert torch.equal(scaled(ids), QuantizedEmbedding(rows)(ids) * 11.5)
+    assert scaled.state_dict().keys() == QuantizedEmbedding(rows).state_dict().keys()
 
 
 def test_half_precision_stays_half_precision():

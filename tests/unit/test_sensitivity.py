@@ -1,7 +1,8 @@
-"""Slopes are those of finite differences, and damage what brute force finds; what changes nothing damages nothing."""
+"""Slopes are those of finite differences, damage is what whole runs find, and what changes nothing damages nothing."""
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig
 
 from medkit import batching, ledger, plans, quantization, rowwise, sensitivity
 from medkit.plans import Plan
@@ -39,8 +40,7 @@ def brute_force(model, examples, module, scheme):
 @pytest.mark.parametrize(("scheme", "step"), [("int8", 1.0), ("nf4", 0.1)])
 def test_a_slope_is_what_finite_differences_find(model, examples, scheme, step):
     """The tokens are drawn again from the same seed."""
-    modules = ["model.embed_tokens", "model.layers.0.self_attn.k_proj", "model.layers.2.mlp.down_proj"]
-    modules += [] if model.config.tie_word_embeddings else ["lm_head"]
+    modules = ["model.layers.0.self_attn.k_proj", "model.layers.2.mlp.down_proj"]
     batch = batching.collate(examples, PAD)
     chosen = [(module, scheme) for module in modules]
     found = sensitivity._slopes(model, batch, chosen, True, torch.Generator().manual_seed(3))
@@ -65,10 +65,30 @@ def test_a_slope_is_what_finite_differences_find(model, examples, scheme, step):
 def test_one_module_at_a_time_is_about_what_brute_force_finds(model, make_examples):
     examples = make_examples(150)
     table = measure(model, examples).set_index(["module", "scheme"]).kl_nats
-    for name in ["model.embed_tokens", "model.layers.0.mlp.up_proj", "model.layers.2.self_attn.v_proj"]:
+    for name in ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj", "model.layers.2.self_attn.v_proj"]:
         for scheme in ("int8", "nf4"):
             found = brute_force(model, examples, name, scheme)
             assert table[name, scheme] == pytest.approx(found, rel=0.4), (name, scheme)  # three standard errors
+
+
+def test_the_ends_are_what_whole_runs_find(model, examples):
+    table = measure(model, examples)
+    ends = table[table.layer.isna() & (table.scheme != "keep")]
+    assert len(ends) == (2 if model.config.tie_word_embeddings else 4)
+    for row in ends.itertuples():
+        assert row.kl_nats == pytest.approx(brute_force(model, examples, row.module, row.scheme), rel=1e-5)
+
+
+@pytest.mark.parametrize("config", [GemmaConfig, Gemma2Config, Gemma3TextConfig])
+def test_a_factor_of_the_embeddings_is_part_of_their_damage(config, examples):
+    sizes = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": MLP, "num_hidden_layers": 2, "head_dim": 32}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    table = measure(model, examples).set_index(["module", "scheme"]).kl_nats
+    for scheme in ("int8", "nf4"):
+        assert table["model.embed_tokens", scheme] == pytest.approx(
+            brute_force(model, examples, "model.embed_tokens", scheme), rel=1e-4
+        )
 
 
 def test_batches_do_not_matter(model, examples, monkeypatch):
@@ -125,12 +145,15 @@ def test_it_is_as_it_was_after_a_failure_too(model, examples, monkeypatch):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_one_pass_tells_all_modules(model, examples):
+def test_one_pass_tells_all_layers(model, examples):
     runs = []
     hook = model.register_forward_hook(lambda *_: runs.append(1))
     measure(model, examples, batch_tokens=64)
     hook.remove()
-    assert len(runs) == len(batching.bucket_by_length([len(e.input_ids) for e in examples], 64)) > 1
+    passes = len(batching.bucket_by_length([len(e.input_ids) for e in examples], 64))
+    ends = 1 if model.config.tie_word_embeddings else 2  # each in two schemes; all examples fit one batch of a run
+    assert len(runs) == passes + 1 + 2 * ends
+    assert passes > 1
 
 
 def test_columns_are_what_a_budget_needs(model, examples):
