@@ -9,7 +9,8 @@ what its percentages were measured on. Units: seconds, tokens/s.
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pandas as pd
@@ -69,10 +70,10 @@ class Remembering:
         return found
 
 
-def with_graphs(model, pad: int, scheduler: str) -> tuple[Engine | None, str]:
+def attempt(make: Callable[..., TorchEngine], scheduler: str) -> tuple[TorchEngine | None, str]:
     """An engine with compiled steps or recorded graphs, or None and why there is none here."""
     try:
-        return torch_engine(model, pad, scheduler, graphs=True), ""
+        return make(scheduler, graphs=True), ""
     except EngineError as error:
         return None, str(error)
 
@@ -99,31 +100,36 @@ def main() -> None:
     half = batch[: args.requests // 2]
     single = workloads.equal(workloads.encode_prompts(tokenizer, unseen.head(args.single)), args.longest)
 
-    plain = torch_engine(model, pad, "continuous")
-    recorded, no_graphs = with_graphs(model, pad, "continuous")
-    full = recorded or plain
-    graphs = bool(recorded)  # those without continuous batching then have compiled steps
-    static, one_by_one = (torch_engine(model, pad, s, graphs=graphs) for s in ("static", "sequential"))
-    for start in range(0, len(batch), BATCH) if graphs else ():
-        static.warm_up(batch[start : start + BATCH])
-    for engine in (static, one_by_one) if graphs else ():
-        engine.warm_up(batch)
-    contenders = {
-        FULL: full,
-        **({"graphs": plain} if graphs else {}),
-        "fused attention": Unfused(torch_engine(model, pad, "continuous", graphs=graphs)),
-        "continuous batching (one padded batch)": static,
-        f"continuous batching (by {BATCH})": InBatches(static, BATCH),
-        "continuous batching (one by one)": one_by_one,
-        "prefix sharing": torch_engine(model, pad, "continuous", prefix_sharing=False, graphs=graphs),
-    }
-    found = {"batch": time_part(contenders, batch, args.repeats)}
-    found["repeated"] = time_part({FULL: full, "response cache": Remembering(full)}, [*half, *half], args.repeats)
-    compiled, no_compiler = with_graphs(model, pad, "sequential")
-    if compiled:
-        compiled.warm_up(single)
-        alone = {"plain": torch_engine(model, pad, "sequential"), "compiled": compiled}
-        found["single"] = time_part(alone, single, args.repeats)
+    with ExitStack() as open_now:  # a running batch that outlives its script brings it down
+
+        def make(scheduler: str, graphs: bool = False, **settings) -> TorchEngine:
+            return open_now.enter_context(closing(torch_engine(model, pad, scheduler, graphs=graphs, **settings)))
+
+        plain = make("continuous")
+        recorded, no_graphs = attempt(make, "continuous")
+        graphs = recorded is not None  # those without continuous batching then have compiled steps
+        static, one_by_one = make("static", graphs), make("sequential", graphs)
+        if graphs:
+            for start in range(0, len(batch), BATCH):
+                static.warm_up(batch[start : start + BATCH])
+            static.warm_up(batch)
+            one_by_one.warm_up(batch)
+        full = recorded or plain
+        contenders = {
+            FULL: full,
+            **({"graphs": plain} if graphs else {}),
+            "fused attention": Unfused(make("continuous", graphs)),
+            "continuous batching (one padded batch)": static,
+            f"continuous batching (by {BATCH})": InBatches(static, BATCH),
+            "continuous batching (one by one)": one_by_one,
+            "prefix sharing": make("continuous", graphs, prefix_sharing=False),
+        }
+        found = {"batch": time_part(contenders, batch, args.repeats)}
+        found["repeated"] = time_part({FULL: full, "response cache": Remembering(full)}, [*half, *half], args.repeats)
+        compiled, no_compiler = attempt(make, "sequential")
+        if compiled:
+            compiled.warm_up(single)
+            found["single"] = time_part({"plain": make("sequential"), "compiled": compiled}, single, args.repeats)
 
     def median(part: str, column: str) -> pd.Series:
         return found[part][0].groupby("engine", sort=False)[column].median()
