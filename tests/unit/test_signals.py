@@ -605,7 +605,7 @@ def test_options_are_scored_through_it(echoing, teacher, tokenizer):
         ({"logprobs": 1000}, "less than or equal to 256"),
         ({"max_tokens": 2}, "send max_tokens 0 or 1"),
         ({"stream": True}, "no stream"),
-        ({"prompt": [5] * 1025}, "more than the model's 1024"),
+        ({"prompt": [5] * 1025}, "more than the 1024 that fit"),
     ],
     ids=lambda value: str(value)[:30],
 )
