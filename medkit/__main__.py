@@ -211,14 +211,9 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train one stage of a run where its notebook would; with `accelerate launch -m medkit train …` on many devices."""
-    from medkit import lora, models, readers, recipes, sharding, signals, training
+    from medkit import recipes
 
-    known = (readers.DataError, lora.AdapterError, models.ModelError, signals.SignalsError, training.TrainingError)
-    known += (sharding.ShardingError,)
-    try:
-        log = recipes.train_stage(stage, run, load_params(params, parse_overrides(overrides)))
-    except known as error:
-        raise StageError(str(error)) from error
+    log = recipes.train_stage(stage, run, load_params(params, parse_overrides(overrides)))
     if os.environ.get("RANK", "0") == "0":
         first, last = log.iloc[0], log.iloc[-1]
         console.print(f"{stage}: {last.step:.0f} steps, loss {first.loss:.3f} → {last.loss:.3f} nats per token")

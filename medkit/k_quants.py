@@ -15,22 +15,8 @@ from medkit.edge_tokenizer import ExportError
 K_QUANTS = ("Q4_K_M", "Q5_K_M", "Q6_K")
 
 
-def require(weight_type: str) -> None:
-    """Raise ExportError where llama.cpp's binding is missing."""
-    _binding(weight_type)
-
-
-def quantise(source: Path, target: Path, weight_type: str) -> None:
-    """Write the GGUF file `source`, in 16 or 32 bits, to `target` in one of K_QUANTS. Raises ExportError."""
-    llama_cpp = _binding(weight_type)
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # a line per matrix otherwise
-    settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{weight_type}")
-    if llama_cpp.llama_model_quantize(bytes(source), bytes(target), settings):
-        raise ExportError(f"llama.cpp could not quantise {source.name} to {weight_type}: its reason is above")
-
-
-def _binding(weight_type: str):
+def require(weight_type: str):
+    """llama.cpp's binding. Raises ExportError where it is missing."""
     try:
         import llama_cpp
     except ImportError as error:
@@ -39,3 +25,13 @@ def _binding(weight_type: str):
             f"pip install -e '.[llama]', or take Q4_0"
         ) from error
     return llama_cpp
+
+
+def quantise(source: Path, target: Path, weight_type: str) -> None:
+    """Write the GGUF file `source`, in 16 or 32 bits, to `target` in one of K_QUANTS. Raises ExportError."""
+    llama_cpp = require(weight_type)
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # a line per matrix otherwise
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{weight_type}")
+    if llama_cpp.llama_model_quantize(bytes(source), bytes(target), settings):
+        raise ExportError(f"llama.cpp could not quantise {source.name} to {weight_type}: its reason is above")
