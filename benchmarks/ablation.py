@@ -21,24 +21,17 @@ import pandas as pd
 import torch
 from record import RESULTS, Ratio, result_path, versions, write
 
-from medkit import (
-    batching,
-    data,
-    entities,
-    evaluation,
-    inference,
-    losses,
-    models,
-    prompts,
-    rationales,
-    signals,
-    training,
-)
-from medkit.distillation import order_by_difficulty
-from medkit.outputs import ROOT, atomic_path
+from medkit.data import splits as data
+from medkit.distillation import entities, losses, rationales, teacher_cache
+from medkit.distillation.pruning import order_by_difficulty
+from medkit.evaluation import accuracy
+from medkit.inference import predictions as inference
+from medkit.inference.torch_engine import TorchEngine
+from medkit.modeling import batches, loading, trainer
 from medkit.params import Params, RationaleParams, digest, load_params
+from medkit.prompts import templates
+from medkit.stage import ROOT, atomic_path
 from medkit.statistics import mean_intervals
-from medkit.torch_engine import TorchEngine
 
 FULL = {"ce_weight": 0.5, "kl_weight": 0.5, "hidden_weight": 0.5, "entity_weight": 1.0}
 CE_ONLY = {"ce_weight": 1.0, "kl_weight": 0.0, "hidden_weight": 0.0, "entity_weight": 0.0}
@@ -68,7 +61,7 @@ class Lesson:
 
     @cached_property
     def tokenizer(self):
-        return models.load_tokenizer(self.run / "02_distillation" / "base")
+        return loading.load_tokenizer(self.run / "02_distillation" / "base")
 
     @cached_property
     def kept(self) -> list[int]:
@@ -85,17 +78,17 @@ class Lesson:
         return found.sample(frac=1, random_state=0).head(self.limit or len(found))
 
     @cached_property
-    def examples(self) -> list[batching.Example]:
-        return batching.encode_questions(self.tokenizer, self.rows("train", "transfer"))
+    def examples(self) -> list[batches.Example]:
+        return batches.encode_questions(self.tokenizer, self.rows("train", "transfer"))
 
     def teacher(self) -> torch.nn.Module:
         if self.corrected:
-            return models.load_model(self.run / "02_distillation" / "teacher", self.params.models)
+            return loading.load_model(self.run / "02_distillation" / "teacher", self.params.models)
         source = self.params.models.teacher
-        return models.load_model(models.local_folder(source), self.params.models, keep=source.keep_layers)
+        return loading.load_model(loading.local_folder(source), self.params.models, keep=source.keep_layers)
 
     def student(self) -> torch.nn.Module:
-        return models.keep_layers(self.teacher(), self.kept)
+        return loading.keep_layers(self.teacher(), self.kept)
 
     @property
     def layers(self) -> tuple[tuple[int, int], ...]:
@@ -104,14 +97,14 @@ class Lesson:
         return tuple((layer, self.kept[layer - 1] + 1) for layer in own)
 
     @cached_property
-    def signals(self) -> signals.Signals:
+    def signals(self) -> teacher_cache.Signals:
         section, folder = self.params.distillation, self.folder / f"signals_{self.corrected}"
-        key = digest([self.corrected, prompts.TEXT.hash, self.tokenizer.get_vocab()])
+        key = digest([self.corrected, templates.TEXT.hash, self.tokenizer.get_vocab()])
         wanted = [theirs for _, theirs in self.layers]
-        signals.capture_signals(
+        teacher_cache.capture_signals(
             self.teacher(), self.examples, folder, section.top_k, section.shard_examples, key, wanted
         )
-        return signals.Signals(folder, key)
+        return teacher_cache.Signals(folder, key)
 
     @cached_property
     def entities(self) -> entities.Entities:
@@ -122,7 +115,7 @@ class Lesson:
         return order_by_difficulty(self.signals.mean_nll(), self.entities.densities())
 
     @cached_property
-    def written(self) -> tuple[list[batching.Example], dict]:
+    def written(self) -> tuple[list[batches.Example], dict]:
         """The teacher's own answers that were found right, again and again until they have as many tokens."""
         rows, wanted = self.rows("train"), sum(e.num_predicted for e in self.examples)
 
@@ -148,7 +141,7 @@ def teach(name: str, seed: int, lesson: Lesson) -> dict:
     alone = not (loss.kl_weight or loss.hidden_weight or loss.entity_weight)
     around = losses.hidden_projections(student, dict(loss.layers), student.config.hidden_size, seed)
     with around if loss.hidden_weight else nullcontext():
-        log = training.train(
+        log = trainer.train(
             student,
             lesson.written[0] if name == "sequence" else lesson.examples,
             params.distillation.student_train,
@@ -162,9 +155,9 @@ def teach(name: str, seed: int, lesson: Lesson) -> dict:
     valid = lesson.rows("valid")
     asked = headline(lesson)
     predictions = inference.predict(student, lesson.tokenizer, asked, params.inference.batch_tokens, 1)
-    judged = evaluation.judge(predictions.assign(variant=name), lesson.questions)
+    judged = accuracy.judge(predictions.assign(variant=name), lesson.questions)
     judged = judged[judged.scoring == params.evaluation.headline_scoring].set_index("id")
-    valid_nll = batching.collect_nll(student, batching.encode_questions(lesson.tokenizer, valid))
+    valid_nll = batches.collect_nll(student, batches.encode_questions(lesson.tokenizer, valid))
     terms = [column for column in ("loss", "ce", loss.divergence, "hidden", "entity") if column in log]
     return {
         "row": name, "seed": seed, "steps": len(log), "tokens": int(log.loss_tokens.sum()), "train_s": trained_s,
@@ -242,7 +235,7 @@ def main() -> None:
                     scratch.write_text(json.dumps(cell))
                 print(f"{name}, seed {seed}: {cell['train_s']:.0f} s, nll {np.mean(list(cell['nll'].values())):.3f}, "
                       f"accuracy {np.mean(list(cell['correct'].values())):.3f}", flush=True)  # fmt: skip
-    training.forget_checkpoints(args.folder / "checkpoints")
+    trainer.forget_checkpoints(args.folder / "checkpoints")
     cells = [json.loads(path.read_text()) for path in sorted(args.folder.glob("*.[0-9].json"))]
     table = compare(cells, params.evaluation.confidence)
     print(table.to_string(float_format="{:.3f}".format))

@@ -18,9 +18,10 @@ from record import RESULTS, Ratio, result_path, versions, write
 from torch import nn
 from transformers import AttentionInterface, DynamicCache
 
-from medkit import figures, models
-from medkit.outputs import ROOT
+from medkit import plotting
+from medkit.modeling import loading
 from medkit.params import load_params
+from medkit.stage import ROOT
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192)
 WITHOUT = "without"
@@ -85,9 +86,9 @@ def shares(table: pd.DataFrame) -> pd.DataFrame:
 
 def draw(found: pd.DataFrame, path: Path) -> None:
     """The share of attention in both phases over the length of the context, one line per backend."""
-    figures.set_style()
+    plotting.set_style()
     colours = {"eager": "#bdbdbd", "sdpa": "#08519c", "flash_attention_2": "#d55e00", "flash_attention_3": "#009e73"}
-    fig, axes = plt.subplots(1, 2, sharey=True, figsize=figures.SIZE, layout="constrained")
+    fig, axes = plt.subplots(1, 2, sharey=True, figsize=plotting.SIZE, layout="constrained")
     for ax, phase, title in zip(
         axes, ("prefill", "decode"), ("Reading a prompt", "One more token after it"), strict=True
     ):
@@ -118,9 +119,9 @@ def main() -> None:
     AttentionInterface.register(WITHOUT, pass_on)
     load = os.getloadavg()
     params = load_params(args.params).models
-    if models.pick_device(params.device).type == "cuda":  # FlashAttention takes 16 bits only
+    if loading.pick_device(params.device).type == "cuda":  # FlashAttention takes 16 bits only
         params = params.model_copy(update={"dtype": "bfloat16"})
-    model = models.load_model(args.run / "03_lora" / "merged", params)
+    model = loading.load_model(args.run / "03_lora" / "merged", params)
     contexts = [c for c in CONTEXTS if c <= min(args.max_context, model.config.max_position_embeddings)]
     table = time_contexts(model, contexts, args.repeats, args.longest_eager)
     found = shares(table)

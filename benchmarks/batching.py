@@ -22,12 +22,15 @@ import pandas as pd
 import torch
 from record import RESULTS, Ratio, result_path, versions, write
 
-from medkit import data, edge, models, workloads
-from medkit.edge_engine import OpenVinoEngine
-from medkit.engines import Engine, EngineError, Generation, Request
-from medkit.outputs import ROOT
+from medkit.data import splits
+from medkit.inference import workloads
+from medkit.inference.edge_engine import OpenVinoEngine
+from medkit.inference.torch_engine import TorchEngine
+from medkit.modeling import loading
+from medkit.modeling.engine import Engine, EngineError, Generation, Request
 from medkit.params import load_params
-from medkit.torch_engine import TorchEngine
+from medkit.quantization import gguf_export
+from medkit.stage import ROOT
 
 OVER_STATIC, OVER_SEQUENTIAL = 2.0, 4.0  # goals: throughput at skewed requests
 BATCH = 8  # rows of a static batch that is smaller than the workload
@@ -62,7 +65,7 @@ def read_run(run: Path, number: int) -> tuple[pd.DataFrame, list[dict]]:
     """`number` questions that no training saw, and SHOTS solved training questions."""
     questions = pd.read_parquet(run / "01_data" / "questions.parquet")
     unseen = questions[questions.split.isin(["valid", "test"])].sample(number, random_state=0)
-    shots = data.training_rows(questions, "train").sample(SHOTS, random_state=0)
+    shots = splits.training_rows(questions, "train").sample(SHOTS, random_state=0)
     return unseen, shots.to_dict("records")
 
 
@@ -195,7 +198,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     params, folder = load_params(args.params), args.run / "03_lora" / "merged"
-    tokenizer, model = models.load_tokenizer(folder), models.load_model(folder, params.models)
+    tokenizer, model = loading.load_tokenizer(folder), loading.load_model(folder, params.models)
     pad, half = tokenizer.pad_token_id, args.requests // 2
     more, shots = read_run(args.run, max(args.requests, args.equal))
     unseen = more.head(args.requests)
@@ -210,7 +213,7 @@ def main() -> None:
     }
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
-        f16 = edge.export_gguf(model, tokenizer, Path(scratch) / "student.gguf", "F16")
+        f16 = gguf_export.export_gguf(model, tokenizer, Path(scratch) / "student.gguf", "F16")
         files = {
             "openvino F16": (f16, True),
             "openvino Q4_0": (args.run / "04_quantization" / "edge" / "student.gguf", False),

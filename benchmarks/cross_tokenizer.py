@@ -19,10 +19,13 @@ import pandas as pd
 import torch
 from record import RESULTS, Ratio, result_path, versions, write
 
-from medkit import alignment, batching, data, lessons, lora, models, options, scoring, training
-from medkit.outputs import ROOT
+from medkit.data import splits
+from medkit.distillation import cross_tokenizer, lessons, option_kl
+from medkit.distillation.teacher_cache import Signals, capture_signals
+from medkit.lora import adapters
+from medkit.modeling import batches, loading, option_scoring, trainer
 from medkit.params import load_params
-from medkit.signals import Signals, capture_signals
+from medkit.stage import ROOT
 from medkit.statistics import bootstrap_interval, weighted_mean
 
 
@@ -43,11 +46,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     sizes = {f"distillation.{name}.batch_size": args.batch_size for name in ("correction_train", "student_train")}
     params, before = load_params(args.params, sizes), os.getloadavg()
-    folders = [models.local_folder(section) for section in (params.models.student, params.models.teacher)]
-    tokenizers = [models.load_tokenizer(folder) for folder in folders]
+    folders = [loading.local_folder(section) for section in (params.models.student, params.models.teacher)]
+    tokenizers = [loading.load_tokenizer(folder) for folder in folders]
     bridge = lessons.make_bridge(*tokenizers[::-1])
     questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
-    rows = {split: data.training_rows(questions, split) for split in ("train", "valid")}
+    rows = {split: splits.training_rows(questions, split) for split in ("train", "valid")}
     shuffled = rows["train"].sample(frac=1, random_state=params.seed)
     raw = {"spans": describe_spans(bridge, tokenizers, pd.concat(rows.values()))}
     print(json.dumps(raw["spans"]), flush=True)
@@ -84,14 +87,14 @@ def main() -> None:
     print(json.dumps(json.loads(result_path("cross_tokenizer", args.output).read_text())["ratios"], indent=1))
 
 
-def answers_of(examples: list[batching.Example]) -> list[list[int]]:
+def answers_of(examples: list[batches.Example]) -> list[list[int]]:
     return [example.input_ids[example.loss_start :] for example in examples]
 
 
-def describe_spans(bridge: alignment.Bridge, tokenizers: list, rows: pd.DataFrame) -> dict:
+def describe_spans(bridge: cross_tokenizer.Bridge, tokenizers: list, rows: pd.DataFrame) -> dict:
     """How the two cut the answers. The end of an answer is a span of one token on both sides and of no bytes."""
-    sides = [batching.encode_questions(one, rows) for one in tokenizers]
-    found = alignment.span_sizes(bridge, *sides)
+    sides = [batches.encode_questions(one, rows) for one in tokenizers]
+    found = cross_tokenizer.span_sizes(bridge, *sides)
     shapes, sizes = pd.Series([span[:2] for span in found]), np.array([span[2] for span in found])
     single = shapes.isin([(1, 1)]).to_numpy()
     return {
@@ -110,30 +113,32 @@ def describe_spans(bridge: alignment.Bridge, tokenizers: list, rows: pd.DataFram
 
 def correct(folder: Path, tokenizer, params, rows: pd.DataFrame, scratch: Path):
     """The teacher, with an adapter that learned these rows merged into it; without rows as it was published."""
-    teacher = models.load_model(folder, params.models)
+    teacher = loading.load_model(folder, params.models)
     if not len(rows):
         return teacher
-    examples, section = batching.encode_questions(tokenizer, rows), params.distillation
-    adapted = lora.attach(teacher, section.correction, params.seed)
-    given = (section.correction_train, training.cross_entropy, scratch / "teacher", params.seed)
-    log = training.train(adapted, examples, *given)
+    examples, section = batches.encode_questions(tokenizer, rows), params.distillation
+    adapted = adapters.attach(teacher, section.correction, params.seed)
+    given = (section.correction_train, trainer.cross_entropy, scratch / "teacher", params.seed)
+    log = trainer.train(adapted, examples, *given)
     print("correction", len(log), "steps, ce", log.ce.iloc[0], "to", log.ce.iloc[-1], os.getloadavg(), flush=True)
-    return lora.merge(adapted)
+    return adapters.merge(adapted)
 
 
-def listen(teacher, folder, tokenizers, params, rows: pd.DataFrame, bridge: alignment.Bridge, scratch: Path) -> dict:
+def listen(
+    teacher, folder, tokenizers, params, rows: pd.DataFrame, bridge: cross_tokenizer.Bridge, scratch: Path
+) -> dict:
     """The teacher's signals and option scores at these rows, and the untrained student's losses against them."""
-    examples = [batching.encode_questions(one, rows) for one in tokenizers]
+    examples = [batches.encode_questions(one, rows) for one in tokenizers]
     began = time.perf_counter()
     capture_signals(teacher, examples[1], scratch / "signals", params.distillation.top_k, 64, "cross")
     scores = score(teacher, tokenizers[1], rows, params)
     seconds = time.perf_counter() - began
-    signals = alignment.AlignedSignals(Signals(scratch / "signals", "cross"), *examples, bridge)
-    student = models.load_model(folder, params.models)
+    signals = cross_tokenizer.AlignedSignals(Signals(scratch / "signals", "cross"), *examples, bridge)
+    student = loading.load_model(folder, params.models)
     spans = []
-    for numbers, predicted in batching.iterate_predicted(student, examples[0]):
+    for numbers, predicted in batches.iterate_predicted(student, examples[0]):
         said = signals.batch(numbers)
-        kl = alignment.span_kl(predicted.logits, predicted.targets, **said)
+        kl = cross_tokenizer.span_kl(predicted.logits, predicted.targets, **said)
         nll = torch.nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
         own = [part.sum().item() for part in nll.split(said["span_lengths"].tolist())]
         shapes = [(len(s.student), len(s.teacher)) for n in numbers for s in bridge.align(*signals.answers[n])]
@@ -146,7 +151,9 @@ def listen(teacher, folder, tokenizers, params, rows: pd.DataFrame, bridge: alig
     spans = pd.concat(spans, ignore_index=True)
     single = spans["shape"].isin([(1, 1)])
     num_tokens = sum(map(len, answers_of(examples[0])))
-    num_bytes = sum(len(b"".join(bridge.student.spell(own))) - len(alignment.END) for own in answers_of(examples[0]))
+    num_bytes = sum(
+        len(b"".join(bridge.student.spell(own))) - len(cross_tokenizer.END) for own in answers_of(examples[0])
+    )
     teacher_nll = -sum(signals.signals.example(n)["teacher_target_logprobs"].sum().item() for n in range(len(rows)))
     record = {
         "rows": len(rows), "spans": len(spans), "top_k": params.distillation.top_k, "teacher_seconds": seconds,
@@ -166,12 +173,12 @@ def listen(teacher, folder, tokenizers, params, rows: pd.DataFrame, bridge: alig
 
 def score(model, tokenizer, rows: pd.DataFrame, params) -> list[list[float]]:
     """Summed log-probability of every option's text."""
-    asked = [options.encode_options(tokenizer, question) for question in rows.to_dict("records")]
+    asked = [option_kl.encode_options(tokenizer, question) for question in rows.to_dict("records")]
     items = [
-        scoring.Item(own[0].input_ids[: own[0].loss_start], [one.input_ids[one.loss_start :] for one in own])
+        option_scoring.Item(own[0].input_ids[: own[0].loss_start], [one.input_ids[one.loss_start :] for one in own])
         for own in asked
     ]
-    return scoring.score_options(model, items, params.inference.batch_tokens, tokenizer.pad_token_id)
+    return option_scoring.score_options(model, items, params.inference.batch_tokens, tokenizer.pad_token_id)
 
 
 def right_nll(scores: list[list[float]], rows: pd.DataFrame) -> list[float]:
@@ -189,29 +196,29 @@ def compare_training(folder: Path, tokenizer, params, rows, valid, heard, args, 
     """−log p of validation answers after each arm, and each arm minus CE alone, question by question."""
     weights = params.distillation.ce_weight, params.distillation.kl_weight
     examples = heard["examples"][: len(rows)]
-    asked = [options.encode_options(tokenizer, question) for question in rows.to_dict("records")]
-    every = options.OptionRows(asked, rows.answer.tolist(), heard["scores"][: len(rows)])
+    asked = [option_kl.encode_options(tokenizer, question) for question in rows.to_dict("records")]
+    every = option_kl.OptionRows(asked, rows.answer.tolist(), heard["scores"][: len(rows)])
     assert every.items == examples
     arms = {
         "untrained": None,
-        "ce": (training.cross_entropy, lambda numbers: {}),
-        "ce_span_kl": (alignment.SpanLoss(*weights), heard["signals"].batch),
-        "ce_option_kl": (options.OptionLoss(*weights), every.batch),
+        "ce": (trainer.cross_entropy, lambda numbers: {}),
+        "ce_span_kl": (cross_tokenizer.SpanLoss(*weights), heard["signals"].batch),
+        "ce_option_kl": (option_kl.OptionLoss(*weights), every.batch),
     }
-    judged = batching.encode_questions(tokenizer, valid)
+    judged = batches.encode_questions(tokenizer, valid)
     some = valid.head(args.option_questions)
     found, record = {}, {"arms": {}, "valid_rows": len(valid), "option_questions": len(some)}
     for name, arm in arms.items():
-        model, began, logged = models.load_model(folder, params.models), time.perf_counter(), {}
+        model, began, logged = loading.load_model(folder, params.models), time.perf_counter(), {}
         if arm:
             loss, extras = arm
             section = params.distillation.student_train
-            log = training.train(model, examples, section, loss, Path(scratch) / name, params.seed, extras)
+            log = trainer.train(model, examples, section, loss, Path(scratch) / name, params.seed, extras)
             terms = [term for term in ("ce", "span_kl", "option_kl") if term in log]
             logged = {"steps": len(log), "first": log.iloc[0][terms].to_dict(), "last": log.iloc[-1][terms].to_dict()}
         seconds = time.perf_counter() - began
         scores = score(model, tokenizer, some, params)
-        found[name] = {"nll": batching.collect_nll(model, judged), "option_nll": right_nll(scores, some)}
+        found[name] = {"nll": batches.collect_nll(model, judged), "option_nll": right_nll(scores, some)}
         record["arms"][name] = logged | {
             "train_seconds": seconds, "nll": float(np.mean(found[name]["nll"])),
             "option_nll": float(np.mean(found[name]["option_nll"])), "accuracy": accuracy(scores, some),

@@ -19,9 +19,10 @@ import numpy as np
 import pandas as pd
 from record import RESULTS, Ratio, versions, write
 
-from medkit import contamination, data, duplicates, sources
-from medkit.outputs import ROOT
+from medkit import sources
+from medkit.data import contamination, near_duplicates, splits
 from medkit.params import load_params
+from medkit.stage import ROOT
 
 TESTED = ("medqa", "pubmedqa", "mmlu")
 SECONDS_GOAL, GIGABYTES_GOAL = 300.0, 4.0
@@ -102,7 +103,7 @@ def make_table(rows: int, seed: int) -> pd.DataFrame:
     params = load_params(ROOT / "params" / "tiny.yaml", {})
     chosen = {name: params.data.datasets[name] for name in ("medmcqa", *TESTED)}
     paths = {name: sources.fetch(dataset.origin) for name, dataset in chosen.items()}
-    questions, _ = data.load_questions(chosen, paths, params.seed)
+    questions, _ = splits.load_questions(chosen, paths, params.seed)
     test = questions[questions.source.isin(TESTED)].reset_index(drop=True)
     planted = edited_copies(test, 2 * len(test), seed)
     planted = planted[planted.edit != "none"].assign(source="planted", split="train")
@@ -123,7 +124,7 @@ def measure(folder: Path) -> None:
     questions = pd.read_parquet(folder / "questions.parquet")
     loaded, start = peak_bytes(), time.perf_counter()
     learned = questions[questions.split == "train"]
-    groups = duplicates.group_near_duplicates(duplicates.grouping_texts(learned))
+    groups = near_duplicates.group_near_duplicates(near_duplicates.grouping_texts(learned))
     middle = time.perf_counter()
     pairs = contamination.find_contamination(questions)
     end = time.perf_counter()
@@ -142,7 +143,11 @@ def judge_groups(questions: pd.DataFrame, groups: pd.Series) -> dict:
     copies["found"] = copies.group == copies.origin.map(originals.group)
     # real questions that are near-duplicates of each other already are no mistake
     one_question = dict(
-        zip(originals.index, duplicates.group_near_duplicates(duplicates.grouping_texts(originals)), strict=True)
+        zip(
+            originals.index,
+            near_duplicates.group_near_duplicates(near_duplicates.grouping_texts(originals)),
+            strict=True,
+        )
     )
     true = copies.origin.map(one_question)
     strangers = true.groupby(copies.group).transform("nunique") > 1
@@ -198,7 +203,7 @@ def main() -> None:
     setup = {
         "rows": args.rows, "test_rows": int((questions.split == "test").sum()),
         "made_from": int(questions.origin[questions.source == "medmcqa"].nunique()),
-        "median_words": float(duplicates.grouping_texts(questions).str.split().str.len().median()),
+        "median_words": float(near_duplicates.grouping_texts(questions).str.split().str.len().median()),
         "statistic": "median of runs in fresh processes; peak memory is VmHWM, libraries and table included",
         "cores": len(os.sched_getaffinity(0)), "load_average_before": load,
         "versions": versions("numpy", "pandas", "scipy", "rapidfuzz"),

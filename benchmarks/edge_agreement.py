@@ -19,11 +19,14 @@ import torch
 from record import RESULTS, Ratio, result_path, versions, write
 from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig
 
-from medkit import edge, k_quants, models, prompts, workloads
-from medkit.edge_engine import FLOAT32, LlamaCppEngine, OpenVinoEngine, import_openvino
-from medkit.engines import Engine, EngineError, Request
-from medkit.outputs import Stage, StageError
-from medkit.torch_engine import TorchEngine
+from medkit.inference import workloads
+from medkit.inference.edge_engine import FLOAT32, LlamaCppEngine, OpenVinoEngine, import_openvino
+from medkit.inference.torch_engine import TorchEngine
+from medkit.modeling import loading
+from medkit.modeling.engine import Engine, EngineError, Request
+from medkit.prompts import templates
+from medkit.quantization import gguf_export, k_quants
+from medkit.stage import Stage, StageError
 
 WEIGHT_TYPES = ("F16", "Q8_0", "Q4_0", "Q4_1")
 TIMED_PROMPTS, TIMED_TOKENS = 3, 33  # 33 tokens: 32 steps after the first
@@ -59,7 +62,7 @@ def compare_tokenizers(engine: OpenVinoEngine, tokenizer, questions: list[dict],
     """Shares of prompts whose text (chat template) and whose token ids are the same in the engine's own reading."""
     own, texts, same_ids = engine._pipeline.get_tokenizer(), 0, 0  # which the engine never uses: see `edge_engine`
     for question, ids in zip(questions, asked, strict=True):
-        messages = prompts.render(question, prompts.pick_template(question["kind"], "option_text"))
+        messages = templates.render(question, templates.pick_template(question["kind"], "option_text"))
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         texts += own.apply_chat_template(messages, add_generation_prompt=True) == text
         same_ids += own.encode(text, add_special_tokens=False).input_ids.data[0].tolist() == ids
@@ -69,7 +72,7 @@ def compare_tokenizers(engine: OpenVinoEngine, tokenizer, questions: list[dict],
 def measure(folder: Path, questions: list[dict], new_tokens: int, repeats: int, threads: int) -> dict:
     """Everything raw: answers compared per weight format, and interleaved timings."""
     torch.set_num_threads(threads)
-    model, tokenizer = load_transformers(folder), models.load_tokenizer(folder)
+    model, tokenizer = load_transformers(folder), loading.load_tokenizer(folder)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     asked = workloads.encode_prompts(tokenizer, pd.DataFrame(questions))
     requests = [Request(ids, new_tokens, (eos,)) for ids in asked]
@@ -97,11 +100,11 @@ def measure(folder: Path, questions: list[dict], new_tokens: int, repeats: int, 
         readers["llama_cpp"] = lambda path: LlamaCppEngine(path, threads)
     with tempfile.TemporaryDirectory() as scratch:
         for kind in WEIGHT_TYPES + (k_quants.K_QUANTS if "llama_cpp" in readers else ()):
-            path = edge.export_gguf(model, tokenizer, Path(scratch) / f"{kind}.gguf", kind)
+            path = gguf_export.export_gguf(model, tokenizer, Path(scratch) / f"{kind}.gguf", kind)
             read = greedy(in_torch(load_transformers(path.parent, gguf_file=path.name,
                                                      quantization_config=GgufConfig(dequantize=True))))  # fmt: skip
             found = {
-                "bytes": edge.check_manifest(path)["bytes"],
+                "bytes": gguf_export.check_manifest(path)["bytes"],
                 "transformers": compare(model, asked, reference, read),
             }
             for name, reader in readers.items():

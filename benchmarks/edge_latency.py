@@ -53,8 +53,8 @@ def transformers(args):
 
 
 def openvino(args, exact: bool = False):
-    from medkit.edge_engine import OpenVinoEngine, import_openvino
-    from medkit.engines import Request
+    from medkit.inference.edge_engine import OpenVinoEngine, import_openvino
+    from medkit.modeling.engine import Request
 
     import_openvino()
     yield
@@ -71,8 +71,8 @@ def llama_cpp(args):
     """The package's engine; what a prompt begins with is kept from the prompt before, so its ttft_s is flattered."""
     import llama_cpp as library  # counted among the libraries
 
-    from medkit.edge_engine import LlamaCppEngine
-    from medkit.engines import Request
+    from medkit.inference.edge_engine import LlamaCppEngine
+    from medkit.modeling.engine import Request
 
     yield library
     engine = LlamaCppEngine(args.file, args.threads, args.context)
@@ -251,9 +251,10 @@ def read_prompts(table: Path, folder: Path, count: int) -> list[list[int]]:
     """Token ids of real questions that no model was trained on."""
     import pandas as pd
 
-    from medkit import models, prompts
+    from medkit.modeling import loading
+    from medkit.prompts import templates as prompts
 
-    questions, tokenizer = pd.read_parquet(table), models.load_tokenizer(folder)
+    questions, tokenizer = pd.read_parquet(table), loading.load_tokenizer(folder)
     chosen = questions[questions.split == "valid"].sample(count, random_state=0).to_dict("records")
     templates = [prompts.pick_template(question["kind"], "option_text") for question in chosen]
     asked = [prompts.render(question, template) for question, template in zip(chosen, templates, strict=True)]
@@ -279,8 +280,8 @@ def main() -> None:
         return
     from record import RESULTS, result_path, versions, write
 
-    from medkit import edge
-    from medkit.outputs import Stage, StageError
+    from medkit.quantization import gguf_export
+    from medkit.stage import Stage, StageError
 
     stage = Stage(args.run, "05_inference")
     try:
@@ -289,7 +290,7 @@ def main() -> None:
         asked = read_prompts(stage.require("01_data", "questions.parquet"), args.folder, args.prompts)
     except StageError as error:
         sys.exit(f"edge_latency: {error}")
-    manifest = edge.check_manifest(args.file)
+    manifest = gguf_export.check_manifest(args.file)
     args.context = max(map(len, asked)) + args.new_tokens + 64
     raw = measure(args, asked)
     setup = {

@@ -21,9 +21,16 @@ import torch
 from exams import EXAMS, read_questions
 from record import RESULTS, Ratio, result_path, versions, write
 
-from medkit import calibration, claims, evaluation, figures, inference, models, page, prompts, report
-from medkit.outputs import ROOT
+from medkit.evaluation import accuracy as evaluation
+from medkit.evaluation import calibration
+from medkit.inference import predictions as inference
+from medkit.modeling import loading
 from medkit.params import load_params
+from medkit.prompts import templates
+from medkit.reporting import report_page, results
+from medkit.reporting import tables as report
+from medkit.stage import ROOT
+from medkit.variants import STEPS
 
 PARAMS = load_params(ROOT / "params" / "tiny.yaml")
 MODEL_GOAL_S, STATISTICS_GOAL_S = 40 * 60, 60
@@ -52,10 +59,10 @@ def time_model(
 ) -> tuple[dict, dict[str, Ratio], dict]:
     """`sources`: measured anew; the others keep what an earlier run with the same settings wrote to `output`."""
     torch.set_num_threads(threads)
-    model, tokenizer = models.load_model(folder, PARAMS.models), models.load_tokenizer(folder)
+    model, tokenizer = loading.load_model(folder, PARAMS.models), loading.load_tokenizer(folder)
     questions = all_questions()
     tokens = [
-        len(prompts.encode(tokenizer, prompts.render(q, prompts.LETTER))[0]) for q in questions.to_dict("records")
+        len(templates.encode(tokenizer, templates.render(q, templates.LETTER))[0]) for q in questions.to_dict("records")
     ]
     questions = questions.assign(scoring="letter", tokens=tokens)
     asked = questions
@@ -107,7 +114,7 @@ def invented_predictions(questions: pd.DataFrame, variants: list[str]) -> pd.Dat
         for number, variant in enumerate(variants):
             scores = shared + 0.5 * rng.normal(size=shared.shape) + 0.05 * number * answers
             rows = [list(row[:n] - 5) for row, n in zip(scores, options, strict=True)]
-            template = prompts.LETTER.name if scoring == "letter" else prompts.TEXT.name
+            template = templates.LETTER.name if scoring == "letter" else templates.TEXT.name
             tables.append(
                 pd.DataFrame({"variant": variant, "id": questions.id, "scoring": scoring, "template": template})
                 .assign(logprobs=rows, answer_tokens=[[3] * n for n in options], text="")
@@ -118,7 +125,7 @@ def invented_predictions(questions: pd.DataFrame, variants: list[str]) -> pd.Dat
 def time_statistics(repeats: int) -> tuple[dict, dict[str, Ratio], dict]:
     questions = all_questions().drop_duplicates("id").assign(clean=True)
     questions["group"] = questions.group.fillna(questions.id)
-    variants = [v for v in figures.VARIANTS if any(v in step[:2] for step in evaluation.STEPS)][:VARIANTS]
+    variants = [v for v in VARIANTS if any(v in step[:2] for step in STEPS)][:VARIANTS]
     predictions, settings = invented_predictions(questions, variants), PARAMS.evaluation
     runs, load_before = [], os.getloadavg()
     for _ in range(repeats):
@@ -141,7 +148,7 @@ def run_statistics(folder: Path, predictions: pd.DataFrame, questions: pd.DataFr
     with timed("judge", found):
         judged = evaluation.judge(predictions, questions)
     with timed("accuracy", found):
-        accuracy = evaluation.accuracy(judged, settings.confidence)
+        accuracy = evaluation.measure_accuracy(judged, settings.confidence)
     with timed("compare_steps", found):
         steps = evaluation.compare_steps(judged, settings.confidence, settings.power, settings.margin)
     with timed("find_flips", found):
@@ -149,15 +156,15 @@ def run_statistics(folder: Path, predictions: pd.DataFrame, questions: pd.DataFr
     with timed("calibration", found):
         measured = calibration.measure_calibration(judged, settings.confidence)
     with timed("report", found):
-        rows = [*claims.from_accuracy(accuracy), *claims.from_steps(steps)]
-        rows += claims.from_table(measured, "{metric}/{source}", "calibration.parquet")
+        rows = [*results.from_accuracy(accuracy), *results.from_steps(steps)]
+        rows += results.from_table(measured, "{metric}/{source}", "calibration.parquet")
         facts = {"run": "invented", "headline_source": "medqa", "headline_scoring": "letter"}
         facts["chance"] = evaluation.chance(questions[questions.source == "medqa"])
         report.write_results(folder, rows, facts)
         for stage, name, table in (("01_data", "questions", questions), ("06_evaluation", "flips", flips)):
             (folder / stage).mkdir()
             table.to_parquet(folder / stage / f"{name}.parquet")
-        page.write_page(folder)
+        report_page.write_page(folder)
 
 
 def main() -> None:
@@ -172,7 +179,7 @@ def main() -> None:
     args = parser.parse_args()
     for part in args.part or ["model", "statistics"]:
         if part == "model":
-            folder = args.folder or models.local_folder(PARAMS.models.teacher)
+            folder = args.folder or loading.local_folder(PARAMS.models.teacher)
             measured = time_model(folder, args.limit, args.threads, args.source, args.output)
         else:
             measured = time_statistics(args.repeats)

@@ -2,9 +2,10 @@
 
 import pandas as pd
 
-from medkit import data, sources
-from medkit.outputs import ROOT
+from medkit import sources
+from medkit.data import splits
 from medkit.params import load_params
+from medkit.stage import ROOT
 
 EXAMS = ("medqa", "medmcqa", "pubmedqa", "mmlu")
 
@@ -14,6 +15,6 @@ def read_questions(names: tuple[str, ...] = EXAMS) -> dict[str, pd.DataFrame]:
     params = load_params(ROOT / "params" / "tiny.yaml")
     datasets = {name: params.data.datasets[name] for name in names}
     paths = {name: sources.fetch(dataset.origin) for name, dataset in datasets.items()}
-    table, _ = data.load_questions(datasets, paths, params.seed)
+    table, _ = splits.load_questions(datasets, paths, params.seed)
     table = table[(table.answer >= 0) & ~table.pool.isin(["train", "transfer"])]
     return {name: table[table.source == name].reset_index(drop=True) for name in names}

@@ -23,9 +23,10 @@ import torch
 from record import RESULTS, Ratio, result_path, versions, write
 from transformers import AutoConfig
 
-from medkit import ledger, models, peak, plans, quantization
-from medkit.outputs import ROOT
+from medkit.modeling import loading
 from medkit.params import Params, load_params
+from medkit.quantization import activation_memory, memory_ledger, plans, quantize
+from medkit.stage import ROOT
 
 SHAPES = [(1, 512), (4, 512), (1, 2048), (4, 2048)]  # sequences, tokens each
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,22 +40,22 @@ GOAL = 0.05  # relative error of the total; none is set for a pool
 UNQUANTISED, PLAN, NF4 = "unquantised", "plan", "nf4"
 
 
-def schemes_of(form: str, folder: Path, shapes: list[ledger.Weight]) -> dict[str, str]:
+def schemes_of(form: str, folder: Path, shapes: list[memory_ledger.Weight]) -> dict[str, str]:
     """Module → scheme of a model in one of the three forms."""
     matrices = {weight.module: weight.shape for weight in shapes if len(weight.shape) == 2}
     if form == PLAN:
-        return quantization.read_plan(folder).schemes
+        return quantize.read_plan(folder).schemes
     return plans.nf4_plan(matrices).schemes if form == NF4 else {}
 
 
 def computed(form: str, folder: Path, params: Params, batch: int, context: int) -> dict[str, int]:
     """The ledger's parts and the two totals that a measurement can see."""
     config, size = AutoConfig.from_pretrained(folder), DTYPE.itemsize
-    shapes = ledger.model_shapes(config)
+    shapes = memory_ledger.model_shapes(config)
     schemes = schemes_of(form, folder, shapes)
-    weights = int(ledger.plan_bytes(shapes, schemes, size, params.quantization.double_quant).bytes.sum())
-    cache = ledger.kv_cache_bytes(config, batch, context, size)
-    activations = peak.activation_bytes(config, shapes, schemes, batch, context, size, size)
+    weights = int(memory_ledger.plan_bytes(shapes, schemes, size, params.quantization.double_quant).bytes.sum())
+    cache = memory_ledger.kv_cache_bytes(config, batch, context, size)
+    activations = activation_memory.activation_bytes(config, shapes, schemes, batch, context, size, size)
     totals = {name: weights + cache + extra for name, extra in activations.items()}
     return {"weights": weights, "kv_cache": cache, "activations": activations, "total": totals}
 
@@ -67,14 +68,14 @@ def measured(form: str, folder: Path, params: Params, batch: int, context: int) 
 
     def load() -> torch.nn.Module:
         if form == PLAN:
-            loaded.append(quantization.load_quantized(folder, asked))
+            loaded.append(quantize.load_quantized(folder, asked))
         elif form == NF4:
-            loaded.append(quantization.load_nf4(folder, asked, params.quantization))
+            loaded.append(quantize.load_nf4(folder, asked, params.quantization))
         else:
-            loaded.append(models.load_model(folder, asked))
+            loaded.append(loading.load_model(folder, asked))
         return loaded[0]
 
-    return peak.measure_peak(load, batch, context, DEVICE) | {"checkpoint_mapped": mapped_bytes()}
+    return activation_memory.measure_peak(load, batch, context, DEVICE) | {"checkpoint_mapped": mapped_bytes()}
 
 
 def mapped_bytes() -> int:
@@ -110,7 +111,7 @@ def main() -> None:
         return
 
     folders = {
-        UNQUANTISED: args.folder or models.local_folder(params.models.teacher),
+        UNQUANTISED: args.folder or loading.local_folder(params.models.teacher),
         PLAN: args.run / "04_quantization" / "plan",
         NF4: args.run / "03_lora" / "merged",
     }

@@ -36,9 +36,9 @@ try:
 except ImportError:
     sys.exit("lm_eval_agreement: lm_eval is not installed; install the extra `dev` (pip install -e '.[dev]') first")
 
-from medkit import models, scoring
-from medkit.outputs import ROOT
+from medkit.modeling import loading, option_scoring
 from medkit.params import load_params
+from medkit.stage import ROOT
 
 PACKAGE_TASKS = Path(lm_eval.__file__).parent / "tasks"
 BATCH_TOKENS = 512  # on one thread no slower than 1024, and their activations are half as large
@@ -161,7 +161,7 @@ def score_by_harness(
 
 def score_by_ours(
     lm: TimedHFLM, requests: list[list[tuple[str, str]]]
-) -> tuple[list[list[float]], Stopwatch, list[scoring.Item]]:
+) -> tuple[list[list[float]], Stopwatch, list[option_scoring.Item]]:
     """Our scores of the same (context, continuation) pairs per document, our time, and what was scored.
 
     Texts are cut into tokens as lm-eval does it: the whole is tokenised, and what follows the context's tokens is the
@@ -173,12 +173,12 @@ def score_by_ours(
             encoded = [lm._encode_pair(context, continuation) for context, continuation in pairs]
             if any(prompt != encoded[0][0] for prompt, _ in encoded):
                 raise RuntimeError("one document with two contexts: its options cannot share one reading")
-            items.append(scoring.Item(encoded[0][0], [answer for _, answer in encoded]))
-        scores = scoring.score_options(lm.model, items, BATCH_TOKENS, lm.tokenizer.pad_token_id)
+            items.append(option_scoring.Item(encoded[0][0], [answer for _, answer in encoded]))
+        scores = option_scoring.score_options(lm.model, items, BATCH_TOKENS, lm.tokenizer.pad_token_id)
     return scores, watch, items
 
 
-def multiply_adds(model: nn.Module, items: list[scoring.Item]) -> dict[str, float]:
+def multiply_adds(model: nn.Module, items: list[option_scoring.Item]) -> dict[str, float]:
     """Multiply-adds (10⁹) that either needs for these items, padding and shared beginnings apart, and their ratio.
 
     lm-eval reads a sequence per option (letters: one for all of them) and puts every position through the head; we read
@@ -310,9 +310,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     params = load_params(ROOT / "params" / "tiny.yaml")
-    folder = args.folder or models.local_folder(params.models.teacher)
+    folder = args.folder or loading.local_folder(params.models.teacher)
     settings = params.models.model_copy(update={"device": "cpu", "dtype": "float32"})
-    model, tokenizer = models.load_model(folder, settings), models.load_tokenizer(folder)
+    model, tokenizer = loading.load_model(folder, settings), loading.load_tokenizer(folder)
     questions = read_questions()
     if args.limit:
         questions = {

@@ -24,9 +24,15 @@ import pandas as pd
 import torch
 from record import RESULTS, Ratio, result_path, versions, write
 
-from medkit import batching, data, evaluation, inference, lora, models, peak, sources, training
-from medkit.outputs import ROOT
+from medkit import sources
+from medkit.data import splits
+from medkit.evaluation import accuracy
+from medkit.inference import predictions
+from medkit.lora import adapters
+from medkit.modeling import batches, loading, trainer
 from medkit.params import digest, load_params
+from medkit.quantization import activation_memory
+from medkit.stage import ROOT
 from medkit.statistics import mean_intervals, paired_difference
 
 FFN = ("gate_proj", "up_proj", "down_proj")
@@ -51,7 +57,7 @@ CONTENDERS = {
     "dora": Contender({"variant": "dora"}),
     "pissa": Contender({"variant": "pissa"}),
     "lora_plus": Contender(
-        {"variant": "lora_plus"}, rate=1 / lora.LORA_PLUS_RATIO**0.5, why="A's rate is a quarter, B's four times"
+        {"variant": "lora_plus"}, rate=1 / adapters.LORA_PLUS_RATIO**0.5, why="A's rate is a quarter, B's four times"
     ),
     "lora_ffn": Contender(more_targets=FFN),
     "lora_twice_rate": Contender(rate=2.0, why="a control: the learning rate alone"),
@@ -64,21 +70,21 @@ def measure(name: str, run: Path, profile: Path, limit: int | None, threads: int
     torch.set_num_threads(threads)
     params, before = load_params(profile), os.getloadavg()
     folder = run / "02_distillation" / "student_kd"
-    model, tokenizer = models.load_model(folder, params.models), models.load_tokenizer(folder)
+    model, tokenizer = loading.load_model(folder, params.models), loading.load_tokenizer(folder)
     questions = pd.read_parquet(run / "01_data" / "questions.parquet")
     result = {"date": datetime.now(UTC).date().isoformat(), "loadavg_before": before}
     if name != START:
-        rows = data.training_rows(questions, "train").head(limit or len(questions))
-        examples = batching.encode_questions(tokenizer, rows)
+        rows = splits.training_rows(questions, "train").head(limit or len(questions))
+        examples = batches.encode_questions(tokenizer, rows)
         model, found = adapt(model, examples, params, CONTENDERS[name])
         result |= found
-    valid = data.training_rows(questions, "valid").head(limit or len(questions))
-    nll = batching.collect_nll(model, batching.encode_questions(tokenizer, valid))
+    valid = splits.training_rows(questions, "valid").head(limit or len(questions))
+    nll = batches.collect_nll(model, batches.encode_questions(tokenizer, valid))
     source = params.evaluation.headline_source
     wanted = {"option_text": {source: params.inference.questions["option_text"][source]}}
-    asked = inference.choose_questions(questions, wanted, params.seed).head(limit or len(questions))
-    said = inference.predict(model, tokenizer, asked, params.inference.batch_tokens, 1).assign(variant=name)
-    judged = evaluation.judge(said, questions)
+    asked = predictions.choose_questions(questions, wanted, params.seed).head(limit or len(questions))
+    said = predictions.predict(model, tokenizer, asked, params.inference.batch_tokens, 1).assign(variant=name)
+    judged = accuracy.judge(said, questions)
     judged = judged[judged.scoring == params.evaluation.headline_scoring].sort_values("id")
     return result | {
         "nll": dict(zip(valid.id, nll, strict=True)),
@@ -88,7 +94,7 @@ def measure(name: str, run: Path, profile: Path, limit: int | None, threads: int
     }
 
 
-def adapt(model, examples: list[batching.Example], params, contender: Contender) -> tuple[torch.nn.Module, dict]:
+def adapt(model, examples: list[batches.Example], params, contender: Contender) -> tuple[torch.nn.Module, dict]:
     """The student with a trained adapter merged, and what training took."""
     targets = [*params.lora.adapter.target_modules, *contender.more_targets]
     section = params.lora.adapter.model_copy(update={"target_modules": targets, **contender.adapter})
@@ -99,22 +105,22 @@ def adapt(model, examples: list[batching.Example], params, contender: Contender)
     def count(module, args, batch: dict) -> None:
         seen["tokens"] += batch["input_ids"].numel()
 
-    model = lora.attach(model, section, params.seed)
+    model = adapters.attach(model, section, params.seed)
     counting = model.register_forward_pre_hook(count, with_kwargs=True)
-    trainable, total = lora.count_parameters(model)
-    optimizer = lora.make_optimizer(model, section, train.learning_rate)
-    peak.reset_peak(model.device)
-    at_rest = peak.read_peak(model.device)
+    trainable, total = adapters.count_parameters(model)
+    optimizer = adapters.make_optimizer(model, section, train.learning_rate)
+    activation_memory.reset_peak(model.device)
+    at_rest = activation_memory.read_peak(model.device)
     with tempfile.TemporaryDirectory() as checkpoints:
         clock, cpu = time.perf_counter(), time.process_time()
-        log = training.train(
-            model, examples, train, training.cross_entropy, Path(checkpoints), params.seed,
+        log = trainer.train(
+            model, examples, train, trainer.cross_entropy, Path(checkpoints), params.seed,
             optimizer=optimizer,
         )  # fmt: skip
         seconds = {"clock": time.perf_counter() - clock, "cpu": time.process_time() - cpu}
-    highest = peak.read_peak(model.device)
+    highest = activation_memory.read_peak(model.device)
     counting.remove()
-    return lora.merge(model), {
+    return adapters.merge(model), {
         "trainable": trainable, "total": total, "steps": len(log), "tokens": seen["tokens"],
         "predicted_tokens": int(log.loss_tokens.sum()), "train_seconds": seconds, "last_train_nll": log.ce.iloc[-1],
         "peak_bytes": highest, "peak_bytes_over_rest": highest - at_rest,

@@ -22,7 +22,8 @@ import torch
 from record import Ratio, result_path, versions, write
 from step_clock import Racer, StepClock, racing_parser
 
-from medkit import batching, lora, models, sampling, training
+from medkit.lora import adapters
+from medkit.modeling import batches, loading, samplers, trainer
 from medkit.params import load_params
 
 SPEED = 1.5  # goal
@@ -31,12 +32,12 @@ SPEED = 1.5  # goal
 def read(args) -> tuple:
     """Tokenizer, params, examples, and the model with a fresh adapter."""
     params = load_params(args.params)
-    folder = models.local_folder(params.models.teacher)
-    tokenizer = models.load_tokenizer(folder)
+    folder = loading.local_folder(params.models.teacher)
+    tokenizer = loading.load_tokenizer(folder)
     questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
     rows = questions[(questions.source == args.source) & (questions.split == "train")]
-    examples = batching.encode_questions(tokenizer, rows.head(args.batch * args.batches))
-    model = lora.attach(models.load_model(folder, params.models), params.lora.adapter, seed=0)
+    examples = batches.encode_questions(tokenizer, rows.head(args.batch * args.batches))
+    model = adapters.attach(loading.load_model(folder, params.models), params.lora.adapter, seed=0)
     return tokenizer, params, examples, model
 
 
@@ -48,12 +49,12 @@ def medkit(args) -> None:
     )
 
     def loss(predicted, extras):
-        total, terms = training.cross_entropy(predicted, extras)
+        total, terms = trainer.cross_entropy(predicted, extras)
         clock.losses.append(total.item())
         return total, terms
 
     with tempfile.TemporaryDirectory() as scratch:
-        training.train(model, examples, section, loss, Path(scratch), 0)
+        trainer.train(model, examples, section, loss, Path(scratch), 0)
 
 
 def padded(args, bucketed: bool = False) -> None:
@@ -61,7 +62,7 @@ def padded(args, bucketed: bool = False) -> None:
     clock, draw = StepClock(model), random.Random(0)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=params.lora.train.learning_rate)
-    sampler = sampling.EpochSampler(args.batch, lengths=[len(e.input_ids) for e in examples], seed=0)
+    sampler = samplers.EpochSampler(args.batch, lengths=[len(e.input_ids) for e in examples], seed=0)
     model.train()
     while True:
         order = list(sampler) if bucketed else draw.sample(range(len(examples)), len(examples))

@@ -18,12 +18,13 @@ import torch
 from batching import BATCH, InBatches, read_run, time_part, torch_engine
 from record import RESULTS, Ratio, result_path, versions, write
 
-from medkit import models, workloads
-from medkit.engines import Engine, EngineError, Generation, Request
-from medkit.outputs import ROOT
+from medkit.inference import workloads
+from medkit.inference.similar_answers import ResponseCache, cache_key
+from medkit.inference.torch_engine import TorchEngine
+from medkit.modeling import loading
+from medkit.modeling.engine import Engine, EngineError, Generation, Request
 from medkit.params import load_params
-from medkit.response_cache import ResponseCache, cache_key
-from medkit.torch_engine import TorchEngine
+from medkit.stage import ROOT
 
 FULL = "full"
 
@@ -93,7 +94,7 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     params, folder = load_params(args.params), args.run / "03_lora" / "merged"
-    tokenizer, model = models.load_tokenizer(folder), models.load_model(folder, params.models)
+    tokenizer, model = loading.load_tokenizer(folder), loading.load_model(folder, params.models)
     pad = tokenizer.pad_token_id
     unseen, shots = read_run(args.run, args.requests)
     batch = workloads.skewed(workloads.encode_prompts(tokenizer, unseen, shots), args.median, args.longest, seed=0)

@@ -15,9 +15,11 @@ import torch
 from record import RESULTS, Ratio, result_path, versions, write
 from scipy.stats import spearmanr
 
-from medkit import batching, data, ledger, models, plans, quantization, sensitivity
-from medkit.outputs import ROOT
+from medkit.data import splits
+from medkit.modeling import batches, loading
 from medkit.params import load_params
+from medkit.quantization import memory_ledger, plans, quantize, sensitivity
+from medkit.stage import ROOT
 
 GOAL_SHARE = 0.30  # of the student's bf16 bytes
 CHECKED = 8  # modules whose sensitivity is also measured by a run of its own, evenly spread over the estimates
@@ -27,10 +29,10 @@ def check_estimates(model, examples, double_quant: bool, estimated: pd.DataFrame
     """Estimated and measured damage in NF4 on the same examples, for modules from the least to the most sensitive."""
     table = estimated[estimated.scheme == "nf4"].sort_values("kl_nats", ignore_index=True)
     table = table.iloc[[round(i * (len(table) - 1) / (CHECKED - 1)) for i in range(CHECKED)]]
-    exact, measured = batching.collect_logits(model, examples), []
+    exact, measured = batches.collect_logits(model, examples), []
     for module in table.module:
         with sensitivity.rounded(model, {module: "nf4"}, double_quant):
-            drift = batching.measure_drift(exact, batching.collect_logits(model, examples))
+            drift = batches.measure_drift(exact, batches.collect_logits(model, examples))
         measured.append(drift["kl_nats"])
     return table[["module", "kl_nats"]].rename(columns={"kl_nats": "estimated"}).assign(measured=measured)
 
@@ -48,10 +50,10 @@ def main() -> None:
 
     params = load_params(args.params)
     section, folder = params.quantization, args.run / "03_lora" / "merged"
-    tokenizer, model = models.load_tokenizer(folder), models.load_model(folder, params.models)
+    tokenizer, model = loading.load_tokenizer(folder), loading.load_model(folder, params.models)
     questions, pad = pd.read_parquet(args.run / "01_data" / "questions.parquet"), tokenizer.pad_token_id
-    rows = {s: data.training_rows(questions, s).sample(frac=1, random_state=params.seed) for s in ("train", "valid")}
-    encoded = {split: batching.encode_questions(tokenizer, table) for split, table in rows.items()}
+    rows = {s: splits.training_rows(questions, s).sample(frac=1, random_state=params.seed) for s in ("train", "valid")}
+    encoded = {split: batches.encode_questions(tokenizer, table) for split, table in rows.items()}
     calibration, valid = encoded["train"][: section.calibration_examples], encoded["valid"][: args.valid_rows]
 
     load, began, cpu = os.getloadavg(), time.perf_counter(), time.process_time()
@@ -61,8 +63,8 @@ def main() -> None:
     checked = check_estimates(model, calibration, section.double_quant, damage)
     print(checked.to_string(), flush=True)
 
-    shapes = quantization.weight_shapes(model)
-    bf16 = int(ledger.plan_bytes(ledger.model_shapes(model.config), {}).bytes.sum())
+    shapes = quantize.weight_shapes(model)
+    bf16 = int(memory_ledger.plan_bytes(memory_ledger.model_shapes(model.config), {}).bytes.sum())
     norms = bf16 - int(damage[damage.scheme == "keep"].bytes.sum())
     fixed = [plans.nf4_plan(shapes, ends) for ends in ("keep", "int8", "nf4")] + [plans.paper_plan(shapes)]
     budgets = {share: int(share * bf16) - norms for share in args.shares}

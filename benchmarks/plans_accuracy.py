@@ -14,9 +14,13 @@ from pathlib import Path
 import pandas as pd
 from record import RESULTS, Ratio, result_path, versions, write
 
-from medkit import batching, calibration, data, evaluation, inference, models, plans, quantization, sensitivity
-from medkit.outputs import ROOT
+from medkit.data import splits
+from medkit.evaluation import accuracy, calibration
+from medkit.inference import predictions
+from medkit.modeling import batches, loading
 from medkit.params import EvaluationParams, load_params
+from medkit.quantization import plans, quantize, sensitivity
+from medkit.stage import ROOT
 from medkit.statistics import paired_difference, verdicts
 
 PLAN = "plan"
@@ -44,19 +48,19 @@ def main() -> None:
 
     params, before = load_params(args.params), os.getloadavg()
     section, judging, folder = params.quantization, params.evaluation, args.run / "03_lora" / "merged"
-    model, tokenizer = models.load_model(folder, params.models), models.load_tokenizer(folder)
+    model, tokenizer = loading.load_model(folder, params.models), loading.load_tokenizer(folder)
     questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
     source = judging.headline_source
     wanted = {"option_text": {source: params.inference.questions["option_text"][source]}}
-    asked = inference.choose_questions(questions, wanted, params.seed).head(args.limit or len(questions))
-    train = data.training_rows(questions, "train").sample(frac=1, random_state=params.seed)
-    rows = batching.encode_questions(tokenizer, train.head(section.calibration_examples))
+    asked = predictions.choose_questions(questions, wanted, params.seed).head(args.limit or len(questions))
+    train = splits.training_rows(questions, "train").sample(frac=1, random_state=params.seed)
+    rows = batches.encode_questions(tokenizer, train.head(section.calibration_examples))
 
     damage = pd.read_parquet(args.run / "04_quantization" / "sensitivity.parquet")
-    chosen = plans.Plan.model_validate_json((args.run / "04_quantization" / "plan" / quantization.PLAN).read_text())
+    chosen = plans.Plan.model_validate_json((args.run / "04_quantization" / "plan" / quantize.PLAN).read_text())
     sizes = damage.set_index(["module", "scheme"]).bytes
     budget = int(sizes.loc[list(chosen.schemes.items())].sum())
-    shapes = quantization.weight_shapes(model)
+    shapes = quantize.weight_shapes(model)
     fixed = [plans.paper_plan(shapes), *(plans.nf4_plan(shapes, ends) for ends in ("keep", "int8", "nf4"))]
     contenders = [chosen, *(plans.random_plan(damage, budget, seed) for seed in range(args.random)), *fixed]
     size = {p.name: int(sizes.loc[list(p.schemes.items())].sum()) for p in contenders}
@@ -64,10 +68,10 @@ def main() -> None:
     for plan in (None, *contenders):
         fitted = rows if args.rounding == "calibrated" else ()
         with sensitivity.rounded(model, plan.schemes, section.double_quant, fitted) if plan else nullcontext():
-            found = inference.predict(model, tokenizer, asked, params.inference.batch_tokens, 1)
+            found = predictions.predict(model, tokenizer, asked, params.inference.batch_tokens, 1)
         tables.append(found.assign(variant=plan.name if plan else "student"))
         print(tables[-1].variant[0], f"load {os.getloadavg()[0]:.1f}", flush=True)
-    judged = evaluation.judge(pd.concat(tables, ignore_index=True), questions)
+    judged = accuracy.judge(pd.concat(tables, ignore_index=True), questions)
     judged = judged[judged.scoring == judging.headline_scoring]
     errors = calibration.measure_calibration(judged, judging.confidence)
     errors = errors[errors.metric == "ece"].set_index("variant")

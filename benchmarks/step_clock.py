@@ -19,7 +19,7 @@ from record import RESULTS
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from medkit.outputs import ROOT
+from medkit.stage import ROOT
 
 MARK = "step: "
 

@@ -20,10 +20,12 @@ import torch
 from record import Ratio, result_path, versions, write
 from step_clock import Racer, StepClock, racing_parser
 
-from medkit import batching, models, sampling, signals, training
-from medkit.losses import DistillationLoss
-from medkit.outputs import ROOT
+from medkit.distillation import teacher_cache
+from medkit.distillation.losses import DistillationLoss
+from medkit.modeling import batches, loading, samplers
+from medkit.modeling import trainer as training
 from medkit.params import load_params
+from medkit.stage import ROOT
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # a TRL trainer reports to its maker otherwise
 SPEED, MEMORY = 1.8, 0.7  # goals
@@ -35,23 +37,23 @@ def read_rows(args) -> tuple:
     import pandas as pd
 
     params = load_params(args.params)
-    tokenizer = models.load_tokenizer(args.run / "02_distillation" / "teacher")
+    tokenizer = loading.load_tokenizer(args.run / "02_distillation" / "teacher")
     questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
     rows = questions[(questions.source == args.source) & (questions.split == "train")]
-    examples = batching.encode_questions(tokenizer, rows.head(args.batch * (args.repeats + 2)))
+    examples = batches.encode_questions(tokenizer, rows.head(args.batch * (args.repeats + 2)))
     return tokenizer, params, examples
 
 
 def capture(args) -> None:
     """The teacher speaks, in a process of its own, and is gone."""
     _, params, examples = read_rows(args)
-    teacher = models.load_model(args.run / "02_distillation" / "teacher", params.models)
-    signals.capture_signals(teacher, examples, args.signals, args.top_k, 64, KEY)
+    teacher = loading.load_model(args.run / "02_distillation" / "teacher", params.models)
+    teacher_cache.capture_signals(teacher, examples, args.signals, args.top_k, 64, KEY)
 
 
 def cached(args) -> None:
     _, params, examples = read_rows(args)
-    student = models.load_model(args.run / "02_distillation" / "base", params.models)
+    student = loading.load_model(args.run / "02_distillation" / "base", params.models)
     clock, learned = StepClock(student), DistillationLoss(kl_weight=1.0)
     section = params.distillation.student_train.model_copy(
         update={"epochs": 9.0, "batch_size": args.batch, "slice_tokens": args.slice_tokens, "save_every_steps": 10**6}
@@ -62,7 +64,7 @@ def cached(args) -> None:
         clock.losses.append(total.item())
         return total, terms
 
-    heard = signals.Signals(args.signals, KEY).batch
+    heard = teacher_cache.Signals(args.signals, KEY).batch
     checkpoints = args.signals.with_name(args.contender)
     training.train(student, examples, section, loss, checkpoints, 0, heard)
 
@@ -73,10 +75,10 @@ def gkd(args, accumulate: int = 1) -> None:
 
     tokenizer, params, examples = read_rows(args)
     folder = args.run / "02_distillation"
-    student, teacher = (models.load_model(folder / name, params.models) for name in ("base", "teacher"))
+    student, teacher = (loading.load_model(folder / name, params.models) for name in ("base", "teacher"))
     student.train()
     clock = StepClock(student)
-    order = list(sampling.EpochSampler(args.batch, lengths=[len(e.input_ids) for e in examples], seed=0))
+    order = list(samplers.EpochSampler(args.batch, lengths=[len(e.input_ids) for e in examples], seed=0))
     rows = Dataset.from_list([{"input_ids": examples[i].input_ids, "labels": examples[i].loss_start} for i in order])
 
     def collate(features: list[dict]) -> dict:

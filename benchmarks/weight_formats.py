@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from matvec import GROUP, int4_matvec, int8_matvec, pack_words, unpack_words
 from torch import Tensor, nn
 
-from medkit import rowwise
+from medkit.quantization import rowwise
 
 PART = 2**26  # weights handled at a time, to bound temporary memory
 INNER_K_TILES = 8  # layout parameter of PyTorch's int4 kernel

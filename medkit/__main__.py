@@ -17,8 +17,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medkit.outputs import DISCLAIMER, ROOT, StageError, device_name, outputs_root, run_dir
 from medkit.params import SPLITS, ParamsError, load_params
+from medkit.stage import DISCLAIMER, ROOT, StageError, device_name, outputs_root, run_dir
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(highlight=False, soft_wrap=True)
@@ -59,14 +59,14 @@ def run(
     if dry_run:
         console.print(plan_table(params, changes))
         return
-    from medkit import page
+    from medkit.reporting import report_page
     from medkit.runner import run_all
 
     ran = run_all(params, run, changes, first)
     console.print(f"{len(ran)} stages ran" if ran else "everything up to date")
     if ran or not (run_dir(run) / "report.html").is_file():
-        page.export_notebooks(run_dir(run))
-        page.write_page(run_dir(run))
+        report_page.export_notebooks(run_dir(run))
+        report_page.write_page(run_dir(run))
     console.print(f"results: {run_dir(run) / 'results.json'}")
     console.print(f"report: {run_dir(run) / 'report.html'}")
     console.print(f"executed notebooks: {run_dir(run) / 'notebooks'}")
@@ -131,8 +131,7 @@ def status(
 @app.command()
 def report(run: RunName = "tiny") -> None:
     """Print a run's results as markdown tables, and write its report page anew."""
-    from medkit import page, paper
-    from medkit import report as tables
+    from medkit.reporting import paper_claims, report_page, tables
 
     claims, facts = tables.load_results(tables.results_of(run))
     source, scoring = facts["headline_source"], facts["headline_scoring"]
@@ -141,11 +140,11 @@ def report(run: RunName = "tiny") -> None:
         tables.accuracy_table(claims, scoring),
         tables.steps_table(claims, source, scoring),
         tables.cost_table(claims),
-        paper.paper_table(claims, facts, ROOT / "benchmarks" / "results"),
+        paper_claims.paper_table(claims, facts, ROOT / "benchmarks" / "results"),
     ]
     typer.echo("\n\n".join(parts))
-    page.export_notebooks(run_dir(run))
-    typer.echo(f"\n{page.write_page(run_dir(run))}")
+    report_page.export_notebooks(run_dir(run))
+    typer.echo(f"\n{report_page.write_page(run_dir(run))}")
 
 
 @app.command()
@@ -154,8 +153,8 @@ def compare(
     run_b: Annotated[str, typer.Argument(help="The other run")],
 ) -> None:
     """Two runs on the questions that both answered: paired differences, costs, and what was set otherwise."""
-    from medkit import compare as comparing
-    from medkit import report as tables
+    from medkit.reporting import compare_runs as comparing
+    from medkit.reporting import tables
 
     judging = tables.load_results(tables.results_of(run_a))[1].get("params", {}).get("evaluation")
     if judging is None:
@@ -176,7 +175,7 @@ def plan(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time")] = 1,
 ) -> None:
     """How to store a model so that it runs in a memory budget, from its shapes alone: no weights, no network."""
-    from medkit import budget as planning
+    from medkit.quantization import memory_budget as planning
 
     number, unit = planning.parse_size(budget)
     config, bytes_per_unit = planning.read_config(model), planning.UNITS[unit]
@@ -211,9 +210,10 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train one stage of a run where its notebook would; with `accelerate launch -m medkit train …` on many devices."""
-    from medkit import recipes
+    from medkit.distillation import stages
+    from medkit.inference.torch_engine import TorchEngine
 
-    log = recipes.train_stage(stage, run, load_params(params, parse_overrides(overrides)))
+    log = stages.train_stage(stage, run, load_params(params, parse_overrides(overrides)), TorchEngine)
     if os.environ.get("RANK", "0") == "0":
         first, last = log.iloc[0], log.iloc[-1]
         console.print(f"{stage}: {last.step:.0f} steps, loss {first.loss:.3f} → {last.loss:.3f} nats per token")
@@ -233,19 +233,7 @@ def serve(
     overrides: Overrides = None,
 ) -> None:
     """Answer OpenAI's clients with a model of a run, until Ctrl-C or SIGTERM."""
-    try:
-        from medkit import serving
-    except ImportError as error:
-        raise StageError(f"serving needs the extra `serve` ({error}): pip install -e '.[serve]'") from error
-    from medkit import variants
-
-    engine, tokenizer, context = variants.load_engine(run, variant, load_params(params, parse_overrides(overrides)))
-    limits = serving.Limits(context_tokens=context, max_running=max_running, max_waiting=max_waiting)
-    name = f"{run}/{variant}"
-    served = serving.create_app(
-        engine, tokenizer, model_name=name, limits=limits, api_key=api_key, cached_answers=cache
-    )
-    serving.serve(served, host, port)
+    raise StageError("serving is being rebuilt")
 
 
 OPTIONAL = {
@@ -262,7 +250,7 @@ def doctor() -> None:
     """What this machine can do, and what is missing for which profile; exits 1 if the tiny profile cannot run."""
     import torch
 
-    from medkit.models import pick_attention, pick_device
+    from medkit.modeling.loading import pick_attention, pick_device
     from medkit.sources import cache_root
 
     cache_root().mkdir(parents=True, exist_ok=True)

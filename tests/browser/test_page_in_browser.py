@@ -10,7 +10,7 @@ import shutil
 import pandas as pd
 import pytest
 
-from medkit import report
+from medkit.reporting import tables
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (in the dev extra)")
 
@@ -167,7 +167,7 @@ def test_figures_are_drawn_and_fit(visit):
 def test_claims_are_searched_chosen_sorted_and_turned(visit, built):
     tab = visit()
     shown, total = count(tab, "claims")
-    assert shown == total == len(report.load_results(built / "results.json")[0])
+    assert shown == total == len(tables.load_results(built / "results.json")[0])
     assert len(column(tab, 1)) == 25
     tab.fill("#claims-search", "EXAM generated")
     assert 0 < count(tab, "claims")[0] < total

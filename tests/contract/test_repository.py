@@ -8,7 +8,7 @@ import tomllib
 import pytest
 import yaml
 
-from medkit.outputs import DISCLAIMER, ROOT
+from medkit.stage import DISCLAIMER, ROOT
 
 README = (ROOT / "README.md").read_text()
 TRACKED = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True).stdout.split()

@@ -6,14 +6,14 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
+from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from medkit import ledger, peak, plans, quantization  # noqa: E402
-from medkit.engines import Request  # noqa: E402
-from medkit.outputs import ROOT  # noqa: E402
-from medkit.params import load_params  # noqa: E402
-from medkit.torch_engine import SCHEDULERS, TorchEngine  # noqa: E402
+from medkit.inference.torch_engine import SCHEDULERS, TorchEngine
+from medkit.modeling.engine import Request
+from medkit.params import load_params
+from medkit.quantization import activation_memory, memory_ledger, plans, quantize
+from medkit.stage import ROOT
 
 pytestmark = pytest.mark.gpu
 
@@ -208,13 +208,13 @@ def test_a_plan_comes_back_from_disk_with_equal_logits(bnb, models_params, tmp_p
     """Every scheme, on linear layers and on both ends."""
     model, ids = small_llama(), random_ids(2, 32)
     exact = model(ids).logits
-    plan = plans.nf4_plan(quantization.weight_shapes(model), "int8")
+    plan = plans.nf4_plan(quantize.weight_shapes(model), "int8")
     plan = plan.model_copy(update={"schemes": plan.schemes | {"lm_head": "nf4", "model.layers.0.mlp.up_proj": "keep"}})
     assert set(plan.schemes.values()) == {"keep", "int8", "nf4"}
-    model = quantization.apply_plan(model, plan, double_quant=True)
-    quantization.save_quantized(model, NoTokenizer(), plan, tmp_path / "plan")
+    model = quantize.apply_plan(model, plan, double_quant=True)
+    quantize.save_quantized(model, NoTokenizer(), plan, tmp_path / "plan")
     logits = model(ids).logits
-    loaded = quantization.load_quantized(tmp_path / "plan", models_params)
+    loaded = quantize.load_quantized(tmp_path / "plan", models_params)
     assert {parameter.device.type for parameter in loaded.parameters()} == {DEVICE}
     assert torch.equal(loaded(ids).logits, logits)
     assert 1e-3 < relative_error(logits, exact) < 0.5
@@ -248,8 +248,8 @@ def test_the_measured_peak_is_the_computed_total():
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
         return model.to(DEVICE).eval()
 
-    measured = peak.measure_peak(load, batch, context, torch.device(DEVICE))
-    shapes = ledger.model_shapes(config)
-    rest = ledger.plan_bytes(shapes, {}).bytes.sum() + ledger.kv_cache_bytes(config, batch, context, 2)
-    for step, activations in peak.activation_bytes(config, shapes, {}, batch, context).items():
+    measured = activation_memory.measure_peak(load, batch, context, torch.device(DEVICE))
+    shapes = memory_ledger.model_shapes(config)
+    rest = memory_ledger.plan_bytes(shapes, {}).bytes.sum() + memory_ledger.kv_cache_bytes(config, batch, context, 2)
+    for step, activations in activation_memory.activation_bytes(config, shapes, {}, batch, context).items():
         assert rest + activations == pytest.approx(measured[step], rel=0.05), step

@@ -16,9 +16,9 @@ import pytest
 from safetensors.torch import load_file
 
 from medkit import runner
-from medkit.outputs import DISCLAIMER, ROOT, Stage, run_dir
 from medkit.params import load_params
-from medkit.report import STAGES
+from medkit.reporting.tables import STAGES
+from medkit.stage import DISCLAIMER, ROOT, Stage, run_dir
 
 SMOKE = ROOT / "params" / "smoke.yaml"
 

@@ -144,7 +144,7 @@ def make_llama():
 @pytest.fixture(scope="session")
 def make_examples():
     """examples(count, seed=0): random sequences of 6 to 24 tokens, half of them or less to be predicted."""
-    from medkit.batching import Example
+    from medkit.modeling.batches import Example
 
     def make(count, seed=0):
         draw = random.Random(seed)

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from medkit.outputs import ROOT
 from medkit.params import Params, ParamsError, digest, load_params
+from medkit.stage import ROOT
 
 PROFILES = sorted((ROOT / "params").glob("*.yaml"))
 SMOKE = ROOT / "params" / "smoke.yaml"

@@ -13,10 +13,11 @@ import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from medkit import __main__, page, runner
-from medkit.outputs import FINGERPRINT, ROOT, Stage, run_dir
+from medkit import __main__, runner
 from medkit.params import load_params
+from medkit.reporting import report_page
 from medkit.runner import RunError, fingerprints, run_all
+from medkit.stage import FINGERPRINT, ROOT, Stage, run_dir
 
 SMOKE = ROOT / "params" / "smoke.yaml"
 STAGES = ["01_data", "02_distillation", "03_lora", "04_quantization", "05_inference", "06_evaluation"]
@@ -501,8 +502,8 @@ def test_a_wrong_command_is_one_sentence_and_exit_code_one(monkeypatch, capsys, 
 
 def test_a_whole_run_says_where_things_are(monkeypatch, capsys, executed, outputs):
     arguments, made = ("run", "--params", str(SMOKE), "--run", "r"), []
-    monkeypatch.setattr(page, "export_notebooks", made.append)
-    monkeypatch.setattr(page, "write_page", lambda folder: (folder / "report.html").write_text("made"))
+    monkeypatch.setattr(report_page, "export_notebooks", made.append)
+    monkeypatch.setattr(report_page, "write_page", lambda folder: (folder / "report.html").write_text("made"))
     code, out, err = command(monkeypatch, capsys, *arguments)
     assert code == 0
     assert all(name in err for name in STAGES)

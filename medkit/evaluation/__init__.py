@@ -1,0 +1,24 @@
+"""evaluation"""
+
+from medkit.evaluation.accuracy import chance, compare_steps, find_flips, judge, measure_accuracy
+from medkit.evaluation.calibration import add_confidence, measure_calibration, reliability, risk_coverage
+from medkit.evaluation.energy import cost_table, meter
+from medkit.evaluation.robustness import (
+    ablation_table,
+    answer_lengths,
+    ensemble_line,
+    letter_bias,
+    prompt_range,
+    shuffle_consistency,
+    swap_drop,
+    variance_components,
+)
+from medkit.evaluation.safety import (
+    judge_answer,
+    judge_safety,
+    load_probes,
+    safety_prompt,
+    safety_steps,
+    sample_probes,
+    unsafe_rates,
+)

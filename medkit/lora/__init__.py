@@ -1,0 +1,12 @@
+"""lora"""
+
+from medkit.lora.adapters import (
+    attach,
+    count_parameters,
+    load_adapter,
+    load_merged,
+    merge,
+    rank_of_energy,
+    singular_values,
+    truncate,
+)

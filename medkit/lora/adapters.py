@@ -1,0 +1,212 @@
+"""Adapters: attach, save, merge, and take the learned update apart. PEFT does the work.
+
+LoRA (arXiv 2106.09685): W' = W + s·B·A with s = alpha / rank, A (rank, in) drawn at random and B (out, rank) zero, so
+an untrained adapter changes nothing. Variants, each merged into W' as well:
+
+- `rslora` (arXiv 2312.03732): s = alpha / √rank, so that a higher rank does not learn more slowly.
+- `dora` (arXiv 2402.09353): W' = m · (W + s·B·A) / ‖W + s·B·A‖, norms by row, with m (out) learned, starting as ‖W‖.
+- `pissa` (arXiv 2404.02948): B·A starts as the largest singular directions of W, and W keeps the rest. It is saved as
+  the plain adapter of twice the rank that says the same on the original W: s·(B·A − B₀·A₀).
+- `lora_plus` (arXiv 2402.12354): LoRA whose B learns `LORA_PLUS_RATIO` times as fast as A.
+
+A base that is stored in 4 bits can be trained on (QLoRA, arXiv 2305.14314); `merging` brings the two together.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    set_peft_model_state_dict,
+)
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
+from torch import nn
+
+from medkit.params import AdapterParams
+from medkit.stage import MedkitError, atomic_path
+
+LORA_PLUS_RATIO = 16  # the paper's own advice, 2⁴
+SETTINGS = {
+    "lora": {},
+    "lora_plus": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+
+
+class AdapterError(MedkitError):
+    """An adapter that does not fit its model; the message names the module."""
+
+
+# --- attach and train ----------------------------------------------------------------------------------------------
+
+
+def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
+    """The model with a fresh adapter; only the adapter's weights require gradients.
+
+    Raises AdapterError if a target module is no linear layer of the model, or its head where that is tied to the
+    embeddings: merging would change both ends. Over NF4 layers, attach before the model runs.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    known = {_last(name) for name in linear}
+    if unknown := sorted(set(section.target_modules) - known):
+        raise AdapterError(f"target_modules {unknown} are no linear layers of this model; it has {sorted(known)}")
+    shared = getattr(model.get_input_embeddings(), "weight", None)
+    tied = [name for name, module in linear.items() if module.weight is shared]
+    if {_last(name) for name in tied} & set(section.target_modules):
+        raise AdapterError(f"target_modules {tied}: tied to the embeddings, which merging would change as well")
+    in_4_bits = [name for name, module in linear.items() if isinstance(module, bnb.nn.Linear4bit)]
+    if section.variant == "pissa" and (fixed := [n for n in in_4_bits if _last(n) in section.target_modules]):
+        raise AdapterError(f"{fixed[0]!r} is in 4 bits, and pissa changes base weights; use another variant")
+    for name in in_4_bits:
+        _keep_differentiable(name, linear[name])
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=section.rank,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=list(section.target_modules),
+        task_type="CAUSAL_LM",
+        **SETTINGS[section.variant],
+    )
+    adapted = get_peft_model(model, config)
+    if section.variant == "pissa":
+        start = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        adapted.start = {key: t.detach().clone() for key, t in start.items()}
+    return adapted
+
+
+def _keep_differentiable(name: str, layer: bnb.nn.Linear4bit) -> None:
+    """Bar the kernel that bitsandbytes switches to on CPUs with AVX512-BF16: it rounds to bf16 and has no gradient."""
+    if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+        raise AdapterError(f"{name!r} was repacked by its first forward pass: no gradient; load the model again")
+    layer.support_avx512bf16_for_cpu = False
+
+
+def make_optimizer(model: nn.Module, section: AdapterParams, learning_rate: float) -> torch.optim.Optimizer | None:
+    """LoRA+'s AdamW, in which B learns faster than A; None for the variants that any optimiser trains."""
+    if section.variant != "lora_plus":
+        return None
+    return create_loraplus_optimizer(model, torch.optim.AdamW, lr=learning_rate, loraplus_lr_ratio=LORA_PLUS_RATIO)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable and total numbers of weights; tied weights count once, weights in 4 bits as what they stand for."""
+    sizes = {}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        sizes[parameter.data_ptr()] = (state.shape if state else parameter.shape).numel(), parameter.requires_grad
+    return sum(n for n, trains in sizes.values() if trains), sum(n for n, _ in sizes.values())
+
+
+# --- save and merge ------------------------------------------------------------------------------------------------
+
+
+def save_adapter(model: PeftModel, folder: Path) -> Path:
+    """Write the adapter alone (safetensors and its config), whole or not at all; it fits the original base."""
+    with atomic_path(folder) as scratch, tempfile.TemporaryDirectory() as temporary:
+        how = {}
+        if _starts_changed(model):
+            start = Path(temporary) / "pissa_start"  # PEFT reads it as an adapter of this name, and subtracts it
+            start.mkdir()
+            save_file(model.start, start / "adapter_model.safetensors", metadata={"format": "pt"})
+            how = {"path_initial_model_for_weight_conversion": str(start)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # it is what the start is taken for
+            model.save_pretrained(scratch, save_embedding_layers=False, **how)
+    return folder
+
+
+def restore(model: PeftModel, folder: Path) -> None:
+    """Put what `save_adapter` wrote back into a model with the same adapter, freshly attached."""
+    weights = load_peft_weights(str(folder), device="cpu")
+    if _starts_changed(model):  # what was learned stands first, what it started from second
+        weights = {key: t.chunk(2, dim=0 if "lora_A" in key else 1)[0] for key, t in weights.items()}
+    set_peft_model_state_dict(model, weights)
+
+
+def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
+    """A base model with the adapter in `folder` beside its weights, for inference."""
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
+def merge(model: PeftModel) -> nn.Module:
+    """The plain model with W' in place of W; raises ValueError if a merged weight is not finite."""
+    return model.merge_and_unload(safe_merge=True).eval()
+
+
+def load_merged(model: nn.Module, folder: Path) -> nn.Module:
+    """A base model with the adapter in `folder` merged into it."""
+    return merge(load_adapter(model, folder))
+
+
+# --- the update ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def singular_values(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Module → the singular values (≤ rank) of its update s·B·A, falling; a dense (out, in) matrix is never formed.
+
+    With B = Q_B·R_B and Aᵀ = Q_A·R_A they are those of the small s·R_B·R_Aᵀ. For DoRA: before it is rescaled by row.
+    Raises AdapterError for a PiSSA adapter in training, whose B·A holds a part of W; load it as it was saved.
+    """
+    return {name: torch.linalg.svdvals(_core(layer)[1]) for name, layer in _adapted(model).items()}
+
+
+@torch.no_grad()
+def truncate(model: PeftModel, ranks: Mapping[str, int]) -> None:
+    """Keep of each module's update its `ranks[module]` largest singular directions, in place: the best update of that
+    rank (Eckart and Young). What was cut is gone; a smaller rank may follow a larger one. Raises as `singular_values`.
+    """
+    for name, layer in _adapted(model).items():
+        scale, core, left, right = _core(layer)
+        u, values, v = torch.linalg.svd(core, full_matrices=False)
+        kept, half = min(ranks[name], len(values)), (values / scale).sqrt()
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        a.zero_()
+        b.zero_()
+        a[:kept] = half[:kept, None] * (v[:kept] @ right.T)
+        b[:, :kept] = left @ u[:, :kept] * half[:kept]
+
+
+def rank_of_energy(values: torch.Tensor, share: float) -> int:
+    """The fewest of some falling singular values whose squares sum to this share of all squares; 0 if all are zero."""
+    energy = values.double().square().cumsum(0)
+    return int((energy < share * energy[-1] * (1 - 1e-12)).sum()) + 1 if energy[-1] > 0 else 0
+
+
+def _core(layer: LoraLayer) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """s, s·R_B·R_Aᵀ, Q_B (out, ·) and Q_A (in, ·)."""
+    left, r_b = torch.linalg.qr(layer.lora_B["default"].weight.float())
+    right, r_a = torch.linalg.qr(layer.lora_A["default"].weight.float().T)
+    return layer.scaling["default"], layer.scaling["default"] * r_b @ r_a.T, left, right
+
+
+def _adapted(model: PeftModel) -> dict[str, LoraLayer]:
+    """Adapted layers by their names in the plain model."""
+    if _starts_changed(model):
+        raise AdapterError("a pissa adapter in training holds a part of the base; save it and load it on the original")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {name.removeprefix("base_model.model."): layer for name, layer in layers.items()}
+
+
+def _starts_changed(model: PeftModel) -> bool:
+    """Whether base weights were changed when the adapter was attached."""
+    return model.peft_config["default"].init_lora_weights == "pissa"
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]

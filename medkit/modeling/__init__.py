@@ -1,0 +1,16 @@
+"""modeling"""
+
+from medkit.modeling.batches import collect_logits, collect_nll, encode_questions, measure_drift
+from medkit.modeling.embeddings import embed_texts, load_embedder, nearest
+from medkit.modeling.loading import (
+    keep_layers,
+    load_model,
+    load_tokenizer,
+    local_folder,
+    make_toy_model,
+    pick_attention,
+    pick_device,
+    save_model,
+)
+from medkit.modeling.option_scoring import Item, score_options
+from medkit.modeling.trainer import cross_entropy, forget_checkpoints

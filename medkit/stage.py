@@ -1,0 +1,184 @@
+"""The run directory: `outputs/<run>/<stage>/`, and the manifest that says a stage is complete.
+
+A stage writes its artifacts first and its manifest last, so a manifest that exists means that every file it lists is
+whole. Nothing else may decide that a stage is done. Every write is atomic: a scratch file, then a rename.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+MANIFEST = "manifest.json"
+FINGERPRINT = "MEDKIT_FINGERPRINT"  # set by the runner; absent when a person runs the notebook
+RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+DISCLAIMER = "Research and teaching only, not a medical device."
+VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "pandas")
+
+
+class MedkitError(Exception):
+    """Base of every error that a user can cause. Its message is one sentence: what, where, and the cure."""
+
+
+class StageError(MedkitError):
+    """A stage or run that cannot be used as asked; the message names it and the cure."""
+
+
+def outputs_root() -> Path:
+    """Directory of all runs: $MEDKIT_OUTPUTS, or outputs/ beside the package."""
+    return Path(os.environ.get("MEDKIT_OUTPUTS", ROOT / "outputs"))
+
+
+def run_dir(run: str) -> Path:
+    """Directory of one run. Raises StageError if the name is no plain file name."""
+    if not RUN_NAME.fullmatch(run):
+        raise StageError(f"run name {run!r}: use letters, digits, '.', '_' and '-' only; runs live in {outputs_root()}")
+    return outputs_root() / run
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A scratch path beside `path`, renamed to it if the block succeeds and removed if it does not.
+
+    Works for files and for folders; a folder that exists is replaced as a whole.
+    """
+    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        if path.is_dir() and scratch.exists():
+            shutil.rmtree(path)
+        scratch.replace(path)
+    except OSError as error:
+        raise StageError(
+            f"{path}: could not be written ({error.strerror or error}); free space or correct the path, "
+            f"then run the same command again"
+        ) from error
+    finally:
+        if scratch.is_dir():
+            shutil.rmtree(scratch, ignore_errors=True)
+        elif os.path.lexists(scratch):
+            scratch.unlink()
+
+
+class Stage:
+    """One notebook's folder in a run: where it writes, what it may read, and its manifest."""
+
+    def __init__(self, run: str, name: str):
+        self.run, self.name = run, name
+        self.dir = run_dir(run) / name
+        self.started = time.monotonic()
+
+    def __repr__(self) -> str:
+        return f"Stage(run={self.run!r}, name={self.name!r})"
+
+    def path(self, filename: str) -> Path:
+        """Where this stage writes `filename`; creates the folder above it."""
+        path = self.dir / filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def require(self, stage: str, filename: str) -> Path:
+        """Path of an artifact of an earlier, complete stage of the same run.
+
+        `filename` may be a folder. Raises StageError if that stage has not committed it.
+        """
+        upstream = Stage(self.run, stage)
+        listed = upstream.manifest().get("files", {})
+        wanted = [f for f in listed if f == filename or f.startswith(filename + "/")]
+        if not wanted or not all((upstream.dir / f).is_file() for f in wanted):
+            raise StageError(f"{stage}/{filename} is not there: run notebook {stage} first (run={self.run!r})")
+        return upstream.dir / filename
+
+    def write_table(self, filename: str, table: pd.DataFrame) -> Path:
+        """Write a parquet table whole or not at all."""
+        with atomic_path(self.dir / filename) as scratch:
+            table.to_parquet(scratch, index=False)
+        return self.dir / filename
+
+    def write_json(self, filename: str, value) -> Path:
+        """Write a json file whole or not at all."""
+        with atomic_path(self.dir / filename) as scratch:
+            scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        return self.dir / filename
+
+    def manifest(self) -> dict:
+        """The stage's manifest, `{}` while it is not complete (or if the manifest itself was damaged)."""
+        try:
+            return json.loads((self.dir / MANIFEST).read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return {}
+
+    def commit(self, also: Sequence[Path] = (), **facts) -> dict:
+        """Close the stage: record every file with its size, provenance, and `facts`. Returns the manifest.
+
+        `also` are files of the stage that lie outside its folder, such as the run's results.
+        """
+        files = {
+            str(p.relative_to(self.dir)): p.stat().st_size
+            for p in sorted(self.dir.rglob("*"))
+            if p.is_file() and p != self.dir / MANIFEST and ".part" not in {q.suffix for q in (p, *p.parents)}
+        }
+        files |= {os.path.relpath(p, self.dir): p.stat().st_size for p in also}
+        manifest = {
+            "stage": self.name,
+            "run": self.run,
+            "fingerprint": os.environ.get(FINGERPRINT),
+            "disclaimer": DISCLAIMER,
+            "files": files,
+            "facts": facts,
+            "duration_s": round(time.monotonic() - self.started, 1),
+            **provenance(),
+        }
+        self.write_json(MANIFEST, manifest)
+        return manifest
+
+    def reopen(self) -> None:
+        """Take the manifest away, so that a crash from here on leaves an open stage."""
+        (self.dir / MANIFEST).unlink(missing_ok=True)
+
+    def is_whole(self) -> bool:
+        """The manifest exists and every file it lists is there with the size it lists."""
+        files = self.manifest().get("files")
+        return files is not None and all(
+            (self.dir / f).is_file() and (self.dir / f).stat().st_size == n for f, n in files.items()
+        )
+
+
+def provenance() -> dict:
+    """Where and with what something was made: date, device, versions, git commit."""
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "git_commit": git.stdout.strip() or None,
+        "device": device_name(),
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+    }
+
+
+def device_name() -> str:
+    """What the run computed on: the GPU torch sees if torch is loaded, else the CPU's model and core count."""
+    import sys
+
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"model name\s*: (.+)", info)
+    return f"{model.group(1) if model else platform.processor() or platform.machine()}, {os.cpu_count()} cores"

@@ -1,0 +1,301 @@
+"""Contamination: what each rule finds, what it must not find, and that neither order nor direction matters."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medkit.data import contamination
+from medkit.data.contamination import clean_mask, contamination_table, find_contamination
+
+VIGNETTE = (
+    "a 47 year old farmer from the hills has had night sweats and a cough with rusty sputum for three weeks and his "
+    "brother died of miliary tuberculosis in the same house last winter which drug should be begun first"
+)
+SHORT = "drug of choice for scabies"
+DRUGS = ["Permethrin", "Ivermectin", "Lindane", "Crotamiton"]
+
+
+def table(*rows: dict) -> pd.DataFrame:
+    """Rows of the final table; what is not given is unlike anything else."""
+    plain = [
+        {
+            "id": f"q{number}", "source": "bank", "split": "train", "kind": "choice", "context": "", "answer": 0,
+            "question": " ".join(f"q{number}word{i}" for i in range(15)),
+            "options": [f"q{number} option {letter}" for letter in "abcd"],
+        }
+        for number in range(len(rows))
+    ]  # fmt: skip
+    return pd.DataFrame([ours | theirs for ours, theirs in zip(plain, rows, strict=True)])
+
+
+def strangers(count: int, question: str = "{}", words: int = 6, **fields) -> list[dict]:
+    """Training rows with words of their own at the place of the braces."""
+    own = (" ".join(f"s{number}word{i}" for i in range(words)) for number in range(count))
+    return [{"id": f"s{number}", "question": question.format(text)} | fields for number, text in enumerate(own)]
+
+
+def joined(questions: pd.DataFrame, **options) -> set[tuple[str, str, str]]:
+    pairs = find_contamination(questions, **options)
+    return set(pairs[["id_test", "id_train", "rule"]].itertuples(index=False, name=None))
+
+
+def rules(test: dict, train: dict, *others: dict) -> set[str]:
+    """By which rules the first row, a test question, and the second one are a pair."""
+    found = joined(table({"split": "test", "id": "test"} | test, {"id": "train"} | train, *others, *strangers(30)))
+    return {rule for tested, learned, rule in found if (tested, learned) == ("test", "train")}
+
+
+# --- every rule finds its copy -------------------------------------------------------------------------------------
+
+DISGUISES = [str.upper, lambda text: text.replace(" ", ", ") + "?!", lambda text: text.replace(" ", "\n"), str.title]
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+@pytest.mark.parametrize("question", [VIGNETTE, SHORT, "true or false", "x"])
+def test_a_copy_is_found_whatever_its_dress(question, disguise):
+    copy = {"question": disguise(question), "options": [disguise(drug) for drug in reversed(DRUGS)]}
+    assert "fuzzy" in rules({"question": question, "options": DRUGS}, copy)
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_shared_runs_are_found_inside_other_text(disguise):
+    inside = {"context": disguise(f"{' '.join(f'long{i}' for i in range(200))} {VIGNETTE} and so on")}
+    assert rules({"question": VIGNETTE}, inside) == {"ngram13"}
+    assert rules(inside, {"question": VIGNETTE}) == {"ngram13"}
+
+
+def test_misprints_are_no_disguise():
+    misprinted = VIGNETTE.replace("tuberculosis", "tubercolosis").replace("farmer", "farmmer")
+    assert "fuzzy" in rules({"question": VIGNETTE}, {"question": misprinted})
+
+
+def test_a_paraphrase_is_found_by_its_options():
+    paraphrase = "the drug of choice against scabies is"
+    assert rules({"question": SHORT, "options": DRUGS}, {"question": paraphrase, "options": DRUGS[::-1]}) == {"options"}
+
+
+def test_embeddings_join_what_shares_no_word():
+    questions = table({"split": "test"}, {}, {}, {"split": "test"})
+    angle = np.arccos(contamination.COSINE)
+    turns = np.array([0, 0.99 * angle, 1.01 * angle, 3])
+    vectors = np.stack([np.cos(turns), np.sin(turns)], axis=1).astype(np.float32)
+    assert joined(questions, embeddings=vectors) == {("q0", "q1", "embedding")}
+    assert joined(questions) == set()
+    with pytest.raises(ValueError, match="3 embeddings for 4 questions"):
+        find_contamination(questions, vectors[:3])
+
+
+def test_embeddings_are_compared_piece_by_piece(monkeypatch):
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(60, 3))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    questions = table(*({"split": split} for split in rng.choice(["test", "train", "valid"], 60)))
+    monkeypatch.setattr(contamination, "COSINE", 0.8)
+    whole = joined(questions, embeddings=vectors)
+    monkeypatch.setattr(contamination, "ROWS_AT_ONCE", 1)
+    monkeypatch.setattr(contamination, "COLUMNS_AT_ONCE", 7)
+    assert joined(questions, embeddings=vectors) == whole
+    test = questions.split == "test"
+    assert len(whole) == (vectors[test] @ vectors[~test].T >= 0.8).sum() > 0
+
+
+# --- and nothing else ----------------------------------------------------------------------------------------------
+
+
+def test_options_alone_are_no_copy():
+    other = {"question": "which cream stains the skin of a farmer", "options": DRUGS}
+    assert rules({"question": SHORT, "options": DRUGS}, other) == set()
+
+
+@pytest.mark.parametrize("options", [["yes", "no", "maybe"], ["All of the above", "None of the above", "Both", "x"]])
+def test_usual_options_are_no_copy_even_of_a_like_question(options):
+    usual = [row | {"options": options} for row in strangers(contamination.COMMON + 5, "{} usual")]
+    near = {"question": "the drug of choice against scabies is", "options": options}
+    assert rules({"question": SHORT, "options": options}, near, *usual) == set()
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("true about hepatitis a", "true about hepatitis b"),
+        ("which of the following is true", "which of the following is true"),
+        ("to remove non working side interference reduce", "to remove working side interference reduce"),
+    ],
+)
+def test_short_questions_without_a_common_option_are_no_copies(one, other):
+    assert rules({"question": one}, {"question": other}) == set()
+
+
+def test_a_part_of_a_question_is_not_the_question():
+    words = VIGNETTE.split()
+    assert "fuzzy" not in rules({"question": VIGNETTE}, {"question": " ".join(words[:20])})
+
+
+def test_a_few_stock_sentences_make_no_copy():
+    sentence = "his temperature is 37 c pulse is 80 per min and blood pressure is 120 over 80"
+    one, other = (" ".join(f"{name}{i}" for i in range(60)) for name in "ab")
+    assert rules({"question": f"{one} {sentence}"}, {"question": f"{other} {sentence}"}) == set()
+
+
+def test_runs_in_many_strange_texts_are_stock():
+    stock = "which of the following is the most appropriate next step in the management of this patient"
+    rows = strangers(contamination.COMMON + 5, "{} " + stock, words=20)
+    questions = table({"split": "test", "question": "fever " + stock}, *rows)
+    assert "ngram13" not in {rule for *_, rule in joined(questions)}
+
+
+def test_a_template_is_no_copy_but_what_fills_it_is():
+    ask = "Which ICD-10-CM chapter lists “{}”?"
+    names = ["Infections", "Neoplasms", "Blood", "Endocrine"]
+    rows = strangers(60, ask, options=names)
+    test = {"split": "test", "id": "test", "options": names}
+    filled = "acute and subacute iridocyclitis of unknown origin after surgery left eye"
+    for text in ("Cystitis", filled):
+        near = table(test | {"question": ask.format(text)}, *rows)
+        assert joined(near) == set()
+    copied = table(test | {"question": ask.format(filled)}, {"id": "copy", "question": ask.format(filled)}, *rows)
+    assert ("test", "copy", "fuzzy") in joined(copied)
+
+
+def test_the_words_of_a_template_make_no_likeness():
+    ask = "in which chapter of the international classification of diseases is the diagnosis called {} listed"
+    rows = strangers(60, ask, words=8)
+    one, other = ({"question": ask.format(text), "options": DRUGS} for text in ("gout of toe", "gout of hip"))
+    assert "fuzzy" in rules(one, other)  # one letter in forty, and the same options: without the template's sisters
+    assert "fuzzy" not in rules(one, other, *rows)
+
+
+@pytest.mark.parametrize("unusual, found", [(2, set()), (3, {"options"})])
+def test_a_set_of_options_tells_by_its_unusual_ones(unusual, found):
+    usual = ["All of the above", "None of the above"]
+    rows = strangers(contamination.COMMON + 5, options=usual)
+    one, other = SHORT, "the drug of choice against scabies is"
+    options = DRUGS[:unusual] + usual
+    assert rules({"question": one, "options": options}, {"question": other, "options": options}, *rows) == found
+
+
+@pytest.mark.parametrize("copies", [1, contamination.COMMON + 1, 60])
+def test_many_copies_hide_no_copy(copies):
+    leaked = [
+        {"id": f"leak{n}", "question": f"{VIGNETTE} please {n} ending{n}", "options": DRUGS} for n in range(copies)
+    ]
+    questions = table({"split": "test", "id": "test", "question": VIGNETTE, "options": DRUGS}, *leaked, *strangers(30))
+    found = joined(questions)
+    for rule in ("ngram13", "options"):
+        assert {learned for _, learned, by in found if by == rule} == {row["id"] for row in leaked}
+
+
+# --- laws ----------------------------------------------------------------------------------------------------------
+
+WORDS = st.sampled_from([f"w{i}" for i in range(8)])
+ROWS = st.lists(
+    st.fixed_dictionaries(
+        {
+            "question": st.lists(WORDS, max_size=18).map(" ".join),
+            "context": st.one_of(st.just(""), st.just(VIGNETTE)),
+            "options": st.lists(WORDS, min_size=2, max_size=4, unique=True),
+            "split": st.sampled_from(["train", "valid", "transfer", "test"]),
+        }
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(ROWS, st.randoms(use_true_random=False))
+def test_pairs_do_not_depend_on_the_order_of_the_rows(rows, random):
+    questions = table(*rows)
+    mixed = questions.iloc[random.sample(range(len(rows)), len(rows))]
+    pd.testing.assert_frame_equal(find_contamination(questions), find_contamination(mixed))
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(ROWS)
+def test_a_pair_is_one_whichever_side_is_tested(rows):
+    questions = table(*rows).replace({"split": {"valid": "train", "transfer": "train"}})
+    swapped = questions.assign(split=questions.split.map({"test": "train", "train": "test"}))
+    assert {(b, a, rule) for a, b, rule in joined(swapped)} == joined(questions)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(ROWS)
+def test_pairs_are_of_a_test_row_and_another_with_a_score(rows):
+    questions = table(*rows)
+    pairs = find_contamination(questions)
+    split = questions.set_index("id").split
+    assert list(pairs.columns) == contamination.COLUMNS
+    assert (split[pairs.id_test] == "test").all() and (split[pairs.id_train] != "test").all()
+    assert pairs.score.between(0, 1 + 1e-9).all()
+    assert not pairs.duplicated(["id_test", "id_train", "rule"]).any()
+
+
+def test_equal_items_are_found_among_hundreds():
+    rng = np.random.default_rng(0)
+    rows = [
+        {"question": " ".join(rng.choice(["a", "b", "c", "d"], rng.integers(1, 30))), "options": ["yes", "no"]}
+        for _ in range(300)
+    ]
+    rows = [row | {"split": split} for row in rows for split in ("test", "train")]
+    found = {(tested, learned) for tested, learned, rule in joined(table(*rows)) if rule == "fuzzy"}
+    assert {(f"q{n}", f"q{n + 1}") for n in range(0, 600, 2)} <= found
+
+
+# --- what is done with the pairs -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def leaking() -> pd.DataFrame:
+    return table(
+        {"id": "t0", "split": "test", "source": "exam", "question": VIGNETTE},
+        {"id": "t1", "split": "test", "source": "exam"},
+        {"id": "t2", "split": "test", "source": "other", "question": SHORT, "options": DRUGS},
+        {"id": "l0", "source": "bank", "question": VIGNETTE},
+        {"id": "l1", "source": "bank", "question": VIGNETTE, "split": "transfer"},
+        {"id": "l2", "source": "book", "question": "the drug of choice against scabies is", "options": DRUGS},
+        {"id": "l3", "source": "book", "split": "valid"},
+        *strangers(30),
+    )
+
+
+def test_clean_rows_are_those_no_rule_touched(leaking):
+    pairs = find_contamination(leaking)
+    clean = clean_mask(leaking, pairs)
+    assert set(leaking.id[~clean]) == {"t0", "t2"}
+    assert (clean.index == leaking.index).all() and clean.dtype == bool
+    assert clean_mask(leaking, pairs.iloc[:0]).all()
+
+
+def test_what_is_left_is_clean(leaking):
+    clean = leaking[clean_mask(leaking, find_contamination(leaking))]
+    assert find_contamination(clean).empty
+
+
+def test_the_table_counts_every_pair_of_sources(leaking):
+    pairs = find_contamination(leaking)
+    counts = contamination_table(pairs, leaking).set_index(["source_train", "source_test", "rule"])
+    assert len(counts) == 3 * 2 * 4  # bank, book, any × exam, other × three rules and any
+    assert counts.loc[("bank", "exam", "ngram13")].tolist() == [2, 1, 2, 0.5]
+    assert counts.loc[("bank", "exam", "any")].tolist() == [2, 1, 2, 0.5]  # found by two rules, counted once
+    assert counts.loc[("book", "other", "options")].tolist() == [1, 1, 1, 1.0]
+    assert counts.loc[("any", "exam", "any"), "touched"] == 1
+    assert (counts.loc["book"].loc["exam"].pairs == 0).all()
+    shown = contamination_table(pairs, leaking, contamination.RULES)
+    assert set(shown.rule) == {*contamination.RULES, "any"}
+
+
+def test_a_pair_stands_once_under_a_rule():
+    same = {"question": VIGNETTE, "options": DRUGS}
+    pairs = find_contamination(table({"split": "test"} | same, same))
+    assert sorted(pairs.rule) == ["fuzzy", "ngram13", "options"]
+    assert pairs.score.tolist() == pytest.approx([1, 1, 1])
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_one_side_alone_makes_no_pair(split):
+    questions = table({"split": split, "question": VIGNETTE}, {"split": split, "question": VIGNETTE})
+    pairs = find_contamination(questions)
+    assert pairs.empty and list(pairs.columns) == contamination.COLUMNS
+    assert clean_mask(questions, pairs).all()

@@ -1,0 +1,65 @@
+"""The data card: every number in it can be counted again in the table."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from medkit.data import data_card
+from medkit.stage import DISCLAIMER
+
+
+@pytest.fixture
+def table():
+    rows = [
+        ("medqa", "test", "g0", "medicine", ["a", "b", "c"], 0, 10, True),
+        ("medqa", "test", "g1", "surgery", ["a", "b", "c"], 2, 20, False),
+        ("medqa", "test", "g1", "surgery", ["a", "b", "c"], 2, 30, True),
+        ("mine", "train", "g2", "", ["a", "b"], 1, 40, True),
+        ("mine", "transfer", "g3", "", ["a", "b"], -1, 50, True),
+        ("later", "transfer", "g4", "", ["a", "b"], -1, 60, True),
+    ]
+    columns = ["source", "split", "group", "subject", "options", "answer", "prompt_tokens", "clean"]
+    return pd.DataFrame(rows, columns=columns).assign(id=[f"q{i}" for i in range(len(rows))])
+
+
+@pytest.fixture
+def card(table):
+    rejected = pd.DataFrame([("medqa", "empty question", 3)], columns=["source", "reason", "count"])
+    contamination = pd.DataFrame([("mine", "medqa", "fuzzy", 1)], columns=["train", "test", "rule", "pairs"])
+    return data_card.build_card(table, rejected, contamination)
+
+
+def test_counts_can_be_counted_again(card, table):
+    assert (
+        card["questions"]
+        == len(table)
+        == sum(row[split] for row in card["sources"].values() for split in set(table.split))
+    )
+    assert card["groups"] == 5
+    medqa = card["sources"]["medqa"]
+    assert (medqa["test"], medqa["train"], medqa["groups"], medqa["subjects"]) == (3, 0, 2, 2)
+    assert medqa["commonest_place"] == pytest.approx(2 / 3)
+    assert medqa["clean_test"] == pytest.approx(2 / 3)
+    assert card["subjects"]["medqa"] == {"surgery": 2, "medicine": 1}
+    assert card["answer_places"]["medqa"] == {0: 1, 2: 2}
+    assert card["prompt_tokens"]["medqa"] == {"p5": 11, "p50": 20, "p95": 29, "p100": 30}
+
+
+def test_a_source_without_test_questions_or_answers_has_no_share(card):
+    assert card["sources"]["mine"]["clean_test"] is None
+    assert card["sources"]["later"]["commonest_place"] is None
+    assert card["answer_places"].get("later") is None
+
+
+def test_the_card_is_plain_json_and_says_what_it_is_for(card):
+    assert json.loads(json.dumps(card))["disclaimer"] == DISCLAIMER
+    assert card["rejected"] == [{"source": "medqa", "reason": "empty question", "count": 3}]
+    assert card["contamination"][0]["pairs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "licence"), [("icd_hard", "public domain"), ("pubmedqa_a", "MIT"), ("mine", "ask whoever made")]
+)
+def test_every_source_has_a_licence_or_says_so(source, licence):
+    assert licence in data_card.licence_of(source)

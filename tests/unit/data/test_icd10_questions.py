@@ -1,0 +1,120 @@
+"""Questions made from ICD-10-CM: sound, spread evenly, the same for the same seed, and as hard as their name says."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from medkit.data import icd10_questions, splits
+from medkit.data.splits import assign_pools, take_splits
+from medkit.params import DatasetParams, Local
+
+
+def icd_xml(path: Path) -> Path:
+    """A small tabular list: 6 chapters of 3 sections of 4 categories of 3 diagnoses, and the odd cases."""
+    chapters = []
+    for c, letter in enumerate("ABCDEF"):
+        sections = []
+        for s in range(3):
+            categories = []
+            for k in range(4):
+                code = f"{letter}{s}{k}"
+                leaves = "".join(
+                    f"<diag><name>{code}.{d}</name><desc>Illness  {letter}{s}{k}{d}</desc></diag>" for d in range(3)
+                )
+                categories.append(f"<diag><name>{code}</name><desc>Illnesses {code}</desc>{leaves}</diag>")
+            sections.append(
+                f'<section id="{letter}{s}0-{letter}{s}9"><desc>Section</desc>{"".join(categories)}</section>'
+            )
+        small = "".join(
+            f"<diag><name>{letter}9{k}</name><desc>Rare illness {letter}9{k}</desc></diag>" for k in range(3)
+        )
+        sections.append(f'<section id="{letter}90-{letter}92"><desc>Only three</desc>{small}</section>')
+        same = f"<diag><name>{letter}95</name><desc>Told the same in every chapter</desc></diag>"
+        sections.append(f'<section id="{letter}95-{letter}95"><desc>Once</desc>{same}</section>')
+        name = f"<name>{c + 1}</name><desc>Chapter {letter} ({letter}00-{letter}99)</desc>"
+        chapters.append(f"<chapter>{name}{''.join(sections)}</chapter>")
+    special = '<section id="U00-U49"><diag><name>U07.1</name><desc>New illness</desc></diag></section>'
+    chapters.append(f"<chapter><name>22</name><desc>Codes for special purposes (U00-U85)</desc>{special}</chapter>")
+    path.write_text(f"<ICD10CM.tabular><version>2026</version>{''.join(chapters)}</ICD10CM.tabular>")
+    return path
+
+
+@pytest.fixture(scope="module")
+def concepts(tmp_path_factory) -> pd.DataFrame:
+    return icd10_questions.read_icd_concepts(icd_xml(tmp_path_factory.mktemp("icd") / "tabular.xml"))
+
+
+def test_concepts_are_leaves_with_their_places(concepts):
+    assert len(concepts) == 6 * (3 * 4 * 3 + 3) + 1
+    assert concepts.description.is_unique
+    assert set(concepts.chapter) == {f"Chapter {letter}" for letter in "ABCDEF"}
+    leaf = concepts.set_index("code").loc["B12.0"]
+    assert tuple(leaf) == ("Illness B120", "B12", "B10-B19", "Chapter B")
+    assert "A00" not in set(concepts.code)  # a category with codes below it
+    assert "A90" in set(concepts.code)  # a category that is a code itself
+
+
+@pytest.mark.parametrize("kind", icd10_questions.ICD_KINDS)
+def test_icd_questions_are_sound(concepts, kind):
+    by_text, by_code = concepts.set_index("description"), concepts.set_index("code")
+    rows = list(icd10_questions.make_icd_questions(concepts, kind, 100, seed=3))
+    assert len(rows) == 100
+    assert len({row["question"] for row in rows}) == 100
+    for row in rows:
+        assert len(set(row["options"])) == 4
+        assert row["pool"] is None
+        assert row["kind"] == kind
+        right, wrong = row["options"][row["answer"]], [o for i, o in enumerate(row["options"]) if i != row["answer"]]
+        if kind == "icd_chapter":
+            concept = by_text.loc[row["question"].split("“")[1].split("”")[0]]
+            assert right == concept.chapter
+        else:
+            concept = by_code.loc[re.search(r"\b[A-F]\d\d(?:\.\d)?\b", row["question"])[0]]
+            assert right == concept.description
+            places = by_text.loc[wrong]
+            assert (
+                (places.section == concept.section).all()
+                if kind == "icd_hard"
+                else (places.chapter != concept.chapter).all()
+            )
+        assert row["group"] == f"icd:{concept.category}"
+        assert row["subject"] == concept.chapter
+
+
+@pytest.mark.parametrize("kind", icd10_questions.ICD_KINDS)
+def test_icd_questions_depend_on_the_seed_alone(concepts, kind):
+    make = lambda seed, count=40: list(icd10_questions.make_icd_questions(concepts, kind, count, seed))  # noqa: E731
+    assert make(1) == make(1)
+    assert make(1) != make(2)
+    assert make(1)[:20] == make(1, 20)
+
+
+def test_icd_questions_spread_over_chapters_and_places(concepts):
+    rows = list(icd10_questions.make_icd_questions(concepts, "icd_chapter", 120, seed=0))
+    assert set(Counter(row["subject"] for row in rows).values()) == {20}
+    assert min(Counter(row["answer"] for row in rows).values()) > 15
+
+
+def test_icd_gives_all_it_has_and_no_more(concepts):
+    assert len(list(icd10_questions.make_icd_questions(concepts, "icd_chapter", -1, seed=0))) == len(concepts)
+    hard = list(icd10_questions.make_icd_questions(concepts, "icd_hard", -1, seed=0))
+    assert len(hard) == 6 * 3 * 4 * 3  # a section of three codes has no hard question
+    assert list(icd10_questions.make_icd_questions(concepts, "icd_easy", 0, seed=0)) == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_category_is_never_learned_in_one_kind_and_tested_in_another(tmp_path, seed):
+    path = icd_xml(tmp_path / "tabular.xml")
+    here = Local(kind="local", path="unused")
+    datasets = dict.fromkeys(
+        icd10_questions.ICD_KINDS, DatasetParams(origin=here, train=20, valid=1, test=10, transfer=0)
+    )
+    questions, _ = splits.load_questions(datasets, dict.fromkeys(datasets, path), seed)
+    after = assign_pools(questions, seed)
+    assert after.groupby("group").pool.nunique().max() == 1
+    assert after.groupby("group").kind.nunique().max() == 3  # the kinds do share categories
+    table = take_splits(after, datasets, seed)
+    assert not set(table.group[table.split == "test"]) & set(table.group[table.split != "test"])

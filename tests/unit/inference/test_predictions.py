@@ -1,0 +1,303 @@
+"""Branches equal options scored alone, and every way of asking scores and writes what it says it does."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medkit.inference import predictions, workloads
+from medkit.inference.torch_engine import TorchEngine
+from medkit.modeling import option_scoring
+from medkit.modeling.batches import bucket_by_length, letter_forms
+from medkit.modeling.engine import Request
+from medkit.modeling.option_scoring import Item
+from medkit.prompts import templates
+
+PAD, VOCAB = 0, 300
+ids = st.integers(3, VOCAB - 1)
+items = st.builds(
+    Item,
+    prompt_ids=st.lists(ids, min_size=1, max_size=12),
+    answer_ids=st.lists(st.lists(ids, min_size=1, max_size=6), min_size=1, max_size=4),
+)
+
+
+# --- scoring -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scorer(make_llama):
+    return make_llama(layers=2, initializer_range=0.2)
+
+
+@torch.no_grad()
+def letter_score(model, tokenizer, messages, letter):
+    """Log-probability that the letter comes next, alone or after a space."""
+    prompt = templates.encode(tokenizer, messages)[0]
+    return np.logaddexp.reduce([plain_score(model, prompt, ids) for ids in letter_forms(tokenizer, letter)])
+
+
+def plain_score(model, prompt_ids, answer_ids):
+    """log p(answer | prompt) from one full sequence, one token after the other."""
+    logprobs = model(torch.tensor([[*prompt_ids, *answer_ids]])).logits[0].double().log_softmax(-1)
+    return sum(logprobs[len(prompt_ids) - 1 + i, token].item() for i, token in enumerate(answer_ids))
+
+
+@settings(max_examples=25, deadline=None)
+@given(asked=st.lists(items, min_size=1, max_size=5), batch_tokens=st.integers(1, 120))
+def test_branches_equal_plain_scoring_of_each_option(scorer, asked, batch_tokens):
+    found = option_scoring.score_options(scorer, asked, batch_tokens, PAD)
+    for item, scores in zip(asked, found, strict=True):
+        expected = [plain_score(scorer, item.prompt_ids, answer) for answer in item.answer_ids]
+        assert scores == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_an_option_does_not_see_the_others(make_llama, attention):
+    model = make_llama(layers=2, initializer_range=0.2, attn_implementation=attention)
+    asked = [Item([5, 9, 17, 33], [[4, 8], [21], [7, 7, 7, 7], [4, 8]]), Item([50] * 11, [[3], [9, 9]])]
+    together = option_scoring.score_options(model, asked, 1000, PAD)
+    for item, scores in zip(asked, together, strict=True):
+        alone = [
+            option_scoring.score_options(model, [Item(item.prompt_ids, [a])], 1000, PAD)[0][0] for a in item.answer_ids
+        ]
+        assert scores == pytest.approx(alone, abs=1e-4)
+    assert together[0][0] == pytest.approx(together[0][3], abs=1e-4)
+
+
+def test_scoring_reads_each_prompt_once(scorer, monkeypatch):
+    asked = [Item([5] * n, [[7, 8], [9]]) for n in (10, 4, 10, 7)]
+    rows = []
+    forward = scorer.forward
+    monkeypatch.setattr(scorer, "forward", lambda **kw: rows.append(kw["input_ids"].shape) or forward(**kw))
+    option_scoring.score_options(scorer, asked, 26, PAD)
+    # [8] and [9] are only predicted, so of both answers one token is read
+    assert [tuple(shape) for shape in rows] == [(2, 11), (1, 8), (1, 5)]
+
+
+@pytest.mark.parametrize("kept", ["sdpa", "eager"])
+def test_scoring_gives_the_attention_back(make_llama, kept):
+    model = make_llama(layers=1, attn_implementation=kept)
+    option_scoring.score_options(model, [Item([5], [[7]])], 10, PAD)
+    assert model.config._attn_implementation == kept
+
+
+@given(lengths=st.lists(st.integers(1, 200), max_size=40), limit=st.integers(1, 500))
+def test_buckets_hold_each_index_once_within_the_limit(lengths, limit):
+    batches = bucket_by_length(lengths, limit)
+    assert sorted(itertools.chain(*batches)) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= limit
+
+
+# --- the test questions --------------------------------------------------------------------------------------------
+
+
+def test_the_same_questions_are_chosen_every_time(questions):
+    wanted = {"option_text": {"exam": 1, "trial": "all"}, "letter": {"exam": "all"}}
+    first, second = (predictions.choose_questions(questions, wanted, seed=3) for _ in range(2))
+    assert first.equals(second)
+    assert first.groupby(["scoring", "source"]).size().to_dict() == {
+        ("letter", "exam"): 2, ("option_text", "exam"): 1, ("option_text", "trial"): 1
+    }  # fmt: skip
+    assert set(first.split) == {"test"}
+
+
+def test_a_larger_number_keeps_the_questions_of_the_smaller(questions):
+    def chosen(count):
+        return list(predictions.choose_questions(questions, {"letter": {"exam": count}}, seed=0).id)
+
+    assert chosen(2)[:1] == chosen(1)
+
+
+def test_more_questions_than_there_are_is_an_error(questions):
+    with pytest.raises(ValueError, match=r"inference\.questions\.letter\.exam is 3, the test split has 2"):
+        predictions.choose_questions(questions, {"letter": {"exam": 3}}, seed=0)
+    with pytest.raises(ValueError, match=r"inference\.studies\.ablation\.exam is 3"):
+        predictions.choose_questions(questions, {"letter": {"exam": 3}}, seed=0, key="inference.studies.ablation")
+
+
+@pytest.fixture
+def asked(questions):
+    wanted = {"option_text": {"exam": "all", "trial": "all"}, "letter": {"exam": "all"}, "generated": {"exam": "all"}}
+    return predictions.choose_questions(questions, wanted, seed=0)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_predictions_are_one_row_per_question_and_scoring(scorer, make_tokenizer, asked, chat):
+    tokenizer = make_tokenizer() if chat else make_tokenizer(chat_template=None)
+    table = predictions.predict(scorer, tokenizer, asked, batch_tokens=300, max_new_tokens=5)
+    assert list(table.columns) == ["id", "scoring", "template", "logprobs", "answer_tokens", "text"]
+    assert table[["id", "scoring"]].to_numpy().tolist() == asked[["id", "scoring"]].to_numpy().tolist()
+    for row, question in zip(table.itertuples(), asked.itertuples(), strict=True):
+        assert row.template == ("letter" if row.scoring == "letter" else "abstract" if row.id == "q2" else "text")
+        options = 0 if row.scoring == "generated" else len(question.options)
+        assert len(row.logprobs) == options
+        assert len(row.answer_tokens) == (options or 1)
+        assert row.answer_tokens[0] <= 5 or options
+        assert all(score < 0 for score in row.logprobs)
+        assert (row.text != "") <= (row.scoring == "generated")
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_letter_is_one_token_and_a_text_ends(scorer, make_tokenizer, asked, chat):
+    tokenizer = make_tokenizer() if chat else make_tokenizer(chat_template=None)
+    table = predictions.predict(scorer, tokenizer, asked, batch_tokens=300, max_new_tokens=5)
+    letters = table[table.scoring == "letter"]
+    assert [set(tokens) for tokens in letters.answer_tokens] == [{1}, {1}]
+    for row, question in zip(table.itertuples(), asked.to_dict("records"), strict=True):
+        if row.scoring == "option_text":
+            template = templates.TEMPLATES[row.template]
+            pairs = [
+                templates.encode(tokenizer, templates.render(question, template), text) for text in question["options"]
+            ]
+            assert all(answer[-1] == tokenizer.eos_token_id for _, answer in pairs)
+            assert row.answer_tokens == [len(answer) for _, answer in pairs]
+            assert row.logprobs == pytest.approx([plain_score(scorer, *pair) for pair in pairs], abs=1e-4)
+            assert workloads.encode_prompts(tokenizer, pd.DataFrame([question])) == [pairs[0][0]]
+
+
+def test_generated_predictions_are_the_sequential_answers(scorer, tokenizer, asked):
+    asked = asked[asked.scoring == "generated"]
+    table = predictions.predict(scorer, tokenizer, asked, batch_tokens=300, max_new_tokens=6)
+    ends = (tokenizer.eos_token_id,)
+    requests = [Request(ids, 6, ends) for ids in workloads.encode_prompts(tokenizer, asked)]
+    said = TorchEngine(scorer, PAD, scheduler="sequential", batch_tokens=300).generate(requests)
+    assert list(table.text) == [tokenizer.decode(s.token_ids, skip_special_tokens=True) for s in said]
+    assert list(table.answer_tokens) == [[len(s.token_ids)] for s in said]
+
+
+# --- other ways of asking ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scoring_name", ["letter", "option_text"])
+def test_scores_come_back_in_the_options_own_order(scorer, tokenizer, questions, scoring_name):
+    """Shown as C, A, D, B by hand, or by `order`: the same prompt, so the same scores, put back in place."""
+    plain = questions[questions.id == "q0"].assign(scoring=scoring_name, template="letter")
+    order = [2, 0, 3, 1]
+    by_hand = plain.assign(options=[[plain.options[0][i] for i in order]])
+    asked = plain.assign(order=[order])
+    (shown,), (found,) = (predictions.predict(scorer, tokenizer, rows, 300, 4).logprobs for rows in (by_hand, asked))
+    assert [found[i] for i in order] == pytest.approx(shown, abs=1e-4)
+    assert len({round(score, 3) for score in found}) == 4
+
+
+def test_an_order_that_is_not_shown_changes_nothing(scorer, tokenizer, questions):
+    rows = [questions[questions.id == "q0"].assign(order=[list(order)]) for order in itertools.permutations(range(4))]
+    asked = pd.concat(rows, ignore_index=True).assign(scoring="option_text")
+    table = predictions.predict(scorer, tokenizer, asked, 300, 4)
+    assert all(list(found) == list(table.logprobs[0]) for found in table.logprobs)
+    assert all(list(found) == list(table.answer_tokens[0]) for found in table.answer_tokens)
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_every_template_scores_its_own_letters_and_the_options_texts(scorer, make_tokenizer, questions, chat):
+    tokenizer = make_tokenizer() if chat else make_tokenizer(chat_template=None)
+    question = questions[questions.id == "q0"]
+    for name in ("letter", "abstain", "rationale"):
+        template = templates.TEMPLATES[name]
+        rows = pd.concat([question.assign(scoring=scoring, template=name) for scoring in ("letter", "option_text")])
+        table = predictions.predict(scorer, tokenizer, rows, 300, 4)
+        messages = templates.render(question.iloc[0].to_dict(), template)
+        for row in table.itertuples():
+            if row.scoring == "letter" and not template.lead:
+                wanted = [letter_score(scorer, tokenizer, messages, x) for x in "ABCD"]
+            else:
+                texts = question.options[0] if row.scoring == "option_text" else [template.lead + x for x in "ABCD"]
+                pairs = [templates.encode(tokenizer, messages, text) for text in texts]
+                ends = -1 if row.scoring == "letter" else None
+                wanted = [plain_score(scorer, prompt, ids[:ends]) for prompt, ids in pairs]
+            assert row.logprobs == pytest.approx(wanted, abs=1e-4)
+            assert row.template == name
+
+
+def test_examples_come_before_the_question(scorer, tokenizer, questions):
+    shots = [questions.iloc[1].to_dict()]
+    asked = questions[questions.id == "q0"].assign(scoring="letter", shots=[shots])
+    (found,) = predictions.predict(scorer, tokenizer, asked, 300, 4).logprobs
+    messages = templates.render(questions.iloc[0].to_dict(), templates.LETTER, shots)
+    assert found == pytest.approx([letter_score(scorer, tokenizer, messages, x) for x in "ABCD"], abs=1e-4)
+
+
+def test_one_prompt_is_read_once_whoever_asks_for_it(scorer, tokenizer, asked, monkeypatch):
+    """Letters and texts of a listed question are branches of one prompt; a question asked twice costs nothing."""
+    read, written = [], []
+    score, write = TorchEngine.score, TorchEngine.generate
+    monkeypatch.setattr(TorchEngine, "score", lambda self, items: read.extend(items) or score(self, items))
+    monkeypatch.setattr(TorchEngine, "generate", lambda self, asked: written.extend(asked) or write(self, asked))
+    texts = asked[asked.scoring == "letter"].assign(scoring="option_text", template="letter")
+    plain = predictions.predict(scorer, tokenizer, asked, 300, 4)
+    first, read[:], first_written, written[:] = len(read), [], len(written), []
+    table = predictions.predict(scorer, tokenizer, pd.concat([asked, asked, texts], ignore_index=True), 300, 4)
+    assert len(read) == first == len({tuple(item.prompt_ids) for item in read})
+    assert len(written) == first_written == 2
+    again = table.iloc[len(asked) : 2 * len(asked)]
+    assert again.logprobs.tolist() == table.logprobs[: len(asked)].tolist()
+    assert again.text.tolist() == table.text[: len(asked)].tolist() == plain.text.tolist()
+    for one, other in zip(plain.logprobs, again.logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_calls_that_share_what_was_said_ask_for_the_rest_alone(scorer, tokenizer, asked, monkeypatch):
+    read, written = [], []
+    score, write = TorchEngine.score, TorchEngine.generate
+    monkeypatch.setattr(TorchEngine, "score", lambda self, items: read.extend(items) or score(self, items))
+    monkeypatch.setattr(TorchEngine, "generate", lambda self, asked: written.extend(asked) or write(self, asked))
+    said = {}
+    first = predictions.predict(scorer, tokenizer, asked, 300, 4, said)
+    read[:], written[:] = [], []
+    pd.testing.assert_frame_equal(predictions.predict(scorer, tokenizer, asked, 300, 4, said), first)
+    assert read == written == []
+    texts = asked[asked.scoring == "letter"].assign(scoring="option_text", template="letter")  # other answers to them
+    found = predictions.predict(scorer, tokenizer, pd.concat([asked, texts], ignore_index=True), 300, 4, said)
+    assert len(read) == len(texts) and not written
+    pd.testing.assert_frame_equal(found[: len(asked)], first)
+    alone = predictions.predict(scorer, tokenizer, texts, 300, 4)
+    for one, other in zip(found.logprobs[len(asked) :], alone.logprobs, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_study_and_condition_come_along_and_are_empty_for_the_plain_way(scorer, tokenizer, asked):
+    order = [2, 0, 3, 1]
+    studied = asked[(asked.id == "q0") & (asked.scoring == "letter")].assign(
+        study="shuffle", condition="order=2031", order=[order], shots=[[]], template="letter"
+    )
+    table = predictions.predict(scorer, tokenizer, pd.concat([asked, studied], ignore_index=True), 300, 4)
+    assert list(table.columns) == [
+        "id", "scoring", "template", "logprobs", "answer_tokens", "text", "study", "condition"
+    ]  # fmt: skip
+    assert table.iloc[-1][["study", "condition"]].tolist() == ["shuffle", "order=2031"]
+    assert set(table.study[:-1]) == set(table.condition[:-1]) == {""}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"scoring": "generated", "order": [[1, 0, 2, 3]]}, "q0: a generated answer is read in the options' own order"),
+        ({"scoring": "letter", "template": "text"}, "q0: the template 'text' shows no letters"),
+    ],
+)
+def test_what_could_not_be_read_back_is_not_asked(scorer, tokenizer, questions, changes, said):
+    with pytest.raises(ValueError, match=said):
+        predictions.predict(scorer, tokenizer, questions[questions.id == "q0"].assign(**changes), 300, 4)
+
+
+@pytest.mark.parametrize("name", ["letter", "abstain", "rationale"])
+def test_a_letter_is_encoded_once_and_in_its_forms(make_tokenizer, questions, name, monkeypatch):
+    """Without a lead the forms are all there is to encode; with one, the lead is read before the letter."""
+    tokenizer, calls = make_tokenizer(), []
+    encode = templates.encode
+    monkeypatch.setattr(templates, "encode", lambda *a: calls.append(a) or encode(*a))
+    question = questions.iloc[0].to_dict() | {"scoring": "letter", "template": name}
+    template, prompt, answers = predictions._encode(tokenizer, question)
+    assert list(prompt) == encode(tokenizer, templates.render(question, template))[0]
+    if template.lead:
+        texts = [tuple(tokenizer(template.lead + letter).input_ids) for letter in "ABCD"]
+        assert answers == [[ids] for ids in texts]
+    else:
+        assert answers == [[tuple(ids) for ids in letter_forms(tokenizer, letter)] for letter in "ABCD"]
+        assert len(calls) == 1

@@ -1,0 +1,353 @@
+"""Adapters: an untrained one changes nothing, merging is its formula, what was saved says the same, tied stays tied."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from medkit.lora import adapters
+from medkit.lora.adapters import AdapterError
+from medkit.modeling import loading
+from medkit.params import AdapterParams
+from medkit.quantization import plans, quantize, rowwise
+
+IDS = torch.tensor([[5, 9, 17, 33, 4, 8]])
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+EVERY_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
+VARIANTS = ["lora", "rslora", "dora", "pissa", "lora_plus"]
+ROUNDING = 2e-5  # of logits of size 1
+HIDDEN, KV, MLP, VOCAB, LAYERS = 64, 32, 96, 300, 3
+SHAPES = {  # (out, in) of the toy's linear layers
+    **{"q_proj": (HIDDEN, HIDDEN), "k_proj": (KV, HIDDEN), "v_proj": (KV, HIDDEN), "o_proj": (HIDDEN, HIDDEN)},
+    **{"gate_proj": (MLP, HIDDEN), "up_proj": (MLP, HIDDEN), "down_proj": (HIDDEN, MLP)},
+}
+
+
+def adapter(**changes):
+    plain = {"variant": "lora", "rank": 4, "alpha": 8.0, "dropout": 0.0, "target_modules": ATTENTION}
+    return AdapterParams(**{**plain, **changes})
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+@torch.no_grad()
+def as_if_trained(model, seed=0):
+    """All that trains is moved at random: an adapter with something to say."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def attached(make_llama, **changes):
+    return as_if_trained(adapters.attach(make_llama(), adapter(**changes), seed=0))
+
+
+def factors(model, layer):
+    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return [next(w for n, w in weights.items() if f"{layer}.lora_{x}" in n) for x in "AB"]
+
+
+# --- attach --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_untrained_adapter_changes_nothing(make_llama, variant):
+    plain, model = make_llama(), adapters.attach(make_llama(), adapter(variant=variant), seed=0)
+    exact = variant not in ("dora", "pissa")  # DoRA divides norms, PiSSA adds up two parts of W
+    torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=0.0 if exact else ROUNDING)
+    merged = adapters.merge(model).state_dict()
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(merged[name], weight, rtol=0, atol=0.0 if exact else 1e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_only_the_adapter_trains(make_llama, variant):
+    model = adapters.attach(make_llama(), adapter(target_modules=["q_proj", "up_proj"], variant=variant), seed=0)
+    trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trains and all("lora_" in name and ("q_proj" in name or "up_proj" in name) for name in trains)
+
+
+def test_the_seed_draws_the_adapter(make_llama):
+    def drawn(seed):
+        model = adapters.attach(make_llama(), adapter(), seed)
+        return torch.cat([p.flatten() for name, p in model.named_parameters() if "lora_A" in name])
+
+    assert torch.equal(drawn(0), drawn(0))
+    assert not torch.equal(drawn(0), drawn(1))
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "nonsense"], ["input_layernorm"], ["embed_tokens"]])
+def test_an_unknown_target_is_named(make_llama, targets):
+    with pytest.raises(AdapterError, match=f"{targets[-1]}.*it has .*down_proj"):
+        adapters.attach(make_llama(), adapter(target_modules=targets), seed=0)
+
+
+def test_pissa_starts_with_the_largest_singular_directions(make_llama):
+    layer = "layers.1.self_attn.q_proj"
+    weight = make_llama().get_submodule(f"model.{layer}").weight.detach()
+    model = adapters.attach(make_llama(), adapter(variant="pissa"), seed=0)
+    a, b = factors(model, layer)
+    kept = next(p for name, p in model.named_parameters() if f"{layer}.base_layer" in name)
+    u, values, v = torch.linalg.svd(weight)
+    torch.testing.assert_close(8 / 4 * b @ a, u[:, :4] * values[:4] @ v[:4], rtol=0, atol=1e-5)
+    torch.testing.assert_close(kept + 8 / 4 * b @ a, weight, rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.linalg.svdvals(kept)[:5], values[4:9], rtol=0, atol=1e-5)
+
+
+def test_lora_plus_lets_b_learn_faster(make_llama):
+    """Adam's first step is the learning rate for every weight that has a gradient."""
+    section = adapter(variant="lora_plus")
+    model = as_if_trained(adapters.attach(make_llama(), section, seed=0))
+    optimizer = adapters.make_optimizer(model, section, learning_rate=1e-4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    model(IDS).logits.square().sum().backward()
+    optimizer.step()
+    moved = {name: (p - before[name]).abs().median().item() for name, p in model.named_parameters() if name in before}
+    assert {round(rate / 1e-4) for name, rate in moved.items() if "lora_A" in name} == {1}
+    assert {round(rate / 1e-4) for name, rate in moved.items() if "lora_B" in name} == {adapters.LORA_PLUS_RATIO}
+
+
+@pytest.mark.parametrize("variant", sorted({*VARIANTS} - {"lora_plus"}))
+def test_other_variants_want_no_optimizer_of_their_own(make_llama, variant):
+    section = adapter(variant=variant)
+    assert adapters.make_optimizer(adapters.attach(make_llama(), section, seed=0), section, 1e-4) is None
+
+
+# --- merge and save ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("targets", [ATTENTION, EVERY_LINEAR], ids=["attention", "all"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merged_equals_unmerged(make_llama, variant, targets, tied):
+    plain, model = logits(make_llama(tie_word_embeddings=tied)), make_llama(tie_word_embeddings=tied)
+    model = as_if_trained(adapters.attach(model, adapter(target_modules=targets, variant=variant), seed=0))
+    unmerged = logits(model)
+    merged = adapters.merge(model)
+    assert (unmerged - plain).abs().max() > 1e-2
+    torch.testing.assert_close(logits(merged), unmerged, rtol=0, atol=1e-4)
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+    assert not merged.training
+
+
+@pytest.mark.parametrize(("variant", "scale"), [("lora", 8 / 4), ("lora_plus", 8 / 4), ("rslora", 8 / 2), ("dora", 2)])
+def test_merging_is_the_formula(make_llama, variant, scale):
+    layer = "layers.1.self_attn.q_proj"
+    before = make_llama().get_submodule(f"model.{layer}").weight.detach()
+    model = attached(make_llama, variant=variant)
+    a, b = factors(model, layer)
+    expected = before + scale * b @ a
+    if variant == "dora":
+        size = next(p.detach() for name, p in model.named_parameters() if f"{layer}.lora_magnitude" in name)
+        assert not torch.allclose(size, before.norm(dim=1), rtol=0, atol=1e-2)
+        expected = size[:, None] * expected / expected.norm(dim=1, keepdim=True)
+    after = adapters.merge(model).get_submodule(f"model.{layer}").weight
+    torch.testing.assert_close(after, expected, rtol=0, atol=1e-6)
+    assert torch.linalg.matrix_rank((after - before).double(), tol=1e-5) == (HIDDEN if variant == "dora" else 4)
+
+
+def test_a_head_tied_to_the_embeddings_is_still_tied_after_merging(make_llama, tokenizer, models_params, tmp_path):
+    merged = adapters.merge(attached(make_llama))
+    assert merged.lm_head.weight.data_ptr() == merged.get_input_embeddings().weight.data_ptr()
+    again = loading.load_model(loading.save_model(merged, tokenizer, tmp_path / "merged"), models_params)
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+    assert torch.equal(logits(again), logits(merged))
+
+
+def test_an_adapter_on_a_tied_head_is_refused(make_llama):
+    """Merging it into the shared weight would change the embeddings as well."""
+    with pytest.raises(AdapterError, match=r"lm_head.*tied"):
+        adapters.attach(make_llama(), adapter(target_modules=["q_proj", "lm_head"]), seed=0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_adapter_on_a_head_of_its_own_leaves_the_embeddings_alone(make_llama, tmp_path, variant):
+    plain, again, model = (make_llama(tie_word_embeddings=False) for _ in range(3))
+    model = as_if_trained(adapters.attach(model, adapter(target_modules=["lm_head"], variant=variant), seed=0))
+    unmerged, folder = logits(model), adapters.save_adapter(model, tmp_path / "adapter")
+    merged = adapters.merge(model)
+    assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
+    torch.testing.assert_close(logits(adapters.load_merged(again, folder)), unmerged, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(merged), unmerged, rtol=0, atol=1e-4)
+    assert torch.equal(merged.get_input_embeddings().weight, plain.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_adapter_merges_into_its_original_base(make_llama, tmp_path, variant):
+    model = attached(make_llama, variant=variant)
+    folder = adapters.save_adapter(model, tmp_path / "adapter")
+    expected = logits(adapters.merge(model))  # as trained: saving has changed nothing
+    tolerance = 1e-4 if variant == "pissa" else 0.0  # its two parts of W are added up in another order
+    torch.testing.assert_close(logits(adapters.load_merged(make_llama(), folder)), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(logits(adapters.load_adapter(make_llama(), folder)), expected, rtol=0, atol=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_adapter_is_put_back_to_the_bit(make_llama, tmp_path, variant):
+    trained = attached(make_llama, variant=variant)
+    adapters.save_adapter(trained, tmp_path / "adapter")
+    again = adapters.attach(make_llama(), adapter(variant=variant), seed=0).eval()
+    adapters.restore(again, tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(trained))
+
+
+def test_a_saved_pissa_adapter_is_a_plain_one_of_twice_the_rank(make_llama, tmp_path):
+    untrained = adapters.attach(make_llama(), adapter(variant="pissa"), seed=0)
+    loaded = adapters.load_adapter(make_llama(), adapters.save_adapter(untrained, tmp_path / "adapter"))
+    config = loaded.peft_config["default"]
+    assert (config.init_lora_weights, config.r, config.lora_alpha) == (True, 8, 16.0)
+    assert max(values.max() for values in adapters.singular_values(loaded).values()) < 1e-5
+
+
+def test_a_weight_that_is_not_finite_is_not_merged(make_llama):
+    model = adapters.attach(make_llama(), adapter(), seed=0)
+    with torch.no_grad():
+        next(p for name, p in model.named_parameters() if "lora_B" in name).fill_(float("nan"))
+    with pytest.raises(ValueError):
+        adapters.merge(model)
+
+
+# --- count ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("targets", [ATTENTION, EVERY_LINEAR], ids=["attention", "all"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_are_counted_and_a_tied_head_once(make_llama, variant, targets, tied):
+    rank, per_layer = 4, sum(out * columns for out, columns in SHAPES.values()) + 2 * HIDDEN
+    total = LAYERS * per_layer + HIDDEN + VOCAB * HIDDEN * (1 if tied else 2)
+    model = make_llama(tie_word_embeddings=tied)
+    assert adapters.count_parameters(model) == (total, total)
+    shapes = [SHAPES[name] for name in targets]
+    added = LAYERS * sum(rank * (out + columns) + (out if variant == "dora" else 0) for out, columns in shapes)
+    model = adapters.attach(model, adapter(variant=variant, target_modules=targets), seed=0)
+    assert adapters.count_parameters(model) == (added, total + added)
+
+
+def test_weights_in_four_bits_count_as_what_they_stand_for(make_llama):
+    total = adapters.count_parameters(make_llama(intermediate_size=128))[1]
+    model = quantised(make_llama(intermediate_size=128))
+    assert adapters.count_parameters(model)[1] == total
+
+
+# --- the update ----------------------------------------------------------------------------------------------------
+
+
+def updates(model):
+    """Dense s·B·A by module."""
+    layers = {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    return {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora"])
+def test_singular_values_are_those_of_the_dense_update(make_llama, variant):
+    model = attached(make_llama, variant=variant, target_modules=EVERY_LINEAR)
+    dense, found = updates(model), adapters.singular_values(model)
+    assert found.keys() == dense.keys() and "model.layers.2.mlp.down_proj" in found
+    for name, values in found.items():
+        assert values.shape == (4,)
+        torch.testing.assert_close(values, torch.linalg.svdvals(dense[name])[:4], rtol=1e-5, atol=1e-6)
+
+
+def test_a_rank_beyond_the_layer_has_no_more_singular_values_than_the_layer(make_llama):
+    model = attached(make_llama, rank=48, target_modules=["k_proj"])
+    dense = updates(model)
+    for name, values in adapters.singular_values(model).items():
+        torch.testing.assert_close(values, torch.linalg.svdvals(dense[name]), rtol=1e-4, atol=1e-5)
+    adapters.truncate(model, {name: 48 for name in dense})
+    for name, update in updates(model).items():
+        torch.testing.assert_close(update, dense[name], rtol=0, atol=1e-5)
+
+
+def test_truncation_is_the_best_update_of_its_rank(make_llama):
+    model = attached(make_llama)
+    dense = updates(model)
+    for ranks in ([4, 4, 4, 4], [3, 2, 1, 0], [1, 1, 1, 0]):  # smaller ones may follow
+        kept = {name: ranks[i % 4] for i, name in enumerate(dense)}
+        adapters.truncate(model, kept)
+        for name, update in updates(model).items():
+            u, values, v = torch.linalg.svd(dense[name])
+            k = kept[name]
+            torch.testing.assert_close(update, u[:, :k] * values[:k] @ v[:k], rtol=0, atol=1e-5)
+    assert torch.isfinite(logits(model)).all()
+
+
+def test_a_truncated_adapter_still_merges(make_llama):
+    model = attached(make_llama)
+    adapters.truncate(model, {name: 2 for name in adapters.singular_values(model)})
+    unmerged = logits(model)
+    torch.testing.assert_close(logits(adapters.merge(model)), unmerged, rtol=0, atol=1e-4)
+
+
+def test_the_rank_of_an_energy():
+    values = torch.tensor([3.0, 2.0, 1.0, 0.0])  # squares 9, 4, 1, 0 of 14
+    shares = [0.0, 9 / 14, 9.01 / 14, 13 / 14, 13.01 / 14, 1.0]
+    assert [adapters.rank_of_energy(values, share) for share in shares] == [1, 1, 2, 2, 3, 3]
+    assert adapters.rank_of_energy(torch.zeros(4), 0.9) == 0
+
+
+def test_pissa_in_training_is_taken_apart_only_after_saving(make_llama, tmp_path):
+    model = attached(make_llama, variant="pissa")
+    for ask in (adapters.singular_values, lambda model: adapters.truncate(model, {})):
+        with pytest.raises(AdapterError, match="save it"):
+            ask(model)
+    saved = adapters.load_adapter(make_llama(), adapters.save_adapter(model, tmp_path / "adapter"))
+    change = {name: w.detach() for name, w in adapters.merge(model).named_parameters()}
+    base = dict(make_llama().named_parameters())
+    for name, values in adapters.singular_values(saved).items():
+        dense = torch.linalg.svdvals(change[f"{name}.weight"] - base[f"{name}.weight"].detach())
+        torch.testing.assert_close(values, dense[: len(values)], rtol=0, atol=1e-4)
+
+
+# --- over 4 bits ---------------------------------------------------------------------------------------------------
+
+
+def quantised(model, double_quant=True):
+    return quantize.apply_plan(model, plans.nf4_plan(quantize.weight_shapes(model)), double_quant)
+
+
+def nf4_llama(make_llama, layers=2):
+    return quantised(make_llama(layers=layers, intermediate_size=128))
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "lora_plus"])
+def test_gradients_over_4_bits_are_those_over_the_decoded_weights_even_after_an_evaluation(make_llama, variant):
+    """bitsandbytes' kernel for inference on CPUs has none, and a layer that has used it would stay with it."""
+
+    def gradients(model):
+        model = as_if_trained(adapters.attach(model, adapter(variant=variant), seed=0))
+        with torch.inference_mode():
+            model.eval()(IDS)
+        model.train()(IDS).logits.square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+    decoded, stored = make_llama(layers=2, intermediate_size=128), nf4_llama(make_llama)
+    for name, layer in stored.named_modules():
+        if hasattr(layer, "quant_state"):
+            decoded.get_submodule(name).weight.data = rowwise.decode_nf4(layer.weight)
+    found, expected = gradients(stored), gradients(decoded)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
+
+
+def test_a_repacked_base_is_refused(make_llama):
+    model = nf4_llama(make_llama)
+    with torch.no_grad():
+        model(IDS)
+    packed = [
+        n for n, m in model.named_modules() if getattr(getattr(m, "quant_state", None), "packing_format_for_cpu", 0)
+    ]
+    if not packed:
+        pytest.skip("this CPU has no AVX512-BF16")
+    with pytest.raises(AdapterError, match="repacked"):
+        adapters.attach(model, adapter(), seed=0)
+
+
+def test_pissa_over_4_bits_is_refused(make_llama):
+    with pytest.raises(AdapterError, match=r"q_proj.*4 bits"):
+        adapters.attach(nf4_llama(make_llama), adapter(variant="pissa"), seed=0)

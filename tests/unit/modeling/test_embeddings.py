@@ -1,0 +1,135 @@
+"""One vector per text whatever its company, of length 1, pooled over its own tokens; and the nearest of them."""
+
+import numpy as np
+import pytest
+import torch
+
+from medkit import sources
+from medkit.modeling import embeddings
+from medkit.modeling.loading import ModelError
+from medkit.params import load_params
+from medkit.stage import ROOT
+
+TEXTS = ["heart attack", "a", "broken wrist in the left arm of a child", "heart attack", "fever", "pain " * 400, ""]
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory):
+    """A two-layer BERT with random weights and a tokenizer of whole words, in a folder as the wheel has it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("encoder")
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        *["heart", "attack", "a", "broken", "wrist", "in", "the", "left", "arm", "of", "child", "fever", "pain"],
+    ]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    BertModel(BertConfig(vocab_size=len(words), initializer_range=0.3, **shape)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def embedder(toy_folder):
+    return embeddings.load_embedder(toy_folder, "cpu")
+
+
+def test_vectors_are_units_in_the_order_of_the_texts(embedder):
+    vectors = embeddings.embed_texts(embedder, TEXTS)
+    assert vectors.shape == (len(TEXTS), 32) and vectors.dtype == np.float32
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert np.allclose(vectors[0], vectors[3], atol=1e-6)
+    assert not np.allclose(vectors[0], vectors[4], atol=1e-2)
+    assert embeddings.embed_texts(embedder, []).shape == (0, 32)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 16, 4096])
+def test_a_text_is_embedded_alike_alone_and_in_company(embedder, batch_tokens):
+    alone = np.vstack([embeddings.embed_texts(embedder, [text]) for text in TEXTS])
+    assert np.allclose(embeddings.embed_texts(embedder, TEXTS, batch_tokens), alone, atol=1e-5)
+
+
+def test_the_vector_is_the_mean_over_the_tokens(embedder):
+    ids = embedder.tokenizer("broken wrist", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        mean = embedder.model(input_ids=ids).last_hidden_state[0].mean(0).numpy()
+    assert np.allclose(embeddings.embed_texts(embedder, ["broken wrist"])[0], mean / np.linalg.norm(mean), atol=1e-5)
+
+
+def test_long_texts_are_cut(embedder):
+    kept = embeddings.MAX_TOKENS - 2  # both ends are tokens too
+    texts = ["pain " * kept, "pain " * kept + "fever " * 50, "pain " * (kept - 1) + "fever"]
+    vectors = embeddings.embed_texts(embedder, texts)
+    assert np.allclose(vectors[0], vectors[1], atol=1e-6)
+    assert not np.allclose(vectors[0], vectors[2], atol=1e-6)
+
+
+def test_pickled_weights_are_refused(toy_folder, tmp_path):
+    for file in toy_folder.iterdir():
+        if file.name != "model.safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
+    with pytest.raises(ModelError, match=r"no model\.safetensors"):
+        embeddings.load_embedder(tmp_path, "cpu")
+
+
+# --- nearest ---------------------------------------------------------------------------------------------------------
+
+
+def units(count, seed=0):
+    points = np.random.default_rng(seed).normal(size=(count, 8)).astype(np.float32)
+    return points / np.linalg.norm(points, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
+def test_nearest_is_what_sorting_everything_gives(monkeypatch, rows_at_once):
+    monkeypatch.setattr(embeddings, "ROWS_AT_ONCE", rows_at_once)
+    queries, corpus = units(20, 1), units(50, 2)
+    indices, cosines = embeddings.nearest(queries, corpus, 5)
+    scores = queries @ corpus.T
+    assert (indices == np.argsort(-scores, axis=1)[:, :5]).all()
+    assert np.allclose(cosines, np.take_along_axis(scores, indices, axis=1), atol=1e-6)
+
+
+def test_forbidden_rows_are_never_returned():
+    corpus = units(30)
+    not_itself = ~np.eye(30, dtype=bool)
+    indices, cosines = embeddings.nearest(corpus, corpus, 29, allowed=not_itself)
+    assert all(set(row) == set(range(30)) - {i} for i, row in enumerate(indices)) and np.isfinite(cosines).all()
+    mask = np.arange(30) < 4
+    assert set(embeddings.nearest(corpus, corpus, 4, allowed=mask)[0].ravel()) == {0, 1, 2, 3}
+
+
+def test_equal_cosines_go_to_the_smaller_index():
+    same = np.repeat(units(1), 6, axis=0)
+    assert embeddings.nearest(same[:1], same, 3, allowed=np.arange(6) > 0)[0].tolist() == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_too_few_to_choose_from(k):
+    with pytest.raises(ValueError, match=f"k = {k}: a query has 3"):
+        embeddings.nearest(units(2), units(9), k, allowed=np.arange(9) < 3)
+
+
+@pytest.mark.weights
+def test_the_real_encoder_knows_a_heart_attack():
+    embedder = embeddings.load_embedder(
+        sources.fetch(load_params(ROOT / "params" / "smoke.yaml").models.embedder), "cpu"
+    )
+    vectors = embeddings.embed_texts(embedder, ["myocardial infarction", "heart attack", "broken wrist"])
+    assert vectors.shape == (3, 384)
+    near, far = vectors[1:] @ vectors[0]
+    assert near > far + 0.2

@@ -1,0 +1,187 @@
+"""Loading, saving and cutting models, and the reasons for a device and an attention implementation."""
+
+import importlib.util
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from medkit.modeling import loading
+from medkit.modeling.loading import ModelError
+from medkit.params import Local, ModelParams
+from medkit.quantization import gguf_export
+
+IDS = torch.tensor([[5, 9, 17, 33, 4, 8]])
+
+
+def source(path):
+    return ModelParams(source=Local(kind="local", path=str(path)), keep_layers=[])
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def greedy(model, **options):
+    return model.generate(
+        IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=12, do_sample=False, eos_token_id=-1, **options
+    )[0].tolist()
+
+
+# --- cutting -------------------------------------------------------------------------------------------------------
+
+
+def test_a_cut_model_is_the_model_of_the_layers_kept(make_llama):
+    model, expected = make_llama(layers=4), make_llama(layers=2, seed=1)
+    kept = {0: 1, 1: 3}
+    state = model.state_dict()
+    expected.load_state_dict({
+        name: state[name.replace(f"layers.{name.split('.')[2]}.", f"layers.{kept[int(name.split('.')[2])]}.")]
+        if ".layers." in name else state[name] for name in expected.state_dict()
+    })  # fmt: skip
+    assert loading.keep_layers(model, [1, 3]) is model
+    assert torch.equal(logits(model), logits(expected))
+    assert [layer.self_attn.layer_idx for layer in model.get_decoder().layers] == [0, 1]
+    assert model.config.num_hidden_layers == 2
+
+
+def test_a_cut_model_generates_alike_with_and_without_its_cache(make_llama):
+    model = loading.keep_layers(make_llama(layers=4, tie_word_embeddings=False, initializer_range=0.3), [0, 3])
+    cached, plain = greedy(model, use_cache=True), greedy(model, use_cache=False)
+    assert cached == plain
+    assert len(set(cached[6:])) > 3
+
+
+def test_cutting_shortens_the_list_of_layer_types(tmp_path):
+    config = Qwen2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=4,
+        max_window_layers=1,
+    )
+    types = list(config.layer_types)
+    assert len(set(types)) == 2
+    model = loading.keep_layers(Qwen2ForCausalLM(config).eval(), [1, 2])
+    assert model.config.layer_types == types[1:]
+    assert greedy(model, use_cache=True) == greedy(model, use_cache=False)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(Qwen2ForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_an_empty_list_keeps_all_layers(make_llama):
+    model = make_llama()
+    before = logits(model)
+    assert torch.equal(logits(loading.keep_layers(model, [])), before)
+
+
+@pytest.mark.parametrize("keep", [[-1], [0, 3], [1, 0], [1, 1]], ids=["negative", "beyond", "out of order", "twice"])
+def test_wrong_layers_are_an_error_that_says_the_range(make_llama, keep):
+    with pytest.raises(ModelError, match="0…2"):
+        loading.keep_layers(make_llama(), keep)
+
+
+# --- saving and loading --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_model_comes_back_equal(make_llama, tokenizer, models_params, tmp_path, tied):
+    model = make_llama(tie_word_embeddings=tied)
+    folder = loading.save_model(model, tokenizer, tmp_path / "model")
+    again = loading.load_model(folder, models_params)
+    assert torch.equal(logits(again), logits(model))
+    assert not again.training and again.dtype == torch.float32
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == tied
+    assert loading.load_tokenizer(folder).get_vocab() == tokenizer.get_vocab()
+    cut = loading.load_model(folder, models_params, keep=[0, 2])
+    assert torch.equal(logits(cut), logits(loading.keep_layers(model, [0, 2])))
+
+
+def test_a_cut_model_is_saved_and_loaded_as_it_is(make_llama, tokenizer, models_params, tmp_path):
+    model = loading.keep_layers(make_llama(), [0, 2])
+    folder = loading.save_model(model, tokenizer, tmp_path / "model")
+    assert torch.equal(logits(loading.load_model(folder, models_params)), logits(model))
+
+
+def test_the_params_decide_the_dtype(make_llama, tokenizer, models_params, tmp_path):
+    folder = loading.save_model(make_llama(), tokenizer, tmp_path / "model")
+    assert loading.load_model(folder, models_params.model_copy(update={"dtype": "bfloat16"})).dtype == torch.bfloat16
+
+
+def test_a_save_that_fails_leaves_the_old_model(make_llama, tokenizer, models_params, tmp_path, monkeypatch):
+    folder = loading.save_model(make_llama(), tokenizer, tmp_path / "model")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tokenizer), "save_pretrained", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            loading.save_model(make_llama(seed=1), tokenizer, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert torch.equal(logits(loading.load_model(folder, models_params)), logits(make_llama()))
+
+
+def test_local_folder_is_the_folder_itself(make_llama, tokenizer, tmp_path):
+    folder = loading.save_model(make_llama(), tokenizer, tmp_path / "model")
+    assert loading.local_folder(source(folder)) == folder
+
+
+def test_a_folder_that_is_no_model_is_an_error_with_its_cure(tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        loading.local_folder(source(tmp_path))
+
+
+def test_a_gguf_file_is_converted_once(make_llama, tokenizer, models_params, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path / "cache"))
+    model = make_llama()
+    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16")
+    folder = loading.local_folder(source(path))
+    torch.testing.assert_close(logits(loading.load_model(folder, models_params)), logits(model), rtol=0, atol=1e-2)
+    assert loading.load_tokenizer(folder)("Vitamin C").input_ids == tokenizer("Vitamin C").input_ids
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert loading.local_folder(source(path)) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_tokenizer_without_an_end_is_an_error(make_tokenizer, tmp_path):
+    make_tokenizer(eos_token=None).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no end token"):
+        loading.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("pad", "expected"), [(None, 2), ("<|endoftext|>", 0)])
+def test_a_tokenizer_without_padding_pads_with_its_end(make_tokenizer, tmp_path, pad, expected):
+    make_tokenizer(pad_token=pad).save_pretrained(tmp_path)
+    assert loading.load_tokenizer(tmp_path).pad_token_id == expected
+
+
+# --- device and attention ------------------------------------------------------------------------------------------
+
+
+def test_the_device_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert loading.pick_device("auto") == loading.pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ModelError, match="no CUDA device; use 'auto' or 'cpu'"):
+        loading.pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert loading.pick_device("auto") == loading.pick_device("cuda") == torch.device("cuda")
+    assert loading.pick_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "installed", "picked", "because"),
+    [
+        ("eager", "cpu", False, "eager", "asked for"),
+        ("sdpa", "cuda", True, "sdpa", "asked for"),
+        ("auto", "cpu", True, "sdpa", "needs CUDA"),
+        ("auto", "cuda", False, "sdpa", "without the flash-attn package"),
+        ("auto", "cuda", True, "flash_attention_2", "are there"),
+    ],
+)
+def test_the_attention_picked_and_its_reason(monkeypatch, requested, device, installed, picked, because):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    attention, reason = loading.pick_attention(requested, torch.device(device))
+    assert attention == picked
+    assert because in reason

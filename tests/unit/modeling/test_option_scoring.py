@@ -1,0 +1,200 @@
+"""One reading serves many: a shared prefix and equal beginnings of options change the work and no score."""
+
+from itertools import combinations, pairwise
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
+
+from medkit.modeling import option_scoring
+from medkit.modeling.batches import bucket_by_length
+from medkit.modeling.option_scoring import Item
+from medkit.quantization import plans, quantize
+
+PAD, VOCAB = 0, 300
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+HEADERS = [[], [7, 8, 9], [7, 8, 9, 10, 11, 12, 13], [7, 8, 20, 21, 22]]  # two begin like another one
+token = st.integers(3, 30)  # few, so that answers often begin alike
+items = st.builds(
+    lambda header, own, answers: Item([*header, *own], answers),
+    st.sampled_from(HEADERS),
+    st.lists(token, min_size=1, max_size=6),
+    st.lists(st.lists(token, min_size=1, max_size=5), min_size=1, max_size=4),
+)
+
+
+@pytest.fixture(scope="module")
+def qwen2():
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    return model
+
+
+@pytest.fixture(scope="module")
+def toys(make_llama, qwen2):
+    return {"llama": make_llama(layers=2, initializer_range=0.2), "qwen2": qwen2}
+
+
+@torch.no_grad()
+def plain_scores(model, item):
+    """log p(answer | prompt) from full sequences, nothing shared."""
+    found = []
+    for answer in item.answer_ids:
+        logprobs = model(torch.tensor([[*item.prompt_ids, *answer]])).logits[0].double().log_softmax(-1)
+        at = len(item.prompt_ids) - 1
+        found.append(sum(logprobs[at + i, token].item() for i, token in enumerate(answer)))
+    return found
+
+
+@pytest.fixture
+def fed(monkeypatch):
+    """fed(model): the shapes (rows, tokens) of every pass from now on."""
+
+    def watch(model):
+        shapes, forward = [], model.forward
+        monkeypatch.setattr(
+            model, "forward", lambda *args, **kw: shapes.append(tuple(kw["input_ids"].shape)) or forward(*args, **kw)
+        )
+        return shapes
+
+    return watch
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(asked=st.lists(items, min_size=1, max_size=8), batch_tokens=st.integers(1, 80), least=st.integers(1, 12))
+def test_scores_are_those_of_each_option_alone_whatever_is_shared(
+    toys, architecture, asked, batch_tokens, least, monkeypatch
+):
+    model = toys[architecture]
+    monkeypatch.setattr(option_scoring, "LEAST_SAVED", least)
+    found = option_scoring.score_options(model, asked, batch_tokens, PAD)
+    for item, scores in zip(asked, found, strict=True):
+        assert scores == pytest.approx(plain_scores(model, item), abs=1e-4)
+    backwards = option_scoring.score_options(model, asked[::-1], batch_tokens, PAD)[::-1]
+    for there, back in zip(found, backwards, strict=True):
+        assert back == pytest.approx(there, abs=1e-4)
+
+
+def test_a_shared_prefix_is_read_once(toys, fed, monkeypatch):
+    monkeypatch.setattr(option_scoring, "LEAST_SAVED", 10)
+    asked = [Item([*range(3, 13), 20 + i], [[7], [9]]) for i in range(6)]
+    shapes = fed(toys["llama"])
+    option_scoring.score_options(toys["llama"], asked, 4, PAD)
+    assert shapes == [(1, 10), (4, 1), (2, 1)]
+
+
+def test_little_that_is_shared_is_not_worth_a_pass(toys, fed):
+    shapes = fed(toys["llama"])
+    option_scoring.score_options(toys["llama"], [Item([5, 6, 20 + i], [[7], [9]]) for i in range(6)], 1000, PAD)
+    assert shapes == [(6, 3)]
+
+
+def test_equal_beginnings_of_options_are_read_once_and_last_tokens_never(toys, fed):
+    item = Item([5, 6], [[10, 11, 12], [10, 11, 13, 14], [10, 15], [16], [10, 11, 12]])
+    expected = plain_scores(toys["llama"], item)
+    shapes = fed(toys["llama"])
+    (scores,) = option_scoring.score_options(toys["llama"], [item], 1000, PAD)
+    assert shapes == [(1, len([5, 6, 10, 11, 13]))]
+    assert scores[0] == scores[4]
+    assert scores == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_long_header_is_lent_and_not_copied_into_the_cache(toys, monkeypatch):
+    """Few-shot examples as a prefix: the cache keeps one row, whatever is read after it."""
+    kept = []
+    read = option_scoring._read_prefix
+    monkeypatch.setattr(option_scoring, "_read_prefix", lambda *args: kept.append(read(*args)) or kept[-1])
+    header = torch.randint(3, VOCAB, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    asked = [Item([*header, 5 + i], [[7, 8, 9], [9, 4]]) for i in range(6)]
+    found = option_scoring.score_options(toys["qwen2"], asked, 1000, PAD)
+    (cache,) = kept
+    assert [layer.keys.shape for layer in cache.layers] == [(1, 2, 200, 16)] * 2
+    for item, scores in zip(asked, found, strict=True):
+        assert scores == pytest.approx(plain_scores(toys["qwen2"], item), abs=1e-4)
+
+
+@pytest.mark.parametrize("end", ["keep", "int8", "nf4"])
+def test_a_quantised_model_is_scored_alike(make_llama, monkeypatch, end):
+    monkeypatch.setattr(option_scoring, "LEAST_SAVED", 10)
+    model = make_llama(layers=2, intermediate_size=128, initializer_range=0.2)
+    plan = plans.nf4_plan(quantize.weight_shapes(model), end)
+    model = quantize.apply_plan(model, plan, double_quant=True)
+    asked = [Item([*range(3, 13), 20 + i], [[7, 8, 9], [7, 8, 4], [9]]) for i in range(6)]
+    for item, scores in zip(asked, option_scoring.score_options(model, asked, 40, PAD), strict=True):
+        assert scores == pytest.approx(plain_scores(model, item), abs=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_sliding_window_slides_along_the_branch(attention, monkeypatch):
+    """Gemma 3: every other layer sees the last few tokens only, of the prefix too."""
+    monkeypatch.setattr(option_scoring, "LEAST_SAVED", 10)
+    torch.manual_seed(0)
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(**SHAPE, sliding_window=6, layer_types=kinds, attn_implementation=attention)
+    model = Gemma3ForCausalLM(config).eval()
+    asked = [Item([*range(3, 3 + n), 20 + n], [[7, 8, 9, 4], [7, 8, 5], [9]]) for n in (12, 12, 15, 9)]
+    for item, scores in zip(asked, option_scoring.score_options(model, asked, 40, PAD), strict=True):
+        assert scores == pytest.approx(plain_scores(model, item), abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_of_a_vocabulary_sum_to_one(make_llama, dtype):
+    model = make_llama(layers=2).to(dtype)
+    (scores,) = option_scoring.score_options(model, [Item([5, 6, 7], [[i] for i in range(VOCAB)])], 1000, PAD)
+    assert torch.tensor(scores, dtype=torch.float64).exp().sum().item() == pytest.approx(1, abs=1e-3)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def cost(batches, lengths, limit):
+    """What `cut_batches` keeps small: tokens read, padding included, and what the passes themselves take."""
+    return sum(lengths[batch[0]] * len(batch) + limit / option_scoring.PASSES for batch in batches)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 60), max_size=60), st.integers(1, 200))
+def test_batches_hold_everything_once_within_the_limit_and_pad_least(lengths, limit):
+    batches = option_scoring.cut_batches(lengths, limit)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    shown = [lengths[i] for batch in batches for i in batch]
+    assert shown == sorted(shown, reverse=True)
+    assert all(len(batch) == 1 or lengths[batch[0]] * len(batch) <= limit for batch in batches)
+    assert cost(batches, lengths, limit) <= cost(bucket_by_length(lengths, limit), lengths, limit) + 1e-6
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=7), st.integers(1, 80))
+def test_no_other_way_to_cut_is_better(lengths, limit):
+    order, ways = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    for number in range(len(order)):
+        for cuts in combinations(range(1, len(order)), number):
+            edges = [0, *cuts, len(order)]
+            ways.append([order[a:b] for a, b in pairwise(edges)])
+    allowed = [w for w in ways if all(len(b) == 1 or lengths[b[0]] * len(b) <= limit for b in w)]
+    best = min(cost(way, lengths, limit) for way in allowed)
+    assert cost(option_scoring.cut_batches(lengths, limit), lengths, limit) == pytest.approx(best)
+
+
+def test_a_long_question_is_not_padded_to():
+    lengths = [100, 20, 20, 20, 20]
+    assert option_scoring.cut_batches(lengths, 1024) == [[0], [1, 2, 3, 4]]
+    assert bucket_by_length(lengths, 1024) == [[0, 1, 2, 3, 4]]
+    assert option_scoring.cut_batches([21, 20, 20, 20], 1024) == [[0, 1, 2, 3]]  # a pass of its own would cost more

@@ -1,0 +1,83 @@
+"""What begins alike is read once: groups of prompts, and trees of sequences."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medkit.modeling import prefix_tree
+
+some_prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=12)
+
+
+@given(prompts=some_prompts, least=st.integers(1, 12))
+def test_groups_hold_each_prompt_once_with_a_start_that_all_share(prompts, least):
+    groups = prefix_tree.group_by_prefix(prompts, least)
+    assert sorted(itertools.chain(*(members for _, members in groups))) == list(range(len(prompts)))
+    for length, members in groups:
+        assert len({tuple(prompts[i][:length]) for i in members}) == 1
+        assert all(length < len(prompts[i]) for i in members), "a token is left to be read"
+        assert length == 0 or length * (len(members) - 1) >= least, "a group pays for itself"
+
+
+def test_a_start_is_shared_by_as_many_as_have_it():
+    system, exam, code = [1, 2, 3], [10, 11, 12, 13], [20, 21]
+    prompts = [[*system, *kind, 100 + i] for i in range(20) for kind in (exam, code, [])]
+    groups = {length: sorted(members) for length, members in prefix_tree.group_by_prefix(prompts, least_saved=30)}
+    assert groups == {7: list(range(0, 60, 3)), 5: list(range(1, 60, 3)), 3: list(range(2, 60, 3))}
+    groups = dict(prefix_tree.group_by_prefix(prompts, least_saved=60))
+    assert {length: len(members) for length, members in groups.items()} == {7: 20, 3: 40}, "exam alone saves enough"
+
+
+@pytest.mark.parametrize("prompts", [[], [[5]], [[5, 6], [7, 8]], [[5, 6, 7]] * 3, [[5], [5, 6], [5, 6, 7]]])
+def test_where_nothing_is_saved_there_is_one_group(prompts):
+    assert prefix_tree.group_by_prefix(prompts, least_saved=100) == (
+        [(0, list(range(len(prompts))))] if prompts else []
+    )
+
+
+@given(some_prompts, st.booleans())
+def test_a_tree_holds_every_sequence_on_a_path_of_its_own(sequences, share):
+    tree = prefix_tree.grow(sequences, share)
+    for sequence, path in zip(sequences, tree.paths, strict=True):
+        assert [tree.token_ids[place] for place in path] == sequence
+        assert [tree.depths[place] for place in path] == list(range(len(sequence)))
+        assert [tree.parents[place] for place in path] == [-1, *path[:-1]]
+    beginnings = {tuple(s[:n]) for s in sequences for n in range(1, len(s) + 1)}
+    assert len(tree.token_ids) == (len(beginnings) if share else sum(map(len, sequences)))
+
+
+@given(some_prompts.filter(len), st.booleans())
+def test_a_token_sees_its_own_sequence_up_to_itself(sequences, share):
+    tree = prefix_tree.grow(sequences, share)
+    sees = tree.sees()
+    for path in tree.paths:
+        for depth, place in enumerate(path):
+            assert sees[place].nonzero()[:, 0].tolist() == sorted(path[: depth + 1])
+
+
+@given(some_prompts, st.integers(1, 20), st.booleans())
+def test_groups_are_cut_to_fit_and_no_sequence_is_lost(sequences, most, share):
+    groups = prefix_tree.cut_by_prefix(sequences, most, share)
+    assert sorted(itertools.chain(*groups)) == list(range(len(sequences)))
+    sizes = [len(prefix_tree.grow([sequences[i] for i in group], share).token_ids) for group in groups]
+    assert all(len(group) == 1 or size <= most for group, size in zip(groups, sizes, strict=True))
+    for group, (first, *_) in itertools.pairwise(groups):
+        both = prefix_tree.grow([sequences[i] for i in (*group, first)], share)
+        assert len(both.token_ids) > most, "what still fits goes along"
+
+
+def test_flash_attention_takes_no_branches(make_llama):
+    model = make_llama()
+    assert prefix_tree.takes_branches(model)
+    model.config._attn_implementation = "flash_attention_2"
+    assert not prefix_tree.takes_branches(model)
+
+
+def test_masks_are_zero_where_a_token_sees_and_least_where_not(make_llama):
+    sees = prefix_tree.grow([[4, 5], [4, 6]]).sees()[None]
+    mask = prefix_tree.additive_masks(make_llama(), sees, torch.tensor([[0, 1, 1]]))
+    least = torch.finfo(torch.float32).min
+    assert mask.tolist() == [[[[0, least, least], [0, 0, least], [0, least, 0]]]]

@@ -1,0 +1,256 @@
+"""The promises of `train`: neither slices nor a kill change what comes out."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+
+from medkit.distillation import losses
+from medkit.lora import adapters
+from medkit.modeling import batches, trainer
+from medkit.modeling.trainer import TrainingError
+from medkit.params import AdapterParams
+
+PAD, VOCAB = 0, 300
+
+
+class Killed(RuntimeError):
+    pass
+
+
+def count_steps(model, dies_at=None):
+    """A list that grows with every forward pass, of which a batch of one slice is one; dies instead of one."""
+    seen = []
+
+    def look(*args):
+        if len(seen) + 1 == dies_at:
+            raise Killed
+        seen.append(1)
+
+    model.register_forward_pre_hook(look)
+    return seen
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_weights(found, expected):
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.parametrize("slice_tokens", [1, 30, 50], ids=["one example", "pairs at most", "ragged"])
+def test_slices_of_a_batch_change_nothing(make_llama, make_examples, make_section, tmp_path, slice_tokens):
+    logs, ends, slices = [], [], []
+    for tokens in (512, slice_tokens):
+        calls = []
+
+        def loss(*args, calls=calls):
+            calls.append(len(args[0].targets))
+            return trainer.cross_entropy(*args)
+
+        model, section, folder = make_llama(layers=2), make_section(slice_tokens=tokens), tmp_path / str(tokens)
+        logs.append(trainer.train(model, make_examples(10), section, loss, folder, seed=0))
+        ends.append(weights(model))
+        slices.append(len(calls))
+    assert slices[0] == 6 < slices[1]
+    assert logs[0].loss_tokens.tolist() == logs[1].loss_tokens.tolist()
+    for column in ("loss", "ce"):
+        assert logs[0][column].to_numpy() == pytest.approx(logs[1][column].to_numpy(), abs=1e-5)
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(ends[1][name], tensor, rtol=0, atol=1e-5)
+
+
+def test_training_learns_and_its_log_is_per_token(make_llama, make_examples, make_section, tmp_path):
+    model, examples = make_llama(layers=2), make_examples(8)
+    before = batches.collect_nll(model, examples)
+    section = make_section(epochs=6.0, learning_rate=1e-2)
+    log = trainer.train(model, examples, section, trainer.cross_entropy, tmp_path / "c", seed=0)
+    tokens = sum(len(e.input_ids) - e.loss_start for e in examples)
+    assert log.step.tolist() == list(range(1, 13))
+    assert log.loss_tokens.groupby((log.step - 1) // 2).sum().tolist() == [tokens] * 6
+    assert log.ce.to_numpy() == pytest.approx(log.loss.to_numpy(), abs=2e-4)  # the Trainer rounds its own
+    assert not model.training
+    assert sum(batches.collect_nll(model, examples)) < 0.7 * sum(before)
+
+
+def test_the_first_logged_loss_is_the_loss_before_training(make_llama, make_examples, make_section, tmp_path):
+    model, examples = make_llama(layers=2), make_examples(4)
+    with torch.no_grad():
+        logits, targets = batches.predicted_logits(model, batches.collate(examples, PAD))
+    expected = torch.nn.functional.cross_entropy(logits, targets).item()
+    log = trainer.train(model, examples, make_section(), trainer.cross_entropy, tmp_path / "c", seed=0)
+    assert log.ce[0] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("save_every", "step"), [(2, 3), (3, 4), (2, 5)], ids=["first epoch", "between epochs", "second epoch"]
+)
+def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
+    make_llama, make_examples, make_section, tmp_path, save_every, step
+):
+    examples, section = make_examples(12), make_section(save_every_steps=save_every)
+    whole, killed, resumed = (make_llama(layers=2, attention_dropout=0.1) for _ in range(3))
+    expected = trainer.train(whole, examples, section, trainer.cross_entropy, tmp_path / "whole", seed=0)
+    count_steps(killed, dies_at=step)
+    with pytest.raises(Killed):
+        trainer.train(killed, examples, section, trainer.cross_entropy, tmp_path / "killed", seed=0)
+    steps = count_steps(resumed)
+    log = trainer.train(resumed, examples, section, trainer.cross_entropy, tmp_path / "killed", seed=0)
+    assert len(steps) == 6 - (step - 1)
+    assert_same_weights(weights(resumed), weights(whole))
+    columns = ["step", "loss", "ce", "loss_tokens", "learning_rate"]
+    pd.testing.assert_frame_equal(log[columns], expected[columns])
+
+
+def rows_of(log):
+    """`add_extras` that notes which rows a slice holds."""
+
+    def add_extras(rows):
+        log.append(rows)
+        return {}
+
+    return add_extras
+
+
+def test_the_first_epoch_goes_from_easy_to_hard_and_the_next_does_not(
+    make_llama, make_examples, make_section, tmp_path
+):
+    examples, section, seen = make_examples(70), make_section(batch_size=2, slice_tokens=10_000), []
+    difficulty = [(37 * n) % 70 for n in range(70)]
+    trainer.train(
+        make_llama(layers=1), examples, section, trainer.cross_entropy, tmp_path, 0, rows_of(seen), difficulty
+    )
+    _, *seen = seen  # a look at a few, for the name of the checkpoints
+    epochs = [[row for rows in part for row in rows] for part in (seen[:35], seen[35:])]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(70))] * 2
+    parts = [[epoch[start : start + 16] for start in range(0, 70, 16)] for epoch in epochs]
+    first, second = ([{difficulty[row] // 16 for row in part} for part in found] for found in parts)
+    assert first == [{0}, {1}, {2}, {3}, {4}], "parts of eight batches, each harder than the one before"
+    assert second != first
+    inside = [difficulty[row] for row in epochs[0][:16]]
+    assert inside != sorted(inside), "within a part the order is drawn"
+    lengths = [[len(examples[row].input_ids) for row in rows] for rows in seen[:35]]
+    spread = sum(max(pair) - min(pair) for pair in lengths)
+    assert spread < 70, "two that share a batch are alike in length: 35 pairs at random differ by 6 each"
+
+
+@pytest.mark.parametrize(("save_every", "step"), [(2, 4), (3, 7), (2, 8)], ids=["first epoch", "between", "second"])
+def test_a_killed_progressive_run_resumes_bit_for_bit(
+    make_llama, make_examples, make_section, tmp_path, save_every, step
+):
+    examples, section = make_examples(12), make_section(batch_size=2, save_every_steps=save_every)
+    whole, killed, resumed = (make_llama(layers=2, attention_dropout=0.1) for _ in range(3))
+    difficulty, no_extras = [(5 * n) % 12 for n in range(12)], rows_of([])
+
+    def train(model, folder):
+        folder = tmp_path / folder
+        return trainer.train(model, examples, section, trainer.cross_entropy, folder, 0, no_extras, difficulty)
+
+    expected = train(whole, "whole")
+    count_steps(killed, dies_at=step)
+    with pytest.raises(Killed):
+        train(killed, "killed")
+    steps = count_steps(resumed)
+    log = train(resumed, "killed")
+    assert len(steps) == 12 - save_every * ((step - 1) // save_every)
+    assert_same_weights(weights(resumed), weights(whole))
+    columns = ["step", "loss", "ce", "loss_tokens", "learning_rate"]
+    pd.testing.assert_frame_equal(log[columns], expected[columns])
+
+
+def test_a_killed_adapter_run_resumes_bit_for_bit(make_llama, make_examples, make_section, tmp_path):
+    adapter = AdapterParams(variant="lora", rank=2, alpha=4.0, dropout=0.1, target_modules=["q_proj", "down_proj"])
+    examples, section = make_examples(12), make_section(learning_rate=1e-2)
+    whole, killed, resumed = (adapters.attach(make_llama(layers=2), adapter, seed=0) for _ in range(3))
+    trainer.train(whole, examples, section, trainer.cross_entropy, tmp_path / "whole", seed=0)
+    count_steps(killed, dies_at=3)
+    with pytest.raises(Killed):
+        trainer.train(killed, examples, section, trainer.cross_entropy, tmp_path / "killed", seed=0)
+    steps = count_steps(resumed)
+    trainer.train(resumed, examples, section, trainer.cross_entropy, tmp_path / "killed", seed=0)
+    assert len(steps) == 4
+    assert_same_weights(weights(resumed), weights(whole))
+
+
+def test_a_half_written_checkpoint_is_ignored(make_llama, make_examples, make_section, tmp_path):
+    examples, section = make_examples(12), make_section()
+    whole, killed, resumed = (make_llama(layers=2) for _ in range(3))
+    trainer.train(whole, examples, section, trainer.cross_entropy, tmp_path / "whole", seed=0)
+    count_steps(killed, dies_at=3)
+    with pytest.raises(Killed):
+        trainer.train(killed, examples, section, trainer.cross_entropy, tmp_path / "killed", seed=0)
+    (state,) = (tmp_path / "killed").rglob("trainer_state.json")
+    half = state.parent.with_name("checkpoint-3")
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half of it")
+    steps = count_steps(resumed)
+    trainer.train(resumed, examples, section, trainer.cross_entropy, tmp_path / "killed", seed=0)
+    assert len(steps) == 4
+    assert_same_weights(weights(resumed), weights(whole))
+
+
+@pytest.mark.parametrize("other", ["settings", "examples", "seed", "start", "loss", "order"])
+def test_checkpoints_of_another_training_are_thrown_away(make_llama, make_examples, make_section, tmp_path, other):
+    """Each is a killed run after which one thing was changed: what comes out is what a fresh run gives."""
+    killed, examples, section, seed, loss = make_llama(layers=2), make_examples(12), make_section(), 0, kd_loss(0.5)
+    count_steps(killed, dies_at=3)
+    with pytest.raises(Killed):
+        extras = teacher_of_one_word(examples)
+        trainer.train(killed, examples, section, loss, tmp_path / "used", seed, extras)
+    (left,) = (tmp_path / "used").rglob("trainer_state.json")
+    assert json.loads(left.read_text())["global_step"] == 2
+
+    if other == "settings":
+        section = make_section(learning_rate=2e-3)
+    elif other == "examples":
+        examples = make_examples(12, seed=1)
+    elif other == "seed":
+        seed = 1
+    elif other == "loss":
+        loss = kd_loss(0.9)
+    extras, difficulty = teacher_of_one_word(examples), range(12) if other == "order" else None
+    found, fresh = (make_llama(layers=2, seed=1 if other == "start" else 0) for _ in range(2))
+    trainer.train(found, examples, section, loss, tmp_path / "used", seed, extras, difficulty)
+    trainer.train(fresh, examples, section, loss, tmp_path / "fresh", seed, extras, difficulty)
+    assert_same_weights(weights(found), weights(fresh))
+    assert not left.exists()
+
+
+def kd_loss(kl_weight):
+    return losses.DistillationLoss(ce_weight=1 - kl_weight, kl_weight=kl_weight)
+
+
+def teacher_of_one_word(examples):
+    """`add_extras` of a teacher that says token 7, whatever it is asked."""
+
+    def add_extras(numbers):
+        count = sum(len(examples[n].input_ids) - examples[n].loss_start for n in numbers)
+        return {"teacher_ids": torch.full((count, 1), 7), "teacher_logprobs": torch.full((count, 1), -0.1)}
+
+    return add_extras
+
+
+def test_a_finished_training_can_be_forgotten(make_llama, make_examples, make_section, tmp_path):
+    trainer.train(make_llama(layers=2), make_examples(4), make_section(), trainer.cross_entropy, tmp_path / "c", seed=0)
+    trainer.forget_checkpoints(tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+    trainer.forget_checkpoints(tmp_path / "c")
+
+
+def test_a_loss_that_is_not_finite_names_its_step(make_llama, make_examples, make_section, tmp_path):
+    calls = iter(range(1, 100))
+
+    def sick(predicted, extras):
+        loss, terms = trainer.cross_entropy(predicted, extras)
+        return (loss * float("nan") if next(calls) == 2 else loss), terms
+
+    with pytest.raises(TrainingError, match="nan at step 2"):
+        trainer.train(make_llama(layers=2), make_examples(8), make_section(), sick, tmp_path / "c", seed=0)
+
+
+def test_no_examples_is_an_error_with_its_cure(make_llama, make_section, tmp_path):
+    with pytest.raises(TrainingError, match=r"data\.datasets"):
+        trainer.train(make_llama(layers=2), [], make_section(), trainer.cross_entropy, tmp_path / "c", seed=0)

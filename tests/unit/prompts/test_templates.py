@@ -1,0 +1,167 @@
+"""What a model is asked, and where its answer begins."""
+
+import json
+import re
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from medkit.prompts import templates
+from medkit.prompts.templates import ABSTRACT, LETTER, LETTERS, RATIONALE, TEMPLATES, TEXT, answers, encode, render
+
+DRUGS = ["aspirin", "insulin", "metformin", "warfarin"]
+A, C = 0, 2
+
+
+def question(*options: str, context: str = "") -> dict:
+    return {"question": "Which one?", "context": context, "options": list(options)}
+
+
+# --- rendering -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=lambda t: t.name)
+def test_the_prompt_holds_what_it_must_and_not_the_answer(template):
+    system, user = render(question(*DRUGS, context="An abstract."), template)
+    assert (system["role"], user["role"]) == ("system", "user")
+    assert system["content"] == templates.SYSTEM
+    assert user["content"].index("An abstract.") < user["content"].index("Which one?")
+    assert template.instruction in user["content"]
+    for letter, option in zip(LETTERS, DRUGS, strict=False):
+        assert (f"\n{letter}. {option}" in user["content"]) == template.lists_options
+        assert (option in user["content"]) == template.lists_options
+
+
+def test_a_question_without_context_has_no_empty_paragraph():
+    content = render(question(*DRUGS), TEXT)[-1]["content"]
+    assert content == content.strip()
+    assert "\n\n\n" not in content
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+def test_letters_follow_the_options_there_are(count):
+    asked = question(*(f"drug {i}" for i in range(count)))
+    assert answers(asked, LETTER) == list(LETTERS[:count])
+    assert len(re.findall(r"(?m)^[A-Z]\. drug", render(asked, LETTER)[-1]["content"])) == count
+
+
+@pytest.mark.parametrize(
+    ("kind", "scoring", "template"),
+    [
+        ("choice", "option_text", TEXT),
+        ("choice", "generated", TEXT),
+        ("choice", "letter", LETTER),
+        ("abstract", "option_text", ABSTRACT),
+        ("abstract", "letter", LETTER),
+        ("icd_hard", "option_text", TEXT),
+        ("icd_chapter", "letter", LETTER),
+    ],
+)
+def test_the_template_follows_kind_and_scoring(kind, scoring, template):
+    assert templates.pick_template(kind, scoring) is template
+
+
+def test_templates_are_told_apart_by_their_hash(monkeypatch):
+    hashes = {template.hash for template in TEMPLATES.values()}
+    assert len(hashes) == len(TEMPLATES)
+    assert all(name == template.name for name, template in TEMPLATES.items())
+    assert replace(LETTER).hash == LETTER.hash
+    words = LETTER.instruction.split()
+    changed = [replace(LETTER, instruction=" ".join([*words[:i], "word", *words[i + 1 :]])) for i in range(len(words))]
+    changed += [replace(LETTER, lists_options=False), replace(LETTER, name="other")]
+    assert len({template.hash for template in changed} | hashes) == len(changed) + len(hashes)
+    monkeypatch.setattr(templates, "SYSTEM", "You answer other questions.")
+    assert hashes.isdisjoint(template.hash for template in TEMPLATES.values())
+
+
+# --- examples and shuffling ----------------------------------------------------------------------------------------
+
+
+def test_examples_come_before_the_question_with_their_answers():
+    shots = [{**question(*DRUGS), "answer": C}, {**question("fever", "cough"), "answer": A}]
+    for template in (TEXT, LETTER, RATIONALE):
+        turns = render(question(*DRUGS), template, shots)
+        assert [turn["role"] for turn in turns] == ["system", *["user", "assistant"] * 2, "user"]
+        assert turns[2]["content"] == answers(shots[0], template)[C]
+        assert turns[4]["content"] == answers(shots[1], template)[A]
+        assert turns[-1] == render(question(*DRUGS), template)[-1]
+
+
+def test_examples_reach_a_model_without_a_chat_template():
+    prompt, _ = encode(Letters(None), render(question(*DRUGS), TEXT, [{**question(*DRUGS), "answer": C}]))
+    assert Letters("").read(prompt) == "Question: Which one?\nAnswer: metformin\n\nQuestion: Which one?\nAnswer:"
+
+
+def test_the_record_template_tells_its_schema():
+    content = render(question(context="A woman of 34 takes metformin."), templates.RECORD)[-1]["content"]
+    assert json.loads(content[content.index("{") :]) == templates.PatientRecord.model_json_schema()
+
+
+def test_every_problem_type_has_its_own_words():
+    contents = {render(question(), template)[-1]["content"] for template in templates.OPEN.values()}
+    assert len(contents) == 6
+    assert all(templates.OPEN_BASE in content for content in contents)
+
+
+# --- encoding ------------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of one token per character; it puts a start token before what it is not told to leave alone."""
+
+    START, END = 1, 2
+
+    def __init__(self, chat_template: str | None):
+        self.chat_template, self.eos_token_id = chat_template, self.END
+
+    def __call__(self, text: str, add_special_tokens: bool = True):
+        return SimpleNamespace(input_ids=[self.START] * add_special_tokens + [ord(c) for c in text])
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        assert not tokenize and add_generation_prompt
+        return "^" + "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+    def read(self, ids: list[int]) -> str:
+        return "".join({self.START: "", self.END: "<end>"}.get(i) or chr(i) for i in ids if i != self.START)
+
+
+MESSAGES = render(question(*DRUGS), LETTER)
+
+
+@pytest.mark.parametrize("chat_template", ["a template", None])
+def test_an_answer_ends_in_the_end_token_and_the_border_is_exact(chat_template):
+    tokenizer = Letters(chat_template)
+    alone, nothing = encode(tokenizer, MESSAGES)
+    assert nothing == []
+    for answer in ("C", "metformin 500 mg", " µ", ""):
+        prompt, ids = encode(tokenizer, MESSAGES, answer)
+        assert prompt == alone  # the same prefix whatever the answer: scores can be compared
+        assert ids[-1] == tokenizer.eos_token_id
+        assert ids.count(tokenizer.eos_token_id) == 1
+        assert tokenizer.START not in ids
+        assert tokenizer.read(ids).removesuffix("<end>") == (answer if chat_template else f" {answer}")
+
+
+def test_a_chat_model_gets_its_own_template_once():
+    prompt, _ = encode(Letters("a template"), MESSAGES, "C")
+    text = Letters("").read(prompt)
+    assert Letters.START not in prompt  # the template has its own start; a second would shift everything
+    assert text.startswith("^<system>" + templates.SYSTEM)
+    assert text.endswith(LETTER.instruction + "<assistant>")
+
+
+def test_a_base_model_gets_a_plain_form():
+    prompt, _ = encode(Letters(None), MESSAGES, "C")
+    assert prompt.count(Letters.START) == 1
+    text = Letters("").read(prompt)
+    assert text.startswith("Question: Which one?")
+    assert text.endswith("\nAnswer:")
+
+
+def test_a_real_tokenizer_keeps_the_border(tokenizer):
+    """Tokens that span prompt and answer would be scored as neither."""
+    for answer in answers(question(*DRUGS), LETTER) + DRUGS:
+        prompt, ids = encode(tokenizer, MESSAGES, answer)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == answer
+        assert tokenizer.decode(prompt + ids).endswith(f"assistant\n{answer}{tokenizer.eos_token}")

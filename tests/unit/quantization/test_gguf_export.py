@@ -1,0 +1,560 @@
+"""The GGUF file, read back by transformers: the same logits, the same token ids, the same chat template."""
+
+import copy
+import json
+import sys
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from medkit.lora import adapters
+from medkit.quantization import gguf_export, gguf_tokenizer, plans
+from medkit.quantization import quantize as quantization
+from medkit.quantization.gguf_export import ExportError
+from medkit.stage import DISCLAIMER
+
+BYTES_PER_BLOCK = {"F16": 64, "Q8_0": 34, "Q5_1": 24, "Q5_0": 22, "Q4_1": 20, "Q4_0": 18}  # of 32 weights
+TYPES = list(gguf_export.WEIGHT_TYPES)
+IDS = torch.tensor([[5, 9, 17, 33, 4, 8, 250, 299]])
+TEXTS = [
+    "Which vitamin prevents scurvy?",
+    "Give 325 mg at 09:30, 2000 mg a day.",
+    "naïve β-blocker\n\n  two  spaces, it's",
+    "<|im_start|>user\nDoes aspirin reduce fever?<|im_end|>\n<|im_start|>assistant\n",
+]
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="module")
+def make_qwen2():
+    """qwen2(**config): random float32 weights, with biases as large as real ones and no two norms alike."""
+
+    def make(**changes):
+        config = {
+            "vocab_size": 300,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(Qwen2Config(**{**config, **changes}))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.uniform_(0.5, 1.5)
+                if name.endswith("bias"):
+                    parameter.normal_()
+        return model.eval()
+
+    return make
+
+
+def split_as_qwen2(tokenizer):
+    rule = pre_tokenizers.Split(Regex(gguf_tokenizer.QWEN2_SPLIT), behavior="isolated")
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([rule, bytes_])
+    return tokenizer
+
+
+def split_by_digits(**changes):
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=changes.pop("one_by_one", True)),
+            pre_tokenizers.ByteLevel(**{"add_prefix_space": False, **changes}),
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def qwen2_tokenizer(make_tokenizer):
+    """With words that only Qwen2's rule makes: "-blocker" in one piece."""
+    tokenizer = split_as_qwen2(make_tokenizer(bos_token=None)).train_new_from_iterator(TEXTS * 20, 296)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    return tokenizer
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def read_back(path):
+    config = GgufConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=config
+    ).eval()
+
+
+@torch.no_grad()
+def rounded(model, weight_type):
+    """A copy whose matrices went through the number format and back, in transformers' own order of rows."""
+    kind, model = gguf.GGMLQuantizationType[weight_type], copy.deepcopy(model)
+    for parameter in model.parameters():
+        if parameter.ndim == 2 and parameter.shape[1] % 32 == 0:
+            stored = gguf.dequantize(gguf.quantize(parameter.numpy(), kind), kind)
+        elif parameter.ndim == 2:
+            stored = parameter.half().float().numpy()
+        else:
+            continue
+        parameter.copy_(torch.from_numpy(np.array(stored)).reshape(parameter.shape))
+    return model
+
+
+@pytest.mark.parametrize("weight_type", TYPES)
+def test_the_file_holds_the_model(make_llama, tokenizer, tmp_path, weight_type):
+    model = make_llama()
+    again = read_back(gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", weight_type))
+    torch.testing.assert_close(logits(again), logits(rounded(model, weight_type)), rtol=0, atol=1e-4)
+    assert again.lm_head.weight is again.get_input_embeddings().weight
+
+
+def test_half_precision_is_the_only_loss_of_an_f16_file(make_llama, tokenizer, tmp_path):
+    model = make_llama()
+    again = read_back(gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16"))
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=5e-3)
+    assert logits(model).std() > 0.3  # against which 0.005 is little
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tie_word_embeddings": False},
+        {"num_key_value_heads": 4},
+        {"num_attention_heads": 2, "num_key_value_heads": 1},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0}},
+        {"hidden_size": 48, "head_dim": 16, "num_attention_heads": 3, "num_key_value_heads": 1},
+        {"head_dim": 32},
+        {"rms_norm_eps": 1e-3},
+    ],
+    ids=["untied", "one key per head", "two heads", "rope base", "odd width", "wide heads", "epsilon"],
+)
+def test_the_file_holds_every_shape_of_llama(make_llama, tokenizer, tmp_path, changes):
+    model = make_llama(**changes)
+    again = read_back(gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "Q8_0"))
+    torch.testing.assert_close(logits(again), logits(rounded(model, "Q8_0")), rtol=0, atol=1e-4)
+
+
+def test_the_file_tells_the_configuration(make_llama, tokenizer, tmp_path):
+    model = make_llama()
+    config = read_back(gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16")).config
+    for name in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "eos_token_id",
+    ):
+        assert getattr(config, name) == pytest.approx(getattr(model.config, name)), name
+
+
+def test_the_file_holds_the_tokenizer(make_llama, tokenizer, tmp_path):
+    gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "F16")
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf")
+    for text in TEXTS:
+        assert again(text, add_special_tokens=False).input_ids == tokenizer(text).input_ids
+    assert again.chat_template == tokenizer.chat_template
+    assert again.eos_token_id == tokenizer.eos_token_id
+    assert again.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("weight_type", ["F16", "Q8_0", "Q4_0"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_the_file_holds_a_qwen2_model(make_qwen2, qwen2_tokenizer, tmp_path, tied, weight_type):
+    model = make_qwen2(tie_word_embeddings=tied)
+    path = gguf_export.export_gguf(model, qwen2_tokenizer, tmp_path / "student.gguf", weight_type)
+    again = read_back(path)
+    assert again.config.model_type == "qwen2"
+    assert again.config.rope_parameters["rope_theta"] == 1_000_000
+    torch.testing.assert_close(logits(again), logits(rounded(model, weight_type)), rtol=0, atol=1e-4)
+    assert gguf_export.largest_relative_error(model, path) < 0.07
+    biases = [t for t in gguf.GGUFReader(path).tensors if t.name.endswith(".bias")]
+    assert len(biases) == 2 * 3
+    assert all(t.tensor_type == gguf.GGMLQuantizationType.F32 for t in biases)
+
+
+def test_only_llama_rows_change_their_order(make_llama, make_qwen2, tokenizer, qwen2_tokenizer, tmp_path):
+    for model, words, same in ((make_llama(), tokenizer, False), (make_qwen2(), qwen2_tokenizer, True)):
+        path = gguf_export.export_gguf(model, words, tmp_path / "student.gguf", "F16")
+        stored = {t.name: t.data for t in gguf.GGUFReader(path).tensors}["blk.0.attn_q.weight"]
+        assert np.allclose(stored, model.model.layers[0].self_attn.q_proj.weight.detach(), atol=1e-3) == same
+
+
+def test_the_file_holds_qwen2s_tokenizer(make_qwen2, qwen2_tokenizer, tmp_path):
+    path = gguf_export.export_gguf(make_qwen2(), qwen2_tokenizer, tmp_path / "student.gguf", "F16")
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf")
+    assert gguf.GGUFReader(path).get_field("tokenizer.ggml.pre").contents() == "qwen2"
+    for text in TEXTS:
+        assert again(text, add_special_tokens=False).input_ids == qwen2_tokenizer(text).input_ids
+    other = copy.deepcopy(qwen2_tokenizer)
+    other.backend_tokenizer.pre_tokenizer = split_by_digits()
+    assert any(other(t).input_ids != qwen2_tokenizer(t).input_ids for t in TEXTS)  # under SmolLM2's rule
+    assert again.chat_template == qwen2_tokenizer.chat_template
+    assert again.eos_token_id == qwen2_tokenizer.eos_token_id
+
+
+def test_the_expression_is_qwen2s_own():
+    assert gguf_tokenizer.QWEN2_SPLIT == PRETOKENIZE_REGEX
+
+
+def test_rows_beyond_the_vocabulary_are_unused_tokens(make_qwen2, qwen2_tokenizer, tmp_path):
+    """As in R1-Distill-Qwen: 152 064 rows, 151 665 tokens."""
+    path = gguf_export.export_gguf(make_qwen2(vocab_size=330), qwen2_tokenizer, tmp_path / "student.gguf", "F16")
+    reader = gguf.GGUFReader(path)
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    types = reader.get_field("tokenizer.ggml.token_type").contents()
+    unused = [i for i, kind in enumerate(types) if kind == gguf.TokenType.UNUSED]
+    assert len(tokens) == len(types) == len(set(tokens)) == 330
+    assert unused == list(range(len(qwen2_tokenizer), 330))
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf")
+    for text in TEXTS:
+        assert again(text, add_special_tokens=False).input_ids == qwen2_tokenizer(text).input_ids
+
+
+def test_more_tokens_than_rows_are_refused(make_qwen2, qwen2_tokenizer, tmp_path):
+    with pytest.raises(ExportError, match=f"{len(qwen2_tokenizer)} tokens: the model has rows for 200"):
+        gguf_export.export_gguf(make_qwen2(vocab_size=200), qwen2_tokenizer, tmp_path / "student.gguf", "F16")
+
+
+def test_an_added_token_that_is_not_special_stays_in_the_answer(make_llama, make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
+    model = make_llama(vocab_size=320)
+    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16")
+    types = gguf.GGUFReader(path).get_field("tokenizer.ggml.token_type").contents()
+    think = tokenizer.convert_tokens_to_ids("<think>")
+    assert types[think] == gguf.TokenType.USER_DEFINED
+    assert [types[i] for i in range(3)] == [gguf.TokenType.CONTROL] * 3
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf")
+    ids = tokenizer("<|im_start|>a <think> b<|im_end|>").input_ids
+    assert think in ids
+    assert again("<|im_start|>a <think> b<|im_end|>", add_special_tokens=False).input_ids == ids
+    assert again.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_added_tokens_beyond_ascii_are_written_as_they_are(make_llama, make_tokenizer, tmp_path):
+    """R1-Distill's turns: one token each in the file, under their own numbers."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<｜User｜>", "<｜Assistant｜>")])
+    path = gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "F16")
+    reader = gguf.GGUFReader(path)
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    types = reader.get_field("tokenizer.ggml.token_type").contents()
+    for token in ("<｜User｜>", "<｜Assistant｜>"):
+        number = tokenizer.convert_tokens_to_ids(token)
+        assert (tokens[number], types[number]) == (token, gguf.TokenType.USER_DEFINED)
+
+
+def test_a_tokenizer_without_a_start_token(make_llama, make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer(bos_token=None)
+    gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "F16")
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf")
+    assert again.bos_token_id is None
+    assert again(TEXTS[0], add_special_tokens=False).input_ids == tokenizer(TEXTS[0]).input_ids
+
+
+def test_smollm2_as_transformers_reads_it(make_llama, make_tokenizer, tmp_path):
+    """From its GGUF file: without the split of digits, and without a token of two digits that would need it."""
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "F16")
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf")
+    for text in TEXTS:
+        assert again(text, add_special_tokens=False).input_ids == make_tokenizer()(text).input_ids
+
+
+def test_a_tokenizer_that_splits_otherwise_is_refused_or_written_right(make_llama, make_tokenizer, tmp_path):
+    """Llama 3 keeps up to three digits together: read with SmolLM2's rule, its numbers are other tokens."""
+    tokenizer = make_tokenizer(split=pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"))
+    path = tmp_path / "student.gguf"
+    try:
+        gguf_export.export_gguf(make_llama(), tokenizer, path, "F16")
+    except ExportError:
+        return
+    said = gguf.GGUFReader(path).get_field("tokenizer.ggml.pre").contents()
+    assert said == "llama-bpe"
+
+
+@pytest.mark.parametrize(
+    "pre_tokenizer",
+    [
+        split_by_digits(one_by_one=False),
+        split_by_digits(add_prefix_space=True),
+        split_by_digits(use_regex=False),
+        pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(gguf_tokenizer.QWEN2_SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        ),
+        pre_tokenizers.Whitespace(),
+        pre_tokenizers.Sequence([]),
+    ],
+    ids=["digits together", "a space before", "no rule of GPT-2's", "two rules", "no bytes", "nothing"],
+)
+def test_a_split_that_only_looks_alike_is_refused(make_llama, make_tokenizer, tmp_path, pre_tokenizer):
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
+    with pytest.raises(ExportError, match=r"pre-tokenizer \["):
+        gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "F16")
+
+
+def test_a_normalizer_that_the_file_cannot_hold_is_refused(make_llama, make_tokenizer, tmp_path):
+    tokenizer, path = make_tokenizer(), tmp_path / "student.gguf"
+    for steps in ([normalizers.Lowercase()], [normalizers.NFC(), normalizers.Lowercase()]):
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
+        with pytest.raises(ExportError, match="'Lowercase'"):
+            gguf_export.export_gguf(make_llama(), tokenizer, path, "F16")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([])
+    assert gguf_export.export_gguf(make_llama(), tokenizer, path, "F16").is_file()
+
+
+@pytest.mark.parametrize("weight_type", TYPES)
+def test_the_ledger_of_the_file_is_the_analytic_number_of_bytes(make_llama, tokenizer, tmp_path, weight_type):
+    model = make_llama(tie_word_embeddings=False)
+    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", weight_type)
+    sizes = {
+        "embeddings": 300 * 64,
+        "attention": 3 * (2 * 64 * 64 + 2 * 64 * 32),
+        "mlp": 3 * 3 * 64 * 96,
+        "head": 300 * 64,
+    }
+    expected = {name: (n, n * BYTES_PER_BLOCK[weight_type] // 32) for name, n in sizes.items()}
+    expected["norms"] = (7 * 64, 4 * 7 * 64)
+    table = gguf_export.measure_file_bytes(path)
+    assert {r.component: (r.weights, r.bytes) for r in table.itertuples()} == expected
+    assert table.weights.sum() == adapters.count_parameters(model)[1]
+    assert (table.bf16_bytes == 2 * table.weights).all()
+    assert table.bytes.sum() < path.stat().st_size < table.bytes.sum() + 40_000
+
+
+@pytest.mark.parametrize(
+    ("weight_type", "low", "high"),
+    [
+        ("F16", 0.0, 1e-3),
+        ("Q8_0", 1e-3, 0.005),
+        ("Q5_1", 0.015, 0.018),
+        ("Q5_0", 0.015, 0.035),
+        ("Q4_1", 0.03, 0.036),
+        ("Q4_0", 0.03, 0.07),
+    ],
+)
+def test_the_error_of_a_weight_is_bounded_by_its_block(make_llama, tokenizer, tmp_path, weight_type, low, high):
+    """Half a step of 255, 32, 31, 16 and 15 over the range of a block; Q4_0 and Q5_0 miss one end by a whole step."""
+    model = make_llama()
+    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", weight_type)
+    assert low < gguf_export.largest_relative_error(model, path) < high
+
+
+def test_a_wrong_weight_shows_in_the_error(make_llama, tokenizer, tmp_path):
+    model = make_llama()
+    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "Q8_0")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.k_proj.weight[3, 5] += 0.5
+    assert gguf_export.largest_relative_error(model, path) > 0.3
+
+
+def test_a_missing_weight_is_an_error(make_llama, tokenizer, tmp_path):
+    path = gguf_export.export_gguf(make_llama(layers=2), tokenizer, tmp_path / "student.gguf", "F16")
+    with pytest.raises(ExportError, match=r"blk\.2\..* is missing"):
+        gguf_export.largest_relative_error(make_llama(layers=3), path)
+
+
+@pytest.mark.parametrize(
+    ("weight_type", "kinds", "low", "high"),
+    [
+        ("Q4_K_M", {"Q4_K", "Q6_K"}, 0.04, 0.1),
+        ("Q5_K_M", {"Q5_K", "Q6_K"}, 0.02, 0.06),
+        ("Q6_K", {"Q6_K"}, 0.005, 0.03),
+    ],
+)
+def test_llama_cpp_writes_k_quants(make_llama, tokenizer, tmp_path, weight_type, kinds, low, high):
+    pytest.importorskip("llama_cpp", reason="needs the extra llama")
+    model = make_llama(hidden_size=256, intermediate_size=512)
+    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", weight_type)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["student.gguf", "student.manifest.json"]
+    assert gguf_export.check_manifest(path)["weight_type"] == weight_type
+    reader = gguf.GGUFReader(path)
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == kinds | {"F32"}
+    assert reader.get_field("general.description").contents() == DISCLAIMER
+    assert low < gguf_export.largest_relative_error(model, path) < high
+    close = torch.nn.functional.cosine_similarity(logits(read_back(path)), logits(model), dim=-1)
+    assert close.min() > 0.9  # the right weight in the right place
+
+
+def test_k_quants_without_llama_cpp_name_the_cure_and_write_nothing(make_llama, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(ExportError, match=r"Q4_K_M: only llama.cpp makes it.*pip install -e '\.\[llama\]'"):
+        gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "Q4_K_M")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ends", ["keep", "int8"])
+def test_a_quantised_model_is_refused_with_the_cure(make_llama, tokenizer, tmp_path, ends):
+    model = make_llama(intermediate_size=128)
+    quantization.apply_plan(model, plans.nf4_plan(quantization.weight_shapes(model), ends), True)
+    with pytest.raises(ExportError, match="is quantised already: export the model from before"):
+        gguf_export.export_gguf(model, tokenizer, tmp_path / "m.gguf", "Q8_0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rotary_rows_go_from_halves_to_pairs():
+    rows = np.arange(8)[:, None]  # two heads of four: (0 1 | 2 3), (4 5 | 6 7)
+    assert gguf_export.permute_rotary(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_another_architecture_is_refused(make_llama, tokenizer, tmp_path):
+    model = make_llama()
+    model.config.model_type = "gpt_neox"
+    with pytest.raises(ExportError, match="'gpt_neox': only llama and qwen2"):
+        gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16")
+
+
+@pytest.mark.parametrize("weight_type", ["Q4_K", "IQ4_XS", "Q3_1", "f16"])
+def test_a_weight_type_that_nothing_here_quantises_to_is_refused(make_llama, tokenizer, tmp_path, weight_type):
+    with pytest.raises(ExportError, match=f"'{weight_type}': .* F16, Q8_0"):
+        gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", weight_type)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "use_sliding_window"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}}, "'linear'"),
+        ({"hidden_act": "gelu"}, "'gelu'"),
+        ({"head_dim": 32}, "head_dim 32"),
+    ],
+    ids=lambda c: next(iter(c)) if isinstance(c, dict) else "",
+)
+def test_a_qwen2_that_the_file_cannot_hold_is_refused(make_qwen2, qwen2_tokenizer, tmp_path, changes, named):
+    with pytest.raises(ExportError, match=named):
+        gguf_export.export_gguf(make_qwen2(**changes), qwen2_tokenizer, tmp_path / "student.gguf", "F16")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"hidden_act": "gelu"},
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_a_llama_that_the_file_cannot_hold_is_refused(make_llama, tokenizer, tmp_path, changes):
+    model, path = make_llama(**changes), tmp_path / "student.gguf"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    with pytest.raises(ExportError):
+        gguf_export.export_gguf(model, tokenizer, path, "F16")
+    assert not path.exists()
+
+
+def test_an_export_that_fails_leaves_the_old_file_and_nothing_else(make_llama, tokenizer, tmp_path, monkeypatch):
+    path = gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "F16")
+    manifest = gguf_export.check_manifest(path)
+    before, quantize, calls = path.read_bytes(), gguf.quantize, iter(range(100))
+    monkeypatch.setattr(gguf, "quantize", lambda *args: quantize(*args) if next(calls) < 5 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gguf_export.export_gguf(make_llama(seed=1), tokenizer, path, "Q8_0")
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["student.gguf", "student.manifest.json"]
+    assert gguf_export.check_manifest(path) == manifest
+
+
+def test_the_manifest_tells_what_the_file_is(make_llama, make_qwen2, tokenizer, qwen2_tokenizer, tmp_path):
+    model = make_llama()
+    model.config.name_or_path = "somewhere/03_lora/merged"
+    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "Q4_0")
+    manifest = gguf_export.check_manifest(path)
+    assert manifest == json.loads((tmp_path / "student.manifest.json").read_text())
+    assert manifest.pop("sha256").isalnum()
+    assert manifest == {
+        "file": "student.gguf",
+        "bytes": path.stat().st_size,
+        "architecture": "llama",
+        "weight_type": "Q4_0",
+        "context_length": model.config.max_position_embeddings,
+        "vocab_size": model.config.vocab_size,
+        "source": "merged",
+        "disclaimer": DISCLAIMER,
+    }
+    other = gguf_export.check_manifest(
+        gguf_export.export_gguf(make_qwen2(), qwen2_tokenizer, tmp_path / "other.gguf", "F16")
+    )
+    assert (other["architecture"], other["source"]) == ("qwen2", None)
+
+
+def test_the_same_model_makes_the_same_file(make_llama, tokenizer, tmp_path):
+    digests = {
+        gguf_export.check_manifest(gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / f"{i}.gguf", "Q8_0"))[
+            "sha256"
+        ]
+        for i in range(2)
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda p: p.write_bytes(p.read_bytes()[:-7]), "bytes, its manifest says"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-1] + bytes([p.read_bytes()[-1] ^ 1])), "was changed"),
+        (lambda p: p.unlink(), "is missing, its manifest is there"),
+        (lambda p: gguf_export.manifest_path(p).unlink(), r"student\.manifest\.json is missing"),
+        (lambda p: gguf_export.manifest_path(p).write_text("{"), "is damaged"),
+        (lambda p: gguf_export.manifest_path(p).write_text("[]"), "is damaged"),
+        (lambda p: gguf_export.manifest_path(p).write_text("{}"), "is damaged"),
+    ],
+    ids=["cut short", "one bit", "no file", "no manifest", "half a manifest", "a list", "empty"],
+)
+def test_a_file_that_is_not_the_one_exported_is_noticed(make_llama, tokenizer, tmp_path, damage, said):
+    path = gguf_export.export_gguf(make_llama(layers=1), tokenizer, tmp_path / "student.gguf", "F16")
+    damage(path)
+    with pytest.raises(ExportError, match=said):
+        gguf_export.check_manifest(path)
+
+
+def test_a_new_file_under_the_old_manifest_is_noticed(make_llama, tokenizer, tmp_path, monkeypatch):
+    """A crash between the two writes leaves a pair that does not pass."""
+    path = gguf_export.export_gguf(make_llama(layers=1), tokenizer, tmp_path / "student.gguf", "F16")
+    monkeypatch.setattr(gguf_export, "_write_manifest", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        gguf_export.export_gguf(make_llama(layers=1, seed=1), tokenizer, path, "F16")
+    with pytest.raises(ExportError, match="was changed"):
+        gguf_export.check_manifest(path)
+
+
+def test_rounding_to_the_grid_that_weights_came_on_takes_a_small_update_back():
+    torch.manual_seed(0)
+    kind = gguf.GGMLQuantizationType.Q4_1
+    published = torch.from_numpy(gguf.dequantize(gguf.quantize(torch.randn(64, 256).numpy(), kind), kind).copy())
+    taught = published + 0.007 * published.std() * torch.randn(published.shape)
+    kept = {t: gguf_export.measure_rounding(published, taught, t) for t in TYPES}
+    assert [kept[t][0] for t in TYPES] == [16, 8.5, 6, 5.5, 5, 4.5]
+    assert kept["Q4_1"][2] < 0.2 < 0.8 < kept["Q4_0"][2] < 1.2
+    assert kept["Q4_1"][1] < kept["Q4_0"][1]  # less error, and yet it is the one that unteaches
+    assert kept["F16"][2] == pytest.approx(1, abs=0.01)
+    with torch.no_grad():
+        bits, error, _ = gguf_export.measure_rounding(published, 2 * published, "Q4_1")  # a grid scales with its block
+    assert bits == 5 and error < 0.01

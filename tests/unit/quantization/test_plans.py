@@ -1,0 +1,185 @@
+"""A plan survives json, and a budget is kept to the byte by a choice that no other beats."""
+
+import itertools
+
+import numpy as np
+import pandas as pd
+import pytest
+from pydantic import ValidationError
+
+from medkit.quantization import plans
+from medkit.quantization.plans import Plan, PlanError
+
+ENDS = ["model.embed_tokens", "lm_head"]
+LINEAR = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "mlp.up_proj": (128, 64)}
+BITS = {"keep": 16, "int8": 8, "nf4": 4}
+
+
+def make_shapes(layers=3, tied=False):
+    inner = {f"model.layers.{n}.{name}": shape for n in range(layers) for name, shape in LINEAR.items()}
+    return {ENDS[0]: (300, 64), **inner} | ({} if tied else {ENDS[1]: (300, 64)})
+
+
+def make_choices(shapes, seed=0):
+    """A table as `measure_sensitivity` makes it: damages at random, larger for fewer bits."""
+    draw = np.random.default_rng(seed)
+    rows = [
+        (
+            module,
+            scheme,
+            0.0 if scheme == "keep" else draw.exponential(1e-3) * 4 ** (8 - bits),
+            columns * width * bits // 8,
+        )
+        for module, (columns, width) in shapes.items()
+        for scheme, bits in BITS.items()
+    ]
+    return pd.DataFrame(rows, columns=["module", "scheme", "kl_nats", "bytes"])
+
+
+def totals(choices, plan):
+    taken = choices.set_index(["module", "scheme"]).loc[list(plan.schemes.items())]
+    return taken.kl_nats.sum(), int(taken.bytes.sum())
+
+
+@pytest.fixture
+def choices():
+    return make_choices(make_shapes())
+
+
+def least_and_most(choices):
+    by_module = choices.groupby("module").bytes
+    return int(by_module.min().sum()), int(by_module.max().sum())
+
+
+def test_a_plan_survives_json():
+    plan = plans.paper_plan(make_shapes())
+    again = Plan.model_validate_json(plan.model_dump_json())
+    assert again == plan
+    assert list(again.schemes) == list(make_shapes())
+
+
+def test_an_unknown_scheme_is_an_error_that_names_the_module():
+    with pytest.raises(ValidationError, match="lm_head"):
+        Plan(name="x", schemes={"lm_head": "int3"})
+
+
+@pytest.mark.parametrize(
+    ("module", "layer"),
+    [
+        ("model.layers.12.mlp.up_proj", 12),
+        ("layers.0.self_attn.q_proj", 0),
+        ("model.embed_tokens", None),
+        ("lm_head", None),
+    ],
+)
+def test_layer_of(module, layer):
+    assert plans.layer_of(module) == layer
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("ends", ["keep", "int8", "nf4"])
+def test_nf4_plan_is_nf4_but_for_the_ends(tied, ends):
+    shapes = make_shapes(tied=tied)
+    plan = plans.nf4_plan(shapes, ends)
+    assert list(plan.schemes) == list(shapes)
+    assert {s for m, s in plan.schemes.items() if m in ENDS} == {ends}
+    assert {s for m, s in plan.schemes.items() if m not in ENDS} == {"nf4"}
+    assert len({plans.nf4_plan(shapes, e).name for e in BITS}) == 3
+
+
+@pytest.mark.parametrize("head", ["keep", "nf4"])
+def test_paper_plan_is_8_bits_where_attention_is(head):
+    plan = plans.paper_plan(make_shapes(), head).schemes
+    assert {m for m, s in plan.items() if s == "int8"} == {m for m in plan if "self_attn" in m}
+    assert {m for m, s in plan.items() if s == "nf4"} - {"lm_head"} == {m for m in plan if "mlp" in m}
+    assert (plan["model.embed_tokens"], plan["lm_head"]) == ("keep", head)
+    assert plans.paper_plan(make_shapes(tied=True), head).schemes["model.embed_tokens"] == head
+
+
+def test_budget_plan_is_the_best_of_all_plans():
+    choices = make_choices({m: s for m, s in make_shapes(layers=2).items() if m not in ENDS})
+    modules = list(choices.module.unique())
+    every = [
+        totals(choices, Plan(name="any", schemes=dict(zip(modules, picked, strict=True))))
+        for picked in itertools.product(BITS, repeat=len(modules))
+    ]
+    least, most = least_and_most(choices)
+    for budget in np.linspace(least, most, 9).astype(int):
+        damage, size = totals(choices, plans.budget_plan(choices, budget))
+        assert size <= budget
+        assert damage == pytest.approx(min(d for d, s in every if s <= budget), rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
+def test_the_choice_does_not_depend_on_the_unit_of_damage(choices, scale):
+    budget = sum(least_and_most(choices)) // 2
+    same = plans.budget_plan(choices.assign(kl_nats=choices.kl_nats * scale), budget)
+    assert same == plans.budget_plan(choices, budget)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.77, 1.0])
+def test_no_random_plan_of_that_size_beats_the_budgeted_one(choices, share):
+    least, most = least_and_most(choices)
+    budget = int(least + share * (most - least))
+    best, size = totals(choices, plans.budget_plan(choices, budget))
+    assert size <= budget
+    smallest_step = 32 * 64 * 4 // 8
+    for seed in range(20):
+        damage, size = totals(choices, plans.random_plan(choices, budget, seed))
+        assert budget - smallest_step < size <= budget
+        assert best <= damage * (1 + 1e-9)
+
+
+def test_a_budget_is_kept_to_the_byte(choices):
+    budget = totals(choices, plans.random_plan(choices, sum(least_and_most(choices)) // 2, 0))[1]
+    damage, size = totals(choices, plans.budget_plan(choices, budget))
+    tighter, less = totals(choices, plans.budget_plan(choices, size - 1))
+    assert less < size <= budget
+    assert tighter >= damage
+
+
+def test_room_for_everything_keeps_everything(choices):
+    most = least_and_most(choices)[1]
+    assert set(plans.budget_plan(choices, most).schemes.values()) == {"keep"}
+    assert set(plans.random_plan(choices, most, 0).schemes.values()) == {"keep"}
+
+
+def test_random_plans_are_their_seeds(choices):
+    budget = sum(least_and_most(choices)) // 2
+    drawn = [plans.random_plan(choices, budget, seed) for seed in (0, 0, 1, 2)]
+    assert drawn[0] == drawn[1]
+    assert len({tuple(plan.schemes.values()) for plan in drawn}) == 3
+
+
+def test_a_budget_that_nothing_meets_is_an_error(choices):
+    least, _ = least_and_most(choices)
+    assert totals(choices, plans.budget_plan(choices, least))[1] == least
+    for choose in (lambda b: plans.budget_plan(choices, b), lambda b: plans.random_plan(choices, b, 0)):
+        with pytest.raises(PlanError, match=f"{least - 1} bytes: the smallest plan weighs {least}"):
+            choose(least - 1)
+
+
+def test_without_a_choice_there_is_one_plan(choices):
+    only = choices[choices.scheme == "int8"]
+    budget = int(only.bytes.sum()) + 10
+    assert plans.random_plan(only, budget, 0).schemes == plans.budget_plan(only, budget).schemes
+    assert set(plans.budget_plan(only, budget).schemes.values()) == {"int8"}
+
+
+def test_a_budget_far_above_everything_keeps_everything(choices):
+    budget = 2 * least_and_most(choices)[1]
+    for plan in (plans.budget_plan(choices, budget), plans.random_plan(choices, budget, 0)):
+        assert set(plan.schemes.values()) == {"keep"}
+
+
+def test_a_budget_in_a_gap_takes_the_largest_below(choices):
+    """One matrix that outweighs all others together: between two of its schemes no plan is near."""
+    wide = make_choices({"model.embed_tokens": (10_000, 64), "model.layers.0.mlp.up_proj": (128, 64)})
+    below = 10_000 * 64 + 128 * 64 * 2  # int8, and the other kept
+    for seed in range(5):
+        assert totals(wide, plans.random_plan(wide, below + 10_000, seed))[1] == below
+
+
+def test_where_nothing_damages_any_plan_that_fits_will_do(choices):
+    budget = sum(least_and_most(choices)) // 2
+    assert totals(choices, plans.budget_plan(choices.assign(kl_nats=0.0), budget))[1] <= budget

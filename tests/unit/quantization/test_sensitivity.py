@@ -1,0 +1,210 @@
+"""Slopes are those of finite differences, damage is what whole runs find, and what changes nothing damages nothing."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig
+
+from medkit.modeling import batches
+from medkit.quantization import memory_ledger, plans, quantize, rowwise, sensitivity
+from medkit.quantization.plans import Plan
+
+PAD = 0
+LAYERS, MLP = 3, 128
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def model(request, make_llama):
+    return make_llama(layers=LAYERS, intermediate_size=MLP, tie_word_embeddings=request.param)
+
+
+@pytest.fixture
+def examples(make_examples):
+    return make_examples(5)
+
+
+def measure(model, examples, **settings):
+    return sensitivity.measure_sensitivity(model, examples, PAD, True, **settings)
+
+
+def brute_force(model, examples, module, scheme):
+    """KL of two whole runs, one of them with the module's weight written over."""
+    before = batches.collect_logits(model, examples)
+    weight = model.get_submodule(module).weight
+    exact = weight.detach().clone()
+    with torch.no_grad():
+        weight.copy_(rowwise.round_trip(exact, scheme, True))
+        after = batches.collect_logits(model, examples)
+        weight.copy_(exact)
+    return batches.measure_drift(before, after)["kl_nats"]
+
+
+@pytest.mark.parametrize(("scheme", "step"), [("int8", 1.0), ("nf4", 0.1)])
+def test_a_slope_is_what_finite_differences_find(model, examples, scheme, step):
+    """The tokens are drawn again from the same seed."""
+    modules = ["model.layers.0.self_attn.k_proj", "model.layers.2.mlp.down_proj"]
+    batch = batches.collate(examples, PAD)
+    chosen = [(module, scheme) for module in modules]
+    found = sensitivity._slopes(model, batch, chosen, True, torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        logprobs = batches.predicted_logits(model, batch)[0].log_softmax(-1)
+    drawn = torch.multinomial(logprobs.exp(), 1, generator=torch.Generator().manual_seed(3))
+    of_example = batch["predicted_at"] // batch["input_ids"].shape[1]
+    for module in modules:
+        weight = model.get_submodule(module).weight
+        exact, sums = weight.detach().clone(), []
+        change = rowwise.round_trip(exact, scheme, True) - exact
+        with torch.no_grad():
+            for way in (step, -step):
+                weight.copy_(exact + way * change)
+                picked = batches.predicted_logits(model, batch)[0].double().log_softmax(-1).gather(1, drawn)[:, 0]
+                sums.append(torch.zeros(len(examples), dtype=torch.double).index_add(0, of_example, picked))
+            weight.copy_(exact)
+        wanted = ((sums[0] - sums[1]) / (2 * step)).float()
+        torch.testing.assert_close(found[module, scheme], wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
+
+
+def test_one_module_at_a_time_is_about_what_brute_force_finds(model, make_examples):
+    examples = make_examples(150)
+    table = measure(model, examples).set_index(["module", "scheme"]).kl_nats
+    for name in ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj", "model.layers.2.self_attn.v_proj"]:
+        for scheme in ("int8", "nf4"):
+            found = brute_force(model, examples, name, scheme)
+            assert table[name, scheme] == pytest.approx(found, rel=0.4), (name, scheme)  # three standard errors
+
+
+def test_the_ends_are_what_whole_runs_find(model, examples):
+    table = measure(model, examples)
+    ends = table[table.layer.isna() & (table.scheme != "keep")]
+    assert len(ends) == (2 if model.config.tie_word_embeddings else 4)
+    for row in ends.itertuples():
+        assert row.kl_nats == pytest.approx(brute_force(model, examples, row.module, row.scheme), rel=1e-5)
+
+
+@pytest.mark.parametrize("config", [GemmaConfig, Gemma2Config, Gemma3TextConfig])
+def test_a_factor_of_the_embeddings_is_part_of_their_damage(config, examples):
+    sizes = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": MLP, "num_hidden_layers": 2, "head_dim": 32}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    table = measure(model, examples).set_index(["module", "scheme"]).kl_nats
+    for scheme in ("int8", "nf4"):
+        assert table["model.embed_tokens", scheme] == pytest.approx(
+            brute_force(model, examples, "model.embed_tokens", scheme), rel=1e-4
+        )
+
+
+def test_batches_do_not_matter(model, examples, monkeypatch):
+    """Given what is drawn: always the likeliest token here, one example a batch there."""
+    monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.argmax(-1, keepdim=True))
+    together, alone = (measure(model, examples, batch_tokens=tokens).kl_nats for tokens in (10_000, 1))
+    assert together.tolist() == pytest.approx(alone.tolist(), rel=1e-3, abs=1e-9)
+
+
+def test_damage_is_zero_iff_the_scheme_is_exact(model, examples):
+    table = measure(model, examples)
+    kept = table.scheme == "keep"
+    assert (table.kl_nats[kept] == 0).all()
+    assert (table.kl_nats[~kept] > 0).all()
+    name = "model.layers.1.mlp.up_proj"
+    with torch.no_grad():  # weights that int8 stores exactly
+        weight = model.get_submodule(name).weight
+        weight.copy_(weight.sign() * 127 / 1024)
+    again = measure(model, examples, schemes=["int8"]).set_index(["module", "scheme"]).kl_nats
+    assert again[name, "int8"] == 0
+    assert (again.drop((name, "int8")).xs("int8", level="scheme") > 0).all()
+
+
+def test_more_bits_damage_less(model, examples):
+    wide = measure(model, examples).pivot_table(index="module", columns="scheme", values="kl_nats")
+    assert (wide.int8 < wide.nf4).all()
+
+
+def test_the_model_is_as_it_was(model, examples):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.model.norm.weight.requires_grad_(False)
+    learning = [parameter.requires_grad for parameter in model.parameters()]
+    measure(model, examples)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert [parameter.requires_grad for parameter in model.parameters()] == learning
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_it_is_as_it_was_after_a_failure_too(model, examples, monkeypatch):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weight = model.get_submodule("model.layers.2.mlp.down_proj").weight
+
+    def fail(*args):
+        raise MemoryError
+
+    with pytest.raises(MemoryError), sensitivity.rounded(model, {"model.layers.2.mlp.down_proj": "nf4"}, True):
+        assert not torch.equal(before["model.layers.2.mlp.down_proj.weight"], weight)
+        fail()
+    assert torch.equal(before["model.layers.2.mlp.down_proj.weight"], weight)
+    monkeypatch.setattr(rowwise, "round_trip", fail)
+    with pytest.raises(MemoryError):
+        measure(model, examples)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_one_pass_tells_all_layers(model, examples):
+    runs = []
+    hook = model.register_forward_hook(lambda *_: runs.append(1))
+    measure(model, examples, batch_tokens=64)
+    hook.remove()
+    passes = len(batches.bucket_by_length([len(e.input_ids) for e in examples], 64))
+    ends = 1 if model.config.tie_word_embeddings else 2  # each in two schemes; all examples fit one batch of a run
+    assert len(runs) == passes + 1 + 2 * ends
+    assert passes > 1
+
+
+def test_columns_are_what_a_budget_needs(model, examples):
+    table = measure(model, examples)
+    ends = ~table.module.str.contains("layers")
+    assert table.layer[ends].isna().all()
+    assert set(table.layer.dropna()) == set(range(LAYERS))
+    assert set(table.kind) >= {"q_proj", "down_proj", "embed_tokens"}
+    shapes = memory_ledger.model_shapes(model.config)
+    everything = Plan(name="keep", schemes=dict.fromkeys(table.module, "keep"))
+    for plan in (plans.nf4_plan(quantize.weight_shapes(model), "int8"), everything):
+        listed = table.set_index(["module", "scheme"]).loc[list(plan.schemes.items())].bytes.sum()
+        norms = 2 * sum(weight.count for weight in shapes if len(weight.shape) == 1)
+        assert listed + norms == memory_ledger.plan_bytes(shapes, plan.schemes).bytes.sum()
+
+
+def test_a_scheme_that_a_shape_forbids_is_no_choice(make_llama, examples):
+    table = measure(make_llama(layers=1), examples)  # 96 columns in down_proj
+    without = set(table.module) - set(table.module[table.scheme == "nf4"])
+    assert without == {"model.layers.0.mlp.down_proj"}
+
+
+def test_a_simulated_plan_is_the_plan(make_llama, make_examples):
+    make = lambda: make_llama(layers=2, intermediate_size=MLP)  # noqa: E731
+    examples, model = make_examples(5), make()
+    shapes = quantize.weight_shapes(model)
+    table = measure(model, examples)
+    int8 = Plan(name="all_int8", schemes=dict.fromkeys(shapes, "int8"))
+    candidates = [Plan(name="keep", schemes=dict.fromkeys(shapes, "keep")), int8, plans.paper_plan(shapes)]
+    found = sensitivity.measure_plans(model, examples, True, candidates, table).set_index("plan")
+    assert found.loc["keep"].drop("bytes").eq(0).all()
+    assert found.kl_nats["paper_mix"] > found.kl_nats["all_int8"] > 0
+    alone = table.set_index(["module", "scheme"]).kl_nats
+    assert found.summed_kl_nats["all_int8"] == pytest.approx(alone.xs("int8", level="scheme").sum())
+    before = batches.collect_logits(model, examples)
+    after = batches.collect_logits(quantize.apply_plan(make(), int8, True), examples)
+    assert batches.measure_drift(before, after)["kl_nats"] == pytest.approx(found.kl_nats["all_int8"], rel=1e-3)
+
+
+def test_a_simulated_calibrated_plan_is_the_plan(make_llama, make_examples):
+    make = lambda: make_llama(layers=2, intermediate_size=MLP)  # noqa: E731
+    examples, model = make_examples(20), make()
+    table = measure(model, examples)
+    plan = plans.nf4_plan(quantize.weight_shapes(model), "int8")
+    arguments = (model, examples, True, [plan], table)
+    found, plain = sensitivity.measure_plans(*arguments, calibration=examples), sensitivity.measure_plans(*arguments)
+    assert found.kl_nats[0] < plain.kl_nats[0]
+    assert found.drop(columns=["kl_nats", "top1_changed"]).equals(plain.drop(columns=["kl_nats", "top1_changed"]))
+    quantised = quantize.apply_plan(make(), plan, True, calibration=examples)
+    for layer in quantised.modules():
+        layer.support_avx512bf16_for_cpu = False  # bitsandbytes computes in bf16 where it can
+    before, after = (batches.collect_logits(m, examples) for m in (model, quantised))
+    assert batches.measure_drift(before, after)["kl_nats"] == pytest.approx(found.kl_nats[0], rel=1e-2)

@@ -1,0 +1,149 @@
+"""Rows of `results.json`: complete, plain numbers, and ratios that say what was divided by what."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from medkit.evaluation import accuracy as evaluation
+from medkit.reporting import results
+
+
+@pytest.fixture
+def accuracy():
+    rows = [("lora", "exam", "generated", True, 0), ("lora", "exam", "generated", False, -1),
+            ("lora", "exam", "option_text", True, 0), ("base", "exam", "option_text", False, 1)]  # fmt: skip
+    judged = pd.DataFrame(rows, columns=["variant", "source", "scoring", "correct", "choice"])
+    judged = judged.assign(id=[0, 1, 0, 0], group=[0, 1, 0, 0])
+    return evaluation.measure_accuracy(judged, 0.95)
+
+
+@pytest.fixture
+def steps():
+    rows = [{"variant": v, "source": "exam", "scoring": "option_text", "id": i, "correct": i % 10 < right}
+            for v, right in (("lora", 9), ("nf4", 7), ("edge", 9)) for i in range(50)]  # fmt: skip
+    return evaluation.compare_steps(pd.DataFrame(rows).assign(group=lambda t: t.id), 0.95, 0.8, 0.05)
+
+
+@pytest.fixture
+def ledger():
+    rows = [("teacher_base", "mlp", 400), ("lora", "mlp", 150), ("lora", "embeddings", 50), ("nf4", "mlp", 40),
+            ("nf4", "embeddings", 50), ("nf4", "quantization state", 10), ("edge", "mlp", 25)]  # fmt: skip
+    return pd.DataFrame(rows, columns=["variant", "component", "bytes"])
+
+
+@pytest.fixture
+def bench():
+    rows = [(v, w, s, repeat, 0.1 * t, 0.01 * t + 0.001 * repeat, 100.0 / t)
+            for v, w, s, t in (("teacher_base", "single", "sequential", 4), ("lora", "single", "sequential", 2),
+                               ("nf4", "single", "sequential", 3), ("edge", "single", "sequential", 2),
+                               ("lora", "skewed", "static", 1), ("lora", "skewed", "continuous", 2))
+            for repeat in range(3)]  # fmt: skip
+    columns = ["variant", "workload", "engine", "repeat", "ttft_s", "latency_s_per_token", "throughput_tokens_per_s"]
+    return pd.DataFrame(rows, columns=columns).assign(prompt_tokens=120, output_tokens=64, requests=4)
+
+
+@pytest.fixture
+def rows(accuracy, steps, ledger, bench):
+    found = [*results.from_accuracy(accuracy), *results.from_steps(steps)]
+    found += [*results.from_ledger(ledger), *results.from_bench(bench, 0.95)]
+    manifests = {
+        "01_data": {"duration_s": 3.0, "facts": {}},
+        "02_distillation": {"duration_s": 60.5, "facts": {"signal_bytes_per_token": 97.25}},
+        "03_lora": {},
+    }
+    return [*found, *results.ratios(found), *results.from_manifests(manifests)]
+
+
+def named(rows, claim, variant=None):
+    return [r for r in rows if r["claim"] == claim and variant in (None, r["variant"])]
+
+
+def test_every_row_has_every_column_and_is_plain_json(rows):
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    for row in rows:
+        assert list(row)[: len(results.COLUMNS)] == results.COLUMNS
+        assert row["claim"] and row["unit"] and row["stage"] and row["file"]
+        assert type(row["value"]) is float
+        assert (row["ci_low"] is None) == (row["ci_high"] is None)
+        if row["ci_low"] is not None:
+            assert row["ci_low"] <= row["value"] <= row["ci_high"]
+
+
+def test_a_claim_is_made_once(rows):
+    keys = [(r["claim"], r["variant"], r["metric"], r["baseline"]) for r in rows]
+    assert len(keys) == len(set(keys))
+
+
+def test_accuracy_and_unparsed_rate(rows):
+    found = {(r["variant"], r["metric"]): (r["value"], r["n"]) for r in named(rows, "accuracy/exam")}
+    assert found == {
+        ("lora", "generated"): (0.5, 2),
+        ("lora", "option_text"): (1.0, 1),
+        ("base", "option_text"): (0.0, 1),
+    }
+    assert [(r["variant"], r["value"]) for r in named(rows, "unparsed_rate/exam")] == [("lora", 0.5)]
+
+
+def test_steps_are_a_difference_and_its_flips(rows):
+    (delta,) = [r for r in named(rows, "accuracy_delta/exam", "nf4") if r["baseline"] == "lora"]
+    assert (delta["value"], delta["n"], delta["verdict"]) == (pytest.approx(-0.2), 50, "worse")
+    assert delta["p_holm"] < 0.05 < delta["mde"]
+    (flips,) = [r for r in named(rows, "flips/exam", "nf4") if r["baseline"] == "lora"]
+    assert (flips["value"], flips["gained"], flips["lost"], flips["unit"]) == (10, 0, 10, "questions")
+    (equal,) = named(rows, "accuracy_delta/exam", "edge")
+    assert (equal["value"], equal["verdict"]) == (0, "not detectable")
+
+
+def test_memory_is_the_sum_of_the_ledger(rows):
+    found = {r["variant"]: r["value"] for r in named(rows, "memory_bytes/weights")}
+    assert found == {"teacher_base": 400, "lora": 200, "nf4": 100, "edge": 25}
+
+
+def test_timings_are_medians_of_the_repeats(rows):
+    latency = {r["variant"]: (r["value"], r["n"], r["unit"]) for r in named(rows, "latency_s_per_token")}
+    assert latency == {v: (pytest.approx(0.01 * t + 0.001), 3, "s")
+                       for v, t in (("teacher_base", 4), ("lora", 2), ("nf4", 3), ("edge", 2))}  # fmt: skip
+    throughput = {r["metric"]: (r["value"], r["unit"]) for r in named(rows, "throughput_tokens_per_s/skewed")}
+    assert throughput == {"static": (100, "tokens/s"), "continuous": (50, "tokens/s")}
+    assert all(r["output_tokens"] == 64 and r["requests"] == 4 for r in named(rows, "ttft_s"))
+
+
+def test_accuracy_on_a_subset_has_a_name_of_its_own(accuracy):
+    rows = list(results.from_accuracy(accuracy, "accuracy_clean"))
+    assert {r["claim"] for r in rows} == {"accuracy_clean/exam"}
+    assert len(rows) == len(accuracy)
+
+
+def test_ratios_divide_the_variant_by_its_baseline(rows):
+    memory = {(r["variant"], r["baseline"]): r["value"] for r in named(rows, "memory_ratio")}
+    assert memory == pytest.approx({
+        ("nf4", "lora"): 0.5, ("nf4", "teacher_base"): 0.25, ("edge", "lora"): 0.125
+    })  # fmt: skip
+    latency = {(r["variant"], r["baseline"]): r["value"] for r in named(rows, "latency_ratio")}
+    assert latency == pytest.approx({
+        ("nf4", "lora"): 0.031 / 0.021, ("nf4", "teacher_base"): 0.031 / 0.041, ("edge", "lora"): 1.0
+    })  # fmt: skip
+
+
+def test_any_tidy_table_becomes_claims():
+    columns = ["variant", "metric", "value", "ci_low", "ci_high", "bins", "ignored"]
+    rows = [("lora", "ece", 0.1, 0.0, float("nan"), 4, 1), ("nf4", "brier", float("nan"), 0.1, 0.2, 4, 1)]
+    table = pd.DataFrame(rows, columns=columns).assign(source="exam", scoring="letter", n=9)
+    (row,) = results.from_table(table, "{metric}/{source}", "calibration.parquet", extras="bins")
+    where = {"unit": "fraction", "baseline": None, "stage": "06_evaluation", "file": "calibration.parquet"}
+    numbers = {"value": 0.1, "ci_low": 0.0, "ci_high": None, "n": 9, "bins": 4}
+    assert row == {"claim": "ece/exam", "variant": "lora", "metric": "letter", **numbers, **where}
+
+
+def test_a_variant_that_was_not_measured_has_no_ratio(ledger):
+    found = list(results.ratios(list(results.from_ledger(ledger[ledger.variant != "edge"]))))
+    assert {(r["variant"], r["baseline"]) for r in found} == {("nf4", "lora"), ("nf4", "teacher_base")}
+
+
+def test_manifests_of_finished_stages_alone(rows):
+    assert {r["claim"]: r["value"] for r in rows if r["claim"].startswith("duration_s/")} == {
+        "duration_s/01_data": 3.0, "duration_s/02_distillation": 60.5
+    }  # fmt: skip
+    (signals,) = named(rows, "signal_bytes_per_token")
+    assert (signals["value"], signals["unit"], signals["variant"]) == (97.25, "bytes", "teacher")

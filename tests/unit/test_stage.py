@@ -1,0 +1,404 @@
+"""A stage is done iff its manifest and every file it lists are whole; a write happens whole or not at all."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from medkit import stage as outputs
+from medkit.stage import FINGERPRINT, MANIFEST, Stage, StageError, atomic_path, run_dir
+
+TABLE = pd.DataFrame({"id": ["a", "b"], "options": [["x", "y"], ["z"]], "answer": [1, 0]})
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
+    monkeypatch.delenv(FINGERPRINT, raising=False)
+    return tmp_path
+
+
+def scratch_files(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if ".part" in p.name]
+
+
+def committed(name: str = "01_data", **files: str) -> Stage:
+    stage = Stage("r", name)
+    for filename, text in (files or {"a": "one", "b": "two"}).items():
+        stage.path(filename).write_text(text)
+    stage.commit()
+    return stage
+
+
+# --- names ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "a/b", "/tmp/x", "..", ".", "", ".hidden", "a b", "a\\b", "a\n", "-x", "~", "ü", "a\0b"]
+)
+def test_run_name_with_a_path_in_it_is_refused(name, root):
+    for use in (run_dir, lambda n: Stage(n, "01_data")):
+        with pytest.raises(StageError, match="run name") as error:
+            use(name)
+        assert repr(name) in str(error.value)
+    assert list(root.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["tiny", "a.b", "run-2_x", "0", "A.B-c"])
+def test_plain_run_names_stay_below_outputs(name, root):
+    assert run_dir(name).parent == root
+
+
+def test_outputs_lie_beside_the_package_unless_told(monkeypatch):
+    monkeypatch.delenv("MEDKIT_OUTPUTS")
+    assert outputs.outputs_root() == outputs.ROOT / "outputs"
+    assert (outputs.ROOT / "pyproject.toml").is_file()
+
+
+# --- manifests -----------------------------------------------------------------------------------------------------
+
+
+def test_commit_lists_every_file_with_its_size():
+    stage = Stage("r", "01_data")
+    stage.write_table("t.parquet", TABLE)
+    stage.write_json("card.json", {"α": [1, None]})
+    stage.path("figures/deep/a.svg").write_text("<svg/>")
+    assert not stage.is_whole()
+    manifest = stage.commit(questions=2)
+    assert set(manifest["files"]) == {"t.parquet", "card.json", "figures/deep/a.svg"}
+    assert all((stage.dir / f).stat().st_size == size for f, size in manifest["files"].items())
+    assert manifest == stage.manifest()
+    assert manifest["facts"] == {"questions": 2}
+    assert stage.is_whole()
+    assert not scratch_files(stage.dir)
+
+
+def test_manifest_says_where_and_with_what():
+    manifest = committed().manifest()
+    assert set(manifest["versions"]) >= {"torch", "transformers", "numpy"}
+    assert manifest["disclaimer"] == outputs.DISCLAIMER
+    assert manifest["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}", manifest["git_commit"])
+    assert manifest["device"]
+    assert manifest["duration_s"] >= 0
+
+
+def test_a_hand_run_stage_has_no_fingerprint(monkeypatch):
+    assert committed().manifest()["fingerprint"] is None
+    monkeypatch.setenv(FINGERPRINT, "abc")
+    assert committed().manifest()["fingerprint"] == "abc"
+
+
+def test_manifest_is_written_last(monkeypatch):
+    """Whatever is written after it could be lost without anyone noticing."""
+    stage, written = Stage("r", "01_data"), []
+    replace = Path.replace
+    monkeypatch.setattr(
+        Path, "replace", lambda self, target: (written.append(Path(target).name), replace(self, target))[1]
+    )
+    stage.write_json("a.json", 1)
+    stage.write_table("b.parquet", TABLE)
+    stage.commit()
+    assert written == ["a.json", "b.parquet", MANIFEST]
+
+
+def test_a_stage_that_dies_before_its_commit_is_open():
+    stage = Stage("r", "01_data")
+    stage.write_json("a.json", 1)
+    assert not stage.is_whole()
+    assert stage.manifest() == {}
+
+
+def test_reopen_takes_the_manifest_and_nothing_else():
+    stage = committed()
+    stage.reopen()
+    assert not stage.is_whole()
+    assert (stage.dir / "a").read_text() == "one"
+    stage.reopen()  # also where there is none
+    Stage("r", "02_other").reopen()
+    stage.commit()
+    assert stage.is_whole()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: (d / "a").unlink(),
+        lambda d: (d / "a").write_text("on"),
+        lambda d: (d / "a").write_text("ones"),
+        lambda d: (d / "a").write_text(""),
+        lambda d: ((d / "a").unlink(), (d / "a").mkdir()),
+        lambda d: (d / MANIFEST).unlink(),
+        lambda d: (d / MANIFEST).write_text(""),
+        lambda d: (d / MANIFEST).write_text((d / MANIFEST).read_text()[:40]),
+    ],
+    ids=["deleted", "shorter", "longer", "emptied", "now a folder", "no manifest", "empty manifest", "cut manifest"],
+)
+def test_damage_is_seen(damage):
+    stage = committed()
+    damage(stage.dir)
+    assert not stage.is_whole()
+    assert not Stage("r", "01_data").is_whole()
+
+
+def test_unlisted_files_do_not_matter():
+    stage = committed()
+    (stage.dir / "note.txt").write_text("by hand")
+    assert stage.is_whole()
+
+
+def test_files_outside_the_folder_count_too():
+    stage, results = Stage("r", "06_evaluation"), run_dir("r") / "results.json"
+    stage.path("a").write_text("one")
+    results.write_text("{}")
+    stage.commit(also=[results])
+    assert stage.is_whole()
+    results.write_text("{} ")
+    assert not stage.is_whole()
+    results.unlink()
+    assert not stage.is_whole()
+
+
+def test_an_empty_stage_may_be_committed():
+    stage = Stage("r", "01_data")
+    stage.commit()
+    assert stage.is_whole()
+
+
+def test_a_nested_manifest_is_a_file_like_any_other():
+    stage = Stage("r", "02_distillation")
+    stage.path("signals/manifest.json").write_text("{}")
+    assert "signals/manifest.json" in stage.commit()["files"]
+
+
+def test_scratch_of_a_killed_write_is_not_listed():
+    stage = Stage("r", "02_distillation")
+    stage.path("a.json.123.part").write_text("half")
+    stage.path("student.123.part/model.safetensors").write_text("half")
+    stage.path("student/model.safetensors").write_text("whole")
+    assert set(stage.commit()["files"]) == {"student/model.safetensors"}
+
+
+# --- what a stage may read -----------------------------------------------------------------------------------------
+
+
+def test_require_gives_files_and_folders_of_a_complete_stage():
+    upstream = committed("02_distillation", **{"student/model": "w", "signals": "s"})
+    reader = Stage("r", "03_lora")
+    assert reader.require("02_distillation", "student/model") == upstream.dir / "student" / "model"
+    assert reader.require("02_distillation", "student") == upstream.dir / "student"
+    assert reader.require("02_distillation", "signals").read_text() == "s"
+
+
+@pytest.mark.parametrize(
+    "filename", ["questions.parquet", "studen", "student/mode", "student/model/x", "../r/02_distillation/signals", ""]
+)
+def test_require_refuses_what_was_not_committed(filename):
+    committed("02_distillation", **{"student/model": "w", "signals": "s"})
+    with pytest.raises(StageError, match="run notebook 02_distillation first"):
+        Stage("r", "03_lora").require("02_distillation", filename)
+
+
+def test_stage_asked_before_its_inputs_names_what_to_run():
+    with pytest.raises(StageError) as error:
+        Stage("r", "03_lora").require("02_distillation", "student")
+    assert all(part in str(error.value) for part in ("02_distillation", "student", "'r'"))
+
+
+def test_require_refuses_an_open_stage():
+    upstream = committed()
+    upstream.reopen()
+    with pytest.raises(StageError):
+        Stage("r", "02_x").require("01_data", "a")
+
+
+@pytest.mark.parametrize("filename", ["student/model", "student"])
+def test_require_refuses_a_file_that_is_gone(filename):
+    upstream = committed("02_distillation", **{"student/model": "w", "student/config": "c"})
+    (upstream.dir / "student" / "model").unlink()
+    with pytest.raises(StageError, match="02_distillation"):
+        Stage("r", "03_lora").require("02_distillation", filename)
+
+
+def test_runs_do_not_read_each_other():
+    committed()
+    with pytest.raises(StageError):
+        Stage("other", "02_x").require("01_data", "a")
+
+
+# --- atomic writes -------------------------------------------------------------------------------------------------
+
+
+def test_tables_come_back_as_they_were():
+    path = Stage("r", "01_data").write_table("t.parquet", TABLE)
+    back = pd.read_parquet(path)
+    assert back.drop(columns="options").equals(TABLE.drop(columns="options"))
+    assert [list(o) for o in back.options] == [["x", "y"], ["z"]]
+
+
+def test_json_comes_back_as_it_was():
+    value = {"µ": [1, 2.5, None, True], "nested": {"a": "“"}}
+    path = Stage("r", "01_data").write_json("deep/a.json", value)
+    assert json.loads(path.read_text()) == value
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_full_disk_while_writing_json_keeps_the_old_file(monkeypatch):
+    stage = Stage("r", "01_data")
+    path = stage.write_json("a.json", {"old": 1})
+
+    def half(self, text, *_, **__):
+        with self.open("w") as file:
+            file.write(text[: len(text) // 2])
+        full_disk()
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(StageError) as error:
+        stage.write_json("a.json", {"new": 2})
+    monkeypatch.undo()
+    assert all(
+        part in str(error.value) for part in ("a.json", "No space left", "free space", "run the same command again")
+    )
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert not scratch_files(path.parent)
+
+
+def test_full_disk_while_writing_a_table_keeps_the_old_file(monkeypatch):
+    stage = Stage("r", "01_data")
+    path = stage.write_table("t.parquet", TABLE)
+
+    def half(self, target, **_):
+        Path(target).write_bytes(b"PAR1")
+        full_disk()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pd.DataFrame, "to_parquet", half)
+        with pytest.raises(StageError, match=r"t\.parquet.*No space left"):
+            stage.write_table("t.parquet", TABLE.head(1))
+    assert len(pd.read_parquet(path)) == 2
+    assert not scratch_files(path.parent)
+
+
+def test_full_disk_at_the_commit_leaves_an_open_stage(monkeypatch):
+    stage = Stage("r", "01_data")
+    stage.path("a").write_text("one")
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full_disk)
+        with pytest.raises(StageError, match=MANIFEST):
+            stage.commit()
+    assert not stage.is_whole()
+    stage.commit()
+    assert stage.is_whole()
+
+
+def test_really_full_disk():
+    """The kernel's own error, not a stand-in for it."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with pytest.raises(StageError, match="No space left"), atomic_path(run_dir("r") / "a") as scratch:
+        scratch.symlink_to("/dev/full")
+        scratch.write_text("x")
+    assert list(run_dir("r").iterdir()) == []
+
+
+def test_a_value_that_is_no_json_leaves_the_old_file():
+    stage = Stage("r", "01_data")
+    path = stage.write_json("a.json", 1)
+    with pytest.raises(TypeError):
+        stage.write_json("a.json", {"a": object()})
+    assert json.loads(path.read_text()) == 1
+    assert not scratch_files(path.parent)
+
+
+@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("folder", [False, True])
+def test_interrupted_write_leaves_the_old_content(tmp_path, stop, folder):
+    path = tmp_path / "target"
+
+    def fill(place: Path, text: str):
+        if folder:
+            place.mkdir()
+            (place / "model").write_text(text)
+        else:
+            place.write_text(text)
+
+    with atomic_path(path) as scratch:
+        fill(scratch, "old")
+    with pytest.raises(stop), atomic_path(path) as scratch:
+        fill(scratch, "half")
+        raise stop
+    assert (path / "model" if folder else path).read_text() == "old"
+    assert not scratch_files(tmp_path)
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    for name in ("old", "new"):
+        with atomic_path(tmp_path / "deep" / "adapter") as scratch:
+            scratch.mkdir()
+            (scratch / name).write_text(name)
+    assert [p.name for p in (tmp_path / "deep" / "adapter").iterdir()] == ["new"]
+    assert not scratch_files(tmp_path)
+
+
+def test_a_block_that_writes_nothing_is_an_error_and_loses_nothing(tmp_path):
+    with atomic_path(tmp_path / "adapter") as scratch:
+        scratch.mkdir()
+        (scratch / "model").write_text("old")
+    with pytest.raises(StageError), atomic_path(tmp_path / "adapter"):
+        pass
+    assert (tmp_path / "adapter" / "model").read_text() == "old"
+
+
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with atomic_path(path) as scratch:
+        scratch.write_text("new, half")
+        assert path.read_text() == "old"
+        scratch.write_text("new")
+    assert path.read_text() == "new"
+
+
+def test_a_path_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StageError, match=r"file/t.*File exists"), atomic_path(tmp_path / "file" / "t") as scratch:
+        scratch.write_text("x")
+
+
+def test_a_stage_whose_folder_cannot_be_made_is_named(root):
+    (root / "r").write_text("in the way of the run")
+    with pytest.raises(StageError, match=r"t\.parquet"):
+        Stage("r", "01_data").write_table("t.parquet", TABLE)
+
+
+def test_killed_writer_leaves_the_old_file(root):
+    """kill -9 in the middle of a write: the file is the old one, and a later write of the same works."""
+    stage = Stage("r", "01_data")
+    path = stage.write_json("a.json", {"old": 1})
+    script = (
+        "import os, signal\nfrom medkit.outputs import Stage, atomic_path\n"
+        "with atomic_path(Stage('r', '01_data').path('a.json')) as scratch:\n"
+        "    scratch.write_text('{\"ne')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
+    assert done.returncode == -9
+    assert json.loads(path.read_text()) == {"old": 1}
+    stage.write_json("a.json", {"new": 2})
+    assert set(stage.commit()["files"]) == {"a.json"}
+
+
+# --- provenance ----------------------------------------------------------------------------------------------------
+
+
+def test_provenance_survives_json_and_names_the_device():
+    found = outputs.provenance()
+    assert json.loads(json.dumps(found)) == found
+    assert found["device"] == outputs.device_name() != ""
