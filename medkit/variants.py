@@ -14,8 +14,8 @@ class Variant(NamedTuple):
     label: str
     colour: str
     """Okabe and Ito's palette, which colour-blind readers can tell apart."""
-    folder: str
-    """Below the run's folder; empty for the teacher as it was downloaded."""
+    folder: str | None
+    """Below the run's folder; empty for the teacher as it was downloaded, None for what is no language model."""
     baseline: str | None
     """The variant that this one is made from."""
     question: str | None
@@ -25,6 +25,8 @@ class Variant(NamedTuple):
 VARIANTS = {
     v.name: v
     for v in [
+        Variant("majority", "most frequent answer", "#cccccc", None, None, None),
+        Variant("tfidf", "TF-IDF + logistic regression", "#777733", None, None, None),
         Variant("teacher_base", "teacher, uncorrected", "#999999", "", None, None),
         Variant("teacher", "teacher", "#0072b2", "02_distillation/teacher", "teacher_base",
                 "Does correcting the teacher teach it?"),
@@ -51,5 +53,6 @@ VARIANTS = {
 STEPS = [
     *((v.name, v.baseline, v.question) for v in VARIANTS.values() if v.baseline),
     ("plan", "nf4", "Does our plan keep more than the library's NF4?"),
+    ("lora", "tfidf", "Does the student know more than a table of words?"),
     ("nf4", "teacher_base", "Is the small model better than the large one as it came?"),
 ]

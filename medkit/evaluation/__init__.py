@@ -1,6 +1,7 @@
 """evaluation"""
 
 from medkit.evaluation.accuracy import chance, compare_steps, find_flips, judge, measure_accuracy
+from medkit.evaluation.baselines import predict_baselines
 from medkit.evaluation.calibration import add_confidence, measure_calibration, reliability, risk_coverage
 from medkit.evaluation.energy import cost_table, meter
 from medkit.evaluation.robustness import (
