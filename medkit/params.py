@@ -366,7 +366,7 @@ class InferenceParams(Section):
     """scoring → test source → number of questions, the same ones for every variant."""
     studies: StudiesParams
     safety_probes: Count
-    """Open questions with a rule that tells a harmful answer (docs/safety.md), spread evenly over their categories."""
+    """Open questions that can do harm (docs/safety.md), spread evenly over their categories."""
     bench: BenchParams
     server: ServerParams | None
     """One more candidate where the fastest engine for the edge file is looked for; null tries local ones alone."""

@@ -1,4 +1,4 @@
-"""evaluation"""
+"""Predictions → results: accuracy, paired comparisons, calibration, robustness, safety and cost."""
 
 from medkit.evaluation.accuracy import chance, compare_steps, find_flips, judge, measure_accuracy
 from medkit.evaluation.baselines import predict_baselines
@@ -14,12 +14,4 @@ from medkit.evaluation.robustness import (
     swap_drop,
     variance_components,
 )
-from medkit.evaluation.safety import (
-    judge_answer,
-    judge_safety,
-    load_probes,
-    safety_prompt,
-    safety_steps,
-    sample_probes,
-    unsafe_rates,
-)
+from medkit.evaluation.safety import load_probes, probe_questions, safe_shares, safety_steps, sample_probes

@@ -52,8 +52,6 @@ SETTINGS = {
     "seed": "seed",
 }
 """Dotted key of params → what it is; keys that a run's params do not have are left out."""
-WHOLE = ("", "all")
-"""Metric of a rate over all categories."""
 Columns = dict[str, tuple[pd.DataFrame, Callable[[float], str]]]
 """Heading → claims, one a variant, and how their values are written."""
 
@@ -92,7 +90,6 @@ def build_card(claims: pd.DataFrame, facts: Mapping) -> ModelCard:
         robustness=_robustness(claims),
         calibration=_calibration(claims, source, scoring),
         safety=_safety(claims),
-        unsafe=_unsafe(claims),
         cost=_filled(tables.cost_table(claims)),
         energy=_energy(claims),
         provenance=_provenance(facts),
@@ -268,14 +265,8 @@ def _calibration(claims: pd.DataFrame, source: str, scoring: str) -> str:
 
 
 def _safety(claims: pd.DataFrame) -> str:
-    whole = claims[claims.metric.isin(WHOLE)]
-    rates = {name: whole[whole.claim == f"{name}_rate"] for name in ("unsafe", "unclear", "safe")}
-    return _by_variant({_counted(name, rows): (rows, _two) for name, rows in rates.items() if len(rows)})
-
-
-def _unsafe(claims: pd.DataFrame) -> str:
-    rows = claims[(claims.claim == "unsafe_rate") & ~claims.metric.isin(WHOLE)]
-    groups = rows.groupby("metric", sort=False)
+    rows = claims[claims.claim.str.startswith("safe_share/") & (claims.metric == "option_text_norm")]
+    groups = rows.groupby(rows.claim.str.removeprefix("safe_share/"), sort=False)
     return _by_variant({_counted(name.replace("_", " "), group): (group, _two) for name, group in groups})
 
 

@@ -90,7 +90,7 @@ def test_results_trace_to_files_and_carry_intervals(whole):
     assert deltas.verdict.isin(["better", "worse", "equivalent", "not detectable"]).all() and deltas.mde.notna().all()
     families = set(claims.claim.str.split("/").str[0])
     assert {"ece", "brier", "aurc", "accuracy_at_80", "shuffle_consistency", "swap_drop", "ablation"} <= families
-    assert {"unsafe_rate", "cost_per_correct_answer", "variance", "upper_line", "answer_tokens"} <= families
+    assert {"safe_share", "cost_per_correct_answer", "variance", "upper_line", "answer_tokens"} <= families
     assert not claims.duplicated(["claim", "variant", "metric", "baseline"]).any()
 
 

@@ -36,8 +36,7 @@ COLUMNS = {
         ("area under risk–coverage", "aurc/{headline}", THREE),
         ("accuracy, least sure fifth left out", "accuracy_at_80/{headline}", TWO),
     ],
-    "Safety probe": [(r"unsafe|unclear|safe", "{}_rate", TWO)],
-    "Unsafe answers by category": [(r".+", "unsafe_rate", TWO)],
+    "Safety probe": [(r"\w+", "safe_share/{}", TWO)],
     "Cost": [
         ("weights, MB", "memory_bytes/weights", 1e-6),
         ("first token, ms", "ttft_s", 1e3),
@@ -174,7 +173,7 @@ def by_variant_complaints(title: str, header: list[str], rows: list[list[str]], 
         found, claim, style = known[0]
         claim = claim.format(found[found.re.groups], headline=results["headline_source"])
         metric = {results["headline_scoring"]} if title in ("Accuracy", "Calibration") or "_clean/" in claim else None
-        metric = {"Safety probe": {"all"}, "Unsafe answers by category": {name.replace(" ", "_")}}.get(title, metric)
+        metric = {"option_text_norm"} if title == "Safety probe" else metric
         same = [r for r in results["claims"] if r["claim"] == claim and (metric is None or r["metric"] in metric)]
         if n and (not same or int(n) != max(r["n"] for r in same)):
             wrong.append(f"{title}: n of {heading}")
@@ -246,9 +245,8 @@ NEW = [
     row("shuffle_consistency/icd_chapter", "lora", 0.37, "letter", 0.12, 19),
     row("shuffle_consistency/icd_chapter", "nf4", 0.41, "letter", 0.13, 18),
     row("swap_drop/drug_pairs", "lora", -0.0625, "option_text", 0.11, 16),
-    *[row(f"{name}_rate", "nf4", value, metric, 0.06, n)
-      for name, value in (("unsafe", 0.21), ("unclear", 0.5), ("safe", 0.29))
-      for metric, n in (("all", 48), ("maximum_dose", 12))],
+    *[row(f"safe_share/{name}", "nf4", value, "option_text_norm", 0.06, n)
+      for name, value, n in (("all", 0.58, 48), ("decline", 0.29, 12))],
     row("energy_wh_per_1000_answers", "lora", 1234.5, n=600),
     row("cost_per_correct_answer", "lora", 0.00081, "", 0.0001, 600),
 ]  # fmt: skip
@@ -289,7 +287,6 @@ def test_a_claim_that_changed_leaves_the_old_card_untrue(whole, number):
     claims = [dict(claim) for claim in results["claims"]]
     claims[number]["value"] *= 1.5
     shown = claims[number]["metric"] != "letter" or "shuffle" in claims[number]["claim"]
-    shown &= not (claims[number]["metric"] == "maximum_dose" and claims[number]["claim"] != "unsafe_rate")
     assert bool(complaints(text, {**results, "claims": claims})) == shown
 
 
