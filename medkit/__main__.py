@@ -1,4 +1,7 @@
-"""Command line: run, status, report, compare, plan, train, serve, doctor. `python -m medkit --help` lists them."""
+"""Run, inspect, train and serve medkit's models.
+
+In this repository write `.venv/bin/python -m medkit …`: `make run` puts everything into .venv and nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medkit.params import SPLITS, ParamsError, load_params
-from medkit.stage import DISCLAIMER, ROOT, StageError, device_name, outputs_root, run_dir
+from medkit.params import SPLITS, Params, ParamsError, load_params, load_run_params
+from medkit.stage import DISCLAIMER, ROOT, MedkitError, StageError, device_name, outputs_root, run_dir
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(highlight=False, soft_wrap=True)
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Profile to run, e.g. params/tiny.yaml")]
+RunParamsFile = Annotated[Path | None, typer.Option("--params", help="Another profile than the run's own")]
 RunName = Annotated[str, typer.Option("--run", help="Name of the folder below outputs/")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. lora.adapter.rank=4")
@@ -32,16 +36,22 @@ Overrides = Annotated[
 
 def parse_overrides(pairs: list[str] | None) -> dict:
     """`["lora.adapter.rank=4"]` → `{"lora.adapter.rank": 4}`; values are read as yaml."""
-    found = {}
+    overrides = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ParamsError(f"--set {pair!r}: write KEY=VALUE, e.g. --set lora.adapter.rank=4")
         try:
-            found[key] = yaml.safe_load(value)
+            overrides[key] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise ParamsError(f"--set {pair!r}: the value of {key!r} is not valid yaml; quote it") from error
-    return found
+    return overrides
+
+
+def params_of(run: str, params_file: Path | None, overrides: list[str] | None) -> Params:
+    """The params that a run was started with, or those of the profile that the user names."""
+    changes = parse_overrides(overrides)
+    return load_params(params_file, changes) if params_file else load_run_params(run, changes)
 
 
 @app.command()
@@ -116,14 +126,12 @@ def _name(source) -> str:
 
 
 @app.command()
-def status(
-    params: ParamsFile = ROOT / "params" / "tiny.yaml", run: RunName = "tiny", overrides: Overrides = None
-) -> None:
+def status(run: RunName = "tiny", params: RunParamsFile = None, overrides: Overrides = None) -> None:
     """Which stages of a run are done, stale, damaged or missing."""
     from medkit import runner
 
     table = Table("stage", "state", "took")
-    for stage in runner.status(load_params(params, parse_overrides(overrides)), run):
+    for stage in runner.status(params_of(run, params, overrides), run):
         table.add_row(stage.name, stage.state, "–" if stage.duration_s is None else f"{stage.duration_s:.0f} s")
     console.print(table)
 
@@ -205,15 +213,15 @@ def plan(
 @app.command()
 def train(
     stage: Annotated[str, typer.Option("--stage", help="teacher, student_ce, _kd, _seq or _onpolicy, or lora")],
-    params: ParamsFile = ROOT / "params" / "tiny.yaml",
     run: RunName = "tiny",
+    params: RunParamsFile = None,
     overrides: Overrides = None,
 ) -> None:
     """Train one stage of a run where its notebook would; with `accelerate launch -m medkit train …` on many devices."""
     from medkit.distillation import stages
     from medkit.inference.torch_engine import TorchEngine
 
-    log = stages.train_stage(stage, run, load_params(params, parse_overrides(overrides)), TorchEngine)
+    log = stages.train_stage(stage, run, params_of(run, params, overrides), TorchEngine)
     if os.environ.get("RANK", "0") == "0":
         first, last = log.iloc[0], log.iloc[-1]
         console.print(f"{stage}: {last.step:.0f} steps, loss {first.loss:.3f} → {last.loss:.3f} nats per token")
@@ -221,8 +229,8 @@ def train(
 
 @app.command()
 def serve(
-    params: ParamsFile = ROOT / "params" / "tiny.yaml",
     run: RunName = "tiny",
+    params: RunParamsFile = None,
     variant: Annotated[str, typer.Option("--variant", help="Which of the run's models, e.g. lora, nf4, edge")] = "edge",
     host: Annotated[str, typer.Option(help="Other addresses than 127.0.0.1 need an API key")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
@@ -289,13 +297,11 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """The command line with every expected error as one sentence and exit code 1."""
+    """The command line; an error that a user can cause is one sentence and exit code 1."""
     try:
         app()
-    except Exception as error:
-        if not type(error).__module__.startswith("medkit."):  # not one that this package raises on purpose: a bug
-            raise
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one for each machine speaks
+    except MedkitError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one per machine prints it
             typer.echo(f"medkit: {error}", err=True)
         raise SystemExit(1) from error
 

@@ -25,7 +25,9 @@ from pydantic import (
     model_validator,
 )
 
-from medkit.stage import MedkitError
+from medkit.stage import MedkitError, atomic_path, run_dir
+
+RUN_PARAMS = "params.yaml"  # in the folder of a run: its profile with the overrides in it
 
 
 class ParamsError(MedkitError):
@@ -434,6 +436,22 @@ def load_params(path: str | Path, overrides: dict | None = None) -> Params:
         return Params.model_validate(raw)
     except ValidationError as error:
         raise ParamsError(f"{path}: " + "; ".join(_sentence(e) for e in error.errors())) from error
+
+
+def save_run_params(params: Params, run: str) -> Path:
+    """Write the checked params of a run to its folder, overrides included; they replace those of an earlier start."""
+    path = run_dir(run) / RUN_PARAMS
+    with atomic_path(path) as scratch:
+        scratch.write_text(yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    return path
+
+
+def load_run_params(run: str, overrides: dict | None = None) -> Params:
+    """The params that a run was started with. Raises ParamsError if `python -m medkit run` never started it."""
+    path = run_dir(run) / RUN_PARAMS
+    if not path.is_file():
+        raise ParamsError(f"{path}: this run has no stored params; check --run, or name the profile with --params")
+    return load_params(path, overrides)
 
 
 def _sentence(error: dict) -> str:

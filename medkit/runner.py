@@ -1,8 +1,8 @@
 """Run the notebooks in order with papermill, and know which of them are already done.
 
-A stage is done iff its manifest is whole and its fingerprint is the wanted one. The fingerprint covers the stages
-before it, the notebook's code cells, the medkit modules it imports, its own params section and the shared keys: what a
-result depends on and nothing else. Prose, docstrings and comments rerun nothing.
+A stage is done if and only if its manifest is whole and its fingerprint is the wanted one. The fingerprint covers the
+stages before it, the notebook's code cells, the definitions of medkit that they reach, its own params section, the
+shared keys and the versions of the libraries that compute. Prose, docstrings and comments rerun nothing.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ import nbformat
 import papermill
 from filelock import FileLock, Timeout
 from nbclient.exceptions import DeadKernelError
-from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from medkit import sources
 from medkit.code_digest import digest_code
-from medkit.params import Params, digest, load_params
-from medkit.stage import FINGERPRINT, ROOT, MedkitError, Stage, run_dir
+from medkit.params import Params, digest, load_params, save_run_params
+from medkit.stage import FINGERPRINT, ROOT, MedkitError, Stage, library_versions, run_dir
 
 PARAMETERS = {"params_file", "run", "overrides"}
-# threads spin a little before they sleep, and freed memory stays with the process: 1.4 times the speed on two cores
-# that are ours alone, without the collapse of endless spinning when they are not (docs/log.md)
+# threads wait a short time actively before they sleep, and freed memory stays with the process: 1.4 times as fast on
+# two idle cores, and no collapse on busy ones (docs/log). Warnings that no reader of a notebook can act on stay out.
 ENVIRONMENT = {
     "GOMP_SPINCOUNT": "20000",
     "MALLOC_MMAP_MAX_": "0",
@@ -36,6 +35,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "PYTHONHASHSEED": "0",
+    "PYTHONWARNINGS": "ignore:IProgress not found,ignore:`is_gradient_checkpointing` is deprecated",
 }
 
 
@@ -52,8 +52,14 @@ class StageStatus:
 
 
 def notebooks() -> list[Path]:
-    """The numbered notebooks; their order is the pipeline."""
-    return sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    """The numbered notebooks; their order is the pipeline. Raises RunError where medkit is installed without them."""
+    paths = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    if not paths:
+        raise RunError(
+            f"no notebooks in {ROOT / 'notebooks'}: medkit was installed without them; clone its repository and call "
+            f"`make run` there, or install the clone with `pip install --editable .`"
+        )
+    return paths
 
 
 def stage_names() -> list[str]:
@@ -76,18 +82,19 @@ def fingerprints(params: Params) -> dict[str, str]:
     for name, dataset in params.data.datasets.items():
         if dataset.origin.kind == "table":
             values["data"]["datasets"][name]["content"] = sources.sha256_of(sources.fetch(dataset.origin))
-    topics = {name: name.split("_", 1)[1] for name in stage_names()}
-    upstream = digest({k: v for k, v in values.items() if k not in topics.values()})
+    sections = {name: name.split("_", 1)[1] for name in stage_names()}
+    shared = {key: value for key, value in values.items() if key not in sections.values()}
+    upstream = digest([shared, library_versions()])
     chain = {}
     for notebook in notebooks():
-        upstream = digest([upstream, source_digest(notebook), values.get(topics[notebook.stem])])
+        upstream = digest([upstream, source_digest(notebook), values.get(sections[notebook.stem])])
         chain[notebook.stem] = upstream
     return chain
 
 
 def status(params: Params, run: str) -> list[StageStatus]:
     """What each stage of a run is worth under these params."""
-    found = []
+    stages = []
     for name, wanted in fingerprints(params).items():
         stage = Stage(run, name)
         manifest = stage.manifest()
@@ -97,51 +104,49 @@ def status(params: Params, run: str) -> list[StageStatus]:
             state = "damaged"
         else:
             state = "done" if manifest["fingerprint"] == wanted else "stale"
-        found.append(StageStatus(name, state, manifest.get("duration_s")))
-    return found
+        stages.append(StageStatus(name, state, manifest.get("duration_s")))
+    return stages
 
 
 def run_all(params_file: str | Path, run: str, overrides: dict | None = None, first: str | None = None) -> list[str]:
     """Execute every stage that is not done, in order; returns the names of those that ran.
 
-    `first` reruns that stage and all after it. The same command after a crash or kill goes on where it stopped.
-    Raises RunError for a notebook that fails, an unknown stage, and a run that another process is working on.
+    `first` reruns that stage and all after it. The same command after a crash or kill goes on where it stopped. The
+    checked params are stored in the run's folder. Raises RunError for a notebook that fails, an unknown stage, and a
+    run that another process is working on.
     """
-    params, names = load_params(params_file, overrides), stage_names()
+    names, params = stage_names(), load_params(params_file, overrides)
     if first is not None and first not in names:
         raise RunError(f"no stage {first!r}; the stages are {names}")
     folder = run_dir(run)
     folder.mkdir(parents=True, exist_ok=True)
+    parameters = {"params_file": str(Path(params_file).resolve()), "run": run, "overrides": overrides or {}}
     try:
         with FileLock(folder / ".lock", timeout=2):
-            return _run_stages(Path(params_file).resolve(), params, run, overrides or {}, first)
+            save_run_params(params, run)
+            return _run_stages(fingerprints(params), parameters, first)
     except Timeout as error:
-        raise RunError(
-            f"run {run!r} is being worked on by another process; wait for it, or choose another --run"
-        ) from error
+        raise RunError(f"run {run!r}: another process works on it; wait for it, or choose another --run") from error
 
 
-def _run_stages(params_file: Path, params: Params, run: str, overrides: dict, first: str | None) -> list[str]:
+def _run_stages(wanted: dict[str, str], parameters: dict, first: str | None) -> list[str]:
     ran: list[str] = []
-    wanted, names = fingerprints(params), stage_names()
-    with _Display(len(names)) as display:
-        for number, notebook in enumerate(notebooks(), 1):
-            stage = Stage(run, notebook.stem)
+    with _Display(len(wanted)) as display:
+        for notebook in notebooks():
+            stage = Stage(parameters["run"], notebook.stem)
             done = stage.is_whole() and stage.manifest()["fingerprint"] == wanted[stage.name]
             if done and (first is None or stage.name < first):
-                display.say(f"[{number}/{len(names)}] {stage.name}: up to date")
+                display.skip(stage.name)
                 continue
             stage.reopen()
-            display.begin(number, notebook)
-            _execute(notebook, stage, wanted[stage.name], params_file, overrides, display)
-            display.end(f"[{number}/{len(names)}] {stage.name}: done in {time.monotonic() - stage.started:.0f} s")
+            display.begin(notebook)
+            _execute(notebook, stage, wanted[stage.name], parameters, display)
+            display.end(time.monotonic() - stage.started)
             ran.append(stage.name)
     return ran
 
 
-def _execute(
-    notebook: Path, stage: Stage, fingerprint: str, params_file: Path, overrides: dict, display: _Display
-) -> None:
+def _execute(notebook: Path, stage: Stage, fingerprint: str, parameters: dict, display: _Display) -> None:
     declared = set(papermill.inspect_notebook(str(notebook)))
     if declared != PARAMETERS:  # papermill itself only warns
         raise RunError(
@@ -149,7 +154,7 @@ def _execute(
         )
     executed = run_dir(stage.run) / "notebooks" / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)
-    kept = {name: os.environ.get(name) for name in [*ENVIRONMENT, FINGERPRINT]}
+    before = {name: os.environ.get(name) for name in [*ENVIRONMENT, FINGERPRINT]}
     os.environ.update(ENVIRONMENT, **{FINGERPRINT: fingerprint})
     try:
         papermill.execute_notebook(
@@ -157,10 +162,10 @@ def _execute(
             str(executed),
             cwd=str(notebook.parent),
             progress_bar=False,
-            engine_name=_CellEngine.NAME,
-            on_cell=display.cell,
             extra_arguments=["--log-level=ERROR"],
-            parameters={"params_file": str(params_file), "run": stage.run, "overrides": overrides},
+            parameters=parameters,
+            on_cell_start=lambda cell, cell_index: display.cell(cell_index),
+            coalesce_streams=True,  # a progress bar leaves its last state, not a line per step
         )
     except PapermillExecutionError as error:
         # an assertion has no message of its own: then the line that failed says most
@@ -174,30 +179,10 @@ def _execute(
             f"smaller profile, then run the same command again (whole notebook: {executed})"
         ) from error
     finally:
-        for name, value in kept.items():
+        for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     if not stage.is_whole():
         raise RunError(f"{notebook.name} ended without committing its stage")
-
-
-class _CellEngine(NBClientEngine):
-    """papermill's own engine, telling the display which cell begins."""
-
-    NAME = "medkit"
-
-    @classmethod
-    def execute_managed_notebook(cls, nb_man, kernel_name, on_cell=lambda index: None, **kwargs):
-        start = nb_man.cell_start
-
-        def cell_start(cell, cell_index=None, **more):
-            on_cell(cell_index)
-            return start(cell, cell_index=cell_index, **more)
-
-        nb_man.cell_start = cell_start
-        return super().execute_managed_notebook(nb_man, kernel_name, **kwargs)
-
-
-papermill_engines.register(_CellEngine.NAME, _CellEngine)
 
 
 class _Display:
@@ -205,18 +190,16 @@ class _Display:
 
     def __init__(self, num_stages: int):
         self.console = Console(stderr=True, highlight=False)
+        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
         self.progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            *columns,
             TextColumn("cells"),
             TimeElapsedColumn(),
             console=self.console,
             transient=True,
             disable=not self.console.is_terminal,
         )
-        self.num_stages, self.task = num_stages, None
+        self.num_stages, self.number, self.title, self.task = num_stages, 0, "", None
 
     def __enter__(self) -> _Display:
         self.progress.start()
@@ -225,19 +208,27 @@ class _Display:
     def __exit__(self, *error) -> None:
         self.progress.stop()
 
-    def say(self, line: str) -> None:
+    def _count(self, stage: str) -> None:
+        self.number += 1
+        self.title = f"[{self.number}/{self.num_stages}] {stage}"
+
+    def _print(self, line: str) -> None:
         self.console.print(line, markup=False, soft_wrap=True)
 
-    def begin(self, number: int, notebook: Path) -> None:
-        cells = len(nbformat.read(notebook, as_version=4).cells)
-        title = f"[{number}/{self.num_stages}] {notebook.stem}"
-        self.task = self.progress.add_task(title, total=cells)
+    def skip(self, stage: str) -> None:
+        self._count(stage)
+        self._print(f"{self.title}: up to date")
+
+    def begin(self, notebook: Path) -> None:
+        self._count(notebook.stem)
+        num_cells = len(nbformat.read(notebook, as_version=4).cells)
+        self.task = self.progress.add_task(self.title, total=num_cells)
         if not self.console.is_terminal:
-            self.say(f"{title}: {cells} cells …")
+            self._print(f"{self.title}: {num_cells} cells …")
 
-    def cell(self, index: int | None) -> None:
-        self.progress.update(self.task, completed=index or 0)
+    def cell(self, index: int) -> None:
+        self.progress.update(self.task, completed=index)
 
-    def end(self, line: str) -> None:
+    def end(self, seconds: float) -> None:
         self.progress.remove_task(self.task)
-        self.say(line)
+        self._print(f"{self.title}: done in {seconds:.0f} s")

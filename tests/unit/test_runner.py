@@ -410,7 +410,7 @@ def test_a_run_that_another_process_works_on_is_refused(executed, outputs):
 
 
 def test_a_failing_notebook_is_named_with_its_cell_and_last_line(toy):
-    good = ["from medkit.outputs import Stage", "Stage(run, '01_good').commit(seen=[params_file, overrides])"]
+    good = ["from medkit.stage import Stage", "Stage(run, '01_good').commit(seen=[params_file, overrides])"]
     toy({"01_good": good, "02_bad": ["x = 1", "raise ValueError('first line\\nwhat is wrong')"]})
     with pytest.raises(RunError) as error:
         run_all(SMOKE, "r", {"lora.adapter.rank": 4})

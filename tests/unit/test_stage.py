@@ -384,7 +384,7 @@ def test_killed_writer_leaves_the_old_file(root):
     stage = Stage("r", "01_data")
     path = stage.write_json("a.json", {"old": 1})
     script = (
-        "import os, signal\nfrom medkit.outputs import Stage, atomic_path\n"
+        "import os, signal\nfrom medkit.stage import Stage, atomic_path\n"
         "with atomic_path(Stage('r', '01_data').path('a.json')) as scratch:\n"
         "    scratch.write_text('{\"ne')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
