@@ -25,7 +25,7 @@ from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling import loading
 from medkit.modeling.engine import Engine, EngineError, Request
 from medkit.prompts import templates
-from medkit.quantization import gguf_export, k_quants
+from medkit.quantization import gguf_export
 from medkit.stage import Stage, StageError
 
 WEIGHT_TYPES = ("F16", "Q8_0", "Q4_0", "Q4_1")
@@ -99,7 +99,7 @@ def measure(folder: Path, questions: list[dict], new_tokens: int, repeats: int, 
     if find_spec("llama_cpp"):
         readers["llama_cpp"] = lambda path: LlamaCppEngine(path, threads)
     with tempfile.TemporaryDirectory() as scratch:
-        for kind in WEIGHT_TYPES + (k_quants.K_QUANTS if "llama_cpp" in readers else ()):
+        for kind in WEIGHT_TYPES:
             path = gguf_export.export_gguf(model, tokenizer, Path(scratch) / f"{kind}.gguf", kind)
             read = greedy(in_torch(load_transformers(path.parent, gguf_file=path.name,
                                                      quantization_config=GgufConfig(dequantize=True))))  # fmt: skip

@@ -31,7 +31,7 @@ def check_estimates(model, examples, double_quant: bool, estimated: pd.DataFrame
     table = table.iloc[[round(i * (len(table) - 1) / (CHECKED - 1)) for i in range(CHECKED)]]
     exact, measured = batches.collect_logits(model, examples), []
     for module in table.module:
-        with sensitivity.rounded(model, {module: "nf4"}, double_quant):
+        with sensitivity.fake_quantized(model, {module: "nf4"}, double_quant):
             drift = batches.measure_drift(exact, batches.collect_logits(model, examples))
         measured.append(drift["kl_nats"])
     return table[["module", "kl_nats"]].rename(columns={"kl_nats": "estimated"}).assign(measured=measured)
@@ -65,8 +65,8 @@ def main() -> None:
 
     shapes = quantize.weight_shapes(model)
     bf16 = int(memory_ledger.plan_bytes(memory_ledger.model_shapes(model.config), {}).bytes.sum())
-    norms = bf16 - int(damage[damage.scheme == "keep"].bytes.sum())
-    fixed = [plans.nf4_plan(shapes, ends) for ends in ("keep", "int8", "nf4")] + [plans.paper_plan(shapes)]
+    norms = bf16 - int(damage[damage.scheme == "unquantized"].bytes.sum())
+    fixed = [plans.nf4_plan(shapes, ends) for ends in ("unquantized", "int8", "nf4")] + [plans.paper_plan(shapes)]
     budgets = {share: int(share * bf16) - norms for share in args.shares}
     ours = [plans.budget_plan(damage, size, f"budget_{share:.2f}") for share, size in budgets.items()]
     goal = int(GOAL_SHARE * bf16) - norms

@@ -61,13 +61,13 @@ def main() -> None:
     sizes = damage.set_index(["module", "scheme"]).bytes
     budget = int(sizes.loc[list(chosen.schemes.items())].sum())
     shapes = quantize.weight_shapes(model)
-    fixed = [plans.paper_plan(shapes), *(plans.nf4_plan(shapes, ends) for ends in ("keep", "int8", "nf4"))]
+    fixed = [plans.paper_plan(shapes), *(plans.nf4_plan(shapes, ends) for ends in ("unquantized", "int8", "nf4"))]
     contenders = [chosen, *(plans.random_plan(damage, budget, seed) for seed in range(args.random)), *fixed]
     size = {p.name: int(sizes.loc[list(p.schemes.items())].sum()) for p in contenders}
     tables = []
     for plan in (None, *contenders):
         fitted = rows if args.rounding == "calibrated" else ()
-        with sensitivity.rounded(model, plan.schemes, section.double_quant, fitted) if plan else nullcontext():
+        with sensitivity.fake_quantized(model, plan.schemes, section.double_quant, fitted) if plan else nullcontext():
             found = predictions.predict(model, tokenizer, asked, params.inference.batch_tokens, 1)
         tables.append(found.assign(variant=plan.name if plan else "student"))
         print(tables[-1].variant[0], f"load {os.getloadavg()[0]:.1f}", flush=True)

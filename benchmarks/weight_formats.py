@@ -166,12 +166,12 @@ def llm_int8_linear(source: nn.Linear) -> bnb.nn.Linear8bitLt:
 
 def nf4_rows_embedding(source: nn.Embedding) -> rowwise.QuantizedEmbedding:
     """The package's own: rows of bitsandbytes' NF4, of which a look-up decodes those it reads."""
-    return rowwise.QuantizedEmbedding(rowwise.Nf4Rows.quantise(source.weight.data, double_quant=True))
+    return rowwise.QuantizedEmbedding(rowwise.Nf4Rows.quantize(source.weight.data, double_quant=True))
 
 
 def nf4_rows_head(source: nn.Linear) -> rowwise.QuantizedLinear:
     """The package's own: the same storage as an output projection, decoded a few megabytes at a time."""
-    return rowwise.QuantizedLinear(rowwise.Nf4Rows.quantise(source.weight.data, double_quant=True), source.bias)
+    return rowwise.QuantizedLinear(rowwise.Nf4Rows.quantize(source.weight.data, double_quant=True), source.bias)
 
 
 FORMATS = {
@@ -200,7 +200,7 @@ def dequantised(layer: nn.Module, original: Tensor) -> Tensor:
             groups = (levels - 8).float().unflatten(-1, (-1, GROUP))
             return (groups * scale[..., None] + zero[..., None]).flatten(-2)
         case rowwise.QuantizedEmbedding() | rowwise.QuantizedLinear():
-            return rowwise.decode_nf4(layer.rows.weight).float()
+            return rowwise.dequantize_nf4(layer.rows.weight).float()
         case Int8Embedding() | Int8Head():
             return layer.levels.float() * layer.scale
     return layer.weight.data.float()

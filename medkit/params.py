@@ -293,7 +293,7 @@ class LoraParams(Section):
 
 
 class MemoryParams(Section):
-    """What a device has for our plan while it runs: weights, scales, a full key-value cache in bf16, activations."""
+    """Memory of the device that our plan must fit: weights, scales, a full key-value cache in bf16, activations."""
 
     total_mb: PositiveFloat
     """Millions of bytes."""
@@ -305,12 +305,13 @@ class MemoryParams(Section):
 class QuantizationParams(Section):
     double_quant: bool
     """Quantise the block scales of NF4 as well: 4.13 instead of 4.50 bits per weight."""
-    gguf_type: Literal["F16", "Q8_0", "Q4_0", "Q4_1", "Q4_K_M", "Q5_K_M", "Q6_K"]
-    """Weight format of the exported edge file; the last three need llama.cpp."""
+    gguf_type: Literal["F16", "Q8_0", "Q4_0", "Q4_1"]
+    """Weight type of the exported GGUF file."""
     memory: MemoryParams
     calibration_examples: PositiveInt
-    """Training rows that rounding and sensitivities are measured on."""
+    """Training rows for calibrated rounding (GPTQ) and for the sensitivities."""
     drift_examples: PositiveInt
+    """Validation rows on which quantized models are compared with the student."""
 
 
 class BenchParams(Section):

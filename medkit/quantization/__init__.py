@@ -1,4 +1,4 @@
-"""quantization"""
+"""Quantization: plans that give each weight a number format, and everything that applies, measures and saves them."""
 
 from medkit.quantization.gguf_export import (
     check_manifest,
@@ -7,9 +7,15 @@ from medkit.quantization.gguf_export import (
     measure_file_bytes,
     measure_rounding,
 )
-from medkit.quantization.memory_budget import estimate_plan, room_for_plan
+from medkit.quantization.memory_budget import estimate_plan, weight_budget
 from medkit.quantization.memory_ledger import COMPONENTS, measure_bytes
-from medkit.quantization.merge_quantized import dequantise, measure, merge_into_quantized, read_answers, surviving_share
+from medkit.quantization.merge_quantized import (
+    compare_predictions,
+    dequantize,
+    merge_into_quantized,
+    predict_examples,
+    surviving_share,
+)
 from medkit.quantization.plans import budget_plan, nf4_plan, paper_plan, random_plan
 from medkit.quantization.quantize import apply_plan, load_nf4, load_quantized, save_quantized, weight_shapes
 from medkit.quantization.sensitivity import measure_plans, measure_sensitivity

@@ -80,8 +80,8 @@ def _decoded_bytes(shapes: list[Weight], schemes: Mapping[str, str], dtype_bytes
     """Per component the most of a quantised matrix that is decoded at once: all of it in bitsandbytes' 4-bit layers."""
     most = dict.fromkeys(("embeddings", "attention", "mlp", "head"), 0)
     for weight in shapes:
-        scheme = schemes.get(weight.module, "keep")
-        if weight.component in most and scheme != "keep":
+        scheme = schemes.get(weight.module, "unquantized")
+        if weight.component in most and scheme != "unquantized":
             whole = weight.count * dtype_bytes
             by_rows = scheme == "int8" or weight.component in ("embeddings", "head")
             most[weight.component] = max(most[weight.component], min(whole, DECODED_BYTES) if by_rows else whole)

@@ -1,7 +1,6 @@
 """The edge file: one GGUF with weights, tokenizer and chat template, for llama.cpp and OpenVINO GenAI.
 
-Llama (SmolLM) and Qwen2 checkpoints only. Matrices are quantised by the `gguf` package's own reference code; K-quants
-(Q4_K_M, …), which that only reads, are made by llama.cpp (`k_quants`). Norms and biases stay F32.
+Llama (SmolLM) and Qwen2 checkpoints only. The `gguf` package quantizes the matrices; norms and biases stay F32.
 """
 
 from __future__ import annotations
@@ -9,13 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
 
-from medkit.quantization import k_quants
 from medkit.quantization.gguf_tokenizer import ExportError, write_tokenizer
 from medkit.sources import sha256_of
 from medkit.stage import DISCLAIMER, atomic_path
@@ -24,7 +21,7 @@ if TYPE_CHECKING:  # an engine that only checks a file needs neither, and they a
     import pandas as pd
     from torch import nn
 
-WEIGHT_TYPES = ("F16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")  # OpenVINO GenAI reads all but the two of 5 bits
+WEIGHT_TYPES = ("F16", "Q8_0", "Q4_1", "Q4_0")  # what the gguf package writes and every reader reads
 BIASED = {"llama": (), "qwen2": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
 NAMES = {
     "input_layernorm": "attn_norm",
@@ -47,30 +44,19 @@ ENDS = {
 def export_gguf(model: nn.Module, tokenizer, path: Path, weight_type: str) -> Path:
     """Write `model` to one GGUF file, whole or not at all, and then its manifest (`check_manifest`) beside it.
 
-    Two-dimensional weights take `weight_type`, one of WEIGHT_TYPES, or of K_QUANTS where llama.cpp is installed; a row
-    whose length is no multiple of the block (32) falls back to F16. Raises ExportError for a model or tokenizer that
-    the file cannot hold.
+    Two-dimensional weights get `weight_type`, one of WEIGHT_TYPES; rows whose length is no multiple of the block (32)
+    get F16. Raises ExportError for a model or tokenizer that the file cannot hold.
     """
     config = model.config
-    if weight_type not in WEIGHT_TYPES + k_quants.K_QUANTS:
-        raise ExportError(
-            f"weight type {weight_type!r}: give one of {', '.join(WEIGHT_TYPES)}, "
-            f"or with llama.cpp one of {', '.join(k_quants.K_QUANTS)}"
-        )
+    if weight_type not in WEIGHT_TYPES:
+        raise ExportError(f"weight type {weight_type!r} cannot be written; choose one of {', '.join(WEIGHT_TYPES)}")
     _refuse_what_the_file_cannot_say(config)
     for name, weight in model.named_parameters():
         if not weight.is_floating_point():
             raise ExportError(f"{name} is quantised already: export the model from before it was quantised")
         _gguf_name(name, config.model_type)  # refuses before anything is written
-    if weight_type in k_quants.K_QUANTS:
-        k_quants.require(weight_type)
     with atomic_path(path) as scratch:
-        if weight_type in WEIGHT_TYPES:
-            _write_file(model, tokenizer, scratch, gguf.GGMLQuantizationType[weight_type])
-        else:
-            with TemporaryDirectory(dir=path.parent) as aside:  # as large as the model
-                _write_file(model, tokenizer, Path(aside) / "f16.gguf", gguf.GGMLQuantizationType.F16)
-                k_quants.quantise(Path(aside) / "f16.gguf", scratch, weight_type)
+        _write_file(model, tokenizer, scratch, gguf.GGMLQuantizationType[weight_type])
     _write_manifest(path, weight_type, config)
     return path
 

@@ -21,7 +21,7 @@ from medkit.modeling import batches as batching
 from medkit.modeling.batches import Example
 from medkit.quantization.memory_ledger import NF4_BLOCK
 from medkit.quantization.plans import Scheme, layer_of
-from medkit.quantization.rowwise import decode_nf4, quantise_nf4, round_trip
+from medkit.quantization.rowwise import dequantize_nf4, fake_quantize, quantize_nf4
 
 DAMPING = 0.1  # share of their mean that is added to the diagonal of the moments: more stays nearer to plain rounding
 COLUMNS = 64  # rounded before what they lost is passed on to all columns after them
@@ -40,7 +40,7 @@ def round_calibrated(weight: torch.Tensor, moments: torch.Tensor, double_quant: 
     Lowers the summed squared error of the outputs, greedily, columns with the largest inputs first. With moments that
     are a multiple of the identity it rounds to the nearest level. Rows must be whole blocks.
     """
-    stored = quantise_nf4(weight, double_quant)
+    stored = quantize_nf4(weight, double_quant)
     state = stored.quant_state
     absmax = state.absmax
     if state.nested:
@@ -100,10 +100,10 @@ def calibrate(
         """What the scheme leaves of the weight is what the layers after it are fed with."""
         weight = model.get_submodule(name).weight
         if moments is None:
-            weight.data = round_trip(weight.data, schemes[name], double_quant)
+            weight.data = fake_quantize(weight.data, schemes[name], double_quant)
         else:
             stored[name] = round_calibrated(weight.data, moments, double_quant)
-            weight.data = decode_nf4(stored[name])
+            weight.data = dequantize_nf4(stored[name])
 
     try:
         ends = [name for name in schemes if layer_of(name) is None]

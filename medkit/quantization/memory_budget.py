@@ -101,15 +101,15 @@ def read_config(model: str) -> PreTrainedConfig:
     return config
 
 
-def recipes(shapes: list[Weight]) -> dict[str, dict[str, str]]:
+def preset_schemes(shapes: list[Weight]) -> dict[str, dict[str, str]]:
     """Recipe → scheme per module, those that are kept left out.
 
     `nf4` is what the library does by default: embeddings and head stay as they are.
     """
     matrices = {weight.module: weight.shape for weight in shapes if len(weight.shape) == 2}
-    named = [plans.paper_plan(matrices), *(plans.nf4_plan(matrices, ends) for ends in ("keep", "int8", "nf4"))]
+    named = [plans.paper_plan(matrices), *(plans.nf4_plan(matrices, ends) for ends in ("unquantized", "int8", "nf4"))]
     whole = {"bf16": {}, "int8": dict.fromkeys(matrices, "int8")}
-    return whole | {plan.name: {m: s for m, s in plan.schemes.items() if s != "keep"} for plan in named}
+    return whole | {plan.name: {m: s for m, s in plan.schemes.items() if s != "unquantized"} for plan in named}
 
 
 def last_position(config: PreTrainedConfig) -> int:
@@ -131,7 +131,7 @@ def estimate(config: PreTrainedConfig, batch: int, context: int) -> list[Estimat
     formats = ["bf16"] if any(windows(config)) else ["bf16", "fp8"]
     found = [
         estimate_plan(config, recipe, schemes, batch, context, kv_format, shapes)
-        for recipe, schemes in recipes(shapes).items()
+        for recipe, schemes in preset_schemes(shapes).items()
         for kv_format in formats
     ]
     return sorted(found, key=lambda e: (-e.bits_per_weight, e.kv_format))
@@ -158,7 +158,7 @@ def estimate_plan(
     return Estimate(name, kv_format, bits, weights, state, cache, max(passing.values()))
 
 
-def room_for_plan(config: PreTrainedConfig, total_bytes: float, batch: int, context: int) -> int:
+def weight_budget(config: PreTrainedConfig, total_bytes: float, batch: int, context: int) -> int:
     """Of a total, what is left for the matrices and their scales beside a full bf16 cache, activations, norms, biases.
 
     Activations are those of the plan that has most of them: all matrices in NF4, which are decoded whole before use.

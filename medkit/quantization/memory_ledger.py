@@ -111,7 +111,7 @@ def model_shapes(config: PreTrainedConfig) -> list[Weight]:
 def plan_bytes(
     shapes: list[Weight], schemes: Mapping[str, str], dtype_bytes: int = 2, double_quant: bool = True
 ) -> pd.DataFrame:
-    """What `measure_bytes` would find if `schemes` (module name → "keep", "int8" or "nf4") were carried out.
+    """What `measure_bytes` would find if `schemes` (module name → "unquantized", "int8" or "nf4") were carried out.
 
     Modules that are not named keep their dtype of `dtype_bytes` per weight, as do norms and biases always. int8 is one
     code per weight and a scale per row; nf4 half a byte per weight, a scale per block of 64 and a table of levels, and
@@ -122,11 +122,11 @@ def plan_bytes(
     for module, scheme in schemes.items():
         if module not in matrices:
             raise ValueError(f"{module!r} is no matrix of this model; a tied head goes by the name of the embeddings")
-        if scheme not in ("keep", "int8", "nf4"):
+        if scheme not in ("unquantized", "int8", "nf4"):
             raise ValueError(f"{module}: no scheme {scheme!r}; there are keep, int8 and nf4")
     rows = []
     for weight in shapes:
-        scheme = schemes.get(weight.module, "keep") if len(weight.shape) == 2 else "keep"
+        scheme = schemes.get(weight.module, "unquantized") if len(weight.shape) == 2 else "unquantized"
         size, state = weight.count * dtype_bytes, 0
         if scheme == "int8":
             size, state = weight.count, SCALE_BYTES * weight.shape[0]

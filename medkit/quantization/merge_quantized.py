@@ -1,4 +1,4 @@
-"""An adapter merged into a base that exists in 4 bits alone: dequantise, merge, requantise; and what merging did.
+"""An adapter merged into a base that exists in 4 bits alone: dequantize, merge, requantise; and what merging did.
 
 A QLoRA adapter (arXiv 2305.14314) was trained beside D(q), the decoded codes. Merged it is Q(D(q) + ΔW), rounded to
 NF4 again. D(q) lies on the levels, so an update of less than half a step falls back to where it started, and its effect
@@ -25,11 +25,11 @@ from medkit.lora import adapters
 from medkit.lora.adapters import AdapterError
 from medkit.modeling import batches
 from medkit.modeling.batches import Example
-from medkit.quantization.rowwise import decode_nf4, quantise_nf4
+from medkit.quantization.rowwise import dequantize_nf4, quantize_nf4
 from medkit.statistics import mean_intervals
 
 
-def dequantise(model: nn.Module, targets: Collection[str] | None = None) -> dict[str, bnb.nn.Linear4bit]:
+def dequantize(model: nn.Module, targets: Collection[str] | None = None) -> dict[str, bnb.nn.Linear4bit]:
     """Put dense layers in place of the NF4 layers with last names among `targets`, or of all. Returns those layers.
 
     Raises AdapterError for a layer that has run: on CPUs with AVX512-BF16 its scales may have been rounded to bf16.
@@ -42,7 +42,7 @@ def dequantise(model: nn.Module, targets: Collection[str] | None = None) -> dict
     for name, layer in found.items():
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
             raise AdapterError(f"{name!r} was repacked by its first forward pass; load the quantised model again")
-        weight = decode_nf4(layer.weight)
+        weight = dequantize_nf4(layer.weight)
         dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), layer.bias
         model.set_submodule(name, dense.train(layer.training))
@@ -56,10 +56,10 @@ def merge_into_quantized(base: nn.Module, folder: Path) -> nn.Module:
     stay dense.
     """
     targets = PeftConfig.from_pretrained(folder).target_modules
-    stored = dequantise(base, targets)
+    stored = dequantize(base, targets)
     merged = adapters.load_merged(base, folder)
     for name, layer in stored.items():
-        weight = quantise_nf4(merged.get_submodule(name).weight, layer.weight.quant_state.nested)
+        weight = quantize_nf4(merged.get_submodule(name).weight, layer.weight.quant_state.nested)
         layer.weight, layer.quant_state, weight.module = weight, weight.quant_state, layer
         merged.set_submodule(name, layer)
     return merged.eval()
@@ -72,7 +72,7 @@ def surviving_share(before: torch.Tensor, update: torch.Tensor, after: torch.Ten
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """What a model says at the predicted positions of some examples."""
 
     logits: torch.Tensor
@@ -81,17 +81,19 @@ class Answers:
     """(examples,) mean −log p of each example's tokens, in nats."""
 
 
-def read_answers(model: nn.Module, examples: Sequence[Example]) -> Answers:
+def predict_examples(model: nn.Module, examples: Sequence[Example]) -> Predictions:
     """One pass over the examples; the same order for every model."""
     model.eval()
     logits, nll = [], np.empty(len(examples))
     for rows, found in batches.iterate_predicted(model, examples):
         nll[rows] = batches.mean_nll(found, [examples[i] for i in rows])
         logits.append(found.logits.cpu())
-    return Answers(torch.cat(logits), nll)
+    return Predictions(torch.cat(logits), nll)
 
 
-def measure(before: Answers, after: Answers, groups: Sequence, confidence: float) -> dict[str, float]:
+def compare_predictions(
+    before: Predictions, after: Predictions, groups: Sequence, confidence: float
+) -> dict[str, float]:
     """`batching.measure_drift`, and the mean change of the examples' nll with its paired interval by groups:
     `nll_change`, `ci_low`, `ci_high` in nats."""
     change = after.nll - before.nll

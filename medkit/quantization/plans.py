@@ -19,7 +19,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from medkit.params import Section
 from medkit.stage import MedkitError
 
-Scheme = Literal["keep", "int8", "nf4"]
+Scheme = Literal["unquantized", "int8", "nf4"]
 """As loaded · 8-bit integers, one scale a row · 4-bit NormalFloat (arXiv 2305.14314), one scale a block of 64."""
 Shapes = dict[str, tuple[int, int]]
 """module → (rows, columns) of its weight; an embedding has a row per token, a linear layer one per output."""
@@ -42,13 +42,13 @@ def layer_of(module: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def nf4_plan(shapes: Shapes, ends: Scheme = "keep") -> Plan:
+def nf4_plan(shapes: Shapes, ends: Scheme = "unquantized") -> Plan:
     """Every decoder linear in NF4; embeddings and head by `ends` (`keep` is what the library does)."""
-    name = {"keep": "nf4", "int8": "nf4_int8_ends", "nf4": "nf4_all"}[ends]
+    name = {"unquantized": "nf4", "int8": "nf4_int8_embed", "nf4": "nf4_all"}[ends]
     return Plan(name=name, schemes={m: ends if layer_of(m) is None else "nf4" for m in shapes})
 
 
-def paper_plan(shapes: Shapes, head: Scheme = "keep") -> Plan:
+def paper_plan(shapes: Shapes, head: Scheme = "unquantized") -> Plan:
     """The recipe of arXiv 2505.00025: attention in 8 bits, the other linears in NF4.
 
     The paper is silent about the ends, so embeddings are kept and so is the head, unless `head` says otherwise; where
@@ -56,8 +56,8 @@ def paper_plan(shapes: Shapes, head: Scheme = "keep") -> Plan:
     """
     ends = [module for module in shapes if layer_of(module) is None]
     layers = {m: "int8" if "attn" in m else "nf4" for m in shapes if m not in ends}
-    name = "paper_mix" if head == "keep" else f"paper_mix_{head}_head"
-    return Plan(name=name, schemes={m: layers.get(m, head if m == ends[-1] else "keep") for m in shapes})
+    name = "paper_mix" if head == "unquantized" else f"paper_mix_{head}_head"
+    return Plan(name=name, schemes={m: layers.get(m, head if m == ends[-1] else "unquantized") for m in shapes})
 
 
 def budget_plan(choices: pd.DataFrame, budget_bytes: int, name: str = "plan") -> Plan:

@@ -33,7 +33,7 @@ from medkit.quantization.rowwise import (
     QuantizedEmbedding,
     QuantizedLinear,
     factor_of,
-    quantise_nf4,
+    quantize_nf4,
     restore_nf4,
 )
 from medkit.stage import atomic_path
@@ -80,19 +80,19 @@ def check_plan(plan: Plan, model: nn.Module) -> None:
             f"(a tied head goes with the embeddings); take it out"
         )
     if missing:
-        raise PlanError(f"plan {plan.name!r}: no scheme for {missing[0]!r}; write 'keep' to leave it as it is")
+        raise PlanError(f"plan {plan.name!r}: no scheme for {missing[0]!r}; write 'unquantized' to leave it as it is")
     for name, scheme in plan.schemes.items():
         module = model.get_submodule(name)
         kind = type(module)
-        if scheme != "keep" and kind not in (nn.Linear, nn.Embedding) and factor_of(module) is None:
+        if scheme != "unquantized" and kind not in (nn.Linear, nn.Embedding) and factor_of(module) is None:
             raise PlanError(
                 f"plan {plan.name!r}: {name!r} cannot be {scheme}: it is a {kind.__name__}, not a plain linear layer "
-                f"or embedding; use 'keep', or the model from before it was quantised"
+                f"or embedding; use 'unquantized', or the model from before it was quantised"
             )
         if scheme == "nf4" and not can_be_nf4(shapes[name]):
             raise PlanError(
                 f"plan {plan.name!r}: {name!r} cannot be nf4: its rows of {shapes[name][1]} weights are not whole "
-                f"blocks of {memory_ledger.NF4_BLOCK}; use 'int8' or 'keep'"
+                f"blocks of {memory_ledger.NF4_BLOCK}; use 'int8' or 'unquantized'"
             )
 
 
@@ -114,16 +114,16 @@ def apply_plan(model: nn.Module, plan: Plan, double_quant: bool, calibration: Se
     head = _tied_head(model)
     fitted = gptq.calibrate(model, plan.schemes, calibration, double_quant) if calibration else {}
     for name, scheme in plan.schemes.items():
-        if scheme == "keep":
+        if scheme == "unquantized":
             continue
         module = model.get_submodule(name)
         if isinstance(module, nn.Linear) and scheme == "nf4" and layer_of(name) is not None:
-            stored = fitted[name] if name in fitted else quantise_nf4(module.weight, double_quant)
+            stored = fitted[name] if name in fitted else quantize_nf4(module.weight, double_quant)
             model.set_submodule(name, _linear_4bit(stored, module.bias, module.weight.dtype))
         else:
             weight, bias = module.weight, getattr(module, "bias", None)
             rows = (
-                Nf4Rows(fitted[name], weight.dtype) if name in fitted else ROWS[scheme].quantise(weight, double_quant)
+                Nf4Rows(fitted[name], weight.dtype) if name in fitted else ROWS[scheme].quantize(weight, double_quant)
             )
             _put_rows(model, name, rows, bias, head)
     return model.eval()
@@ -198,12 +198,12 @@ def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
             raise PlanError(
                 f"{folder}: {name!r} is {scheme} in {PLAN} and {_scheme_of(own)} in {WEIGHTS}; quantise the model again"
             )
-        if scheme != "keep":
+        if scheme != "unquantized":
             tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")}
             _restore(model, name, scheme, own, dtype, head)
     kept = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     unexpected = model.load_state_dict(kept, strict=False, assign=True).unexpected_keys
-    if head and plan.schemes[_name_of(model, model.get_input_embeddings())] == "keep":
+    if head and plan.schemes[_name_of(model, model.get_input_embeddings())] == "unquantized":
         model.tie_weights()
     unread = [*unexpected, *(name for name, parameter in model.named_parameters() if parameter.is_meta)]
     if unread:
@@ -243,7 +243,7 @@ def _scheme_of(tensors: dict[str, torch.Tensor]) -> str:
         return "int8"
     if any(key.endswith(".absmax") for key in tensors):
         return "nf4"
-    return "keep" if "weight" in tensors else "missing"
+    return "unquantized" if "weight" in tensors else "missing"
 
 
 def _restore(model: nn.Module, name: str, scheme: Scheme, own: dict, dtype: torch.dtype, head: str | None) -> None:

@@ -3,7 +3,7 @@
 An embedding decodes the rows it looks up, a linear layer or a head a few megabytes of rows at a time, and one storage
 can serve both ends of a model. This is what bitsandbytes does not have: its `Linear8bitLt` rounds the activations as
 well, its 4-bit embedding cannot be saved, and no head shares with either. Activations are left alone here, so what
-runs is the weight that `round_trip` returns. For inference only; modules stay on the device where they were made.
+runs is the weight that `fake_quantize` returns. For inference only; modules stay on the device where they were made.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Int8Rows(nn.Module):
         self.shape, self.dtype = codes.shape, dtype
 
     @classmethod
-    def quantise(cls, weight: torch.Tensor, double_quant: bool) -> Int8Rows:
+    def quantize(cls, weight: torch.Tensor, double_quant: bool) -> Int8Rows:
         """`double_quant` means nothing here: a row's one scale is no burden."""
         exact = weight.detach().float()
         scale = (exact.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
@@ -61,8 +61,8 @@ class Nf4Rows(nn.Module):
         self.shape, self.dtype = weight.quant_state.shape, dtype
 
     @classmethod
-    def quantise(cls, weight: torch.Tensor, double_quant: bool) -> Nf4Rows:
-        return cls(quantise_nf4(weight, double_quant), weight.dtype)
+    def quantize(cls, weight: torch.Tensor, double_quant: bool) -> Nf4Rows:
+        return cls(quantize_nf4(weight, double_quant), weight.dtype)
 
     @classmethod
     def restore(cls, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> Nf4Rows:
@@ -144,7 +144,7 @@ class QuantizedLinear(nn.Module):
 ROWS = {"int8": Int8Rows, "nf4": Nf4Rows}
 
 
-def quantise_nf4(weight: torch.Tensor, double_quant: bool) -> bnb.nn.Params4bit:
+def quantize_nf4(weight: torch.Tensor, double_quant: bool) -> bnb.nn.Params4bit:
     fresh = bnb.nn.Params4bit(
         weight.detach(), requires_grad=False, blocksize=NF4_BLOCK, compress_statistics=double_quant, quant_type="nf4"
     )
@@ -159,18 +159,18 @@ def restore_nf4(tensors: dict[str, torch.Tensor], key: str) -> bnb.nn.Params4bit
     return bnb.nn.Params4bit.from_prequantized(tensors[key], state, device=tensors[key].device)
 
 
-def decode_nf4(stored: bnb.nn.Params4bit) -> torch.Tensor:
+def dequantize_nf4(stored: bnb.nn.Params4bit) -> torch.Tensor:
     """The whole weight, in the dtype that it had."""
     return bnb.functional.dequantize_4bit(stored.data, stored.quant_state)
 
 
-def round_trip(weight: torch.Tensor, scheme: Scheme, double_quant: bool) -> torch.Tensor:
+def fake_quantize(weight: torch.Tensor, scheme: Scheme, double_quant: bool) -> torch.Tensor:
     """The weight that a scheme keeps of this one, decoded: what the quantised module multiplies with."""
     match scheme:
-        case "keep":
+        case "unquantized":
             return weight
         case "int8":
-            rows = Int8Rows.quantise(weight, double_quant)
+            rows = Int8Rows.quantize(weight, double_quant)
             return (rows.codes * rows.scale).to(rows.dtype)
         case "nf4":
-            return decode_nf4(quantise_nf4(weight, double_quant))
+            return dequantize_nf4(quantize_nf4(weight, double_quant))

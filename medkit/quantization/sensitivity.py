@@ -27,7 +27,7 @@ from medkit.quantization.plans import Plan, Scheme, layer_of
 
 
 @contextmanager
-def rounded(
+def fake_quantized(
     model: nn.Module, schemes: Mapping[str, Scheme], double_quant: bool, calibration: Sequence[Example] = ()
 ) -> Iterator[None]:
     """Within the block the named modules multiply with weights that went through their scheme; bytes do not change.
@@ -40,9 +40,9 @@ def rounded(
     try:
         for name, module in modules.items():
             if name in fitted:
-                module.weight.data = rowwise.decode_nf4(fitted[name])
+                module.weight.data = rowwise.dequantize_nf4(fitted[name])
             else:
-                module.weight.data = rowwise.round_trip(exact[name], schemes[name], double_quant)
+                module.weight.data = rowwise.fake_quantize(exact[name], schemes[name], double_quant)
         yield
     finally:
         for name, module in modules.items():
@@ -79,12 +79,14 @@ def measure_sensitivity(
     damages = {choice: square / (2 * positions) for choice, square in squares.items()}
     exact = batching.collect_logits(model, examples)
     for module, scheme in [choice for choice in choices if choice not in damages]:
-        with rounded(model, {module: scheme}, double_quant):
+        with fake_quantized(model, {module: scheme}, double_quant):
             found = batching.measure_drift(exact, batching.collect_logits(model, examples))
         damages[module, scheme] = found["kl_nats"]
     weights = {weight.module: weight for weight in memory_ledger.model_shapes(model.config) if len(weight.shape) == 2}
     rows = []
-    for module, scheme in [(m, s) for m in shapes for s in ("keep", *schemes) if s == "keep" or (m, s) in damages]:
+    for module, scheme in [
+        (m, s) for m in shapes for s in ("unquantized", *schemes) if s == "unquantized" or (m, s) in damages
+    ]:
         damage = damages.get((module, scheme), 0.0)
         alone = memory_ledger.plan_bytes([weights[module]], {module: scheme}, double_quant=double_quant)
         size = int(alone.bytes.sum())
@@ -111,7 +113,7 @@ def measure_plans(
     alone = sensitivity.set_index(["module", "scheme"])
     exact, rows = batching.collect_logits(model, examples), []
     for plan in tqdm(candidates, desc="plans", unit="plan", delay=2, mininterval=10):
-        with rounded(model, plan.schemes, double_quant, calibration):
+        with fake_quantized(model, plan.schemes, double_quant, calibration):
             drift = batching.measure_drift(exact, batching.collect_logits(model, examples))
         taken = alone.loc[list(plan.schemes.items())]
         rows.append((plan.name, drift["kl_nats"], drift["top1_changed"], taken.kl_nats.sum(), int(taken.bytes.sum())))
@@ -147,7 +149,7 @@ def _slopes(
 
     def measure(name: str, weight: torch.Tensor, read: torch.Tensor, gradient: torch.Tensor) -> None:
         for scheme in [scheme for choice, scheme in choices if choice == name]:
-            moved = nn.functional.linear(read, rowwise.round_trip(weight, scheme, double_quant) - weight)
+            moved = nn.functional.linear(read, rowwise.fake_quantize(weight, scheme, double_quant) - weight)
             slopes[name, scheme] = (gradient * moved).sum(-1).float().sum(1)  # (B, L, rows) → (B,)
 
     with ExitStack() as hooks, torch.enable_grad():

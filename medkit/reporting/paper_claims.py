@@ -66,11 +66,11 @@ Rule = Callable[[Evidence], Iterator[Ours]]
 
 @cache
 def weight_bytes(model: str, recipe: str = "bf16", double_quant: bool = True) -> int:
-    """Bytes of a known model's weights under one of `budget.recipes`, quantisation state included, from its shapes."""
+    """Bytes of a known model's weights under a preset plan, scales included, from its shapes."""
     from medkit.quantization import memory_budget, memory_ledger
 
     shapes = memory_ledger.model_shapes(memory_budget.read_config(model))
-    schemes = memory_budget.recipes(shapes)[recipe]
+    schemes = memory_budget.preset_schemes(shapes)[recipe]
     return int(memory_ledger.plan_bytes(shapes, schemes, BF16_BYTES, double_quant).bytes.sum())
 
 

@@ -209,8 +209,10 @@ def test_a_plan_comes_back_from_disk_with_equal_logits(bnb, models_params, tmp_p
     model, ids = small_llama(), random_ids(2, 32)
     exact = model(ids).logits
     plan = plans.nf4_plan(quantize.weight_shapes(model), "int8")
-    plan = plan.model_copy(update={"schemes": plan.schemes | {"lm_head": "nf4", "model.layers.0.mlp.up_proj": "keep"}})
-    assert set(plan.schemes.values()) == {"keep", "int8", "nf4"}
+    plan = plan.model_copy(
+        update={"schemes": plan.schemes | {"lm_head": "nf4", "model.layers.0.mlp.up_proj": "unquantized"}}
+    )
+    assert set(plan.schemes.values()) == {"unquantized", "int8", "nf4"}
     model = quantize.apply_plan(model, plan, double_quant=True)
     quantize.save_quantized(model, NoTokenizer(), plan, tmp_path / "plan")
     logits = model(ids).logits

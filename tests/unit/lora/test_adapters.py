@@ -330,7 +330,7 @@ def test_gradients_over_4_bits_are_those_over_the_decoded_weights_even_after_an_
     decoded, stored = make_llama(layers=2, intermediate_size=128), nf4_llama(make_llama)
     for name, layer in stored.named_modules():
         if hasattr(layer, "quant_state"):
-            decoded.get_submodule(name).weight.data = rowwise.decode_nf4(layer.weight)
+            decoded.get_submodule(name).weight.data = rowwise.dequantize_nf4(layer.weight)
     found, expected = gradients(stored), gradients(decoded)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
 

@@ -130,7 +130,7 @@ def test_a_long_header_is_lent_and_not_copied_into_the_cache(toys, monkeypatch):
         assert scores == pytest.approx(plain_scores(toys["qwen2"], item), abs=1e-4)
 
 
-@pytest.mark.parametrize("end", ["keep", "int8", "nf4"])
+@pytest.mark.parametrize("end", ["unquantized", "int8", "nf4"])
 def test_a_quantised_model_is_scored_alike(make_llama, monkeypatch, end):
     monkeypatch.setattr(option_scoring, "LEAST_SAVED", 10)
     model = make_llama(layers=2, intermediate_size=128, initializer_range=0.2)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import sys
 
 import gguf
 import numpy as np
@@ -18,7 +17,7 @@ from medkit.quantization import quantize as quantization
 from medkit.quantization.gguf_export import ExportError
 from medkit.stage import DISCLAIMER
 
-BYTES_PER_BLOCK = {"F16": 64, "Q8_0": 34, "Q5_1": 24, "Q5_0": 22, "Q4_1": 20, "Q4_0": 18}  # of 32 weights
+BYTES_PER_BLOCK = {"F16": 64, "Q8_0": 34, "Q4_1": 20, "Q4_0": 18}  # of 32 weights
 TYPES = list(gguf_export.WEIGHT_TYPES)
 IDS = torch.tensor([[5, 9, 17, 33, 4, 8, 250, 299]])
 TEXTS = [
@@ -350,14 +349,12 @@ def test_the_ledger_of_the_file_is_the_analytic_number_of_bytes(make_llama, toke
     [
         ("F16", 0.0, 1e-3),
         ("Q8_0", 1e-3, 0.005),
-        ("Q5_1", 0.015, 0.018),
-        ("Q5_0", 0.015, 0.035),
         ("Q4_1", 0.03, 0.036),
         ("Q4_0", 0.03, 0.07),
     ],
 )
 def test_the_error_of_a_weight_is_bounded_by_its_block(make_llama, tokenizer, tmp_path, weight_type, low, high):
-    """Half a step of 255, 32, 31, 16 and 15 over the range of a block; Q4_0 and Q5_0 miss one end by a whole step."""
+    """Half a step of 255, 16 and 15 over the range of a block; Q4_0 misses one end by a whole step."""
     model = make_llama()
     path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", weight_type)
     assert low < gguf_export.largest_relative_error(model, path) < high
@@ -377,36 +374,7 @@ def test_a_missing_weight_is_an_error(make_llama, tokenizer, tmp_path):
         gguf_export.largest_relative_error(make_llama(layers=3), path)
 
 
-@pytest.mark.parametrize(
-    ("weight_type", "kinds", "low", "high"),
-    [
-        ("Q4_K_M", {"Q4_K", "Q6_K"}, 0.04, 0.1),
-        ("Q5_K_M", {"Q5_K", "Q6_K"}, 0.02, 0.06),
-        ("Q6_K", {"Q6_K"}, 0.005, 0.03),
-    ],
-)
-def test_llama_cpp_writes_k_quants(make_llama, tokenizer, tmp_path, weight_type, kinds, low, high):
-    pytest.importorskip("llama_cpp", reason="needs the extra llama")
-    model = make_llama(hidden_size=256, intermediate_size=512)
-    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", weight_type)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["student.gguf", "student.manifest.json"]
-    assert gguf_export.check_manifest(path)["weight_type"] == weight_type
-    reader = gguf.GGUFReader(path)
-    assert {tensor.tensor_type.name for tensor in reader.tensors} == kinds | {"F32"}
-    assert reader.get_field("general.description").contents() == DISCLAIMER
-    assert low < gguf_export.largest_relative_error(model, path) < high
-    close = torch.nn.functional.cosine_similarity(logits(read_back(path)), logits(model), dim=-1)
-    assert close.min() > 0.9  # the right weight in the right place
-
-
-def test_k_quants_without_llama_cpp_name_the_cure_and_write_nothing(make_llama, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(ExportError, match=r"Q4_K_M: only llama.cpp makes it.*pip install -e '\.\[llama\]'"):
-        gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "Q4_K_M")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("ends", ["keep", "int8"])
+@pytest.mark.parametrize("ends", ["unquantized", "int8"])
 def test_a_quantised_model_is_refused_with_the_cure(make_llama, tokenizer, tmp_path, ends):
     model = make_llama(intermediate_size=128)
     quantization.apply_plan(model, plans.nf4_plan(quantization.weight_shapes(model), ends), True)
@@ -427,9 +395,9 @@ def test_another_architecture_is_refused(make_llama, tokenizer, tmp_path):
         gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16")
 
 
-@pytest.mark.parametrize("weight_type", ["Q4_K", "IQ4_XS", "Q3_1", "f16"])
+@pytest.mark.parametrize("weight_type", ["Q4_K_M", "Q5_0", "f16"])
 def test_a_weight_type_that_nothing_here_quantises_to_is_refused(make_llama, tokenizer, tmp_path, weight_type):
-    with pytest.raises(ExportError, match=f"'{weight_type}': .* F16, Q8_0"):
+    with pytest.raises(ExportError, match=f"'{weight_type}' cannot be written; choose one of F16, Q8_0"):
         gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", weight_type)
 
 
@@ -551,7 +519,7 @@ def test_rounding_to_the_grid_that_weights_came_on_takes_a_small_update_back():
     published = torch.from_numpy(gguf.dequantize(gguf.quantize(torch.randn(64, 256).numpy(), kind), kind).copy())
     taught = published + 0.007 * published.std() * torch.randn(published.shape)
     kept = {t: gguf_export.measure_rounding(published, taught, t) for t in TYPES}
-    assert [kept[t][0] for t in TYPES] == [16, 8.5, 6, 5.5, 5, 4.5]
+    assert [kept[t][0] for t in TYPES] == [16, 8.5, 5, 4.5]
     assert kept["Q4_1"][2] < 0.2 < 0.8 < kept["Q4_0"][2] < 1.2
     assert kept["Q4_1"][1] < kept["Q4_0"][1]  # less error, and yet it is the one that unteaches
     assert kept["F16"][2] == pytest.approx(1, abs=0.01)

@@ -7,7 +7,7 @@ import torch
 from medkit.modeling import batches
 from medkit.quantization import gptq, plans, quantize, sensitivity
 from medkit.quantization.gptq import round_calibrated
-from medkit.quantization.rowwise import decode_nf4, quantise_nf4
+from medkit.quantization.rowwise import dequantize_nf4, quantize_nf4
 
 PAD, ROWS, COLUMNS = 0, 96, 192
 PLANS = ["nf4", "nf4_all", "paper_mix"]
@@ -39,7 +39,7 @@ def scales_of(state):
 
 def plan_for(model, name):
     shapes = quantize.weight_shapes(model)
-    ends = "nf4" if name == "nf4_all" else "keep"
+    ends = "nf4" if name == "nf4_all" else "unquantized"
     return plans.paper_plan(shapes) if name == "paper_mix" else plans.nf4_plan(shapes, ends)
 
 
@@ -48,15 +48,15 @@ def loss(weight, rounded, inputs):
 
 
 def test_inputs_that_are_alike_and_apart_give_plain_rounding(weight):
-    stored, plain = round_calibrated(weight, 3.0 * torch.eye(COLUMNS), False), quantise_nf4(weight, False)
+    stored, plain = round_calibrated(weight, 3.0 * torch.eye(COLUMNS), False), quantize_nf4(weight, False)
     assert torch.equal(stored.data, plain.data)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_without_correlation_every_weight_goes_to_the_nearest_level(weight, double_quant):
     moments = torch.diag(torch.linspace(5, 0.1, COLUMNS))
-    found = decode_nf4(round_calibrated(weight, moments, double_quant)).float()
-    state = quantise_nf4(weight, double_quant).quant_state
+    found = dequantize_nf4(round_calibrated(weight, moments, double_quant)).float()
+    state = quantize_nf4(weight, double_quant).quant_state
     grid = scales_of(state)[:, None, None] * state.code  # blocks, 1, levels
     blocks = weight.float().view(-1, 64, 1)
     nearest = (grid - blocks).abs().amin(-1).view(ROWS, COLUMNS)
@@ -66,7 +66,7 @@ def test_without_correlation_every_weight_goes_to_the_nearest_level(weight, doub
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_format_bytes_and_scales_are_those_of_plain_nf4(weight, inputs, double_quant):
-    stored, plain = round_calibrated(weight, inputs.T @ inputs, double_quant), quantise_nf4(weight, double_quant)
+    stored, plain = round_calibrated(weight, inputs.T @ inputs, double_quant), quantize_nf4(weight, double_quant)
     assert not torch.equal(stored.data, plain.data)
     ours, theirs = (
         {k: v for k, v in s.quant_state.as_dict(packed=True).items()} | {"": s.data[:0]} for s in (stored, plain)
@@ -76,13 +76,13 @@ def test_format_bytes_and_scales_are_those_of_plain_nf4(weight, inputs, double_q
     state = stored.quant_state
     codes = torch.stack([stored.data.flatten() >> 4, stored.data.flatten() & 15], 1).view(-1, 64)
     exact = (state.code[codes.int()] * scales_of(state)[:, None]).view(ROWS, COLUMNS).to(weight.dtype)
-    assert torch.equal(decode_nf4(stored), exact)
+    assert torch.equal(dequantize_nf4(stored), exact)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_outputs_lose_less_than_by_plain_rounding(weight, inputs, double_quant):
-    stored, plain = round_calibrated(weight, inputs.T @ inputs, double_quant), quantise_nf4(weight, double_quant)
-    assert loss(weight, decode_nf4(stored), inputs) < 0.5 * loss(weight, decode_nf4(plain), inputs)
+    stored, plain = round_calibrated(weight, inputs.T @ inputs, double_quant), quantize_nf4(weight, double_quant)
+    assert loss(weight, dequantize_nf4(stored), inputs) < 0.5 * loss(weight, dequantize_nf4(plain), inputs)
 
 
 def textbook(weight, moments, scales, levels):
@@ -108,15 +108,15 @@ def test_it_is_the_textbook_algorithm(inputs):
     stored = round_calibrated(weight, moments, True)
     scales = scales_of(stored.quant_state).view(24, -1).repeat_interleave(64, 1)
     wanted = textbook(weight, moments, scales, stored.quant_state.code)
-    assert ((decode_nf4(stored) - wanted).abs() > 1e-5).float().mean() < 0.01  # near ties, in other precision
+    assert ((dequantize_nf4(stored) - wanted).abs() > 1e-5).float().mean() < 0.01  # near ties, in other precision
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_toy_loses_more_in_sum(seed):
     torch.manual_seed(seed)
     weight, inputs = torch.randn(16, 128), torch.randn(60, 128) * torch.rand(128)
-    stored, plain = round_calibrated(weight, inputs.T @ inputs, True), quantise_nf4(weight, True)
-    assert loss(weight, decode_nf4(stored), inputs) <= loss(weight, decode_nf4(plain), inputs)
+    stored, plain = round_calibrated(weight, inputs.T @ inputs, True), quantize_nf4(weight, True)
+    assert loss(weight, dequantize_nf4(stored), inputs) <= loss(weight, dequantize_nf4(plain), inputs)
 
 
 def test_dead_inputs_and_empty_blocks_are_no_trouble(weight):
@@ -125,8 +125,8 @@ def test_dead_inputs_and_empty_blocks_are_no_trouble(weight):
     moments = torch.zeros(COLUMNS, COLUMNS)
     moments[5, 5] = 7.0
     for given in (moments, torch.zeros(COLUMNS, COLUMNS)):
-        found = decode_nf4(round_calibrated(weight, given, False))
-        assert torch.equal(found, decode_nf4(quantise_nf4(weight, False)))
+        found = dequantize_nf4(round_calibrated(weight, given, False))
+        assert torch.equal(found, dequantize_nf4(quantize_nf4(weight, False)))
 
 
 def test_a_layer_is_fitted_to_what_the_rounded_ones_before_it_give(model, make_examples):
@@ -141,7 +141,11 @@ def test_a_layer_is_fitted_to_what_the_rounded_ones_before_it_give(model, make_e
     with torch.no_grad():
         for other in plan.schemes:
             if plans.layer_of(other) in (None, 0, 1):
-                rounded = decode_nf4(stored[other]) if other in stored else decode_nf4(quantise_nf4(fresh[other], True))
+                rounded = (
+                    dequantize_nf4(stored[other])
+                    if other in stored
+                    else dequantize_nf4(quantize_nf4(fresh[other], True))
+                )
                 model.get_submodule(other).weight.copy_(rounded)
         seen = []
         model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
@@ -149,7 +153,7 @@ def test_a_layer_is_fitted_to_what_the_rounded_ones_before_it_give(model, make_e
             model(torch.tensor([example.input_ids]))
     read = torch.cat(seen)
     assert len(read) == sum(len(example.input_ids) for example in examples)
-    wanted, found = decode_nf4(round_calibrated(fresh[name], read.T @ read, True)), decode_nf4(stored[name])
+    wanted, found = dequantize_nf4(round_calibrated(fresh[name], read.T @ read, True)), dequantize_nf4(stored[name])
     assert (wanted != found).float().mean() < 0.01  # sums in another order decide ties differently
 
 
@@ -159,7 +163,7 @@ def test_predictions_change_less_than_by_plain_rounding(model, make_examples, na
     before = batches.collect_logits(model, examples)
     drifts = []
     for calibration in ((), examples):
-        with sensitivity.rounded(model, plan.schemes, True, calibration):
+        with sensitivity.fake_quantized(model, plan.schemes, True, calibration):
             after = batches.collect_logits(model, examples)
         drifts.append(batches.measure_drift(before, after)["kl_nats"])
     assert drifts[1] < drifts[0]

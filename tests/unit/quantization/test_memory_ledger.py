@@ -100,12 +100,12 @@ def test_shapes_alone_give_the_bytes_of_a_loaded_model(config, dtype):
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("recipe", ["bf16", "int8", "paper_mix", "nf4", "nf4_int8_ends", "nf4_all"])
+@pytest.mark.parametrize("recipe", ["bf16", "int8", "paper_mix", "nf4", "nf4_int8_embed", "nf4_all"])
 @pytest.mark.parametrize("hidden", [64, 60])  # 60: blocks that run over rows, and a last one that is not full
 def test_every_recipe_weighs_what_it_weighs_when_stored(recipe, double_quant, hidden):
     config = qwen2(hidden_size=hidden)
     shapes = memory_ledger.model_shapes(config)
-    schemes = memory_budget.recipes(shapes)[recipe]
+    schemes = memory_budget.preset_schemes(shapes)[recipe]
     model = store(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), schemes, double_quant)
     measured = memory_ledger.measure_bytes(model)
     assert memory_ledger.plan_bytes(shapes, schemes, 2, double_quant).equals(measured)
@@ -118,7 +118,7 @@ def test_the_library_itself_weighs_what_nf4_weighs(make_llama, tokenizer, models
     section = QuantizationParams.model_construct(double_quant=double_quant)
     model = quantize.load_nf4(folder, models_params, section)
     shapes = memory_ledger.model_shapes(model.config)
-    schemes = memory_budget.recipes(shapes)["nf4"]
+    schemes = memory_budget.preset_schemes(shapes)["nf4"]
     assert memory_ledger.plan_bytes(shapes, schemes, 4, double_quant).equals(memory_ledger.measure_bytes(model))
 
 
@@ -154,18 +154,18 @@ def test_a_plan_for_another_model_is_refused(schemes, named):
         ("nf4", True, 5.17),
         ("nf4", False, 5.45),
         ("paper_mix", True, 5.54),
-        ("nf4_int8_ends", True, 4.15),
+        ("nf4_int8_embed", True, 4.15),
     ],
 )
 def test_the_7b_student_weighs(recipe, double_quant, gib):
     shapes = memory_ledger.model_shapes(memory_budget.read_config("DeepSeek-R1-Distill-Qwen-7B"))
-    table = memory_ledger.plan_bytes(shapes, memory_budget.recipes(shapes)[recipe], 2, double_quant)
+    table = memory_ledger.plan_bytes(shapes, memory_budget.preset_schemes(shapes)[recipe], 2, double_quant)
     assert round(table.bytes.sum() / GIB, 2) == gib
 
 
 def test_the_7b_student_with_its_head_in_nf4():
     shapes = memory_ledger.model_shapes(memory_budget.read_config("DeepSeek-R1-Distill-Qwen-7B"))
-    table = memory_ledger.plan_bytes(shapes, memory_budget.recipes(shapes)["nf4"] | {"lm_head": "nf4"})
+    table = memory_ledger.plan_bytes(shapes, memory_budget.preset_schemes(shapes)["nf4"] | {"lm_head": "nf4"})
     assert round(table.bytes.sum() / GIB, 2) == 4.41
 
 
@@ -235,8 +235,8 @@ class Allocations(TorchDispatchMode):
 def measured_peaks(config, dtype, batch, context, cache, recipe="bf16"):
     """Peak of a prefill, its cache included, and what the decode step after it takes on top of what stays."""
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    schemes = dict.fromkeys(quantize.weight_shapes(model), "keep")
-    schemes |= memory_budget.recipes(memory_ledger.model_shapes(config))[recipe]
+    schemes = dict.fromkeys(quantize.weight_shapes(model), "unquantized")
+    schemes |= memory_budget.preset_schemes(memory_ledger.model_shapes(config))[recipe]
     quantize.apply_plan(model, Plan(name=recipe, schemes=schemes), True)
     ids = torch.ones(batch, context, dtype=torch.long)
     with torch.inference_mode(), Allocations() as seen:
@@ -278,7 +278,7 @@ def test_the_peak_of_a_prefill_is_that_of_the_tensors_alive(config, dtype, scrat
 def test_the_peak_of_a_prefill_in_int8_is_that_of_the_tensors_alive(config, dtype):
     size, shapes = dtype.itemsize, memory_ledger.model_shapes(config)
     prefill, _ = measured_peaks(config, dtype, 2, 512, DynamicCache(config=config), "int8")
-    schemes = memory_budget.recipes(shapes)["int8"]
+    schemes = memory_budget.preset_schemes(shapes)["int8"]
     computed = activation_memory.activation_bytes(config, shapes, schemes, 2, 512, size, size)["prefill"]
     total = computed + memory_ledger.kv_cache_bytes(config, 2, 512, size)
     assert 0.99 * prefill <= total <= 1.03 * prefill
@@ -317,18 +317,18 @@ def test_a_matrix_of_bitsandbytes_is_decoded_whole_and_one_by_rows_is_not():
     shapes = memory_ledger.model_shapes(config)
     held = {
         recipe: activation_memory.activation_bytes(config, shapes, schemes, 2, 16)["decode"]
-        for recipe, schemes in memory_budget.recipes(shapes).items()
+        for recipe, schemes in memory_budget.preset_schemes(shapes).items()
     }
     matrix = 2 * config.hidden_size * config.intermediate_size
     assert matrix < held["nf4"] < 1.05 * matrix
     assert held["bf16"] < held["int8"] < held["bf16"] + 2 * activation_memory.DECODED_BYTES
-    assert held["nf4_all"] == held["nf4_int8_ends"] == held["nf4"]
+    assert held["nf4_all"] == held["nf4_int8_embed"] == held["nf4"]
 
 
 MEASURE = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, Qwen2Config
-from medkit import peak
+from medkit.quantization import activation_memory as peak
 config = Qwen2Config(**json.loads(sys.argv[1]))
 load = lambda: AutoModelForCausalLM.from_config(config).eval()
 print(json.dumps(peak.measure_peak(load, batch=2, context=1024, device=torch.device("cpu"))))

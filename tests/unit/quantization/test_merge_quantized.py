@@ -25,7 +25,7 @@ def dense_llama(make_llama, **changes):
     return make_llama(layers=2, intermediate_size=128, **changes)
 
 
-def nf4_llama(make_llama, double_quant=True, ends="keep"):
+def nf4_llama(make_llama, double_quant=True, ends="unquantized"):
     model = dense_llama(make_llama)
     return quantize.apply_plan(model, plans.nf4_plan(quantize.weight_shapes(model), ends), double_quant)
 
@@ -79,9 +79,9 @@ def test_what_comes_out_is_the_quantised_merged_weight(make_llama, save, double_
     decoded = dense_llama(make_llama)
     for name, layer in nf4_llama(make_llama, double_quant).named_modules():
         if isinstance(layer, bnb.nn.Linear4bit):
-            decoded.get_submodule(name).weight.data = rowwise.decode_nf4(layer.weight)
+            decoded.get_submodule(name).weight.data = rowwise.dequantize_nf4(layer.weight)
     merged = adapters.load_merged(decoded, folder)
-    expected = {name: rowwise.quantise_nf4(merged.get_submodule(name).weight, double_quant) for name in before}
+    expected = {name: rowwise.quantize_nf4(merged.get_submodule(name).weight, double_quant) for name in before}
     found = stored(merge_quantized.merge_into_quantized(nf4_llama(make_llama, double_quant), folder))
     adapted = [name for name in before if name.rsplit(".", 1)[-1] in TARGETS]
     expected = {n: {"codes": w.data, **tensors(w.quant_state)} for n, w in expected.items()}
@@ -94,13 +94,13 @@ def test_codes_survive_a_zero_update_and_scales_do_unless_they_are_in_8_bits(mak
     for double_quant in (False, True):
         folder, _ = save(nf4_llama(make_llama, double_quant), strength=0.0)
         base = nf4_llama(make_llama, double_quant)
-        before, decoded = stored(base), {n: rowwise.decode_nf4(base.get_submodule(n).weight) for n in stored(base)}
+        before, decoded = stored(base), {n: rowwise.dequantize_nf4(base.get_submodule(n).weight) for n in stored(base)}
         merged = merge_quantized.merge_into_quantized(base, folder)
         changed = differing(stored(merged), before)
         assert "codes" not in changed
         assert bool(changed) == double_quant
         for name, weight in decoded.items():
-            again = rowwise.decode_nf4(merged.get_submodule(name).weight)
+            again = rowwise.dequantize_nf4(merged.get_submodule(name).weight)
             limit = 5e-3 if double_quant else 0.0
             assert (again - weight).abs().max() <= limit * weight.abs().max()
 
@@ -111,11 +111,11 @@ def test_a_strong_update_is_kept_and_a_weak_one_falls_back(make_llama, save, dou
     for strength in (0.3, 0.002):
         folder, _ = save(nf4_llama(make_llama, double_quant), strength, targets=["q_proj"])
         base, name = nf4_llama(make_llama, double_quant), "model.layers.1.self_attn.q_proj"
-        before = rowwise.decode_nf4(base.get_submodule(name).weight)
+        before = rowwise.dequantize_nf4(base.get_submodule(name).weight)
         beside = adapters.load_adapter(nf4_llama(make_llama, double_quant), folder)
         update = beside.get_submodule(f"base_model.model.{name}").get_delta_weight("default").detach()
         merged = merge_quantized.merge_into_quantized(base, folder)
-        after = rowwise.decode_nf4(merged.get_submodule(name).weight)
+        after = rowwise.dequantize_nf4(merged.get_submodule(name).weight)
         shares[strength] = merge_quantized.surviving_share(before, update, after)
     assert shares[0.3] == pytest.approx(1.0, abs=0.1)
     assert abs(shares[0.002]) < 0.5
@@ -126,9 +126,9 @@ def test_a_strong_update_is_kept_and_a_weak_one_falls_back(make_llama, save, dou
 def test_dequantised_and_merged_says_what_the_adapter_beside_the_codes_said(make_llama, save):
     folder, beside = save(nf4_llama(make_llama), strength=0.1)
     base = nf4_llama(make_llama)
-    assert len(merge_quantized.dequantise(base, ["q_proj", "down_proj"])) == 4
-    assert len(merge_quantized.dequantise(base)) == 10, "the rest of them"
-    assert not merge_quantized.dequantise(base)
+    assert len(merge_quantized.dequantize(base, ["q_proj", "down_proj"])) == 4
+    assert len(merge_quantized.dequantize(base)) == 10, "the rest of them"
+    assert not merge_quantized.dequantize(base)
     torch.testing.assert_close(logits(adapters.load_merged(base, folder)), logits(beside), rtol=0, atol=1e-4)
 
 
@@ -154,17 +154,19 @@ def test_an_adapter_learns_over_4_bits_and_most_of_it_survives_merging(
     targets, examples = [*TARGETS, "gate_proj", "up_proj"], make_examples(8)
     section = AdapterParams(variant="lora", rank=8, alpha=16.0, dropout=0.0, target_modules=targets)
     model, base = adapters.attach(nf4_llama(make_llama), section, seed=0), nf4_llama(make_llama)
-    before = merge_quantized.read_answers(model, examples)
+    before = merge_quantized.predict_examples(model, examples)
     long = make_section(epochs=20.0, learning_rate=1e-2)
     trainer.train(model, examples, long, trainer.cross_entropy, tmp_path / "c", seed=0)
-    beside = merge_quantized.read_answers(model, examples)
+    beside = merge_quantized.predict_examples(model, examples)
     merged = merge_quantized.merge_into_quantized(base, adapters.save_adapter(model, tmp_path / "adapter"))
-    merge_quantized.dequantise(merged)
-    after = merge_quantized.read_answers(merged, examples)
+    merge_quantized.dequantize(merged)
+    after = merge_quantized.predict_examples(merged, examples)
     learned, kept = before.nll.mean() - beside.nll.mean(), before.nll.mean() - after.nll.mean()
     assert learned > 1.0
     assert kept > 0.5 * learned
-    assert merge_quantized.measure(beside, after, range(8), 0.95)["kl_nats"] > 1e-4, "and something was lost"
+    assert merge_quantized.compare_predictions(beside, after, range(8), 0.95)["kl_nats"] > 1e-4, (
+        "and something was lost"
+    )
 
 
 def test_a_tied_head_stays_tied(make_llama, save):
@@ -180,7 +182,7 @@ def test_dense_targets_of_a_mixed_plan_stay_dense(make_llama, save):
     def mixed():
         model = dense_llama(make_llama)
         schemes = plans.nf4_plan(quantize.weight_shapes(model)).schemes
-        kept = {name: "keep" if "q_proj" in name else scheme for name, scheme in schemes.items()}
+        kept = {name: "unquantized" if "q_proj" in name else scheme for name, scheme in schemes.items()}
         return quantize.apply_plan(model, plans.Plan(name="mixed", schemes=kept), False)
 
     folder, beside = save(mixed(), strength=0.1, targets=["q_proj"])
@@ -201,16 +203,16 @@ def test_a_base_that_has_run_is_refused(make_llama, save):
 
 def test_what_merging_did_is_measured(make_llama, make_examples, save):
     examples = make_examples(12)
-    plain = merge_quantized.read_answers(make_llama(), examples)
+    plain = merge_quantized.predict_examples(make_llama(), examples)
     assert torch.equal(plain.logits, batches.collect_logits(make_llama(), examples))
     np.testing.assert_allclose(plain.nll, batches.collect_nll(make_llama(), examples), atol=1e-6)
-    same = merge_quantized.measure(plain, plain, range(12), 0.95)
+    same = merge_quantized.compare_predictions(plain, plain, range(12), 0.95)
     assert (same["max_abs_logit"], same["top1_changed"], same["nll_change"]) == (0, 0, 0)
     assert same["ci_low"] == same["ci_high"] == 0
-    other = merge_quantized.read_answers(make_llama(seed=1), examples)
-    found = merge_quantized.measure(plain, other, range(12), 0.95)
+    other = merge_quantized.predict_examples(make_llama(seed=1), examples)
+    found = merge_quantized.compare_predictions(plain, other, range(12), 0.95)
     assert found["nll_change"] == pytest.approx((other.nll - plain.nll).mean())
     assert found["ci_low"] < found["nll_change"] < found["ci_high"]
     assert found["kl_nats"] > 0 and found["positions"] == len(plain.logits)
-    pairs = merge_quantized.measure(plain, other, np.arange(12) // 6, 0.95)
+    pairs = merge_quantized.compare_predictions(plain, other, np.arange(12) // 6, 0.95)
     assert pairs["nll_change"] == found["nll_change"], "groups move the interval alone"

@@ -15,7 +15,7 @@ from medkit.params import ParamsError
 from medkit.quantization import activation_memory, memory_budget, memory_ledger
 
 STUDENT = "DeepSeek-R1-Distill-Qwen-7B"
-RECIPES = ["bf16", "int8", "paper_mix", "nf4", "nf4_int8_ends", "nf4_all"]
+RECIPES = ["bf16", "int8", "paper_mix", "nf4", "nf4_int8_embed", "nf4_all"]
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_total_is_weights_scales_cache_and_the_larger_pass(student):
     config = memory_budget.read_config(STUDENT)
     shapes = memory_ledger.model_shapes(config)
     (mix,) = (e for e in student if (e.recipe, e.kv_format) == ("paper_mix", "bf16"))
-    schemes = memory_budget.recipes(shapes)["paper_mix"]
+    schemes = memory_budget.preset_schemes(shapes)["paper_mix"]
     passes = activation_memory.activation_bytes(config, shapes, schemes, 4, 4096)
     stored = memory_ledger.plan_bytes(shapes, schemes).bytes.sum()
     assert mix.total == stored + memory_ledger.kv_cache_bytes(config, 4, 4096, 2) + max(passes.values())
@@ -242,10 +242,10 @@ def test_whatever_fits_the_room_for_a_plan_fits_the_total(tied):
     shapes = [weight for weight in memory_ledger.model_shapes(config) if len(weight.shape) == 2]
     totals, draw = [estimate.total for estimate in memory_budget.estimate(config, 2, 128)], random.Random(0)
     total = (min(totals) + max(totals)) // 2
-    room = memory_budget.room_for_plan(config, total, 2, 128)
+    room = memory_budget.weight_budget(config, total, 2, 128)
     fitted = []
     for _ in range(200):
-        schemes = {weight.module: draw.choice(["keep", "int8", "nf4"]) for weight in shapes}
+        schemes = {weight.module: draw.choice(["unquantized", "int8", "nf4"]) for weight in shapes}
         table = memory_ledger.plan_bytes(memory_ledger.model_shapes(config), schemes).set_index("component").bytes
         planned = int(table.sum() - table["norms"])
         estimate = memory_budget.estimate_plan(config, "drawn", schemes, 2, 128)
@@ -260,5 +260,5 @@ def test_whatever_fits_the_room_for_a_plan_fits_the_total(tied):
 def test_a_total_that_not_even_nf4_fits_is_refused():
     config = memory_budget.read_config(STUDENT)
     with pytest.raises(ParamsError, match=r"quantization\.memory\.total_mb is 4000, .* takes 4749\.4 MB at batch 1"):
-        memory_budget.room_for_plan(config, 4e9, 1, 4096)
-    assert memory_budget.room_for_plan(config, 4750e6, 1, 4096) > 0
+        memory_budget.weight_budget(config, 4e9, 1, 4096)
+    assert memory_budget.weight_budget(config, 4750e6, 1, 4096) > 0

@@ -12,7 +12,7 @@ from medkit.quantization.plans import Plan, PlanError
 
 ENDS = ["model.embed_tokens", "lm_head"]
 LINEAR = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "mlp.up_proj": (128, 64)}
-BITS = {"keep": 16, "int8": 8, "nf4": 4}
+BITS = {"unquantized": 16, "int8": 8, "nf4": 4}
 
 
 def make_shapes(layers=3, tied=False):
@@ -27,7 +27,7 @@ def make_choices(shapes, seed=0):
         (
             module,
             scheme,
-            0.0 if scheme == "keep" else draw.exponential(1e-3) * 4 ** (8 - bits),
+            0.0 if scheme == "unquantized" else draw.exponential(1e-3) * 4 ** (8 - bits),
             columns * width * bits // 8,
         )
         for module, (columns, width) in shapes.items()
@@ -77,7 +77,7 @@ def test_layer_of(module, layer):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("ends", ["keep", "int8", "nf4"])
+@pytest.mark.parametrize("ends", ["unquantized", "int8", "nf4"])
 def test_nf4_plan_is_nf4_but_for_the_ends(tied, ends):
     shapes = make_shapes(tied=tied)
     plan = plans.nf4_plan(shapes, ends)
@@ -87,12 +87,12 @@ def test_nf4_plan_is_nf4_but_for_the_ends(tied, ends):
     assert len({plans.nf4_plan(shapes, e).name for e in BITS}) == 3
 
 
-@pytest.mark.parametrize("head", ["keep", "nf4"])
+@pytest.mark.parametrize("head", ["unquantized", "nf4"])
 def test_paper_plan_is_8_bits_where_attention_is(head):
     plan = plans.paper_plan(make_shapes(), head).schemes
     assert {m for m, s in plan.items() if s == "int8"} == {m for m in plan if "self_attn" in m}
     assert {m for m, s in plan.items() if s == "nf4"} - {"lm_head"} == {m for m in plan if "mlp" in m}
-    assert (plan["model.embed_tokens"], plan["lm_head"]) == ("keep", head)
+    assert (plan["model.embed_tokens"], plan["lm_head"]) == ("unquantized", head)
     assert plans.paper_plan(make_shapes(tied=True), head).schemes["model.embed_tokens"] == head
 
 
@@ -140,8 +140,8 @@ def test_a_budget_is_kept_to_the_byte(choices):
 
 def test_room_for_everything_keeps_everything(choices):
     most = least_and_most(choices)[1]
-    assert set(plans.budget_plan(choices, most).schemes.values()) == {"keep"}
-    assert set(plans.random_plan(choices, most, 0).schemes.values()) == {"keep"}
+    assert set(plans.budget_plan(choices, most).schemes.values()) == {"unquantized"}
+    assert set(plans.random_plan(choices, most, 0).schemes.values()) == {"unquantized"}
 
 
 def test_random_plans_are_their_seeds(choices):
@@ -169,7 +169,7 @@ def test_without_a_choice_there_is_one_plan(choices):
 def test_a_budget_far_above_everything_keeps_everything(choices):
     budget = 2 * least_and_most(choices)[1]
     for plan in (plans.budget_plan(choices, budget), plans.random_plan(choices, budget, 0)):
-        assert set(plan.schemes.values()) == {"keep"}
+        assert set(plan.schemes.values()) == {"unquantized"}
 
 
 def test_a_budget_in_a_gap_takes_the_largest_below(choices):

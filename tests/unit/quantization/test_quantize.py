@@ -177,11 +177,11 @@ def make_model(make_llama):
 
 
 PLANS = {
-    "keep": lambda shapes: Plan(name="keep", schemes=dict.fromkeys(shapes, "keep")),
+    "unquantized": lambda shapes: Plan(name="unquantized", schemes=dict.fromkeys(shapes, "unquantized")),
     "nf4": plans.nf4_plan,
     "paper_mix": plans.paper_plan,
     "paper_mix_nf4_head": lambda shapes: plans.paper_plan(shapes, "nf4"),
-    "nf4_int8_ends": lambda shapes: plans.nf4_plan(shapes, "int8"),
+    "nf4_int8_embed": lambda shapes: plans.nf4_plan(shapes, "int8"),
     "nf4_all": lambda shapes: plans.nf4_plan(shapes, "nf4"),
     "int8": lambda shapes: Plan(name="int8", schemes=dict.fromkeys(shapes, "int8")),
 }
@@ -216,14 +216,14 @@ def test_a_plan_reloads_to_the_same_logits_and_bytes(
     assert memory_ledger.measure_bytes(again).equals(analytic)
     logits = batches.collect_logits(model, examples)
     assert torch.equal(batches.collect_logits(again, examples), logits)
-    assert torch.equal(logits, exact) == (name == "keep")
+    assert torch.equal(logits, exact) == (name == "unquantized")
     assert batches.measure_drift(exact, logits)["kl_nats"] < 0.5
     assert quantize.read_plan(folder) == plan
     assert (loading.load_tokenizer(folder).get_vocab(), again.training) == (tokenizer.get_vocab(), False)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["nf4_int8_ends", "nf4_all"])
+@pytest.mark.parametrize("name", ["nf4_int8_embed", "nf4_all"])
 @pytest.mark.parametrize("kind", [GemmaConfig, Gemma2Config, Gemma3TextConfig])
 def test_a_gemma_keeps_the_factor_of_its_embeddings(
     make_examples, tokenizer, models_params, tmp_path, kind, name, dtype
@@ -247,7 +247,7 @@ def test_a_gemma_keeps_the_factor_of_its_embeddings(
     logits = batches.collect_logits(model, examples)
     assert torch.equal(batches.collect_logits(again, examples), logits)
     ids = torch.arange(VOCAB)[None]
-    with sensitivity.rounded(simulated, plan.schemes, True):
+    with sensitivity.fake_quantized(simulated, plan.schemes, True):
         assert torch.equal(again.get_input_embeddings()(ids), simulated.get_input_embeddings()(ids))
         wanted = batches.collect_logits(simulated, examples)
     tolerance = 1e-4 if dtype == "float32" else 0.05
@@ -263,7 +263,7 @@ def test_tied_ends_stay_one_storage_in_memory_and_on_disk(make_model, tokenizer,
     folder = quantize.save_quantized(model, tokenizer, plan, tmp_path / "tied")
     assert not any(key.startswith("lm_head") for key in load_file(folder / quantize.WEIGHTS))
     assert ends_are_one(quantize.load_quantized(folder, models_params))
-    untied = quantize.apply_plan(make_model(tied=False), plan_for(make_model(tied=False), "nf4_int8_ends"), True)
+    untied = quantize.apply_plan(make_model(tied=False), plan_for(make_model(tied=False), "nf4_int8_embed"), True)
     assert not ends_are_one(untied)
 
 
@@ -311,7 +311,7 @@ def test_what_runs_is_the_round_trip(make_model, make_examples, name):
     with torch.no_grad():
         for module, scheme in plan.schemes.items():
             weight = simulated.get_submodule(module).weight
-            weight.copy_(rowwise.round_trip(weight, scheme, True))
+            weight.copy_(rowwise.fake_quantize(weight, scheme, True))
     found, wanted = (batches.collect_logits(m, examples) for m in (model, simulated))
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
@@ -333,7 +333,7 @@ def test_biases_are_kept(make_model, make_examples, tokenizer, models_params, tm
 
 def test_a_quantised_model_generates(make_model):
     model = make_model(True)
-    quantize.apply_plan(model, plan_for(model, "nf4_int8_ends"), True)
+    quantize.apply_plan(model, plan_for(model, "nf4_int8_embed"), True)
     prompt = torch.tensor([[5, 6, 7]])
     written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
     with torch.no_grad():
@@ -387,10 +387,10 @@ def test_a_model_that_has_run_is_not_saved_if_that_repacked_it(make_model, make_
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("was", "now"), [("nf4", "int8"), ("nf4", "keep"), ("keep", "nf4")])
+@pytest.mark.parametrize(("was", "now"), [("nf4", "int8"), ("nf4", "unquantized"), ("unquantized", "nf4")])
 def test_a_plan_that_is_not_of_its_weights_is_refused(make_model, tokenizer, models_params, tmp_path, was, now):
     model, name = make_model(), "model.layers.1.mlp.up_proj"
-    schemes = plan_for(model, "keep").schemes
+    schemes = plan_for(model, "unquantized").schemes
     plan = Plan(name="edited", schemes=schemes | {name: was})
     quantize.apply_plan(model, plan, True)
     folder = quantize.save_quantized(model, tokenizer, plan, tmp_path / "edited")
@@ -419,7 +419,7 @@ def test_a_missing_or_damaged_file_is_named_with_a_cure(
     make_model, tokenizer, models_params, tmp_path, file, damage, said
 ):
     model = make_model()
-    plan = plan_for(model, "nf4_int8_ends")
+    plan = plan_for(model, "nf4_int8_embed")
     quantize.apply_plan(model, plan, True)
     folder = quantize.save_quantized(model, tokenizer, plan, tmp_path / "quantised")
     damage(folder / file)
@@ -440,7 +440,7 @@ def test_a_folder_without_a_plan_is_refused_and_a_quantised_one_by_transformers(
     with pytest.raises(PlanError, match=r"no plan\.json"):
         quantize.load_quantized(saved(), models_params)
     model = make_model()
-    plan = plan_for(model, "nf4_int8_ends")
+    plan = plan_for(model, "nf4_int8_embed")
     quantize.apply_plan(model, plan, True)
     folder = quantize.save_quantized(model, tokenizer, plan, tmp_path / "quantised")
     with pytest.raises(OSError, match=r"model\.safetensors"):

@@ -22,7 +22,7 @@ def weight(request):
 
 
 def test_no_int8_weight_is_off_by_more_than_half_a_step(weight):
-    rows = Int8Rows.quantise(weight, True)
+    rows = Int8Rows.quantize(weight, True)
     step = weight.float().abs().amax(1, keepdim=True) / 127
     error = (rows.codes * rows.scale - weight.float()).abs()
     assert (error <= step / 2 * (1 + 1e-5)).all()
@@ -34,8 +34,8 @@ def test_no_int8_weight_is_off_by_more_than_half_a_step(weight):
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
 def test_rows_decode_alone_as_they_do_together(weight, scheme, double_quant):
-    whole = rowwise.round_trip(weight, scheme, double_quant)
-    embedding = QuantizedEmbedding(rowwise.ROWS[scheme].quantise(weight, double_quant))
+    whole = rowwise.fake_quantize(weight, scheme, double_quant)
+    embedding = QuantizedEmbedding(rowwise.ROWS[scheme].quantize(weight, double_quant))
     ids = torch.tensor([[3, 99, 0], [3, 7, 50]])
     assert torch.equal(embedding(ids), whole[ids])
     assert embedding(ids).dtype == weight.dtype
@@ -48,12 +48,12 @@ def test_nf4_is_that_of_bitsandbytes(weight, double_quant):
         weight, blocksize=64, compress_statistics=double_quant, quant_type="nf4"
     )
     wanted = bnb.functional.dequantize_4bit(packed, state)
-    assert torch.equal(rowwise.round_trip(weight, "nf4", double_quant), wanted)
-    assert torch.equal(Nf4Rows.quantise(weight, double_quant).gather(torch.arange(ROWS)), wanted)
+    assert torch.equal(rowwise.fake_quantize(weight, "nf4", double_quant), wanted)
+    assert torch.equal(Nf4Rows.quantize(weight, double_quant).gather(torch.arange(ROWS)), wanted)
 
 
 def test_keeping_is_exact(weight):
-    assert rowwise.round_trip(weight, "keep", True) is weight
+    assert rowwise.fake_quantize(weight, "unquantized", True) is weight
 
 
 @pytest.mark.parametrize("scheme", ["int8", "nf4"])
@@ -61,17 +61,17 @@ def test_keeping_is_exact(weight):
 def test_a_linear_layer_decodes_no_more_than_its_chunk(monkeypatch, scheme, rows_at_once):
     torch.manual_seed(1)
     weight, bias, x = torch.randn(ROWS, COLUMNS), torch.randn(ROWS), torch.randn(2, 5, COLUMNS)
-    layer = QuantizedLinear(rowwise.ROWS[scheme].quantise(weight, True), bias)
+    layer = QuantizedLinear(rowwise.ROWS[scheme].quantize(weight, True), bias)
     decoded, project = [], layer.rows.project
     monkeypatch.setattr(layer.rows, "project", lambda x, a, b: decoded.append(b - a) or project(x, a, b))
     monkeypatch.setattr(rowwise, "DECODED_BYTES", rows_at_once * COLUMNS * x.element_size())
-    wanted = torch.nn.functional.linear(x, rowwise.round_trip(weight, scheme, True), bias)
+    wanted = torch.nn.functional.linear(x, rowwise.fake_quantize(weight, scheme, True), bias)
     torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-4)
     assert max(decoded) <= rows_at_once and sum(decoded) == ROWS
 
 
 def test_scaling_in_place_gives_the_bits_of_scaling_a_copy(weight):
-    rows, x = Int8Rows.quantise(weight, True), torch.randn(2, 45, COLUMNS).to(weight.dtype)  # 90 tokens: 32, 32, 26
+    rows, x = Int8Rows.quantize(weight, True), torch.randn(2, 45, COLUMNS).to(weight.dtype)  # 90 tokens: 32, 32, 26
     product = x @ rows.codes.to(x.dtype).T
     assert torch.equal(rows.project(x, 0, ROWS), (product * rows.scale[:, 0]).to(x.dtype))
     assert torch.equal(rows.project(x[0, 0], 30, 60), rows.project(x[:1, 0], 30, 60)[0])
@@ -81,7 +81,7 @@ def test_scaling_in_place_gives_the_bits_of_scaling_a_copy(weight):
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the resident set is read as Linux keeps it")
 def test_an_int8_layer_in_half_precision_takes_no_more_than_its_result():
     tokens, width = 8192, 4096
-    rows = Int8Rows.quantise(torch.randn(width, 256, dtype=torch.bfloat16), True)
+    rows = Int8Rows.quantize(torch.randn(width, 256, dtype=torch.bfloat16), True)
     x, cpu = torch.randn(tokens, 256, dtype=torch.bfloat16), torch.device("cpu")
     rows.project(x[:8], 0, width)
     activation_memory.reset_peak(cpu)
@@ -91,7 +91,7 @@ def test_an_int8_layer_in_half_precision_takes_no_more_than_its_result():
 
 
 def test_an_embedding_multiplies_with_its_factor():
-    rows, ids = Int8Rows.quantise(torch.randn(ROWS, COLUMNS), True), torch.tensor([[3, 99]])
+    rows, ids = Int8Rows.quantize(torch.randn(ROWS, COLUMNS), True), torch.tensor([[3, 99]])
     scaled = QuantizedEmbedding(rows, torch.tensor(11.5))
     assert torch.equal(scaled(ids), QuantizedEmbedding(rows)(ids) * 11.5)
     assert scaled.state_dict().keys() == QuantizedEmbedding(rows).state_dict().keys()
@@ -102,6 +102,6 @@ def test_half_precision_stays_half_precision():
     weight, x = torch.randn(ROWS, COLUMNS, dtype=torch.bfloat16), torch.randn(3, COLUMNS, dtype=torch.bfloat16)
     exact = x.float() @ weight.float().T
     for scheme, bound in (("int8", 0.02), ("nf4", 0.2)):
-        out = QuantizedLinear(rowwise.ROWS[scheme].quantise(weight, True), None)(x)
+        out = QuantizedLinear(rowwise.ROWS[scheme].quantize(weight, True), None)(x)
         assert out.dtype == torch.bfloat16
         assert (out.float() - exact).norm() / exact.norm() < bound

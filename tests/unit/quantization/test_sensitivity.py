@@ -32,7 +32,7 @@ def brute_force(model, examples, module, scheme):
     weight = model.get_submodule(module).weight
     exact = weight.detach().clone()
     with torch.no_grad():
-        weight.copy_(rowwise.round_trip(exact, scheme, True))
+        weight.copy_(rowwise.fake_quantize(exact, scheme, True))
         after = batches.collect_logits(model, examples)
         weight.copy_(exact)
     return batches.measure_drift(before, after)["kl_nats"]
@@ -52,7 +52,7 @@ def test_a_slope_is_what_finite_differences_find(model, examples, scheme, step):
     for module in modules:
         weight = model.get_submodule(module).weight
         exact, sums = weight.detach().clone(), []
-        change = rowwise.round_trip(exact, scheme, True) - exact
+        change = rowwise.fake_quantize(exact, scheme, True) - exact
         with torch.no_grad():
             for way in (step, -step):
                 weight.copy_(exact + way * change)
@@ -74,7 +74,7 @@ def test_one_module_at_a_time_is_about_what_brute_force_finds(model, make_exampl
 
 def test_the_ends_are_what_whole_runs_find(model, examples):
     table = measure(model, examples)
-    ends = table[table.layer.isna() & (table.scheme != "keep")]
+    ends = table[table.layer.isna() & (table.scheme != "unquantized")]
     assert len(ends) == (2 if model.config.tie_word_embeddings else 4)
     for row in ends.itertuples():
         assert row.kl_nats == pytest.approx(brute_force(model, examples, row.module, row.scheme), rel=1e-5)
@@ -101,7 +101,7 @@ def test_batches_do_not_matter(model, examples, monkeypatch):
 
 def test_damage_is_zero_iff_the_scheme_is_exact(model, examples):
     table = measure(model, examples)
-    kept = table.scheme == "keep"
+    kept = table.scheme == "unquantized"
     assert (table.kl_nats[kept] == 0).all()
     assert (table.kl_nats[~kept] > 0).all()
     name = "model.layers.1.mlp.up_proj"
@@ -136,11 +136,11 @@ def test_it_is_as_it_was_after_a_failure_too(model, examples, monkeypatch):
     def fail(*args):
         raise MemoryError
 
-    with pytest.raises(MemoryError), sensitivity.rounded(model, {"model.layers.2.mlp.down_proj": "nf4"}, True):
+    with pytest.raises(MemoryError), sensitivity.fake_quantized(model, {"model.layers.2.mlp.down_proj": "nf4"}, True):
         assert not torch.equal(before["model.layers.2.mlp.down_proj.weight"], weight)
         fail()
     assert torch.equal(before["model.layers.2.mlp.down_proj.weight"], weight)
-    monkeypatch.setattr(rowwise, "round_trip", fail)
+    monkeypatch.setattr(rowwise, "fake_quantize", fail)
     with pytest.raises(MemoryError):
         measure(model, examples)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
@@ -164,7 +164,7 @@ def test_columns_are_what_a_budget_needs(model, examples):
     assert set(table.layer.dropna()) == set(range(LAYERS))
     assert set(table.kind) >= {"q_proj", "down_proj", "embed_tokens"}
     shapes = memory_ledger.model_shapes(model.config)
-    everything = Plan(name="keep", schemes=dict.fromkeys(table.module, "keep"))
+    everything = Plan(name="unquantized", schemes=dict.fromkeys(table.module, "unquantized"))
     for plan in (plans.nf4_plan(quantize.weight_shapes(model), "int8"), everything):
         listed = table.set_index(["module", "scheme"]).loc[list(plan.schemes.items())].bytes.sum()
         norms = 2 * sum(weight.count for weight in shapes if len(weight.shape) == 1)
@@ -183,9 +183,13 @@ def test_a_simulated_plan_is_the_plan(make_llama, make_examples):
     shapes = quantize.weight_shapes(model)
     table = measure(model, examples)
     int8 = Plan(name="all_int8", schemes=dict.fromkeys(shapes, "int8"))
-    candidates = [Plan(name="keep", schemes=dict.fromkeys(shapes, "keep")), int8, plans.paper_plan(shapes)]
+    candidates = [
+        Plan(name="unquantized", schemes=dict.fromkeys(shapes, "unquantized")),
+        int8,
+        plans.paper_plan(shapes),
+    ]
     found = sensitivity.measure_plans(model, examples, True, candidates, table).set_index("plan")
-    assert found.loc["keep"].drop("bytes").eq(0).all()
+    assert found.loc["unquantized"].drop("bytes").eq(0).all()
     assert found.kl_nats["paper_mix"] > found.kl_nats["all_int8"] > 0
     alone = table.set_index(["module", "scheme"]).kl_nats
     assert found.summed_kl_nats["all_int8"] == pytest.approx(alone.xs("int8", level="scheme").sum())
