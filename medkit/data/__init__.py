@@ -1,8 +1,13 @@
-"""data"""
+"""Medical questions from many files in one table, split so that no near-duplicate stands on both sides.
+
+Also: contamination of the test questions, problem types of open questions, and the data card.
+"""
 
 from medkit.data.contamination import RULES, clean_mask, contamination_table, find_contamination
 from medkit.data.data_card import build_card
 from medkit.data.near_duplicates import group_near_duplicates
-from medkit.data.problem_types import agreement, compare_classifiers, join_labels
-from medkit.data.readers import DataError, read_drug_pairs, read_open_questions
-from medkit.data.splits import assign_pools, drop_long, load_questions, take_splits, training_rows
+from medkit.data.plots import plot_confusions, plot_places_and_subjects, plot_sizes_and_lengths
+from medkit.data.problem_types import agreement, classify, join_labels, measure_classifiers
+from medkit.data.readers import read_drug_pairs, read_open_questions
+from medkit.data.records import DataError
+from medkit.data.splits import assign_pools, drop_long, load_questions, pick_example_source, take_splits, training_rows

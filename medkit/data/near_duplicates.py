@@ -1,7 +1,7 @@
-"""Near-duplicate groups, so that no copy of a question stands on both sides of a split.
+"""Groups of near-duplicate questions, so that no copy of a question stands on both sides of a split.
 
-Texts are compared by the runs of words they share, as sparse matrices: linear in words, never every text with every
-other. What is a copy of a *test* question is for `contamination` to say; nothing here knows a split.
+Texts are compared by the runs of words that they share, as sparse matrices: the work is linear in the words. Copies of
+*test* questions are found in `contamination`; nothing here knows a split.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components
 
 SHINGLE_WORDS = 8
-COMMON_SHINGLE = 20  # a shingle in more families than this is a phrase of the trade, not a sign of copying
+COMMON_SHINGLE = 20  # a shingle in more families than this is a stock phrase, not a sign of copying
 SHARED_FRACTION = 0.5
-COMPARED = 64  # every holder of a shingle is compared with so many others that hold it: bounds the work
+MAX_COMPARED = 64  # a text is compared with at most so many holders of each of its shingles: this bounds the work
 ROWS_AT_ONCE = 4096
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying loses nothing
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing
 
 
 def group_near_duplicates(texts: pd.Series) -> np.ndarray:
-    """Component number per text: two texts are near-duplicates if they share half of the shorter one's shingles.
+    """Group number per text (N,): two texts are near-duplicates if they share half of the shorter one's shingles.
 
-    A shingle is a run of eight words; stock phrases ("which of the following is the most likely diagnosis") count for
-    nothing. A phrase is stock if more than COMMON_SHINGLE *families* hold it, not texts: forty copies of one question
-    are one family, and make nothing stock.
+    A shingle is a run of eight words. Stock phrases ("which of the following is the most likely diagnosis") do not
+    count. A phrase is stock if more than COMMON_SHINGLE *families* hold it, not texts: forty copies of one question
+    are one family, and do not make a phrase stock.
     """
     texts, copy_of = distinct_texts(texts)
     holds = word_runs(texts, SHINGLE_WORDS)
@@ -36,36 +36,36 @@ def group_near_duplicates(texts: pd.Series) -> np.ndarray:
 
 
 def grouping_texts(questions: pd.DataFrame) -> pd.Series:
-    """What of a question tells it from others: its words, and its options in one order, for copies shuffle them.
+    """The text by which questions are compared: the question and its options in one order, since copies shuffle them.
 
-    An abstract's yes, no and maybe tell nothing and are left out.
+    The options of an abstract are left out: yes, no and maybe are the same for all.
     """
     options = questions.options.map(sorted).str.join(" ").where(questions.kind != "abstract", "")
     return questions.question + " " + options
 
 
 def normalise(text: str) -> str:
-    """Words in lower case between single blanks: what is left to compare after case, punctuation and line breaks."""
+    """The words in lower case between single spaces, without punctuation and line breaks."""
     return " ".join(re.findall(r"\w+", text.casefold()))
 
 
 def distinct_texts(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Every normalised text once, and the number of its own for each text given.
+    """Every normalised text once, and for each given text the index of its normalised form.
 
-    They stand in the order of their hashes: whatever picks the first few of them picks the same ones in any order of
-    the rows, and with no leaning towards a letter.
+    The order is that of the texts' hashes. So the first few are the same in any order of the rows, and are not biased
+    towards a letter.
     """
-    copy_of, once = pd.factorize(np.array([normalise(text) for text in texts], object))
-    order = np.argsort(pd.util.hash_array(once), kind="stable")
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
-    return once[order], place[copy_of]
+    copy_of, distinct = pd.factorize(np.array([normalise(text) for text in texts], object))
+    order = np.argsort(pd.util.hash_array(distinct), kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return distinct[order], rank[copy_of]
 
 
 def word_runs(texts: Sequence[str], length: int) -> csr_matrix:
     """Texts × distinct runs of `length` words, 1 where the text holds the run; texts must be normalised.
 
-    A text shorter than that is one run, all of it. Runs are told apart by a 64-bit hash of their words.
+    A shorter text is one run. Runs are told apart by a 64-bit hash of their words.
     """
     number: dict[str, int] = {"": 0}
     words, lengths = [], []
@@ -90,37 +90,37 @@ def word_runs(texts: Sequence[str], length: int) -> csr_matrix:
 
 
 def find_families(holds: csr_matrix) -> np.ndarray:
-    """Family number per text: texts joined by sharing half of the *longer* one's runs, stock or not.
+    """Family number per text: texts that share half of the *longer* one's runs, stock phrases included.
 
-    Stricter than a near-duplicate, because nothing is known yet of stock phrases: a short text made of one would be
-    near every vignette that ends in it.
+    This is stricter than a near-duplicate, because stock phrases are not known yet: a short text that is a stock
+    phrase would be near every vignette that ends in it.
     """
     return _components(holds, np.diff(holds.indptr), np.maximum)
 
 
 def count_families(holds: csr_matrix, family: np.ndarray) -> np.ndarray:
-    """In how many families each run occurs."""
+    """Number of families in which each run occurs."""
     shape = (family.max(initial=-1) + 1, len(family))
     members = csr_matrix((np.ones(len(family), np.int32), (family, np.arange(len(family)))), shape=shape)
     return np.bincount((members @ holds).indices, minlength=holds.shape[1])
 
 
-def _components(holds: csr_matrix, sizes: np.ndarray, of: Callable) -> np.ndarray:
-    """Components of texts that share SHARED_FRACTION of `of` the two sizes (np.minimum: the shorter one's).
+def _components(holds: csr_matrix, sizes: np.ndarray, size_of_pair: Callable) -> np.ndarray:
+    """Connected components of texts; an edge joins texts that share SHARED_FRACTION of `size_of_pair` (their sizes).
 
-    Each text is compared with the first COMPARED holders of each of its runs: exact up to so many copies; beyond, a
-    copy is joined through those, for they are the same ones for all of its runs.
+    Each text is compared with the first MAX_COMPARED holders of each of its runs. These are the same texts for all
+    holders of a run, so further copies are still joined through them.
     """
     by_run = holds.tocsc()
     rank = np.arange(by_run.nnz) - np.repeat(by_run.indptr[:-1], np.diff(by_run.indptr))
     entries = by_run.tocoo()
-    first = rank < COMPARED
+    first = rank < MAX_COMPARED
     others = csr_matrix((entries.data[first], (entries.col[first], entries.row[first])), shape=holds.shape[::-1])
     edges = [np.zeros((2, 0), np.int64)]
     for start in range(0, holds.shape[0], ROWS_AT_ONCE):
         shared = (holds[start : start + ROWS_AT_ONCE] @ others).tocoo()
         pair = np.stack([shared.row + start, shared.col])
-        edges.append(pair[:, shared.data >= SHARED_FRACTION * of(*sizes[pair])])
+        edges.append(pair[:, shared.data >= SHARED_FRACTION * size_of_pair(*sizes[pair])])
     rows, columns = np.concatenate(edges, axis=1)
     graph = coo_matrix((np.ones(len(rows), bool), (rows, columns)), shape=(holds.shape[0],) * 2)
     return connected_components(graph, directed=False)[1]

@@ -1,96 +1,45 @@
-"""The problem type of a question, which picks its prompt template: by keywords as in the paper, and learned.
+"""The problem type of an open question, which decides its prompt template: by keywords as in the paper, and learned.
 
 The paper (arXiv 2505.00025) names five types and counts keywords, argmax_c Σ_w 1[w ∈ K_c]; it publishes neither its
-lists nor its accuracy. Both classifiers here are measured on the same questions, labelled by hand (docs/labelling.md);
-the one that is not of the paper learns from embeddings and is graded out of fold. No model is loaded here.
+lists nor its accuracy. Here both classifiers are measured on the same questions, labelled by hand
+(docs/labelling.md). The learned one is a logistic regression on sentence embeddings, measured out of fold.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 from scipy.sparse.csgraph import connected_components
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import cohen_kappa_score, confusion_matrix, f1_score, precision_recall_fscore_support
+from sklearn.metrics import cohen_kappa_score, f1_score
 from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
 from medkit.data.near_duplicates import group_near_duplicates
-from medkit.stage import MedkitError
-from medkit.statistics import paired_difference, wilson
+from medkit.data.records import DataError
+from medkit.statistics import wilson
 
 PROBLEMS = ("medication", "diagnosis", "treatment", "prevention", "emergency")
 OTHER = "other"  # definitions, prognosis, anatomy: the paper has no such type
 LABELS = (*PROBLEMS, OTHER)
 PRECEDENCE = ("emergency", "medication", "prevention", "treatment", "diagnosis")  # of equal counts, as in the labelling
 LABEL_FILE = Path(__file__).with_name("problem_types.csv")
-SCOPES = ("random", "random, five types", "with enrichment")
+KEYWORDS: dict[str, frozenset[str]] = {
+    problem: frozenset(words.split())
+    for problem, words in yaml.safe_load(Path(__file__).with_name("problem_keywords.yaml").read_text()).items()
+}
+CLASSIFIERS = ["keywords", "learned", "majority"]
 FOLDS, INNER_FOLDS = 5, 3
 GRID = {"C": [0.1, 1.0, 10.0, 100.0], "class_weight": [None, "balanced"]}
 SAME_COSINE = 0.9  # questions too short to share a run of eight words are copies if their embeddings are so near
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# Written before the labelled questions were read, from the words of the open questions that are not in the sample.
-KEYWORDS: dict[str, frozenset[str]] = {
-    "medication": _words("""
-        acetaminophen actonel adderall additive albuterol allopurinol amphetamine anastrozole antacid antacids
-        antibiotic antibiotics antidepressant antidepressants antihistamine apap aspirin ativan azathioprine
-        benzodiazepines benzonatate botulinum brand brimonidine bumetanide buprenorphine bupropion butalbital bystolic
-        cannabis capsule capsules carvedilol celebrex cephalexin chemo cialis cipro citalopram clonidine cocaine codeine
-        colchicine concerta contraceptive contraceptives coreg coumadin cyclosporine cymbalta dextroamphetamine
-        dicyclomine dilantin dilaudid diltiazem diuretic diuretics divalproex docusate donepezil dosage dosages dose
-        doses dosing doxepin drug drugs dulera ecstasy effexor eliquis epinephrine estradiol estrogen expired ezetimibe
-        fentanyl finasteride flomax fluorouracil fluvoxamine gabapentin gardasil gemfibrozil generic glargine glipizide
-        glucagon glucosamine guaifenesin gummies herceptin heroin humira hydrochloride ibuprofen inactive ingested
-        ingredient ingredients inhaler inject injection injections insulin interact interaction interactions ivermectin
-        keflex ketorolac lactulose lamotrigine lantus lasix levaquin levothyroxine lexapro lipitor lithium loratadine
-        lotensin lotion lyrica magnesium marijuana mcg med medication medications medicine medicines medrol meds
-        melatonin meloxicam memantine mercaptopurine metamucil metformin methotrexate mg mgs milligram milligrams
-        miralax ml morphine naltrexone naproxen narcan narcotic nicotine nitrofurantoin nitroglycerin norco norvasc
-        nsaid nsaids ointment olanzapine opiates opioid opioids otc oxybutynin oxycontin painkiller painkillers
-        paracetamol percocet peroxide pharmacy phentermine phenytoin pill pills placebo plavix pramipexole prednisone
-        premarin prescribe prescribed prescription prevnar proair probiotic prozac raloxifene refill restoril ropinirole
-        senna seroquel shingrix shot spiriva spironolactone statins steroid steroids strength suboxone substitute
-        sulfate supplement supplements suppository synthroid syringe tablet tablets taken taking tamiflu taper tdap
-        tegretol testosterone thinner thinners topamax topiramate tramadol trazodone tretinoin trimethoprim tylenol
-        vaccine vaccines valium valproic vicodin vitamin vitamins vyvanse warfarin wean withdrawal xanax xarelto
-        zithromax zostavax zoster
-    """),
-    "diagnosis": _words("""
-        appear appearance biopsy cause caused causes causing detect detected diagnose diagnosed diagnosing diagnosis
-        differ difference differentiate distinguish feel feels felt identify indicate indicates know look looks mean
-        means mimic mistaken mri normal reason reasons recognise recognize results sign signs suspect symptom symptoms
-        tell test tested testing tests trigger triggered triggers why xray
-    """),
-    "treatment": _words("""
-        calm clear cope correct corrected curable cure cured cures deal diet ease eat exercise exercises fix fixed foods
-        heal help helps home improve manage managed management massage operation physiotherapy procedure recover
-        recovery reduce reduced regain relief relieve relieved remedies remedy removal remove removed repair reverse
-        reversed rid soothe stop surgery therapies therapy treat treatable treated treating treatment treatments treats
-    """),
-    "prevention": _words("""
-        avoid avoided avoiding coming immune immunisation immunise immunity immunization keep lower prevent preventable
-        preventative prevented preventing prevention preventive prevents prophylaxis protect protected protection
-        recurrence screened screening vaccinated vaccination
-    """),
-    "emergency": _words("""
-        ambulance bite bitten choke choking concern concerned cpr doctor doctors drown drowning emergency er gp hospital
-        immediate immediately overdose poison poisoned poisoning resuscitate sting suicidal suicide swallowed
-        unconscious urgent urgently worried worry worrying
-    """),
-}
 # Stems of International Nonproprietary Names (WHO, "The use of stems in the selection of INN"), as endings that no
-# ordinary word has: longer than the stem where the stem alone would catch one (-terol and cholesterol).
+# ordinary word has: longer than the stem where the stem alone would match one (-terol and cholesterol).
 DRUG_NAME = re.compile(
     r"cef\w+|sulfa\w+|\w{2,}(afil|[ae]racetam|arone|a[sz]one|isone|azepam|azepine|azine|azole|azosin|barbital|bicin|"
     r"buterol|meterol|caine|cillin|c[iy]clovir|codone|coxib|cycline|dipine|dopa|dronate|dronic|fenac|fibrate|floxacin|"
@@ -100,12 +49,8 @@ DRUG_NAME = re.compile(
 )
 
 
-class ProblemError(MedkitError):
-    """Labels or embeddings that do not belong to the questions; the message names the cure."""
-
-
 def count_keywords(question: str) -> dict[str, int]:
-    """Words of the question that each type's list holds; a repeated word counts again, as in the paper's sum."""
+    """Number of words of the question in each type's list; a repeated word counts again, as in the paper's sum."""
     words = re.findall(r"[a-z]+", question.casefold())
     return {
         problem: sum(w in listed or (problem == "medication" and bool(DRUG_NAME.fullmatch(w))) for w in words)
@@ -114,33 +59,33 @@ def count_keywords(question: str) -> dict[str, int]:
 
 
 def classify_by_keywords(question: str) -> str:
-    """The type with the most keywords; among equals the first in PRECEDENCE; `other` where no keyword occurs.
+    """The type with the most keywords; of equal counts the first in PRECEDENCE; `other` if there is no keyword.
 
-    The paper's argmax has no answer of its own for a question without keywords: it would be the first type listed.
+    For a question without keywords the paper's argmax would return the first type of its list.
     """
     counts = count_keywords(question)
-    best = max(PRECEDENCE, key=counts.__getitem__)  # max keeps the first of equals
+    best = max(PRECEDENCE, key=counts.__getitem__)  # max returns the first of equals
     return best if counts[best] else OTHER
 
 
 def read_labels() -> pd.DataFrame:
     """The labels that come with the package: (id, source, label, second_label, drawn).
 
-    `drawn` is random (the sample that accuracy is stated on) or enriched (found by reading further questions for the
-    two rarest types). `second_label` is "" where the question was read once.
+    `drawn` is random (the sample that accuracy is reported on) or enriched (from further questions, which were read to
+    find the two rarest types). `second_label` is "" if the question was read once.
     """
     return pd.read_csv(LABEL_FILE, keep_default_na=False)
 
 
 def join_labels(open_questions: pd.DataFrame) -> pd.DataFrame:
-    """The labels with their question text, from a table (id, source, question) as `readers.read_open_questions` gives.
+    """The labels with the text of their questions, which `readers.read_open_questions` returns.
 
-    The texts are not stored here: the id holds a digest of each. Raises ProblemError if one is not in the table.
+    An id holds a digest of its text. Raises DataError if a labelled question is not in the table.
     """
     labels = read_labels()
     missing = sorted(set(labels.id) - set(open_questions.id))
     if missing:
-        raise ProblemError(f"{len(missing)} labelled questions are not there, first {missing[0]}; use the pinned wheel")
+        raise DataError(f"{len(missing)} labelled questions are missing, first {missing[0]}; use the pinned wheel")
     return labels.merge(open_questions[["id", "question"]], on="id", validate="one_to_one")
 
 
@@ -152,7 +97,7 @@ def agreement(labels: pd.DataFrame) -> dict[str, float]:
 
 
 def group_questions(questions: pd.Series, embeddings: np.ndarray) -> np.ndarray:
-    """Component number per question: near-duplicates by words, or by a cosine of at least SAME_COSINE."""
+    """Group number per question: near-duplicates by words, or by a cosine of at least SAME_COSINE."""
     by_words = group_near_duplicates(questions)
     return connected_components((by_words[:, None] == by_words) | (embeddings @ embeddings.T >= SAME_COSINE))[1]
 
@@ -160,26 +105,26 @@ def group_questions(questions: pd.Series, embeddings: np.ndarray) -> np.ndarray:
 def _folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class")  # the folds are made all the same
+        warnings.filterwarnings("ignore", message="The least populated class")  # the folds are still made
         return list(splitter.split(labels, labels, groups))
 
 
 def fit_classifier(embeddings: np.ndarray, labels: Sequence[str], groups: np.ndarray, seed: int) -> LogisticRegression:
-    """Logistic regression on unit vectors, refitted on all rows with the best of GRID by accuracy on inner folds."""
+    """Logistic regression on unit vectors (N, D), fitted on all rows with the best of GRID by inner accuracy."""
     labels = np.asarray(labels)
     folds = _folds(labels, groups, INNER_FOLDS, seed)
     search = GridSearchCV(LogisticRegression(max_iter=2000), GRID, scoring="accuracy", cv=folds)
-    with threadpool_limits(1):  # the matrices are small: threads wait for each other longer than they work
+    with threadpool_limits(1):  # the matrices are small: threads would wait for each other
         return search.fit(embeddings, labels).best_estimator_
 
 
 def cross_validate(
     embeddings: np.ndarray, labels: Sequence[str], groups: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Per question: the learned label and the majority label, by models that saw neither it nor its group."""
+    """Per question: the learned label and the majority label, from models that saw neither it nor its group."""
     labels = np.asarray(labels)
     if not len(embeddings) == len(labels) == len(groups):
-        raise ProblemError(f"{len(embeddings)} embeddings, {len(labels)} labels, {len(groups)} groups: give one each")
+        raise DataError(f"{len(embeddings)} embeddings, {len(labels)} labels, {len(groups)} groups: give one each")
     learned, majority = np.empty(len(labels), object), np.empty(len(labels), object)
     for train, test in _folds(labels, groups, FOLDS, seed):
         model = fit_classifier(embeddings[train], labels[train], groups[train], seed)
@@ -188,62 +133,31 @@ def cross_validate(
     return learned, majority
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Both classifiers and the majority label on the same questions, as tidy tables."""
+def classify(labelled: pd.DataFrame, embeddings: np.ndarray, seed: int) -> pd.DataFrame:
+    """The label of each question by every classifier: id, source, drawn, label, keywords, learned, majority.
 
-    predictions: pd.DataFrame
-    """id, source, drawn, label, and one column per classifier: keywords, learned, majority."""
-    accuracy: pd.DataFrame
-    """classifier, scope, accuracy, ci_low, ci_high, macro_f1 (mean over the labels that occur), n."""
-    per_class: pd.DataFrame
-    """classifier, label, precision, recall, f1, n, on all rows: the rare types are there through enrichment."""
-    paired: pd.DataFrame
-    """learned − keywords per scope, as `statistics.paired_difference` gives it."""
-    confusion: dict[str, pd.DataFrame]
-    """Per classifier, on the random sample: labels in the rows, predictions in the columns."""
-
-
-def compare_classifiers(
-    labelled: pd.DataFrame, embeddings: np.ndarray, confidence: float, power: float, seed: int
-) -> Comparison:
-    """Grade keywords, learned classifier and majority label on `labelled` (as `join_labels` gives it, in that order).
-
-    Enriched rows are trained on, and count in their own scope only: they were chosen by label, so an accuracy that
-    includes them is of no population. "five types" leaves out the questions labelled `other`, as the paper would.
+    `labelled` comes from `join_labels`, `embeddings` has a unit vector for each of its rows.
     """
     groups = group_questions(labelled.question, embeddings)
     learned, majority = cross_validate(embeddings, labelled.label, groups, seed)
     keywords = labelled.question.map(classify_by_keywords)
-    table = labelled[["id", "source", "drawn", "label"]].assign(keywords=keywords, learned=learned, majority=majority)
-    names = ["keywords", "learned", "majority"]
-    accuracy, per_class, paired = [], [], []
-    for scope, rows in _scopes(table):
-        right = {name: rows[name] == rows.label for name in names}
-        for name in names:
-            low, high = wilson(int(right[name].sum()), len(rows), confidence)
-            present = [label for label in LABELS if (rows.label == label).any()]
-            macro = f1_score(rows.label, rows[name], labels=present, average="macro", zero_division=0)
-            accuracy.append((name, scope, right[name].mean(), low, high, macro, len(rows)))
-        paired.append({"scope": scope, **paired_difference(right["learned"], right["keywords"], confidence, power)})
-    for name in names:
-        found = precision_recall_fscore_support(table.label, table[name], labels=LABELS, zero_division=0)
-        per_class.extend((name, label, *values) for label, *values in zip(LABELS, *found, strict=True))
-    sample = table[table.drawn == "random"]
-    return Comparison(
-        table,
-        pd.DataFrame(accuracy, columns=["classifier", "scope", "accuracy", "ci_low", "ci_high", "macro_f1", "n"]),
-        pd.DataFrame(per_class, columns=["classifier", "label", "precision", "recall", "f1", "n"]),
-        pd.DataFrame(paired),
-        {name: _confusion(sample.label, sample[name]) for name in names},
-    )
+    columns = labelled[["id", "source", "drawn", "label"]]
+    return columns.assign(keywords=keywords, learned=learned, majority=majority)
 
 
-def _scopes(table: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    sample = table[table.drawn == "random"]
-    yield from zip(SCOPES, (sample, sample[sample.label != OTHER], table), strict=True)
+def measure_classifiers(predicted: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    """Accuracy per classifier and scope: classifier, scope, accuracy, ci_low, ci_high (Wilson), macro_f1, n.
 
-
-def _confusion(labels: pd.Series, predicted: pd.Series) -> pd.DataFrame:
-    counts = confusion_matrix(labels, predicted, labels=LABELS)
-    return pd.DataFrame(counts, index=pd.Index(LABELS, name="label"), columns=pd.Index(LABELS, name="predicted"))
+    Enriched rows count in their own scope only: they were chosen by label, so an accuracy that includes them is not of
+    any population. "five types" leaves out the questions labelled `other`, which the paper does not have.
+    """
+    sample = predicted[predicted.drawn == "random"]
+    scopes = {"random": sample, "random, five types": sample[sample.label != OTHER], "with enrichment": predicted}
+    rows = []
+    for scope, table in scopes.items():
+        present = [label for label in LABELS if (table.label == label).any()]
+        for name in CLASSIFIERS:
+            right = int((table[name] == table.label).sum())
+            macro_f1 = f1_score(table.label, table[name], labels=present, average="macro", zero_division=0)
+            rows.append((name, scope, right / len(table), *wilson(right, len(table), confidence), macro_f1, len(table)))
+    return pd.DataFrame(rows, columns=["classifier", "scope", "accuracy", "ci_low", "ci_high", "macro_f1", "n"])

@@ -1,41 +1,45 @@
-"""One question as a record: cleaned text, options without their letters, the answer as an index; and what is refused.
+"""One question as a record: clean text, options without their letters, the answer as an index; and why one is rejected.
 
-Readers build every record with `make_record`, so all files go through the same cleaning; `refusal` says in a few words
-why a record is no question. Nothing is guessed: what cannot be resolved is left for `refusal` to name.
+A record is a dict with question, context, options, answer, subject, kind and pool, and with group where it is known.
+Every reader builds its records with `make_record`, so all files are cleaned in the same way. Nothing is guessed: a
+value that cannot be used stays in the record, and `rejection_reason` names it.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from typing import Annotated, Literal
+from typing import Literal
 
 import pandas as pd
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
 
 from medkit.params import AnswerForm
 from medkit.prompts.templates import LETTERS
+from medkit.stage import MedkitError
 
 Kind = Literal["choice", "abstract", "icd_chapter", "icd_easy", "icd_hard"]
 Pool = Literal["train", "valid", "test", "transfer"]
 EXAMPLE_CHARACTERS = 80
-# two spellings of one thing, each found in the published files: a byte order mark inside MMLU, ligatures of typeset
-# pages in MedMCQA, and in MedQA one-character degrees and both signs for micro
+# Two spellings of one thing, each found in the published files: a byte order mark inside MMLU, typographic ligatures
+# in MedMCQA, one-character degrees and both signs for micro in MedQA.
 SPELLINGS = {"\ufeff": "", "ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "℃": "°C", "℉": "°F", "\u00b5": "\u03bc"}
-# Cyrillic letters that stand for Latin ones in MedQA (“А 43-уеаr-old mаn”), and к for the Greek letter
+# Cyrillic letters that stand for Latin ones in MedQA (“А 43-уеаr-old mаn”), and к for the Greek letter.
 LOOKALIKES = dict(zip("АНОаеісорухѕјк", "AHOaeicopyxsjκ", strict=True))
-CARRIED = re.compile(r"\(?([A-Ja-j])[).:]+\s*(.+)")
-TOLD = re.compile(r"\(?([A-Ja-j])(?:[).:]+\s*(.*))?")
+LETTERED_OPTION = re.compile(r"\(?([A-Ja-j])[).:]+\s*(.+)")
+LETTERED_ANSWER = re.compile(r"\(?([A-Ja-j])(?:[).:]+\s*(.*))?")
+
+
+class DataError(MedkitError):
+    """Data that cannot be used as asked; the message names the source, the value and the cure."""
 
 
 def clean_text(text: str) -> str:
-    """NFC, one spelling (SPELLINGS), single spaces, and no closing quote that was never opened.
+    """The text in NFC with one spelling (SPELLINGS), single spaces, and no closing quote that was never opened.
 
-    Cyrillic look-alikes become the letters they stand for, unless the text has other Cyrillic letters and means them.
+    Cyrillic look-alikes become Latin letters, unless the text has other Cyrillic letters too.
     """
     if not text.isascii():
-        text = re.sub(f"[{''.join(SPELLINGS)}]", lambda found: SPELLINGS[found[0]], unicodedata.normalize("NFC", text))
+        text = re.sub(f"[{''.join(SPELLINGS)}]", lambda match: SPELLINGS[match[0]], unicodedata.normalize("NFC", text))
         cyrillic = set(re.findall(r"[\u0400-\u04ff]", text))
         if cyrillic and cyrillic <= LOOKALIKES.keys():
             text = unicodedata.normalize("NFC", text.translate(str.maketrans(LOOKALIKES)))
@@ -46,133 +50,105 @@ def clean_text(text: str) -> str:
 def split_options(text: str) -> list[str]:
     """`"A. one\\nB. two"` or `"A: one\\nB: two"` → `["one", "two"]`; a line break inside an option stays inside it.
 
-    The 103 validation questions of MedMCQA with an option `nan` had the text "None" there before pandas read them.
+    103 validation questions of MedMCQA have an option `nan`: it was the text "None" before pandas read the file.
     """
-    parts: list[str] = []
+    options: list[str] = []
     for line in text.splitlines():
-        due = LETTERS[len(parts) : len(parts) + 1] or "$."
-        if re.match(rf"{due}[.:]", line):  # the letter that is due, and no other
-            parts.append(line[2:])
-        elif parts:
-            parts[-1] += "\n" + line
-    return ["None" if clean_text(part) == "nan" else clean_text(part) for part in parts]
+        next_letter = LETTERS[len(options) : len(options) + 1] or "$."
+        if re.match(rf"{next_letter}[.:]", line):
+            options.append(line[2:])
+        elif options:
+            options[-1] += "\n" + line
+    return ["None" if clean_text(option) == "nan" else clean_text(option) for option in options]
 
 
-def without_letters(options: list) -> list:
-    """Options without the letters they carry (`A. one`, `(B) two`), if every one carries the letter that is due."""
-    carried = [isinstance(option, str) and CARRIED.fullmatch(option) for option in options]
-    if all(found and found[1].upper() == due for found, due in zip(carried, LETTERS, strict=False)):
-        return [found[2] for found in carried]
+def strip_letters(options: list) -> list:
+    """The options without their letters (`A. one`, `(B) two`), if every option has the letter of its place."""
+    matches = [isinstance(option, str) and LETTERED_OPTION.fullmatch(option) for option in options]
+    if all(match and match[1].upper() == letter for match, letter in zip(matches, LETTERS, strict=False)):
+        return [match[2] for match in matches]
     return options
 
 
-def answer_index(told, options: list[str], told_as: AnswerForm) -> int | None:
-    """Index of the answer among the options, −1 where nothing is told (null, empty, −1), None if it is none of them.
+def answer_index(answer, options: list[str], form: AnswerForm) -> int | None:
+    """Index of the answer among the options; −1 if no answer is given (null, empty, −1), None if it is no option.
 
-    A letter may bring the option's text with it (`B. two`), a text its letter; then the two must agree.
+    A letter may come with the option's text (`B. two`), and a text with its letter; then the two must agree.
     """
-    if told is None or told in ("", -1):
+    if answer is None or answer in ("", -1):
         return -1
-    place = -1
-    if told_as in ("index0", "index1"):
-        # parquet tells whole numbers as 2.0 where some are missing
-        if isinstance(told, int | float) and not isinstance(told, bool) and float(told).is_integer():
-            place = int(told) - (told_as == "index1")
-    elif told_as == "text" and told in options:
-        place = options.index(told)
-    elif isinstance(told, str) and (found := TOLD.fullmatch(told)):
-        letter, text = LETTERS.find(found[1].upper()), found[2]
-        if letter < len(options) and (text == options[letter] or (told_as == "letter" and not text)):
-            place = letter
-    return place if 0 <= place < len(options) else None
-
-
-def _cleaned(value):
-    return clean_text(value) if isinstance(value, str) else value
+    index = -1
+    if form in ("index0", "index1"):
+        # a parquet column of whole numbers holds 2.0 where some values are missing
+        if isinstance(answer, int | float) and not isinstance(answer, bool) and float(answer).is_integer():
+            index = int(answer) - (form == "index1")
+    elif form == "text" and answer in options:
+        index = options.index(answer)
+    elif isinstance(answer, str) and (match := LETTERED_ANSWER.fullmatch(answer)):
+        letter, text = LETTERS.find(match[1].upper()), match[2]
+        if letter < len(options) and (text == options[letter] or (form == "letter" and not text)):
+            index = letter
+    return index if 0 <= index < len(options) else None
 
 
 def make_record(
-    question, options, answer, *, told_as: AnswerForm, pool: Pool | None, context="", subject="", kind: Kind = "choice"
+    question,
+    options,
+    answer,
+    *,
+    answer_form: AnswerForm,
+    pool: Pool | None,
+    context="",
+    subject="",
+    kind: Kind = "choice",
 ) -> dict:
-    """The record of what a file says; a value of the wrong type stays as it is, for `refusal` to name."""
-    written = [_cleaned(option) for option in options] if isinstance(options, list) else []
-    plain = without_letters(written)
-    index = answer_index(_cleaned(answer), written, told_as)  # MedMCQA has options whose letter is there twice
-    return {
-        "question": _cleaned("" if question is None else question),
-        "context": _cleaned("" if context is None else context),
-        "options": plain if isinstance(options, list) else options,
-        "answer": answer_index(_cleaned(answer), plain, told_as) if index is None else index,
-        "subject": _cleaned("" if subject is None else subject),
-        "kind": kind,
-        "pool": pool,
-    }
+    """The record of what a file holds. A value of the wrong type stays as it is; `rejection_reason` names it later.
+
+    `pool` is the question's official split, None if it has none. An `answer` of −1 is not known: for `transfer` alone.
+    """
+
+    def clean(value):
+        return clean_text(value) if isinstance(value, str) else value
+
+    answer, index = clean(answer), None
+    if isinstance(options, list):
+        as_written = [clean(option) for option in options]
+        options = strip_letters(as_written)
+        index = answer_index(answer, as_written, answer_form)  # MedMCQA has options whose letter is there twice
+        index = answer_index(answer, options, answer_form) if index is None else index
+    texts = {"question": question, "context": context, "subject": subject}
+    texts = {name: clean("" if text is None else text) for name, text in texts.items()}
+    return {**texts, "options": options, "answer": index, "kind": kind, "pool": pool}
 
 
-def _all_different(options: list[str]) -> list[str]:
+def rejection_reason(record: dict) -> str | None:
+    """Why a record is not a usable question, in a few words; None if it is usable."""
+    options, answer = record["options"], record["answer"]
+    for field in ("question", "context", "subject"):
+        if not isinstance(record[field], str):
+            return f"{field} is not text"
+    if not record["question"]:
+        return "empty question"
+    if not isinstance(options, list):
+        return "options are not a list"
+    if not all(isinstance(option, str) for option in options):
+        return "an option is not text"
+    if "" in options:
+        return "empty option"
+    if len(options) < 2:
+        return "fewer than two options"
+    if len(options) > len(LETTERS):
+        return f"more than {len(LETTERS)} options"
     if len(set(options)) < len(options):
-        raise PydanticCustomError("refused", "two options alike")
-    return options
+        return "two options alike"
+    if answer == -1 and record["pool"] != "transfer":
+        return "no answer"
+    return "answer is none of the options" if answer is None or not -1 <= answer < len(options) else None
 
 
-Text = Annotated[str, Field(min_length=1)]
-
-
-class Record(BaseModel):
-    """A usable question."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    question: Text
-    context: str
-    options: Annotated[list[Text], Field(min_length=2, max_length=len(LETTERS)), AfterValidator(_all_different)]
-    answer: int
-    """Index into `options`; −1, not known, is for `transfer` alone."""
-    subject: str
-    kind: Kind
-    pool: Pool | None
-    """The question's official place, None if it has none."""
-    group: str | None = None
-    """Questions that must not be split; None leaves it to near-duplicates."""
-
-    @model_validator(mode="after")
-    def _answer_is_an_option(self) -> Record:
-        if self.answer == -1 and self.pool != "transfer":
-            raise PydanticCustomError("refused", "no answer")
-        if not -1 <= self.answer < len(self.options):
-            raise PydanticCustomError("refused", "answer is none of the options")
-        return self
-
-
-REASONS = {
-    ("question", "string_too_short"): "empty question",
-    ("question", "string_type"): "question is no text",
-    ("context", "string_type"): "context is no text",
-    ("subject", "string_type"): "subject is no text",
-    ("options", "list_type"): "options are no list",
-    ("options", "too_short"): "fewer than two options",
-    ("options", "too_long"): f"more than {len(LETTERS)} options",
-    ("options", "string_too_short"): "empty option",
-    ("options", "string_type"): "an option is no text",
-    ("answer", "int_type"): "answer is none of the options",
-}
-
-
-def refusal(record: dict) -> str | None:
-    """Why a record is no usable question, in a few words; None if it is one."""
-    try:
-        Record.model_validate(record)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        if first["type"] == "refused":
-            return first["msg"]
-        return REASONS.get((first["loc"][0], first["type"]), f"{first['loc'][0]}: {first['msg']}")
-    return None
-
-
-def rejected_table(refused: list[tuple[str, str, str]]) -> pd.DataFrame:
-    """(source, reason, question) of all that was refused → source, reason, count, and the first one's text, cut."""
-    table = pd.DataFrame(refused, columns=["source", "reason", "example"]).astype(str)
+def count_rejected(rejected: list[tuple[str, str, str]]) -> pd.DataFrame:
+    """(source, reason, question) of each rejected record → source, reason, count, and the first question, cut."""
+    table = pd.DataFrame(rejected, columns=["source", "reason", "example"]).astype(str)
     table["example"] = table.example.str[:EXAMPLE_CHARACTERS]
     counted = table.groupby(["source", "reason"], sort=False).example.agg(count="size", example="first")
     return counted.reset_index()

@@ -1,8 +1,7 @@
-"""Source records → one questions table, split so that near-duplicates never stand on both sides.
+"""One table of questions, split so that near-duplicates never stand on both sides.
 
-`readers` turn files into records and `records.refusal` judges them: what is no question is rejected with a reason,
-counted, and shown by one example. `assign_pools` decides by group, not by row, where a question may go; `take_splits`
-draws the numbers the params ask for. Nothing here knows a model: token counting comes in as a function.
+`load_questions` reads all sources and counts what it rejects. `assign_pools` decides by group, not by row, which split
+a question may go to. `take_splits` draws the numbers that the params ask for. Nothing here knows a model.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ import pandas as pd
 
 from medkit.data import icd10_questions, readers
 from medkit.data.near_duplicates import group_near_duplicates, grouping_texts
-from medkit.data.readers import DataError
-from medkit.data.records import refusal, rejected_table
+from medkit.data.records import DataError, count_rejected, rejection_reason
 from medkit.params import SPLITS, DatasetParams, digest
 
 COLUMNS = ["id", "source", "split", "group", "kind", "question", "context", "options", "answer", "subject"]
@@ -28,95 +26,95 @@ POOL_SHARES = {"test": 0.35, "valid": 0.05, "train": 0.60}  # of the groups of a
 def load_questions(
     datasets: dict[str, DatasetParams], paths: dict[str, Path], seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """All questions the params ask for, before splitting, and what was rejected (source, reason, count, example).
+    """All questions of all datasets, before splitting, and what was rejected (source, reason, count, example).
 
-    Raises DataError for a dataset without a reader and for one of which nothing is left.
+    Raises DataError for a dataset without a reader, and for one without any usable question.
     """
-    frames, refused = [], []
+    rows, rejected = [], []
     for name, dataset in datasets.items():
-        kept = []
-        for record in _records(name, dataset, paths[name], seed):
-            reason = refusal(record)
+        for record in _read_records(name, dataset, paths[name], seed):
+            reason = rejection_reason(record)
             if reason:
-                refused.append((name, reason, record["question"]))
+                rejected.append((name, reason, record["question"]))
             else:
-                kept.append({"group": None, **record, "source": name})
-        if not kept:
-            reasons = dict(Counter(reason for source, reason, _ in refused if source == name))
-            raise DataError(f"{name}: no usable question in {paths[name]}; rejected: {reasons}")
-        frames.append(pd.DataFrame(kept))
-    questions = pd.concat(frames, ignore_index=True)
+                rows.append({"group": None, **record, "source": name})
+        if not rows or rows[-1]["source"] != name:
+            reasons = dict(Counter(reason for source, reason, _ in rejected if source == name))
+            raise DataError(f"{name}: no usable question in {paths[name]}; rejected: {reasons}; correct the file")
+    questions = pd.DataFrame(rows)
     questions["id"] = [
-        f"{s}-{digest([q, c, list(o)])[:10]}"
-        for s, q, c, o in questions[["source", "question", "context", "options"]].itertuples(index=False)
+        f"{row.source}-{digest([row.question, row.context, row.options])[:10]}" for row in questions.itertuples()
     ]
-    twice = questions.duplicated("id")
-    again = questions.loc[twice, ["source", "question"]].itertuples(index=False)
-    refused.extend((source, "the same question again", question) for source, question in again)
-    return questions[~twice].reset_index(drop=True), rejected_table(refused)
+    repeated = questions.duplicated("id")
+    rejected += [(row.source, "the same question again", row.question) for row in questions[repeated].itertuples()]
+    return questions[~repeated].reset_index(drop=True), count_rejected(rejected)
 
 
-def _records(name: str, dataset: DatasetParams, path: Path, seed: int) -> Iterator[dict]:
+def _read_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> Iterator[dict]:
     if dataset.origin.kind == "table":
         return readers.read_table(path, dataset.origin)
     if name in icd10_questions.ICD_KINDS:
         concepts = icd10_questions.read_icd_concepts(path)
         wanted = {split: getattr(dataset, split) for split in POOL_SHARES}
-        # a fifth more than the fullest pool needs, since pools are drawn by group and come out uneven
+        # a fifth more than the fullest pool needs: pools are drawn by group, so their sizes vary
         count = -1 if "all" in wanted.values() else 40 + max(int(1.2 * n / POOL_SHARES[s]) for s, n in wanted.items())
         return icd10_questions.make_icd_questions(concepts, name, count, seed)
     if name not in readers.READERS:
         known = sorted([*readers.READERS, *icd10_questions.ICD_KINDS])
         raise DataError(f"{name}: no reader for this dataset; known: {known}; your own file is of kind `table`")
-    return (
-        readers.read_hub(name, path, dataset.origin.subset)
-        if dataset.origin.kind == "hub"
-        else readers.READERS[name](path)
-    )
+    if dataset.origin.kind == "hub":
+        return readers.read_hub(name, path, dataset.origin.subset)
+    return readers.READERS[name](path)
 
 
-def assign_pools(questions: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Give every question a group and the pool (train, valid, test or transfer) its whole group belongs to.
+def assign_pools(questions: pd.DataFrame, seed: int, drug_pairs: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Give every question a group and the pool (train, valid, test or transfer) that its whole group belongs to.
 
-    A group with an official test question is a test group: members with another official place are dropped, the rest
-    may be tested too. A group with other official members is learned from. Groups without an official place go to a
-    pool by a seeded hash of their name, alike in every source. Returns the table with `group` and `pool`, rows that
-    would leak removed.
+    A group with an official test question is a test group: members without an official place may be tested too,
+    members with another official place are dropped, because they would leak. A group with other official members is a
+    training group. A group without an official place goes to a pool by a seeded hash of its name, in every source the
+    same. `drug_pairs` (readers.PAIR_COLUMNS) count as official test questions, and are not returned.
+    Returns the table with `group` and `pool`.
     """
-    questions = questions.copy()
+    count, questions = len(questions), questions.copy()
+    if drug_pairs is not None and len(drug_pairs):
+        pairs = drug_pairs.assign(source="drug_pairs", kind="choice", context="", subject="", pool="test")
+        questions = pd.concat([questions, pairs[pairs.columns.intersection(questions.columns)]], ignore_index=True)
     free = questions.group.isna()
-    text = grouping_texts(questions[free])
-    # the official place of a group is found by its members, so groups are numbered over all sources together
-    # and named by a member, so that a question's place does not depend on which other sources are there
-    questions.loc[free, "group"] = "text:" + questions.id[free].groupby(group_near_duplicates(text)).transform("min")
+    # Near-duplicates are grouped over all sources together. A group is named by its smallest id, so that a question's
+    # pool does not depend on which other sources are there.
+    labels = group_near_duplicates(grouping_texts(questions[free]))
+    questions.loc[free, "group"] = "text:" + questions.id[free].groupby(labels).transform("min")
     official = questions.pool.where(questions.pool.notna(), "")
-    tested, placed = set(questions.group[official == "test"]), set(questions.group[official != ""])
+    test_groups = set(questions.group[official == "test"])
+    official_groups = set(questions.group[official != ""])
     bounds = np.cumsum([POOL_SHARES[pool] for pool in ("test", "valid")])
 
-    def pool_of(group: str, own: str) -> str:
-        if group in tested:
-            return "test" if own in ("test", "") else "leak"
-        if own or group in placed:
-            return own or "train"
+    def pick_pool(group: str, place: str) -> str:
+        if group in test_groups:
+            return "test" if place in ("test", "") else "leak"
+        if place or group in official_groups:
+            return place or "train"
         share = int(hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()[:8], 16) / 16**8
         return ("test", "valid", "train")[int(np.searchsorted(bounds, share, side="right"))]
 
-    questions["pool"] = [pool_of(group, own) for group, own in zip(questions.group, official, strict=True)]
+    questions["pool"] = [pick_pool(group, place) for group, place in zip(questions.group, official, strict=True)]
+    questions = questions.head(count)
     return questions[questions.pool != "leak"].reset_index(drop=True)
 
 
 def take_splits(questions: pd.DataFrame, datasets: dict[str, DatasetParams], seed: int) -> pd.DataFrame:
     """Draw each dataset's number of questions per split from its pools; returns the final table (COLUMNS).
 
-    Where a source has no `valid` pool, its `train` pool lends whole groups. Raises DataError when a pool is too small.
+    If a source has no `valid` pool, whole groups of its `train` pool are used. Raises DataError if a pool is too small.
     """
-    taken = []
+    drawn = []
     for name, dataset in datasets.items():
         rows = questions[questions.source == name].sample(frac=1, random_state=seed)
         train = rows[rows.pool == "train"]
         if dataset.valid != "all" and not (rows.pool == "valid").any():
-            lent = train.group.isin(train.group.tail(dataset.valid))
-            rows.loc[train.index[lent], "pool"] = "valid"
+            moved = train.group.isin(train.group.tail(dataset.valid))
+            rows.loc[train.index[moved], "pool"] = "valid"
         for split in SPLITS:
             wanted, pool = getattr(dataset, split), rows[rows.pool == split]
             if wanted != "all" and wanted > len(pool):
@@ -124,16 +122,16 @@ def take_splits(questions: pd.DataFrame, datasets: dict[str, DatasetParams], see
                     f"{name}: {wanted} questions asked for {split}, {len(pool)} are there; "
                     f"lower data.datasets.{name}.{split} or write `all`"
                 )
-            taken.append((pool if wanted == "all" else pool.head(wanted)).assign(split=split))
-    table = pd.concat(taken)[COLUMNS].sort_values(["source", "split", "id"], ignore_index=True)
-    shared = table.groupby("group").split.agg(lambda s: {"test"} < set(s))
-    if shared.any():
-        raise DataError(f"groups {list(shared.index[shared])[:3]} stand in test and in another split")
+            drawn.append((pool if wanted == "all" else pool.head(wanted)).assign(split=split))
+    table = pd.concat(drawn)[COLUMNS].sort_values(["source", "split", "id"], ignore_index=True)
+    leaking = set(table.group[table.split == "test"]) & set(table.group[table.split != "test"])
+    if leaking:
+        raise DataError(f"groups {sorted(leaking)[:3]} are in test and in another split; run `assign_pools` first")
     return table
 
 
 def training_rows(questions: pd.DataFrame, split: str) -> pd.DataFrame:
-    """The rows of a split that may be learned from. Raises DataError for `test`, and for a split that is empty."""
+    """The rows of a split that a model may train on. Raises DataError for `test` and for an empty split."""
     if split == "test":
         raise DataError("split 'test' is for notebooks 05 and 06 alone; train on 'train', choose on 'valid'")
     rows = questions[questions.split == split]
@@ -143,12 +141,24 @@ def training_rows(questions: pd.DataFrame, split: str) -> pd.DataFrame:
 
 
 def drop_long(questions: pd.DataFrame, count_tokens: Callable[[dict], int], max_prompt_tokens: int) -> pd.DataFrame:
-    """Questions whose prompt fits; raises DataError if a (source, split) loses all of its rows."""
+    """The questions whose prompt fits, with `prompt_tokens`. Raises DataError if a (source, split) loses all rows."""
     lengths = np.array([count_tokens(row) for row in questions.to_dict("records")])
-    kept = questions.assign(prompt_tokens=lengths)[lengths <= max_prompt_tokens]
-    lost = set(questions.groupby(["source", "split"]).groups) - set(kept.groupby(["source", "split"]).groups)
+    short = questions.assign(prompt_tokens=lengths)[lengths <= max_prompt_tokens]
+    lost = set(questions.groupby(["source", "split"]).groups) - set(short.groupby(["source", "split"]).groups)
     if lost:
-        raise DataError(
-            f"{sorted(lost)}: every prompt is longer than data.max_prompt_tokens={max_prompt_tokens}; raise it"
-        )
-    return kept.reset_index(drop=True)
+        limit = f"data.max_prompt_tokens={max_prompt_tokens}"
+        raise DataError(f"{sorted(lost)}: every prompt is longer than {limit}; raise it")
+    return short.reset_index(drop=True)
+
+
+def pick_example_source(table: pd.DataFrame) -> str:
+    """The source whose questions serve as examples: exams before ICD-10, then the one with the most training rows.
+
+    Only sources with test questions count, so every table of a run has one.
+    """
+    by_source = table.groupby("source").agg(
+        exam=("kind", lambda kind: (kind == "choice").all()),
+        train=("split", lambda split: (split == "train").sum()),
+        test=("split", lambda split: (split == "test").sum()),
+    )
+    return by_source[by_source.test > 0].sort_values(["exam", "train"], kind="stable").index[-1]

@@ -47,7 +47,7 @@ def test_second_run_does_nothing(whole):
 
 def test_every_promised_artifact_is_there(whole):
     for stage, files in {
-        "01_data": ["questions.parquet", "rejected.parquet", "card.json"],
+        "01_data": ["questions.parquet", "rejected.parquet", "data_card.json"],
         "02_distillation": [
             "teacher_adapter",
             "teacher",

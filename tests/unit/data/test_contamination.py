@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from medkit.data import contamination
 from medkit.data.contamination import clean_mask, contamination_table, find_contamination
+from medkit.data.records import DataError
 
 VIGNETTE = (
     "a 47 year old farmer from the hills has had night sweats and a cough with rusty sputum for three weeks and his "
@@ -83,7 +84,7 @@ def test_embeddings_join_what_shares_no_word():
     vectors = np.stack([np.cos(turns), np.sin(turns)], axis=1).astype(np.float32)
     assert joined(questions, embeddings=vectors) == {("q0", "q1", "embedding")}
     assert joined(questions) == set()
-    with pytest.raises(ValueError, match="3 embeddings for 4 questions"):
+    with pytest.raises(DataError, match="3 embeddings for 4 questions"):
         find_contamination(questions, vectors[:3])
 
 

@@ -72,7 +72,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("count", [2, near_duplicates.COMMON_SHINGLE + 1, 48, 2 * near_duplicates.COMPARED])
+@pytest.mark.parametrize("count", [2, near_duplicates.COMMON_SHINGLE + 1, 48, 2 * near_duplicates.MAX_COMPARED])
 def test_near_copies_share_a_group_however_many(count, edit):
     texts = variants(count, EDITS[edit])
     other = [f"{' '.join(f'case{n}word{i}' for i in range(20))} {' '.join(texts[0].split()[:9])}" for n in range(3)]

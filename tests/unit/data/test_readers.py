@@ -10,8 +10,7 @@ import pytest
 from medkit import sources
 from medkit.data import readers
 from medkit.data import splits as data
-from medkit.data.readers import DataError
-from medkit.data.records import refusal
+from medkit.data.records import DataError, rejection_reason
 from medkit.params import DatasetParams, Hub, Local, Table
 
 HERE = Local(kind="local", path="unused")
@@ -60,26 +59,26 @@ def wheel_data(tmp_path) -> Path:
 
 
 def test_medqa_has_five_options_and_is_test(wheel_data):
-    (row,) = readers.read_medqa(wheel_data)
+    (row,) = readers.READERS["medqa"](wheel_data)
     assert row["question"] == "Which drug?"
     assert row["options"][row["answer"]] == "e"
     assert (row["pool"], row["kind"], row["context"]) == ("test", "choice", "")
 
 
 def test_mmlu_is_test(wheel_data):
-    (row,) = readers.read_mmlu(wheel_data)
+    (row,) = readers.READERS["mmlu"](wheel_data)
     assert (row["options"][row["answer"]], row["pool"]) == ("radius", "test")
     assert row["subject"] == ""  # the wheel's file does not say; one that does is believed
 
 
 def test_a_subject_in_the_file_is_carried(wheel_data):
     write_jsonl(wheel_data / "MMLU" / "clinical.jsonl", [{**lettered("q?", "a", "b"), "subject": "anatomy"}])
-    (row,) = readers.read_mmlu(wheel_data)
+    (row,) = readers.READERS["mmlu"](wheel_data)
     assert row["subject"] == "anatomy"
 
 
 def test_medmcqa_is_split_here_and_its_unlabelled_part_transfers(wheel_data):
-    rows = list(readers.read_medmcqa(wheel_data))
+    rows = list(readers.READERS["medmcqa"](wheel_data))
     assert Counter(row["pool"] for row in rows) == {None: 2, "transfer": 2}
     assert {row["subject"] for row in rows} == {"Anatomy", "Social Preventive Medicine"}
     assert {row["answer"] for row in rows if row["pool"]} == {-1}
@@ -87,7 +86,7 @@ def test_medmcqa_is_split_here_and_its_unlabelled_part_transfers(wheel_data):
 
 
 def test_pubmedqa_has_its_abstract_without_the_numbering(wheel_data):
-    (labelled,), (artificial,) = readers.read_pubmedqa(wheel_data), readers.read_pubmedqa_a(wheel_data)
+    (labelled,), (artificial,) = readers.READERS["pubmedqa"](wheel_data), readers.READERS["pubmedqa_a"](wheel_data)
     assert labelled["context"] == "First part. Second part (n = 3)."
     assert (labelled["options"][labelled["answer"]], labelled["pool"]) == ("maybe", "test")
     assert (artificial["options"][artificial["answer"]], artificial["pool"]) == ("no", "train")
@@ -114,14 +113,14 @@ def test_a_line_that_is_no_json_object_is_named_by_file_and_line(wheel_data, lin
     first = json.dumps(lettered("q?", "a", "b")).encode()
     path.write_bytes(b"\n".join([first, b"", line if isinstance(line, bytes) else line.encode()]))
     with pytest.raises(DataError, match=r"test\.jsonl:3") as error:
-        list(readers.read_medqa(wheel_data))
+        list(readers.READERS["medqa"](wheel_data))
     assert str(path) in str(error.value)
 
 
 def test_a_byte_order_mark_before_the_file_is_read_over(wheel_data):
     path = wheel_data / "MedQA" / "test.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert len(list(readers.read_medqa(wheel_data))) == 1
+    assert len(list(readers.READERS["medqa"](wheel_data))) == 1
 
 
 GOOD = lettered("good?", "a", "b", "c", "d")
@@ -152,16 +151,16 @@ GOOD = lettered("good?", "a", "b", "c", "d")
 )
 def test_malformed_record_gets_a_reason_not_a_crash(wheel_data, record, reason):
     write_jsonl(wheel_data / "MedQA" / "test.jsonl", [record, GOOD])
-    bad, good = readers.read_medqa(wheel_data)
-    assert refusal(bad) == reason
-    assert refusal(good) is None
+    bad, good = readers.READERS["medqa"](wheel_data)
+    assert rejection_reason(bad) == reason
+    assert rejection_reason(good) is None
 
 
 def test_malformed_abstract_gets_a_reason_not_a_crash(wheel_data):
     path = wheel_data / "PubMedQA" / "pqal" / "test.jsonl"
     good = json.loads(path.read_text())
     write_jsonl(path, [{**good, "answer": "perhaps"}, {**good, "answer": None}, {"answer": "yes"}, good])
-    reasons = [refusal(record) for record in readers.read_pubmedqa(wheel_data)]
+    reasons = [rejection_reason(record) for record in readers.READERS["pubmedqa"](wheel_data)]
     assert reasons == ["answer is none of the options", "no answer", "empty question", None]
 
 
@@ -210,7 +209,7 @@ def test_one_question_in_every_form(tmp_path, ending, columns, row):
         "kind": "choice",
         "pool": "test",
     }
-    assert refusal(record) is None
+    assert rejection_reason(record) is None
 
 
 def test_context_and_subject_are_read_where_declared(tmp_path):
@@ -223,7 +222,7 @@ def test_a_table_without_answers_is_for_transfer(tmp_path):
     path = write_jsonl(tmp_path / "m.jsonl", [{"q": "Which?", "options": ["a", "b"]}])
     (record,) = readers.read_table(path, table(answer="", pool="transfer"))
     assert record["answer"] == -1
-    assert refusal(record) is None
+    assert rejection_reason(record) is None
 
 
 def test_whole_numbers_of_a_parquet_with_gaps_are_indices(tmp_path):
@@ -235,22 +234,22 @@ def test_whole_numbers_of_a_parquet_with_gaps_are_indices(tmp_path):
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({"options": {"A": "one", "C": "two"}}, "options are no list"),
-        ({"options": {"first": "one", "second": "two"}}, "options are no list"),
-        ({"options": "one, two"}, "options are no list"),
-        ({"options": ["one", None, "two"]}, "an option is no text"),
-        ({"options": [1, 2]}, "an option is no text"),
+        ({"options": {"A": "one", "C": "two"}}, "options are not a list"),
+        ({"options": {"first": "one", "second": "two"}}, "options are not a list"),
+        ({"options": "one, two"}, "options are not a list"),
+        ({"options": ["one", None, "two"]}, "an option is not text"),
+        ({"options": [1, 2]}, "an option is not text"),
         ({"answer": "C"}, "answer is none of the options"),
         ({"answer": "one"}, "answer is none of the options"),
         ({"answer": 0}, "answer is none of the options"),
-        ({"q": 7}, "question is no text"),
+        ({"q": 7}, "question is not text"),
     ],
 )
 def test_a_row_that_does_not_fit_gets_a_reason(tmp_path, row, reason):
     good = {"q": "Which?", "options": ["one", "two"], "answer": "A"}
     first, second = readers.read_table(write_jsonl(tmp_path / "m.jsonl", [{**good, **row}, good]), table())
-    assert refusal(first) == reason
-    assert refusal(second) is None
+    assert rejection_reason(first) == reason
+    assert rejection_reason(second) is None
 
 
 def test_a_column_that_is_nowhere_is_named_with_those_that_are_there(tmp_path):
@@ -262,7 +261,7 @@ def test_a_column_that_is_nowhere_is_named_with_those_that_are_there(tmp_path):
 def test_a_column_that_one_row_lacks_is_that_rows_fault(tmp_path):
     good = {"q": "Which?", "options": ["a", "b"], "answer": "A"}
     path = write_jsonl(tmp_path / "m.jsonl", [{"q": "Which?", "options": ["a", "b"]}, good])
-    assert [refusal(record) for record in readers.read_table(path, table())] == ["no answer", None]
+    assert [rejection_reason(record) for record in readers.read_table(path, table())] == ["no answer", None]
 
 
 @pytest.mark.parametrize("name", ["mine.csv", "mine.json", "mine", "mine.parquet"])

@@ -1,4 +1,4 @@
-"""Cleaning proved on what the published files really hold; a record is judged by one strict schema, with a reason."""
+"""Cleaning, tested on what the published files really hold; and the reason why a record is rejected."""
 
 import unicodedata
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medkit.data import records
-from medkit.data.records import answer_index, clean_text, make_record, refusal, split_options, without_letters
+from medkit.data.records import answer_index, clean_text, make_record, rejection_reason, split_options, strip_letters
 
 # --- text ----------------------------------------------------------------------------------------------------------
 
@@ -66,22 +66,15 @@ def test_cleaning_twice_changes_nothing_more(text):
     ("text", "options"),
     [
         ("A. one\nB. two", ["one", "two"]),
-        ("A. one\nB. two\nC. three\nD. four\nE. five", ["one", "two", "three", "four", "five"]),
         ("A. one\nmore of one\nB. two", ["one more of one", "two"]),
-        ("A.one\nB.\ttwo", ["one", "two"]),
         ("A.  a  b \nB. c ", ["a b", "c"]),
         ("A. nan\nB. two", ["None", "two"]),
         ("A. banana\nB. nana", ["banana", "nana"]),
-        ("A. 1.5 mg\nB. 2.5 mg", ["1.5 mg", "2.5 mg"]),
         ("A. Vitamin A. deficiency\nB. Vitamin B. excess", ["Vitamin A. deficiency", "Vitamin B. excess"]),
         ("A. E. coli\nB. C. difficile", ["E. coli", "C. difficile"]),
-        ("A. one\nB. B and T cells", ["one", "B and T cells"]),
-        ("A. cafe\u0301\nB. 5", ["café", "5"]),
         ("A: one\nB: two: three", ["one", "two: three"]),
-        ("A. \nB. two", ["", "two"]),
         ("A. one\nB. two\nand also\nE. coli\nC. three", ["one", "two and also E. coli", "three"]),
         ("", []),
-        ("one or two", []),
     ],
 )
 def test_split_options(text, options):
@@ -106,19 +99,16 @@ def test_options_written_with_letters_come_back(options):
     [
         (["A. one", "B. two"], ["one", "two"]),
         (["(A) one", "(B) two", "(C) three"], ["one", "two", "three"]),
-        (["a)\tone".replace("\t", " "), "b) two"], ["one", "two"]),  # MedMCQA has a question lettered twice over
-        (["A: one", "B: two"], ["one", "two"]),
+        (["a) one", "b) two"], ["one", "two"]),  # MedMCQA has a question lettered twice over
         (["A. one", "two"], ["A. one", "two"]),
         (["A. fumigatus", "C. albicans"], ["A. fumigatus", "C. albicans"]),  # not the letter that is due
         (["B. one", "A. two"], ["B. one", "A. two"]),
         (["A.", "B."], ["A.", "B."]),  # nothing behind the letter
-        (["A", "B", "AB", "0"], ["A", "B", "AB", "0"]),
-        (["A one", "B two"], ["A one", "B two"]),
         (["A. one", 2], ["A. one", 2]),
     ],
 )
 def test_letters_go_only_if_every_option_carries_the_one_that_is_due(written, plain):
-    assert without_letters(written) == plain
+    assert strip_letters(written) == plain
 
 
 # --- answers -------------------------------------------------------------------------------------------------------
@@ -127,51 +117,40 @@ OPTIONS = ["one", "two", "three"]
 
 
 @pytest.mark.parametrize(
-    ("told", "told_as", "index"),
+    ("answer", "form", "index"),
     [
         (0, "index0", 0),
-        (2, "index0", 2),
         (3, "index0", None),
-        (-2, "index0", None),
         (2.0, "index0", 2),
-        (1.5, "index0", None),
         (float("nan"), "index0", None),
-        (float("inf"), "index0", None),
         (True, "index0", None),
         ("1", "index0", None),
         (1, "index1", 0),
-        (3, "index1", 2),
         (0, "index1", None),
-        (4, "index1", None),
         ("A", "letter", 0),
         ("c", "letter", 2),
         ("(B)", "letter", 1),
-        ("B.", "letter", 1),
         ("B. two", "letter", 1),
         ("B. three", "letter", None),  # letter and text disagree
         ("D", "letter", None),
-        ("Because", "letter", None),
         ("1. one", "letter", None),
         ("two", "letter", None),
         (1, "letter", None),
         ("two", "text", 1),
         ("Two", "text", None),
-        ("tw", "text", None),
         ("B", "text", None),
         ("B. two", "text", 1),
-        ("A. two", "text", None),
-        (1, "text", None),
         (["two"], "text", None),
     ],
 )
-def test_answers_are_read_as_declared_and_no_other_way(told, told_as, index):
-    assert answer_index(told, OPTIONS, told_as) == index
+def test_answers_are_read_as_declared_and_no_other_way(answer, form, index):
+    assert answer_index(answer, OPTIONS, form) == index
 
 
-@pytest.mark.parametrize("told_as", ["index0", "index1", "letter", "text"])
-@pytest.mark.parametrize("told", [None, "", -1])
-def test_what_is_not_told_is_minus_one(told, told_as):
-    assert answer_index(told, OPTIONS, told_as) == -1
+@pytest.mark.parametrize("form", ["index0", "index1", "letter", "text"])
+@pytest.mark.parametrize("answer", [None, "", -1])
+def test_no_answer_is_minus_one(answer, form):
+    assert answer_index(answer, OPTIONS, form) == -1
 
 
 def test_an_option_that_looks_like_a_letter_is_found_by_its_text():
@@ -181,13 +160,13 @@ def test_an_option_that_looks_like_a_letter_is_found_by_its_text():
 
 @pytest.mark.parametrize("answer", ["B) two", "two"])
 def test_the_answer_is_found_with_and_without_the_letters_of_the_options(answer):
-    record = make_record("which?", ["A) one", "B) two"], answer, told_as="text", pool="test")
+    record = make_record("which?", ["A) one", "B) two"], answer, answer_form="text", pool="test")
     assert (record["options"], record["answer"]) == (["one", "two"], 1)
-    record = make_record("which?", ["A) one", "B) two"], "B. B) two", told_as="letter", pool="test")
+    record = make_record("which?", ["A) one", "B) two"], "B. B) two", answer_form="letter", pool="test")
     assert (record["options"], record["answer"]) == (["one", "two"], 1)  # so in MedMCQA
 
 
-# --- judging -------------------------------------------------------------------------------------------------------
+# --- rejection -----------------------------------------------------------------------------------------------------
 
 
 def record(**changes) -> dict:
@@ -195,66 +174,51 @@ def record(**changes) -> dict:
     return {**whole, "pool": "test", **changes}
 
 
-@pytest.mark.parametrize("kind", ["choice", "abstract", "icd_chapter", "icd_easy", "icd_hard"])
-@pytest.mark.parametrize("pool", ["train", "valid", "test", "transfer", None])
-def test_a_whole_record_is_not_refused(kind, pool):
-    assert refusal(record(kind=kind, pool=pool)) is None
-    assert refusal(record(kind=kind, pool=pool, group="icd:A00", options=list("abcdefghij"), answer=9)) is None
+def test_a_usable_record_is_not_rejected():
+    assert rejection_reason(record()) is None
+    assert rejection_reason(record(options=list("abcdefghij"), answer=9, pool=None, group="icd:A00")) is None
+    assert rejection_reason(record(answer=-1, pool="transfer")) is None
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"question": ""}, "empty question"),
-        ({"question": 5}, "question is no text"),
-        ({"context": ["a"]}, "context is no text"),
-        ({"subject": 1}, "subject is no text"),
-        ({"options": []}, "fewer than two options"),
+        ({"question": 5}, "question is not text"),
+        ({"context": ["a"]}, "context is not text"),
         ({"options": ["a"]}, "fewer than two options"),
         ({"options": list("abcdefghijk")}, "more than 10 options"),
         ({"options": ["a", ""]}, "empty option"),
         ({"options": ["a", "b", "a"]}, "two options alike"),
-        ({"options": ["a", None]}, "an option is no text"),
-        ({"options": ["a", 2]}, "an option is no text"),
-        ({"options": "a or b"}, "options are no list"),
-        ({"options": None}, "options are no list"),
+        ({"options": ["a", None]}, "an option is not text"),
+        ({"options": "a or b"}, "options are not a list"),
+        ({"options": None}, "options are not a list"),
         ({"answer": 2}, "answer is none of the options"),
-        ({"answer": -2}, "answer is none of the options"),
         ({"answer": None}, "answer is none of the options"),
         ({"answer": -1}, "no answer"),
-        ({"answer": -1, "pool": "train"}, "no answer"),
         ({"answer": -1, "pool": None}, "no answer"),
         ({"answer": -2, "pool": "transfer"}, "answer is none of the options"),
-        ({"kind": "essay"}, "kind"),
-        ({"pool": "dev"}, "pool"),
-        ({"answr": 1}, "answr"),
     ],
 )
-def test_what_is_no_question_is_refused_with_its_reason(changes, reason):
-    said = refusal(record(**changes))
-    assert said.startswith(reason)
-    assert "\n" not in said
-
-
-def test_only_a_transfer_question_may_be_unanswered():
-    assert refusal(record(answer=-1, pool="transfer")) is None
+def test_an_unusable_record_is_rejected_with_its_reason(changes, reason):
+    assert rejection_reason(record(**changes)) == reason
 
 
 @pytest.mark.parametrize("value", [None, 3, ["a"], {"A": "a"}, float("nan"), True])
 @pytest.mark.parametrize("field", ["question", "options", "answer", "context", "subject"])
 def test_no_value_of_any_type_crashes(field, value):
-    given_ = {"question": "q?", "options": ["a", "b"], "answer": "A", "context": "", "subject": "", field: value}
-    made = make_record(**given_, told_as="letter", pool="test")
+    values = {"question": "q?", "options": ["a", "b"], "answer": "A", "context": "", "subject": "", field: value}
+    made = make_record(**values, answer_form="letter", pool="test")
     accepted = field in ("context", "subject") and value is None
-    assert (refusal(made) is None) == accepted
+    assert (rejection_reason(made) is None) == accepted
 
 
-def test_refusals_are_counted_in_order_with_the_first_example_cut():
-    refused = [("b", "long", "x" * 200), ("a", "short", "y"), ("b", "long", "z"), ("b", "short", "")]
-    table = records.rejected_table(refused)
+def test_rejected_records_are_counted_in_order_with_the_first_example_cut():
+    rejected = [("b", "long", "x" * 200), ("a", "short", "y"), ("b", "long", "z"), ("b", "short", "")]
+    table = records.count_rejected(rejected)
     assert list(table.itertuples(index=False, name=None)) == [
         ("b", "long", 2, "x" * records.EXAMPLE_CHARACTERS),
         ("a", "short", 1, "y"),
         ("b", "short", 1, ""),
     ]
-    assert list(records.rejected_table([]).columns) == list(table.columns)
+    assert list(records.count_rejected([]).columns) == list(table.columns)

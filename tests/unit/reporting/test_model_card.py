@@ -19,7 +19,7 @@ from medkit.variants import VARIANTS
 VARIANT = {v.label: v.name for v in VARIANTS.values()}
 NAMES = [  # digits that are parts of names
     *(v.label for v in VARIANTS.values()), *VARIANTS,
-    "ICD-10-CM", "`01_data/card.json`", "apache-2.0", "per 1,000 answers",
+    "ICD-10-CM", "`01_data/data_card.json`", "apache-2.0", "per 1,000 answers",
     "of 1,000 answers",
 ]  # fmt: skip
 TWO, THREE, SIGNED, SHORT = ".2f", ".3f", "+.3f", ",.3g"

@@ -1,0 +1,38 @@
+"""Notebook 01 with a user's own table alone, without open questions and without drug pairs."""
+
+import json
+
+import pandas as pd
+import papermill
+import pytest
+
+from medkit.stage import ROOT, Stage
+
+
+@pytest.mark.weights
+def test_runs_on_a_users_own_table_without_the_optional_files(tmp_path, monkeypatch):
+    questions = [{"q": " ".join(f"w{i}x{j}" for j in range(12)), "o": ["a", "b"], "a": i % 2} for i in range(40)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    columns = {"question": "q", "options": "o", "answer": "a", "context": "", "subject": ""}
+    table = {"kind": "table", "path": str(tmp_path / "mine.jsonl"), "pool": None, "columns": columns}
+    mine = {"origin": {**table, "answer_is": "index0"}, "train": 10, "valid": 1, "test": 8, "transfer": 0}
+    studies = {"shuffle.questions": {"mine": 2}, "swap_pairs": 0, "ablation": {"mine": 2}}
+    overrides = {
+        "data.datasets": {"mine": mine},
+        "data.open_questions": None,
+        "data.drug_pairs": None,
+        "inference.questions": {"option_text": {"mine": 4}},
+        **{f"inference.studies.{key}": value for key, value in studies.items()},
+        "inference.studies.ensemble.questions": {"mine": 2},
+        "evaluation.headline_source": "mine",
+    }
+    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path / "outputs"))
+    path, parameters = ROOT / "notebooks" / "01_data.ipynb", {"run": "mine", "overrides": overrides}
+    executed = papermill.execute_notebook(path, None, parameters, cwd=path.parent, progress_bar=False)
+    printed = "".join(output.get("text", "") for cell in executed.cells for output in cell.get("outputs", []))
+    assert "data.open_questions is null" in printed and "data.drug_pairs is null" in printed
+    stage = Stage("mine", "01_data")
+    assert stage.is_whole() and len(pd.read_parquet(stage.dir / "questions.parquet")) == 19
+    for name, column in (("open_questions", "question"), ("drug_pairs", "question_swapped")):
+        empty = pd.read_parquet(stage.dir / f"{name}.parquet")
+        assert empty.empty and column in empty
