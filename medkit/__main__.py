@@ -220,8 +220,13 @@ def train(
     """Train one stage of a run where its notebook would; with `accelerate launch -m medkit train …` on many devices."""
     from medkit.distillation import stages
     from medkit.inference.torch_engine import TorchEngine
+    from medkit.lora import adapters
 
-    log = stages.train_stage(stage, run, params_of(run, params, overrides), TorchEngine)
+    profile = params_of(run, params, overrides)
+    if stage == "lora":
+        log = adapters.train_stage(run, profile)
+    else:
+        log = stages.train_stage(stage, run, profile, TorchEngine)
     if os.environ.get("RANK", "0") == "0":
         first, last = log.iloc[0], log.iloc[-1]
         console.print(f"{stage}: {last.step:.0f} steps, loss {first.loss:.3f} → {last.loss:.3f} nats per token")

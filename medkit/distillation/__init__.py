@@ -15,5 +15,5 @@ from medkit.distillation.losses import (
 from medkit.distillation.option_kl import capture_scores
 from medkit.distillation.pruning import choose_layers, measure_layer_importance
 from medkit.distillation.rationales import keep_verified
-from medkit.distillation.stages import correct_teacher, fit_adapter, list_students, signals_key, teach_student
+from medkit.distillation.stages import correct_teacher, list_students, signals_key, teach_student
 from medkit.distillation.teacher_cache import Signals, capture_signals, top_k_logprobs

@@ -30,8 +30,10 @@ from medkit.modeling import sharding
 from medkit.modeling import trainer as training
 from medkit.modeling.batches import Example, collate, predict
 from medkit.modeling.samplers import EpochLoader, EpochSampler
+from medkit.modeling.train_once import key_of as digest_key
+from medkit.modeling.train_once import training_key
 from medkit.modeling.trainer import TrainingError
-from medkit.params import OnPolicyParams, digest
+from medkit.params import OnPolicyParams
 
 IGNORE = -100  # TRL's label of a token that is not learned
 
@@ -90,8 +92,8 @@ def key_of(
     student: nn.Module, teacher: nn.Module, examples: Sequence[Example], section: OnPolicyParams, seed: int
 ) -> str:
     """What a training's outcome depends on, as a short hash; but on several devices others are the answers drawn."""
-    both = [training.key_of(m, examples, section.train, training.cross_entropy, seed) for m in (student, teacher)]
-    return digest([both, section.model_dump(exclude={"train"})])
+    both = [training_key(m, examples, section.train, training.cross_entropy, seed) for m in (student, teacher)]
+    return digest_key(section.model_dump(exclude={"train"}), both, train)
 
 
 def count_slices(section: OnPolicyParams, examples: Sequence[Example], processes: int) -> int:
@@ -159,10 +161,10 @@ def train(
             "prompt_attention_mask": asked["attention_mask"],
         }
 
-    key = None
+    folder = checkpoints / f"{given.world_size} processes"
     if state.is_main_process:
-        key = f"{key_of(student, teacher, examples, section, seed)}-{given.world_size}"
-    folder = training.claim_checkpoints(checkpoints, key)
+        training._remove_half_checkpoints(folder)
+    state.wait_for_everyone()
     arguments.output_dir = str(folder)
 
     from datasets import Dataset  # what TRL asks for; it is not read

@@ -7,32 +7,28 @@ on with what many devices made, and a killed one with what it had finished. Noth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate import PartialState, load_checkpoint_in_model
-from accelerate.utils import broadcast_object_list, enable_fsdp_ram_efficient_loading
-from filelock import FileLock, Timeout
-from peft import PeftModel
+from accelerate import PartialState
 from torch import nn
 from transformers import AutoConfig
 
 from medkit import sources
 from medkit.data import splits as data
-from medkit.distillation import cross_tokenizer, lessons, losses, on_policy, option_kl, rationales
+from medkit.distillation import lessons, losses, on_policy, rationales
 from medkit.distillation.teacher_cache import Signals
 from medkit.lora import adapters
-from medkit.modeling import batches, loading, prefix_tree, samplers, sharding, trainer
+from medkit.modeling import batches, loading, trainer
 from medkit.modeling.batches import Example
 from medkit.modeling.engine import Engine
+from medkit.modeling.train_once import fit_once, load_for_training, open_stage, train_once
 from medkit.modeling.trainer import Loss
-from medkit.params import Params, TrainParams, digest
+from medkit.params import Params, digest
 from medkit.prompts import templates
-from medkit.stage import Stage, StageError, run_dir
+from medkit.stage import Stage, StageError
 
 STAGES = {
     "teacher": "02_distillation",
@@ -40,9 +36,7 @@ STAGES = {
     "student_kd": "02_distillation",
     "student_seq": "02_distillation",
     "student_onpolicy": "02_distillation",
-    "lora": "03_lora",
 }
-RECORD = "training.json"  # beside trained weights: a key to what they were made from, and the log
 
 
 # --- the stages ------------------------------------------------------------------------------------------------------
@@ -58,10 +52,10 @@ def correct_teacher(
     section, source = params.distillation, params.models.teacher
     folder = loading.local_folder(source)
     tokenizer = loading.load_tokenizer(folder)
-    start = _load(folder, params, section.correction_train, source.keep_layers)
+    start = load_for_training(folder, params.models, section.correction_train, source.keep_layers)
     teacher, train = adapters.attach(start, section.correction, params.seed), section.correction_train
     fast = {"optimizer": adapters.make_optimizer(teacher, section.correction, train.learning_rate)}
-    log = _fit(stage, "teacher_adapter", teacher, tokenizer, examples, train, loss, params.seed, **fast)
+    log = train_once(stage, "teacher_adapter", teacher, tokenizer, examples, train, loss, params.seed, **fast)
     if PartialState().is_main_process:
         teacher = adapters.merge(teacher)
         loading.save_model(teacher, tokenizer, stage.path("teacher"))
@@ -74,19 +68,19 @@ def train_student(
     name: str,
     examples: Sequence[Example],
     loss: Loss,
-    add_extras: Callable[[list[int]], dict] = lambda rows: {},
+    add_extras: Callable[[list[int]], dict] | None = None,
     difficulty: Sequence[float] | None = None,
 ) -> tuple[nn.Module, pd.DataFrame]:
     """The student in `base/` with all its weights trained, and the log. Writes a folder called `name`."""
     section, folder = params.distillation.student_train, _made(stage, "base")
     tokenizer = loading.load_tokenizer(folder)
-    student = _load(folder, params, section)
+    student = load_for_training(folder, params.models, section)
     projected = None
     if getattr(loss, "hidden_layers", ()):
         size = AutoConfig.from_pretrained(_made(stage, "teacher")).get_text_config().hidden_size
         projected = losses.hidden_projections(student, loss.hidden_layers, size)
     extras = {"add_extras": add_extras, "difficulty": difficulty, "around": projected}
-    return student, _fit(stage, name, student, tokenizer, examples, section, loss, params.seed, **extras)
+    return student, train_once(stage, name, student, tokenizer, examples, section, loss, params.seed, **extras)
 
 
 def train_on_rationales(
@@ -133,7 +127,7 @@ def train_on_policy(stage: Stage, params: Params, examples: Sequence[Example]) -
     if section.adapter:
         student, name = adapters.attach(student, section.adapter, params.seed), f"{name}_adapter"
         optimizer = adapters.make_optimizer(student, section.adapter, section.train.learning_rate)
-    log = _keep(
+    log = fit_once(
         stage,
         name,
         student,
@@ -185,110 +179,6 @@ def teach_student(
             return train_student(stage, params, name, examples, *read_lesson(name, stage, params, rows))
 
 
-def fit_adapter(
-    stage: Stage, params: Params, examples: Sequence[Example], loss: Loss
-) -> tuple[PeftModel, pd.DataFrame]:
-    """The distilled student with a trained adapter beside its own weights, not merged, and the log.
-
-    Writes `adapter/`.
-    """
-    folder, section = stage.require("02_distillation", "student_kd"), params.lora
-    tokenizer = loading.load_tokenizer(folder)
-    model = adapters.attach(_load(folder, params, section.train), section.adapter, params.seed)
-    fast = {"optimizer": adapters.make_optimizer(model, section.adapter, section.train.learning_rate)}
-    return model, _fit(stage, "adapter", model, tokenizer, examples, section.train, loss, params.seed, **fast)
-
-
-# --- one training, its result on disk --------------------------------------------------------------------------------
-
-
-def _load(folder: Path, params: Params, section: TrainParams, keep: Sequence[int] = ()) -> nn.Module:
-    """The model on its device; sharded, on the CPU: with FSDP of each machine's first process, which the others ask."""
-    if not sharding.is_sharded(section):
-        return loading.load_model(folder, params.models, keep)
-    attention, _ = loading.pick_attention(params.models.attention, loading.pick_device(params.models.device))
-    if section.scale.sharding == "fsdp":
-        enable_fsdp_ram_efficient_loading()
-    there = params.models.model_copy(update={"device": "cpu", "attention": attention})
-    return loading.load_model(folder, there, keep)
-
-
-def _fit(
-    stage: Stage,
-    name: str,
-    model: nn.Module,
-    tokenizer,
-    examples: Sequence[Example],
-    section: TrainParams,
-    loss: Loss,
-    seed: int,
-    around: AbstractContextManager | None = None,
-    **extras,
-) -> pd.DataFrame:
-    """Train the model in place with a loss and save it as `name`, unless that is there already; returns the log."""
-
-    def learn(checkpoints: Path) -> pd.DataFrame:
-        with around or nullcontext():
-            return trainer.train(model, examples, section, loss, checkpoints, seed, **extras)
-
-    def key_of() -> str:
-        return trainer.key_of(model, examples, section, loss, seed, **extras)
-
-    return _keep(stage, name, model, tokenizer, key_of, learn)
-
-
-def _keep(
-    stage: Stage,
-    name: str,
-    model: nn.Module,
-    tokenizer,
-    key_of: Callable[[], str],
-    learn: Callable[[Path], pd.DataFrame],
-) -> pd.DataFrame:
-    """Let the model learn and save it as `name`, unless what the key says is there already; returns the log."""
-    state, record = PartialState(), stage.dir / name / RECORD
-    key = found = None
-    if state.is_main_process:
-        learnt_by = (prefix_tree, batches, samplers, trainer, losses, cross_tokenizer, option_kl, adapters, on_policy)
-        code = [Path(module.__file__).read_text() for module in learnt_by]
-        key = digest([key_of(), code])
-        found = _read_record(record)
-    key, found = broadcast_object_list([key, found])
-    if found.get("key") == key:
-        if state.is_main_process:
-            _read_back(model, record.parent)
-        return pd.DataFrame(found["log"])
-    log = learn(stage.path(f"checkpoints/{name}"))
-    if state.is_main_process:
-        stage.reopen()
-        if isinstance(model, PeftModel):
-            adapters.save_adapter(model, record.parent)
-        else:
-            loading.save_model(model, tokenizer, record.parent)
-        content = {"key": key, "files": _sizes(record.parent), "log": log.to_dict("records")}
-        stage.write_json(f"{name}/{RECORD}", content)
-    state.wait_for_everyone()
-    return log
-
-
-def _read_record(record: Path) -> dict:
-    """What stands in it, or nothing if a file beside it is lost or cut short: then it is trained anew."""
-    found = json.loads(record.read_text()) if record.is_file() else {}
-    return found if found.get("files") == _sizes(record.parent) else {}
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each file in the folder, but for the record itself."""
-    return {path.name: path.stat().st_size for path in sorted(folder.glob("*")) if path.name != RECORD}
-
-
-def _read_back(model: nn.Module, folder: Path) -> None:
-    if isinstance(model, PeftModel):
-        adapters.restore(model, folder)
-    else:
-        load_checkpoint_in_model(model, str(folder))
-
-
 def _made(stage: Stage, name: str) -> Path:
     """A part of the stage at hand, which no manifest vouches for yet."""
     if not (stage.dir / name).is_dir():
@@ -320,34 +210,24 @@ def train_stage(name: str, run: str, params: Params, make_engine: Callable[..., 
     """Train one of STAGES in this process, or in all processes of `accelerate launch`; returns the log.
 
     The same result as the notebook's own training, in the same place; the main process alone writes.
+    `lora.train_stage` trains the adapter.
     """
     if name not in STAGES:
         raise StageError(f"no trained stage {name!r}; there are {list(STAGES)}")
-    state = PartialState(cpu=loading.pick_device(params.models.device).type == "cpu")
-    lock = FileLock(run_dir(run) / ".lock", timeout=2)
-    try:
-        with lock if state.is_main_process else nullcontext():
-            return _train_stage(name, Stage(run, STAGES[name]), params, state, make_engine)
-    except Timeout as error:
-        raise StageError(f"run {run!r} is being worked on by another process; wait for it") from error
+    with open_stage(run, STAGES[name], params) as stage:
+        return _train_stage(name, stage, params, make_engine)
 
 
-def _train_stage(name: str, stage: Stage, params: Params, state: PartialState, make_engine) -> pd.DataFrame:
+def _train_stage(name: str, stage: Stage, params: Params, make_engine) -> pd.DataFrame:
     """What the notebooks' training cells do, without their looks at it."""
     questions = pd.read_parquet(stage.require("01_data", "questions.parquet"))
-    splits = ["train"] if name == "lora" or not (questions.split == "transfer").any() else ["train", "transfer"]
+    splits = ["train", "transfer"] if (questions.split == "transfer").any() else ["train"]
     rows = pd.concat([data.training_rows(questions, split) for split in splits])
     match name:
         case "teacher":
             tokenizer, _ = lessons.load_tokenizers(params)
             examples = batches.encode_questions(tokenizer, rows)
             _, log = correct_teacher(stage, params, examples, trainer.cross_entropy)
-        case "lora":
-            tokenizer = loading.load_tokenizer(stage.require("02_distillation", "student_kd"))
-            model, log = fit_adapter(stage, params, batches.encode_questions(tokenizer, rows), trainer.cross_entropy)
-            if state.is_main_process:
-                loading.save_model(adapters.merge(model), tokenizer, stage.path("merged"))
         case _:
             _, log = teach_student(name, stage, params, rows, make_engine)
-    state.wait_for_everyone()
     return log

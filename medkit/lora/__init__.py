@@ -1,4 +1,4 @@
-"""lora"""
+"""Low-rank adapters: attach, train, merge, and measure the update."""
 
 from medkit.lora.adapters import (
     attach,
@@ -8,5 +8,6 @@ from medkit.lora.adapters import (
     merge,
     rank_of_energy,
     singular_values,
+    train_adapter,
     truncate,
 )

@@ -14,28 +14,24 @@ A base that is stored in 4 bits can be trained on (QLoRA, arXiv 2305.14314); `me
 
 from __future__ import annotations
 
-import tempfile
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import bitsandbytes as bnb
+import pandas as pd
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    load_peft_weights,
-    set_peft_model_state_dict,
-)
+from accelerate import PartialState
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.optimizers import create_loraplus_optimizer
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import nn
 
-from medkit.params import AdapterParams
-from medkit.stage import MedkitError, atomic_path
+from medkit.data import splits
+from medkit.modeling import batches, loading, trainer
+from medkit.modeling.batches import Example
+from medkit.modeling.train_once import changes_base, load_for_training, open_stage, train_once
+from medkit.params import AdapterParams, Params
+from medkit.stage import MedkitError, Stage
 
 LORA_PLUS_RATIO = 16  # the paper's own advice, 2⁴
 SETTINGS = {
@@ -51,7 +47,7 @@ class AdapterError(MedkitError):
     """An adapter that does not fit its model; the message names the module."""
 
 
-# --- attach and train ----------------------------------------------------------------------------------------------
+# --- attach and train ---
 
 
 def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
@@ -112,30 +108,38 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, trains in sizes.values() if trains), sum(n for n, _ in sizes.values())
 
 
-# --- save and merge ------------------------------------------------------------------------------------------------
+# --- train ---
 
 
-def save_adapter(model: PeftModel, folder: Path) -> Path:
-    """Write the adapter alone (safetensors and its config), whole or not at all; it fits the original base."""
-    with atomic_path(folder) as scratch, tempfile.TemporaryDirectory() as temporary:
-        how = {}
-        if _starts_changed(model):
-            start = Path(temporary) / "pissa_start"  # PEFT reads it as an adapter of this name, and subtracts it
-            start.mkdir()
-            save_file(model.start, start / "adapter_model.safetensors", metadata={"format": "pt"})
-            how = {"path_initial_model_for_weight_conversion": str(start)}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # it is what the start is taken for
-            model.save_pretrained(scratch, save_embedding_layers=False, **how)
-    return folder
+def train_adapter(stage: Stage, params: Params, examples: Sequence[Example]) -> tuple[PeftModel, pd.DataFrame]:
+    """The distilled student with a trained adapter beside its own weights, not merged, and the log.
+
+    Writes `adapter/`, or reads it back if the same training made it before.
+    """
+    folder, section = stage.require("02_distillation", "student_kd"), params.lora
+    tokenizer = loading.load_tokenizer(folder)
+    model = attach(load_for_training(folder, params.models, section.train), section.adapter, params.seed)
+    optimizer = make_optimizer(model, section.adapter, section.train.learning_rate)
+    log = train_once(
+        stage, "adapter", model, tokenizer, examples, section.train, trainer.cross_entropy, params.seed,
+        optimizer=optimizer,
+    )  # fmt: skip
+    return model, log
 
 
-def restore(model: PeftModel, folder: Path) -> None:
-    """Put what `save_adapter` wrote back into a model with the same adapter, freshly attached."""
-    weights = load_peft_weights(str(folder), device="cpu")
-    if _starts_changed(model):  # what was learned stands first, what it started from second
-        weights = {key: t.chunk(2, dim=0 if "lora_A" in key else 1)[0] for key, t in weights.items()}
-    set_peft_model_state_dict(model, weights)
+def train_stage(run: str, params: Params) -> pd.DataFrame:
+    """Train and merge the adapter of a run, as notebook 03 does; returns the log. For `medkit train --stage lora`."""
+    with open_stage(run, "03_lora", params) as stage:
+        questions = pd.read_parquet(stage.require("01_data", "questions.parquet"))
+        tokenizer = loading.load_tokenizer(stage.require("02_distillation", "student_kd"))
+        examples = batches.encode_questions(tokenizer, splits.training_rows(questions, "train"))
+        model, log = train_adapter(stage, params, examples)
+        if PartialState().is_main_process:
+            loading.save_model(merge(model), tokenizer, stage.path("merged"))
+    return log
+
+
+# --- merge ---
 
 
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
@@ -153,7 +157,7 @@ def load_merged(model: nn.Module, folder: Path) -> nn.Module:
     return merge(load_adapter(model, folder))
 
 
-# --- the update ----------------------------------------------------------------------------------------------------
+# --- the update ---
 
 
 @torch.no_grad()
@@ -197,15 +201,10 @@ def _core(layer: LoraLayer) -> tuple[float, torch.Tensor, torch.Tensor, torch.Te
 
 def _adapted(model: PeftModel) -> dict[str, LoraLayer]:
     """Adapted layers by their names in the plain model."""
-    if _starts_changed(model):
+    if changes_base(model):
         raise AdapterError("a pissa adapter in training holds a part of the base; save it and load it on the original")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     return {name.removeprefix("base_model.model."): layer for name, layer in layers.items()}
-
-
-def _starts_changed(model: PeftModel) -> bool:
-    """Whether base weights were changed when the adapter was attached."""
-    return model.peft_config["default"].init_lora_weights == "pissa"
 
 
 def _last(name: str) -> str:

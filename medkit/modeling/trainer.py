@@ -12,12 +12,10 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -27,7 +25,7 @@ from medkit.modeling import sharding
 from medkit.modeling.batches import Example, Predicted, cut, pack, predict
 from medkit.modeling.prefix_tree import takes_branches
 from medkit.modeling.samplers import EpochLoader, EpochSampler, share
-from medkit.params import TrainParams, digest
+from medkit.params import TrainParams
 from medkit.stage import MedkitError
 
 
@@ -122,57 +120,6 @@ def _remove_half_checkpoints(folder: Path) -> None:
             shutil.rmtree(checkpoint)
 
 
-def claim_checkpoints(checkpoints: Path, key: str | None) -> Path:
-    """This training's own folder of checkpoints, for every process; `key` is what the main one knows, None elsewhere.
-
-    What other trainings left in `checkpoints` is removed, and what a killed save left half.
-    """
-    if key is not None:
-        for other in checkpoints.iterdir() if checkpoints.is_dir() else ():
-            if other.name != key:
-                shutil.rmtree(other)
-        _remove_half_checkpoints(checkpoints / key)
-    (key,) = broadcast_object_list([key])
-    return checkpoints / key
-
-
-def _bits(value: torch.Tensor | dict) -> int | dict:
-    """The sum of a tensor's bytes: exact whatever the order, so it tells one start of a training from another."""
-    if isinstance(value, dict):
-        return {str(name): _bits(each) for name, each in value.items()}
-    return value.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64).item()
-
-
-def key_of(
-    model: nn.Module,
-    examples: Sequence[Example],
-    section: TrainParams,
-    loss: Loss,
-    seed: int,
-    add_extras: Callable[[list[int]], dict] = lambda rows: {},
-    difficulty: Sequence[float] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> str:
-    """What a training's outcome depends on, as a short hash; on which devices it runs is no part of it.
-
-    Of what `add_extras` says, eight examples are looked at.
-    """
-    sample = list(range(0, len(examples), -(-len(examples) // 8)))
-    extras = add_extras(sample)
-    read = extras.pop("examples", [])
-    return digest(
-        [
-            [section.model_dump(exclude={"scale", "save_every_steps"}), seed],
-            repr(loss) if is_dataclass(loss) else loss.__qualname__,
-            [(name, _bits(parameter)) for name, parameter in model.named_parameters()],
-            [asdict(e) for e in [*examples, *read]],
-            _bits(extras),
-            None if difficulty is None else [float(number) for number in difficulty],
-            repr(optimizer),
-        ]
-    )
-
-
 def _arguments(section: TrainParams, on_cpu: bool, seed: int, checkpoints: Path) -> TrainingArguments:
     """The Trainer's settings. What is for large models (`scale`) holds where there is something to share."""
     scale = section.scale
@@ -207,7 +154,7 @@ def train(
     loss: Loss,
     checkpoints: Path,
     seed: int,
-    add_extras: Callable[[list[int]], dict] = lambda rows: {},
+    add_extras: Callable[[list[int]], dict] | None = None,
     difficulty: Sequence[float] | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> pd.DataFrame:
@@ -216,8 +163,8 @@ def train(
     `add_extras` maps the row numbers of a slice to more tensors for the loss, e.g. teacher signals; what it calls
     `examples` is read in place of the slice's own. `difficulty`, one number per example, makes the first epoch go from
     easy to hard; later ones are drawn. `optimizer` stands in for the Trainer's AdamW; the schedule scales its learning
-    rates. A killed run goes on from its last checkpoint to the weights an uninterrupted one would have had; checkpoints
-    of other settings or other examples in the same folder are thrown away.
+    rates. `checkpoints` is a folder of this training alone: a killed one goes on from its last checkpoint there, to the
+    weights an uninterrupted one would have had.
     Under `accelerate launch` every process calls it with the same arguments and gets the same log; sharded, the main
     process has whole weights on the CPU, the others their shards.
     Raises TrainingError for no examples and for a loss that is not finite.
@@ -239,19 +186,19 @@ def train(
         idle = [[min(numbers, key=lambda n: lengths[n])]] * (most - len(own))
         slices = []
         for i, part in enumerate([*own, *idle]):
-            extras = add_extras(part)
+            extras = add_extras(part) if add_extras else {}
             read = extras.pop("examples", [examples[n] for n in part])
             slices.append({**pack(read, branches), **extras, "counts": float(i < len(own))})
         counted = torch.zeros(sum(examples[n].num_predicted for part in own for n in part))
         # all that the Trainer does with them is to count; it takes `shift_labels` as they are
         return {"slices": slices, "labels": counted, "shift_labels": counted}
 
-    key = None
-    if state.is_main_process:  # the others may not have the weights yet
-        key = key_of(model, examples, section, loss, seed, add_extras, difficulty, optimizer)
-        key += f"-{section.scale.sharding}-sharded" if sharded else ""  # each library's checkpoints are its own
-    folder = claim_checkpoints(checkpoints, key)
-    arguments.output_dir = str(folder)
+    if sharded:  # each library's checkpoints are its own
+        checkpoints = checkpoints / section.scale.sharding
+        arguments.output_dir = str(checkpoints)
+    if state.is_main_process:
+        _remove_half_checkpoints(checkpoints)
+    state.wait_for_everyone()
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     given = {"compute_loss_func": loss, "optimizers": (optimizer, None), "callbacks": [_Progress()]}
     trainer = _GivenLossTrainer(model, arguments, **given)
@@ -261,7 +208,7 @@ def train(
     sampler = EpochSampler(section.batch_size, lengths=lengths, seed=seed, difficulty=difficulty)
     trainer.loader, trainer.terms = EpochLoader(sampler, collator), {}
     model.train()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
     if sharded:
         sharding.gather(trainer, model, dtypes)
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # autocast ends with the training

@@ -116,7 +116,7 @@ def test_what_was_made_from_other_things_is_made_anew(
     elif other == "difficulty":
         more = {"difficulty": range(9)}
     elif other == "half":
-        (stage.dir / "student_kd" / stages.RECORD).unlink()
+        (stage.dir / "student_kd.record.json").unlink()
     elif other == "lost":
         (stage.dir / "student_kd" / "config.json").unlink()
     else:
@@ -157,7 +157,7 @@ def test_a_student_learns_at_its_own_words_once(stage, load, tokenizer, make_lla
     start = weights(loading.load_model(stage.dir / "student_kd", params.models))
     changed = {name for name, tensor in weights(found).items() if not torch.equal(tensor, start[name])}
     assert changed == ({name for name in start if "q_proj" in name} if adapter else set(start))
-    monkeypatch.setattr(on_policy, "train", None)  # not called again
+    monkeypatch.setattr(on_policy, "_import_trl", None)  # not called again
     pd.testing.assert_frame_equal(stages.train_stage("student_onpolicy", "toy", params), log)
 
 
@@ -212,12 +212,12 @@ def test_the_command_trains_what_the_notebook_trains(stage, load, raw, tokenizer
     stages.train_stage("student_ce", "toy", params)
     (stage.dir / "student_ce").rename(stage.dir / "student_kd")
     stage.commit()
-    stages.train_stage("lora", "toy", params)
+    adapters.train_stage("toy", params)
     third = Stage("toy", "03_lora")
     student = loading.load_model(stage.dir / "student_kd", params.models)
     model = adapters.attach(student, params.lora.adapter, params.seed)
     log = trainer.train(model, examples, params.lora.train, trainer.cross_entropy, third.path("by_hand"), params.seed)
-    assert json.loads((third.dir / "adapter" / stages.RECORD).read_text())["log"][-1]["loss"] == log.loss.iloc[-1]
+    assert json.loads((third.dir / "adapter.record.json").read_text())["facts"]["log"][-1]["loss"] == log.loss.iloc[-1]
     merged = loading.load_model(third.dir / "merged", params.models)
     assert_same_weights(weights(merged), weights(adapters.merge(model)))
     assert [p.name for p in stage.dir.glob("*.part")] == []
@@ -229,7 +229,7 @@ def test_what_is_missing_is_named_with_its_cure(stage, load, make_examples):
     with pytest.raises(StageError, match="02_distillation/signals is not there: run notebook 02_distillation"):
         stages.train_stage("student_kd", "toy", load())
     with pytest.raises(StageError, match="02_distillation/student_kd is not there: run notebook 02_distillation first"):
-        stages.train_stage("lora", "toy", load())
+        adapters.train_stage("toy", load())
     with pytest.raises(StageError, match=r"01_data/questions\.parquet is not there"):
         stages.train_stage("teacher", "another", load())
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 from medkit.lora import adapters
 from medkit.lora.adapters import AdapterError
-from medkit.modeling import loading
+from medkit.modeling import loading, train_once
 from medkit.params import AdapterParams
 from medkit.quantization import plans, quantize, rowwise
 
@@ -168,7 +168,7 @@ def test_an_adapter_on_a_tied_head_is_refused(make_llama):
 def test_an_adapter_on_a_head_of_its_own_leaves_the_embeddings_alone(make_llama, tmp_path, variant):
     plain, again, model = (make_llama(tie_word_embeddings=False) for _ in range(3))
     model = as_if_trained(adapters.attach(model, adapter(target_modules=["lm_head"], variant=variant), seed=0))
-    unmerged, folder = logits(model), adapters.save_adapter(model, tmp_path / "adapter")
+    unmerged, folder = logits(model), train_once.save_adapter(model, tmp_path / "adapter")
     merged = adapters.merge(model)
     assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
     torch.testing.assert_close(logits(adapters.load_merged(again, folder)), unmerged, rtol=0, atol=1e-4)
@@ -179,7 +179,7 @@ def test_an_adapter_on_a_head_of_its_own_leaves_the_embeddings_alone(make_llama,
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_saved_adapter_merges_into_its_original_base(make_llama, tmp_path, variant):
     model = attached(make_llama, variant=variant)
-    folder = adapters.save_adapter(model, tmp_path / "adapter")
+    folder = train_once.save_adapter(model, tmp_path / "adapter")
     expected = logits(adapters.merge(model))  # as trained: saving has changed nothing
     tolerance = 1e-4 if variant == "pissa" else 0.0  # its two parts of W are added up in another order
     torch.testing.assert_close(logits(adapters.load_merged(make_llama(), folder)), expected, rtol=0, atol=tolerance)
@@ -191,15 +191,15 @@ def test_a_saved_adapter_merges_into_its_original_base(make_llama, tmp_path, var
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_saved_adapter_is_put_back_to_the_bit(make_llama, tmp_path, variant):
     trained = attached(make_llama, variant=variant)
-    adapters.save_adapter(trained, tmp_path / "adapter")
+    train_once.save_adapter(trained, tmp_path / "adapter")
     again = adapters.attach(make_llama(), adapter(variant=variant), seed=0).eval()
-    adapters.restore(again, tmp_path / "adapter")
+    train_once.read_weights(again, tmp_path / "adapter")
     assert torch.equal(logits(again), logits(trained))
 
 
 def test_a_saved_pissa_adapter_is_a_plain_one_of_twice_the_rank(make_llama, tmp_path):
     untrained = adapters.attach(make_llama(), adapter(variant="pissa"), seed=0)
-    loaded = adapters.load_adapter(make_llama(), adapters.save_adapter(untrained, tmp_path / "adapter"))
+    loaded = adapters.load_adapter(make_llama(), train_once.save_adapter(untrained, tmp_path / "adapter"))
     config = loaded.peft_config["default"]
     assert (config.init_lora_weights, config.r, config.lora_alpha) == (True, 8, 16.0)
     assert max(values.max() for values in adapters.singular_values(loaded).values()) < 1e-5
@@ -297,7 +297,7 @@ def test_pissa_in_training_is_taken_apart_only_after_saving(make_llama, tmp_path
     for ask in (adapters.singular_values, lambda model: adapters.truncate(model, {})):
         with pytest.raises(AdapterError, match="save it"):
             ask(model)
-    saved = adapters.load_adapter(make_llama(), adapters.save_adapter(model, tmp_path / "adapter"))
+    saved = adapters.load_adapter(make_llama(), train_once.save_adapter(model, tmp_path / "adapter"))
     change = {name: w.detach() for name, w in adapters.merge(model).named_parameters()}
     base = dict(make_llama().named_parameters())
     for name, values in adapters.singular_values(saved).items():

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from medkit.distillation import stages as recipes
 from medkit.distillation import teacher_cache
+from medkit.lora import adapters
 from medkit.modeling import batches, loading, sharding, trainer
 from medkit.params import TrainParams, load_params
 from medkit.stage import ROOT, Stage
@@ -145,7 +146,7 @@ def words(run, stage, params):
 def trained(stage, name):
     """What was learned: a model's weights or an adapter's, and the log beside them."""
     (weights,) = (stage.dir / name).glob("*model.safetensors")
-    return load_file(weights), pd.DataFrame(json.loads((stage.dir / name / recipes.RECORD).read_text())["log"])
+    return load_file(weights), pd.DataFrame(json.loads((stage.dir / f"{name}.record.json").read_text())["facts"]["log"])
 
 
 def assert_same_training(found, expected, atol):
@@ -200,7 +201,7 @@ def alone(launched, make_run, profile):
     """A student and an adapter trained in one process, this one, while the pair is at work."""
     student, adapter = make_run("alone"), make_run("alone_adapter", True)
     recipes.train_stage("student_kd", "alone", load_params(profile()))
-    recipes.train_stage("lora", "alone_adapter", load_params(profile()))
+    adapters.train_stage("alone_adapter", load_params(profile()))
     return student, adapter
 
 
@@ -210,10 +211,10 @@ def test_two_processes_learn_what_one_learns(alone, launched, profile):
     stage = stages["two"]
     assert (stage.dir / "student_kd").is_dir(), err
     assert_same_training(trained(stage, "student_kd"), trained(alone[0], "student_kd"), atol=1e-5)
-    students, adapters = 1 + len(SHARDING), len(SHARDING)
+    num_students, num_adapters = 1 + len(SHARDING), len(SHARDING)
     said = [out.count(f"{name}: 8 steps") for name in ("student_kd", "lora")]
-    assert said == [students, adapters], "the main process speaks"
-    assert err.count("training:   0%") == students + adapters, "one bar for each training, of the main process"
+    assert said == [num_students, num_adapters], "the main process speaks"
+    assert err.count("training:   0%") == num_students + num_adapters, "one bar for each training, of the main process"
     assert len(trained(stage, "student_kd")[1]) == 8
     assert list(stage.dir.glob("checkpoints/student_kd/*/checkpoint-*/rng_state_1.pth")), "there was a second process"
     before = (stage.dir / "student_kd" / "model.safetensors").stat().st_mtime_ns
@@ -235,7 +236,7 @@ def test_sharded_weights_are_trained_alike_and_saved_whole(alone, launched, libr
     assert (stage.dir / "student_kd").is_dir(), err
     assert_same_training(trained(stage, "student_kd"), trained(alone[0], "student_kd"), atol=1e-4)
     assert "hidden" in trained(stage, "student_kd")[1]
-    assert list(stage.dir.glob(f"checkpoints/student_kd/*-{library}-sharded/checkpoint-*/{SHARD_FILES[library]}"))
+    assert list(stage.dir.glob(f"checkpoints/student_kd/*/{library}/checkpoint-*/{SHARD_FILES[library]}"))
 
 
 def test_a_sharded_adapter_is_trained_alike_and_merged_whole(alone, launched, library):
@@ -249,7 +250,7 @@ def test_a_sharded_adapter_is_trained_alike_and_merged_whole(alone, launched, li
     assert merged[0].keys() == merged[1].keys()
     for name, tensor in merged[1].items():
         torch.testing.assert_close(merged[0][name], tensor, rtol=0, atol=1e-4)
-    assert list(stage.dir.glob("checkpoints/adapter/*-sharded/checkpoint-*"))
+    assert list(stage.dir.glob("checkpoints/adapter/*/*/checkpoint-*"))
 
 
 def test_what_is_missing_is_one_sentence_and_a_failure(launched):
@@ -299,7 +300,7 @@ def test_a_killed_process_goes_on_to_the_same_bits(make_run, profile, start, nam
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    assert not (stage.dir / name / recipes.RECORD).exists()
+    assert not (stage.dir / f"{name}.record.json").exists()
 
     whole = make_run(f"whole_{name}")
     for run in (whole.run, stage.run):

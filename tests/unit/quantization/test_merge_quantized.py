@@ -7,7 +7,7 @@ import torch
 
 from medkit.lora import adapters
 from medkit.lora.adapters import AdapterError
-from medkit.modeling import batches, trainer
+from medkit.modeling import batches, train_once, trainer
 from medkit.params import AdapterParams
 from medkit.quantization import merge_quantized, plans, quantize, rowwise
 
@@ -66,7 +66,7 @@ def save(make_llama, tmp_path):
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(strength * torch.randn(parameter.shape, generator=generator))
-        return adapters.save_adapter(model, tmp_path / "adapter"), model.eval()
+        return train_once.save_adapter(model, tmp_path / "adapter"), model.eval()
 
     return make
 
@@ -158,7 +158,7 @@ def test_an_adapter_learns_over_4_bits_and_most_of_it_survives_merging(
     long = make_section(epochs=20.0, learning_rate=1e-2)
     trainer.train(model, examples, long, trainer.cross_entropy, tmp_path / "c", seed=0)
     beside = merge_quantized.predict_examples(model, examples)
-    merged = merge_quantized.merge_into_quantized(base, adapters.save_adapter(model, tmp_path / "adapter"))
+    merged = merge_quantized.merge_into_quantized(base, train_once.save_adapter(model, tmp_path / "adapter"))
     merge_quantized.dequantize(merged)
     after = merge_quantized.predict_examples(merged, examples)
     learned, kept = before.nll.mean() - beside.nll.mean(), before.nll.mean() - after.nll.mean()

@@ -1,0 +1,243 @@
+"""Make a result once: what was trained or captured before is read back if its key is equal, and made again if not.
+
+The key is one digest of all that can change the numbers: the settings, the inputs, the source of the functions that
+compute, and the versions of the libraries. A record beside the result holds the key and the sizes of the files. So a
+notebook goes on with what `accelerate launch -m medkit train` made, and a killed run with what it had finished.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+
+import pandas as pd
+import torch
+from accelerate import PartialState, load_checkpoint_in_model
+from accelerate.utils import broadcast_object_list, enable_fsdp_ram_efficient_loading
+from filelock import FileLock, Timeout
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import nn
+
+from medkit.code_digest import digest_functions
+from medkit.modeling import loading, sharding, trainer
+from medkit.modeling.batches import Example
+from medkit.modeling.trainer import Loss
+from medkit.params import ModelsParams, Params, TrainParams, digest
+from medkit.stage import Stage, StageError, atomic_path, run_dir
+
+LIBRARIES = ("accelerate", "bitsandbytes", "peft", "torch", "transformers")
+ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
+
+
+# --- keys and records ---
+
+
+def key_of(settings, inputs, *functions: Callable) -> str:
+    """Digest of a result's settings and inputs (JSON values), of the functions that make it, and of the libraries.
+
+    A function counts with everything in this package that it reaches. The build of a library (CPU or CUDA) is no part.
+    """
+    versions = {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES}
+    return digest([settings, inputs, digest_functions(*functions), versions])
+
+
+def find_record(path: Path, key: str | None) -> dict | None:
+    """The facts recorded with the file or folder `path`, if it was made under this key and is whole; else None.
+
+    Of several processes the main one reads, and all get its answer; the others may give None as the key.
+    """
+    facts = None
+    if PartialState().is_main_process and _record_path(path).is_file():
+        record = json.loads(_record_path(path).read_text())
+        if record["key"] == key and record["sizes"] == _file_sizes(path):
+            facts = record["facts"]
+    return broadcast_object_list([facts])[0]
+
+
+def write_record(path: Path, key: str, **facts) -> None:
+    """Record that `path` was made under this key. Call it in the main process, after `path` is written."""
+    with atomic_path(_record_path(path)) as scratch:
+        scratch.write_text(json.dumps({"key": key, "sizes": _file_sizes(path), "facts": facts}, indent=1) + "\n")
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.record.json")
+
+
+def _file_sizes(path: Path) -> dict[str, int]:
+    """Bytes of the file, or of each file in the folder: one that is lost or cut short is made again."""
+    files = sorted(path.glob("*")) if path.is_dir() else [path] * path.is_file()
+    return {file.name: file.stat().st_size for file in files}
+
+
+# --- training ---
+
+
+def load_for_training(folder: Path, models: ModelsParams, section: TrainParams, keep: Sequence[int] = ()) -> nn.Module:
+    """The model on its device; sharded, on the CPU: with FSDP of each machine's first process, which the others ask."""
+    if not sharding.is_sharded(section):
+        return loading.load_model(folder, models, keep)
+    attention, _ = loading.pick_attention(models.attention, loading.pick_device(models.device))
+    if section.scale.sharding == "fsdp":
+        enable_fsdp_ram_efficient_loading()
+    return loading.load_model(folder, models.model_copy(update={"device": "cpu", "attention": attention}), keep)
+
+
+def train_once(
+    stage: Stage,
+    name: str,
+    model: nn.Module,
+    tokenizer,
+    examples: Sequence[Example],
+    section: TrainParams,
+    loss: Loss,
+    seed: int,
+    around: AbstractContextManager | None = None,
+    **options,
+) -> pd.DataFrame:
+    """Train the model in place and save it as the stage's folder `name`, or read that back; returns the log.
+
+    options: `add_extras`, `difficulty`, `optimizer` of `trainer.train`. `around` is entered for the training alone.
+    """
+
+    def fit(checkpoints: Path) -> pd.DataFrame:
+        with around or nullcontext():
+            return trainer.train(model, examples, section, loss, checkpoints, seed, **options)
+
+    def make_key() -> str:
+        return training_key(model, examples, section, loss, seed, **options)
+
+    return fit_once(stage, name, model, tokenizer, make_key, fit)
+
+
+def fit_once(
+    stage: Stage,
+    name: str,
+    model: nn.Module,
+    tokenizer,
+    make_key: Callable[[], str],
+    fit: Callable[[Path], pd.DataFrame],
+) -> pd.DataFrame:
+    """`train_once` for any training: `fit(checkpoints)` trains the model in place and returns its log.
+
+    checkpoints: the folder of this training alone, in which a killed one goes on. Checkpoints under `name` that other
+    settings left are removed.
+    """
+    is_main, folder, checkpoints = PartialState().is_main_process, stage.dir / name, stage.path(f"checkpoints/{name}")
+    key = make_key() if is_main else None  # with FSDP the other processes do not have the weights yet
+    (key,) = broadcast_object_list([key])
+    if (facts := find_record(folder, key)) is not None:
+        if is_main:
+            read_weights(model, folder)
+        return pd.DataFrame(facts["log"])
+    if is_main:
+        for stale in checkpoints.iterdir() if checkpoints.is_dir() else ():
+            if stale.name != key:
+                shutil.rmtree(stale)
+    log = fit(checkpoints / key)
+    if is_main:
+        stage.reopen()
+        save_adapter(model, folder) if isinstance(model, PeftModel) else loading.save_model(model, tokenizer, folder)
+        write_record(folder, key, log=log.to_dict("records"))
+    PartialState().wait_for_everyone()
+    return log
+
+
+def training_key(
+    model: nn.Module,
+    examples: Sequence[Example],
+    section: TrainParams,
+    loss: Loss,
+    seed: int,
+    add_extras: Callable[[list[int]], dict] | None = None,
+    difficulty: Sequence[float] | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> str:
+    """The key of a training. Of `add_extras` it takes what that returns for eight of the examples."""
+    sample = list(range(0, len(examples), max(1, -(-len(examples) // 8))))
+    extras = add_extras(sample) if add_extras else {}
+    more_examples = extras.pop("examples", [])
+    adapters = getattr(model, "peft_config", {})
+    bf16 = bool(section.scale and section.scale.bf16)
+    settings = [
+        [section.model_dump(exclude={"scale", "save_every_steps"}), bf16, seed],
+        repr(loss) if is_dataclass(loss) else loss.__qualname__,
+        repr(optimizer),
+        [[str(getattr(config, name)) for name in ADAPTER_SETTINGS] for config in adapters.values()],
+    ]
+    inputs = [
+        [(name, _byte_sum(parameter)) for name, parameter in model.named_parameters()],
+        [asdict(example) for example in [*examples, *more_examples]],
+        _byte_sum(extras),
+        None if difficulty is None else [float(number) for number in difficulty],
+    ]
+    loss_code = type(loss) if is_dataclass(loss) else loss
+    return key_of(settings, inputs, trainer.train, loss_code, *([add_extras] if add_extras else []))
+
+
+def _byte_sum(value: torch.Tensor | dict) -> int | dict:
+    """The sum of a tensor's bytes: exact in any order of adding, and quick on a GPU."""
+    if isinstance(value, dict):
+        return {str(name): _byte_sum(each) for name, each in value.items()}
+    return value.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64).item()
+
+
+# --- weights on disk ---
+
+
+def save_adapter(model: PeftModel, folder: Path) -> Path:
+    """Write the adapter alone (safetensors and its config), whole or not at all; it fits the original base.
+
+    PiSSA changes the base (arXiv 2404.02948): its adapter is saved as a plain one of twice the rank, s·(B·A − B₀·A₀).
+    """
+    with atomic_path(folder) as scratch, tempfile.TemporaryDirectory() as temporary:
+        conversion = {}
+        if changes_base(model):
+            start = Path(temporary) / "pissa_start"  # PEFT reads it as an adapter of this name, and subtracts it
+            start.mkdir()
+            save_file(model.start, start / "adapter_model.safetensors", metadata={"format": "pt"})
+            conversion = {"path_initial_model_for_weight_conversion": str(start)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # which is why the start is subtracted
+            model.save_pretrained(scratch, save_embedding_layers=False, **conversion)
+    return folder
+
+
+def read_weights(model: nn.Module, folder: Path) -> None:
+    """Put saved weights back into the model that was trained: all of them, or those of its adapter."""
+    if not isinstance(model, PeftModel):
+        load_checkpoint_in_model(model, str(folder))
+        return
+    weights = load_peft_weights(str(folder), device="cpu")
+    if changes_base(model):  # what was learned stands first, what it started from second
+        weights = {key: t.chunk(2, dim=0 if "lora_A" in key else 1)[0] for key, t in weights.items()}
+    set_peft_model_state_dict(model, weights)
+
+
+def changes_base(model: PeftModel) -> bool:
+    """Whether attaching the adapter changed weights of the base: PiSSA, as long as it is trained."""
+    return model.peft_config["default"].init_lora_weights == "pissa"
+
+
+# --- the command line ---
+
+
+@contextmanager
+def open_stage(run: str, name: str, params: Params) -> Iterator[Stage]:
+    """A stage of a run for `medkit train`; the main process locks the run. Raises StageError if it is locked."""
+    state = PartialState(cpu=loading.pick_device(params.models.device).type == "cpu")
+    lock = FileLock(run_dir(run) / ".lock", timeout=2)
+    try:
+        with lock if state.is_main_process else nullcontext():
+            yield Stage(run, name)
+            state.wait_for_everyone()
+    except Timeout as error:
+        raise StageError(f"run {run!r} is being worked on by another process; wait for it") from error
