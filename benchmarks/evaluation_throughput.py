@@ -2,7 +2,7 @@
 
 `--part model`: every question by letter, through `inference.predict` and our prompts. With `--limit` a random part of
 each set is asked and the time of all is computed from it, by tokens. `--part statistics`: judging, accuracies, steps,
-flips, calibration, claims and `report.html` of ten variants × all questions, on invented log-probabilities. Units:
+flips, calibration, results and `report.html` of ten variants × all questions, on invented log-probabilities. Units:
 seconds by the clock, and of this process's processor time.
 """
 
@@ -21,14 +21,13 @@ import torch
 from exams import EXAMS, read_questions
 from record import RESULTS, Ratio, result_path, versions, write
 
+from medkit import reporting
 from medkit.evaluation import accuracy as evaluation
 from medkit.evaluation import calibration
 from medkit.inference import predictions as inference
 from medkit.modeling import loading
 from medkit.params import load_params
 from medkit.prompts import templates
-from medkit.reporting import report_page, results
-from medkit.reporting import tables as report
 from medkit.stage import ROOT
 from medkit.variants import STEPS
 
@@ -156,15 +155,15 @@ def run_statistics(folder: Path, predictions: pd.DataFrame, questions: pd.DataFr
     with timed("calibration", found):
         measured = calibration.measure_calibration(judged, settings.confidence)
     with timed("report", found):
-        rows = [*results.from_accuracy(accuracy), *results.from_steps(steps)]
-        rows += results.from_table(measured, "{metric}/{source}", "calibration.parquet")
+        rows = [*reporting.from_accuracy(accuracy), *reporting.from_steps(steps)]
+        rows += reporting.from_table(measured, "{metric}/{source}", "calibration.parquet")
         facts = {"run": "invented", "headline_source": "medqa", "headline_scoring": "letter"}
         facts["chance"] = evaluation.chance(questions[questions.source == "medqa"])
-        report.write_results(folder, rows, facts)
+        reporting.write_results(folder, rows, facts)
         for stage, name, table in (("01_data", "questions", questions), ("06_evaluation", "flips", flips)):
             (folder / stage).mkdir()
             table.to_parquet(folder / stage / f"{name}.parquet")
-        report_page.write_page(folder)
+        reporting.write_report(folder)
 
 
 def main() -> None:

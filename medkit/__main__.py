@@ -69,14 +69,13 @@ def run(
     if dry_run:
         console.print(plan_table(params, changes))
         return
-    from medkit.reporting import report_page
+    from medkit import reporting
     from medkit.runner import run_all
 
     ran = run_all(params, run, changes, first)
     console.print(f"{len(ran)} stages ran" if ran else "everything up to date")
     if ran or not (run_dir(run) / "report.html").is_file():
-        report_page.export_notebooks(run_dir(run))
-        report_page.write_page(run_dir(run))
+        reporting.write_report(run_dir(run))
     console.print(f"results: {run_dir(run) / 'results.json'}")
     console.print(f"report: {run_dir(run) / 'report.html'}")
     console.print(f"executed notebooks: {run_dir(run) / 'notebooks'}")
@@ -138,21 +137,13 @@ def status(run: RunName = "tiny", params: RunParamsFile = None, overrides: Overr
 
 @app.command()
 def report(run: RunName = "tiny") -> None:
-    """Print a run's results as markdown tables, and write its report page anew."""
-    from medkit.reporting import paper_claims, report_page, tables
+    """Print a run's results as markdown tables, and write its report page again."""
+    from medkit import reporting
 
-    claims, facts = tables.load_results(tables.results_of(run))
-    source, scoring = facts["headline_source"], facts["headline_scoring"]
-    parts = [
-        tables.provenance_line(facts),
-        tables.accuracy_table(claims, scoring),
-        tables.steps_table(claims, source, scoring),
-        tables.cost_table(claims),
-        paper_claims.paper_table(claims, facts, ROOT / "benchmarks" / "results"),
-    ]
-    typer.echo("\n\n".join(parts))
-    report_page.export_notebooks(run_dir(run))
-    typer.echo(f"\n{report_page.write_page(run_dir(run))}")
+    results, facts = reporting.load_results(run_dir(run) / "results.json")
+    tables = reporting.run_tables(results, facts) | {"Beside the paper": reporting.paper_table(results, facts)}
+    typer.echo("\n\n".join(f"## {title}\n\n{table}" for title, table in tables.items()))
+    typer.echo(f"\n{DISCLAIMER} {reporting.write_report(run_dir(run))}")
 
 
 @app.command()
@@ -160,19 +151,12 @@ def compare(
     run_a: Annotated[str, typer.Argument(help="The run that the other is measured against")],
     run_b: Annotated[str, typer.Argument(help="The other run")],
 ) -> None:
-    """Two runs on the questions that both answered: paired differences, costs, and what was set otherwise."""
-    from medkit.reporting import compare_runs as comparing
-    from medkit.reporting import tables
+    """Compare two runs: are accuracies the same to the digit, paired differences, costs, settings that differ."""
+    from medkit import reporting
 
-    judging = tables.load_results(tables.results_of(run_a))[1].get("params", {}).get("evaluation")
-    if judging is None:
-        raise StageError(f"run {run_a!r}: its results name no params; run notebook 06 of it again")
-    found = comparing.compare_runs(
-        run_dir(run_a), run_dir(run_b), judging["confidence"], judging["power"], judging["margin"]
-    )
-    written = comparing.write_comparison(found, run_dir(run_a) / f"compare_{run_b}")
-    typer.echo(comparing.text(found))
-    typer.echo(f"\nfigure and tables: {written.parent}")
+    folder = run_dir(run_a) / f"compare_{run_b}"
+    typer.echo(reporting.write_comparison(reporting.compare_runs(run_dir(run_a), run_dir(run_b)), folder))
+    typer.echo(f"figure and tables: {folder}")
 
 
 @app.command()

@@ -1,15 +1,19 @@
-"""reporting"""
+"""What a run shows in the end: `results.json`, tables, the paper's numbers beside ours, model card, report page."""
 
+from medkit.reporting.compare_runs import compare_runs, write_comparison
 from medkit.reporting.model_card import write_card
-from medkit.reporting.paper_claims import paper_table
-from medkit.reporting.paper_numbers import change_per_token, tokens_per_problem
+from medkit.reporting.paper_claims import change_per_token, paper_table, tokens_per_problem
+from medkit.reporting.report_page import write_report
 from medkit.reporting.results import (
+    STAGES,
     from_accuracy,
     from_bench,
     from_ledger,
     from_manifests,
     from_steps,
     from_table,
+    load_results,
     ratios,
+    write_results,
 )
-from medkit.reporting.tables import STAGES, cost_table, load_results, steps_table, write_results
+from medkit.reporting.tables import cost_table, run_tables, steps_table

@@ -1,334 +1,231 @@
-"""What arXiv 2505.00025 says in numbers, what was measured here, and whether the two agree.
+"""The paper's numbers (arXiv 2505.00025), ours beside them, and a verdict computed by rule.
 
-The paper's numbers are in `paper_numbers`; ours come from a run's claims and from `benchmarks/results/shape7b*.json`;
-what can be known without measuring is computed from the models' shapes or from the paper's own table. Nothing is
-measured here, and no verdict is typed. "reproduced": ours, or an end of its interval, reaches the paper's number as
-printed. "beaten": the whole interval is beyond it by more than `TOLERANCE` of it. "cannot hold": arithmetic contradicts
-it. A number that is a starting point and no achievement is reproduced when ours is within `TOLERANCE` of it.
+The paper's numbers are in `paper_claims.yaml`. Ours come from a run's results, from the benchmark at 7B shapes (random
+weights), from the models' shapes, or from the paper's own table. Verdicts:
+reproduced: our number, or an end of its interval, reaches the paper's number as printed (a starting point: within 5 %).
+beaten: our whole interval is better than the paper's number by more than 5 % of it.
+cannot hold: arithmetic contradicts the paper's number. not measured: we have no number.
+other scale: our model is more than twice smaller or larger than the paper's 7B student.
+not comparable: our number is from another kind of device, or from an engine that the paper did not have.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
+import yaml
 
-from medkit.reporting.paper_numbers import CLAIM, PAPER_CLAIMS, PaperClaim, change_per_token, tokens_per_problem
-from medkit.reporting.tables import markdown
+from medkit.quantization import memory_budget, memory_ledger
+from medkit.reporting.tables import label, load_benchmarks, markdown
 from medkit.statistics import median_interval
 from medkit.variants import VARIANTS
 
 TOLERANCE = 0.05
 SAME_SCALE = 2.0
-"""Models up to this factor larger or smaller than the paper's student are its scale, for accuracies."""
 GIB = 2**30
 BF16_BYTES = 2
 STUDENT, TEACHER = "DeepSeek-R1-Distill-Qwen-7B", "DeepSeek-R1-Distill-Llama-70B"
+OWN_KERNEL = "int4_lean_graph"
 CONTENDERS = {
     "bf16_eager": "16 bits",
-    "paper_mix": "the paper's recipe with its head in NF4 too",
-    "int4_lean_graph": "own 4-bit kernel in a CUDA graph, embeddings in 4 bits, head in 8",
+    "bf16_graph": "16 bits in a CUDA graph",
+    "paper_mix": "the paper's mix, with the head in NF4 too",
+    OWN_KERNEL: "own 4-bit kernel in a CUDA graph, embeddings in 4 bits, head in 8",
 }
-"""Of `benchmarks/shape7b.py`: what each one is."""
 
 
-@dataclass(frozen=True)
-class Ours:
-    """What stands beside a claim. `low` and `high` equal `value` for exact numbers; `verdict` None: `judge` decides."""
+class PaperClaim(NamedTuple):
+    id: str
+    where: str
+    what: str
+    value: float | None
+    unit: str
+    digits: int
+    success: str
+    contenders: Sequence[Sequence[str]] = ()
+
+
+CLAIMS = {c["id"]: PaperClaim(**c) for c in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())}
+
+
+class Ours(NamedTuple):
+    """Our number beside a claim; `low` and `high` equal `value` if it is exact. `verdict` None: `judge` decides."""
 
     value: float | None
     low: float | None
     high: float | None
-    scale: str
+    measured_on: str
     why: str
     verdict: str | None = None
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """A run's claims and facts, and the benchmarks at 7B shapes."""
-
-    claims: pd.DataFrame
-    facts: Mapping
-    benchmarks: list[dict]
-
-
-Rule = Callable[[Evidence], Iterator[Ours]]
-
-
-# --- arithmetic ------------------------------------------------------------------------------------------------------
-
-
-@cache
-def weight_bytes(model: str, recipe: str = "bf16", double_quant: bool = True) -> int:
-    """Bytes of a known model's weights under a preset plan, scales included, from its shapes."""
-    from medkit.quantization import memory_budget, memory_ledger
-
-    shapes = memory_ledger.model_shapes(memory_budget.read_config(model))
-    schemes = memory_budget.preset_schemes(shapes)[recipe]
-    return int(memory_ledger.plan_bytes(shapes, schemes, BF16_BYTES, double_quant).bytes.sum())
+def compare_with_paper(results: pd.DataFrame, facts: Mapping, benchmarks: Sequence[dict]) -> pd.DataFrame:
+    """One row per claim of the paper and number of ours. Columns: id, claim, paper, ours, measured_on, verdict, why
+    (texts); ours_value, ci_low, ci_high (numbers; in GiB where the paper says GB).
+    """
+    rows = []
+    for claim in CLAIMS.values():
+        numbers = [*_from_arithmetic(claim), *_from_benchmark(claim, benchmarks), *_from_run(claim, results, facts)]
+        for ours in numbers or [Ours(None, None, None, "–", "no model of this size was run here", "not measured")]:
+            verdict = ours.verdict or judge(claim, ours.value, ours.low, ours.high)
+            paper = "no number given" if claim.value is None else show(claim, claim.value)
+            what = f"{claim.what} ({claim.where})"
+            texts = (claim.id, what, paper, _show_ours(claim, ours), ours.measured_on, verdict, ours.why)
+            rows.append((*texts, ours.value, ours.low, ours.high))
+    columns = ["id", "claim", "paper", "ours", "measured_on", "verdict", "why", "ours_value", "ci_low", "ci_high"]
+    return pd.DataFrame(rows, columns=columns)
 
 
-def quotient(ours: tuple[float, float, float], theirs: tuple[float, float, float]) -> tuple[float, float, float]:
-    """(value, low, high) of ours / theirs − 1; opposite ends are divided, so the interval is rather too wide."""
-    return ours[0] / theirs[0] - 1, ours[1] / theirs[2] - 1, ours[2] / theirs[1] - 1
+def paper_table(results: pd.DataFrame, facts: Mapping, benchmarks: Sequence[dict] | None = None) -> str:
+    """Markdown of `compare_with_paper` and its criteria; without `benchmarks`, the committed ones."""
+    table = compare_with_paper(results, facts, load_benchmarks("shape7b") if benchmarks is None else benchmarks)
+    headers = ["the paper's claim", "paper", "ours", "ours measured on", "verdict", "why"]
+    rows = table[["claim", "paper", "ours", "measured_on", "verdict", "why"]].to_numpy().tolist()
+    criteria = " ".join(__doc__.partition("Verdicts:\n")[2].split())
+    size = weight_bytes(STUDENT)
+    unit = (
+        f"The paper's GB must be GiB: its 7B model has {size / 1e9:.2f} · 10⁹ bytes of weights, {size / GIB:.2f} GiB."
+    )
+    return f"{markdown(headers, rows)}\n\n{criteria[0].upper()}{criteria[1:]} {unit}"
 
 
 def judge(claim: PaperClaim, value: float, low: float, high: float) -> str:
-    """reproduced, beaten or not reproduced, by the criteria in this module's docstring.
-
-    A change whose interval holds zero reproduces nothing.
-    """
+    """reproduced, beaten or not reproduced (module docstring). A change whose interval holds 0 reproduces nothing."""
     slack = TOLERANCE * abs(claim.value)
-    if claim.reach == "near":
+    if claim.success == "near":
         return "reproduced" if low <= claim.value + slack and high >= claim.value - slack else "not reproduced"
-    sign = 1 if claim.reach == "higher" else -1
+    sign = 1 if claim.success == "higher" else -1
     best, worst = (high, low) if sign > 0 else (low, high)
     if claim.unit == "share" and low <= 0 <= high:
         return "not reproduced"
     if sign * (worst - claim.value) > slack:
         return "beaten"
-    printed = 0.5 * 10**-claim.digits
-    return "reproduced" if sign * (best - claim.value) >= -printed else "not reproduced"
+    return "reproduced" if sign * (best - claim.value) >= -0.5 * 10**-claim.digits else "not reproduced"
 
 
-# --- what stands beside each claim -----------------------------------------------------------------------------------
+# --- our numbers -----------------------------------------------------------------------------------------------------
 
 
-def _exact(value: float, scale: str, why: str, verdict: str | None = None) -> Ours:
-    return Ours(value, value, value, scale, why, verdict)
-
-
-def _run_scale(evidence: Evidence) -> str:
-    facts, size = evidence.facts, _run_weights(evidence)
-    many = f"{size / 1e9:.2f} B weights, " if size else ""
-    return f"run `{facts['run']}`: {many}{facts['device']}"
-
-
-def _run_weights(evidence: Evidence) -> float | None:
-    table = evidence.claims
-    found = table[(table.claim == "memory_bytes/weights") & (table.variant == "lora")].value
-    return found.iloc[0] / BF16_BYTES if len(found) else None  # the student before quantisation is counted in bf16
-
-
-def _ratios(evidence: Evidence, name: str) -> Iterator[pd.Series]:
-    table = evidence.claims
-    return table[(table.claim == name) & (table.baseline == "lora")].itertuples()
-
-
-def _contender(evidence: Evidence, *names: str) -> tuple[list[dict], str] | None:
-    """Measurements of the named contenders in the first file that has them all: timings of one run only."""
-    for content in evidence.benchmarks:
-        found = [content["raw"]["contenders"].get(name, {"error": ""}) for name in names]
-        if not any("error" in one for one in found):
-            return found, f"7B shapes, random weights, {content['device']}"
-    return None
-
-
-def _median(contender: dict) -> tuple[float, float, float]:
-    return median_interval(contender["latency_s_per_token_runs"], 0.95)
-
-
-def _memory_change(evidence: Evidence) -> Iterator[Ours]:
-    whole = weight_bytes(STUDENT)
-    uniform, single, mixed = (
-        weight_bytes(STUDENT, *recipe) / whole - 1 for recipe in (("nf4", True), ("nf4", False), ("paper_mix", True))
+@cache
+def weight_bytes(model: str, plan: str = "bf16") -> int:
+    """Bytes of a known model's weights under a plan, quantisation state included, from its shapes."""
+    shapes = memory_ledger.model_shapes(memory_budget.read_config(model))
+    return int(
+        memory_ledger.plan_bytes(shapes, memory_budget.preset_schemes(shapes)[plan], BF16_BYTES, True).bytes.sum()
     )
-    scale, ends = f"{STUDENT}, weights from shapes", "embeddings and head stay in 16 bits"
-    yield _exact(mixed, scale, f"the paper's recipe, attention in 8 bits and the rest in NF4; {ends}")
-    yield _exact(uniform, scale, f"uniform NF4 by the library, {single:+.1%} without double quantisation; {ends}")
-    for name in ("paper_mix", "int4_lean_graph"):
-        if found := _contender(evidence, name, "bf16_eager"):
-            (mine, theirs), scale = found
-            change = mine["generation_peak_bytes"] / theirs["generation_peak_bytes"] - 1
-            yield _exact(change, scale, f"{CONTENDERS[name]}; peak of a generation")
-    for row in _ratios(evidence, "memory_ratio"):
-        why = f"{VARIANTS[row.variant].label} against {VARIANTS[row.baseline].label}, {row.unit}"
-        yield _exact(row.value - 1, _run_scale(evidence), why)
 
 
-def _latency_change(evidence: Evidence) -> Iterator[Ours]:
-    before, after, slower = tokens_per_problem("student"), tokens_per_problem("method"), change_per_token()
-    if slower > 0:
+def tokens_per_problem(model: str) -> float:
+    """Length of the paper's answers by its own table: seconds per problem times tokens per second."""
+    return CLAIMS[f"{model}_latency"].value * CLAIMS[f"{model}_rate"].value
+
+
+def change_per_token() -> float:
+    """Change of the paper's time per token from FP16 to 4 bits, by its own tokens per second. Above 0 is slower."""
+    return CLAIMS["student_rate"].value / CLAIMS["method_rate"].value - 1
+
+
+def quotient(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """(value, low, high) of ours / theirs − 1. Opposite ends are divided, so the interval is rather too wide."""
+    return ours[0] / theirs[0] - 1, ours[1] / theirs[2] - 1, ours[2] / theirs[1] - 1
+
+
+def _from_arithmetic(claim: PaperClaim) -> Iterator[Ours]:
+    if claim.id == "memory_change":
+        for plan in ("paper_mix", "nf4"):
+            change = weight_bytes(STUDENT, plan) / weight_bytes(STUDENT) - 1
+            why = f"plan `{plan}`; embeddings and head stay in 16 bits"
+            yield Ours(change, change, change, f"{STUDENT}, weights from shapes", why)
+    if claim.id == "latency_change":
+        before, after, slower = tokens_per_problem("student"), tokens_per_problem("method"), change_per_token()
         why = f"per token: {before:.1f} tokens a problem before, {after:.1f} after; shorter answers, each token slower"
-        yield _exact(slower, "the paper's own table", why, "cannot hold")
-    for name, baseline, against in (
-        ("paper_mix", "bf16_eager", "16 bits"),
-        ("int4_lean_graph", "bf16_eager", "16 bits without a graph"),
-        ("int4_lean_graph", "bf16_graph", "16 bits in a graph"),
-    ):
-        if found := _contender(evidence, name, baseline):
-            (mine, theirs), scale = found
-            why = f"{CONTENDERS[name]}, against {against}; time per token at equal length"
-            yield Ours(*quotient(_median(mine), _median(theirs)), scale, why)
-    timed = evidence.claims[evidence.claims.claim == "latency_s_per_token"].drop_duplicates("variant")
-    timed = timed.set_index("variant")
-    for row in _ratios(evidence, "latency_ratio"):
-        pair = [tuple(timed.loc[v, ["value", "ci_low", "ci_high"]]) for v in (row.variant, row.baseline)]
-        why = f"{VARIANTS[row.variant].label} against {VARIANTS[row.baseline].label}, {row.unit}"
-        yield Ours(*quotient(*pair), _run_scale(evidence), why)
+        yield Ours(slower, slower, slower, "the paper's own table", why, "cannot hold")
+    if claim.id == "teacher_memory":
+        size = weight_bytes(TEACHER)
+        bits = 8 * claim.value * GIB / (size / BF16_BYTES)
+        why = f"{size / BF16_BYTES / 1e9:.2f} B weights × 2 bytes; {claim.value} GiB would be {bits:.1f} bits each"
+        yield Ours(*[size / GIB] * 3, f"{TEACHER}, weights from shapes", why, "cannot hold")
 
 
-def _memory(contender: str) -> Rule:
-    def find(evidence: Evidence) -> Iterator[Ours]:
-        if found := _contender(evidence, contender):
-            (mine,), scale = found
-            yield _exact(mine["generation_peak_bytes"] / GIB, scale, f"{CONTENDERS[contender]}; peak of a generation")
-
-    return find
-
-
-def _rate(contender: str) -> Rule:
-    def find(evidence: Evidence) -> Iterator[Ours]:
-        if found := _contender(evidence, contender):
-            (mine,), scale = found
-            value, low, high = _median(mine)
-            yield Ours(1 / value, 1 / high, 1 / low, scale, f"{CONTENDERS[contender]}; decoding alone")
-
-    return find
-
-
-def _latency(contender: str, stage: str) -> Rule:
-    def find(evidence: Evidence) -> Iterator[Ours]:
-        if found := _contender(evidence, contender):
-            (mine,), scale = found
-            tokens = tokens_per_problem(stage)
-            times = [mine["time_to_first_token_s"] + (tokens - 1) * each for each in _median(mine)]
-            yield Ours(*times, scale, f"{CONTENDERS[contender]}; at the {tokens:.1f} tokens of the paper's own table")
-
-    return find
+def _from_benchmark(claim: PaperClaim, benchmarks: Sequence[dict]) -> Iterator[Ours]:
+    """Both contenders of a ratio come from the same file, because times of two runs differ."""
+    quantity = claim.id.split("_")[0 if claim.unit == "share" else -1]
+    for names in claim.contenders:
+        files = [c["raw"]["contenders"] | {"device": c["device"]} for c in benchmarks]
+        for content in [c for c in files if all("generation_peak_bytes" in c.get(name, {}) for name in names)][:1]:
+            measured = [content[name] for name in names]
+            times = [median_interval(m["latency_s_per_token_runs"], 0.95) for m in measured]
+            peaks, verdict = [m["generation_peak_bytes"] for m in measured], None
+            why = ", against ".join(CONTENDERS[name] for name in names)
+            if quantity == "memory":
+                numbers, why = [peaks[0] / peaks[1] - 1 if len(peaks) > 1 else peaks[0] / GIB] * 3, f"{why}; peak"
+            elif len(names) > 1:
+                numbers, why = quotient(*times), f"{why}; time per token at equal length"
+            else:  # the paper has no kernel of its own
+                verdict = "not comparable" if OWN_KERNEL in names else None
+                if quantity == "rate":
+                    numbers = [1 / times[0][place] for place in (0, 2, 1)]
+                else:
+                    tokens = tokens_per_problem(claim.id.split("_")[0])
+                    numbers = [measured[0]["time_to_first_token_s"] + (tokens - 1) * each for each in times[0]]
+                    why += f"; at the {tokens:.1f} tokens of the paper's own table"
+            yield Ours(*numbers, f"7B shapes, random weights, {content['device']}", why, verdict)
 
 
-def _teacher_memory(_: Evidence) -> Iterator[Ours]:
-    size, printed = weight_bytes(TEACHER), CLAIM["teacher_memory"].value
-    if size / GIB > printed:  # GiB is the kinder reading of "GB"
-        count, bits = size / BF16_BYTES, 8 * printed * GIB / (size / BF16_BYTES)
-        why = f"{count / 1e9:.2f} B weights × {BF16_BYTES} bytes; {printed} GiB would be {bits:.1f} bits each"
-        yield _exact(size / GIB, f"{TEACHER}, weights from shapes", why, "cannot hold")
+def _from_run(claim: PaperClaim, results: pd.DataFrame, facts: Mapping) -> Iterator[Ours]:
+    weights = results[(results.result == "memory_bytes/weights") & (results.variant == "lora")].value
+    size = weights.iloc[0] / BF16_BYTES if len(weights) else 0  # weights that are not quantised count in bf16
+    same_scale = 1 / SAME_SCALE <= size * BF16_BYTES / weight_bytes(STUDENT) <= SAME_SCALE
+    verdict = None if same_scale else "other scale"
+    measured_on = f"run `{facts['run']}`: {size / 1e9:.2f} B weights, {facts['device']}"
+    source, times = facts["headline_source"], results[results.result == "latency_s_per_token"]
+    scored = results[results.metric == facts["headline_scoring"]]
+    if claim.id == "usmle":
+        exam = scored[scored.result == "accuracy/medqa"].set_index("variant")
+        for variant in [v for v in ["nf4", *reversed(VARIANTS)] if v in exam.index][:1]:
+            row = exam.loc[variant]
+            why = f"{label(variant)} on MedQA, n = {row.n:.0f}; the paper names neither its test set nor n"
+            yield Ours(row.value, row.ci_low, row.ci_high, measured_on, why, verdict)
+    elif claim.id == "accuracy_kept":
+        kept = {"equivalent": "reproduced", "better": "beaten"}
+        for row in scored[(scored.result == f"accuracy_delta/{source}") & (scored.baseline == "lora")].itertuples():
+            why = f"{label(row.variant)} against {label('lora')} on {source}, n = {row.n:.0f}: {row.verdict}"
+            kept_or_not = verdict or kept.get(row.verdict, "not reproduced")
+            yield Ours(row.value, row.ci_low, row.ci_high, measured_on, why, kept_or_not)
+    elif claim.unit == "share":
+        name = claim.id.replace("change", "ratio")
+        for row in results[(results.result == name) & (results.baseline == "lora")].itertuples():
+            numbers, other = [row.value - 1] * 3, None
+            if name == "latency_ratio":
+                pair = [times[times.variant == v].iloc[0] for v in (row.variant, "lora")]
+                numbers = quotient(*(one[["value", "ci_low", "ci_high"]].tolist() for one in pair))
+                if "cores" in facts["device"] or pair[0].metric != pair[1].metric:
+                    other = "not comparable"
+            why = f"{label(row.variant)} against {label('lora')}, {row.unit}"
+            yield Ours(*numbers, measured_on, why, verdict or other)
 
 
-def _usmle(evidence: Evidence) -> Iterator[Ours]:
-    table, size = evidence.claims, _run_weights(evidence)
-    table = table[(table.claim == "accuracy/medqa") & (table.metric == evidence.facts["headline_scoring"])]
-    present = [v for v in ["nf4", *reversed(VARIANTS)] if v in set(table.variant)]
-    if not present:  # nf4 is the end of the paper's method; without it the last variant of the run stands in
-        return
-    mine = table[table.variant == present[0]].iloc[0]
-    theirs = weight_bytes(STUDENT) / BF16_BYTES
-    same = size is not None and abs(math.log(size / theirs)) <= math.log(SAME_SCALE)
-    why = f"{VARIANTS[mine.variant].label} on MedQA, n = {mine.n:.0f}; the paper names neither its test set nor n"
-    if not same:
-        why += "; a model this much smaller says nothing about a 7B one"
-    yield Ours(mine.value, mine.ci_low, mine.ci_high, _run_scale(evidence), why, None if same else "not measured")
+# --- numbers as text -------------------------------------------------------------------------------------------------
 
 
-def _accuracy_kept(evidence: Evidence) -> Iterator[Ours]:
-    table, source = evidence.claims, evidence.facts["headline_source"]
-    table = table[(table.claim == f"accuracy_delta/{source}") & (table.metric == evidence.facts["headline_scoring"])]
-    words = {"equivalent": "reproduced", "better": "beaten"}
-    for row in table[table.baseline == "lora"].itertuples():
-        found = f"{row.verdict}{', and not equivalent either' if row.verdict == 'not detectable' else ''}"
-        why = f"{VARIANTS[row.variant].label} against {VARIANTS[row.baseline].label} on {source}, "
-        why += f"n = {row.n:.0f}: {found}"
-        verdict = words.get(row.verdict, "not reproduced")
-        yield Ours(row.value, row.ci_low, row.ci_high, _run_scale(evidence), why, verdict)
-
-
-RULES = {
-    "memory_change": [_memory_change],
-    "latency_change": [_latency_change],
-    "usmle": [_usmle],
-    "accuracy_kept": [_accuracy_kept],
-    "teacher_memory": [_teacher_memory],
-    "student_memory": [_memory("bf16_eager")],
-    "student_latency": [_latency("bf16_eager", "student")],
-    "student_rate": [_rate("bf16_eager")],
-    "method_memory": [_memory("paper_mix"), _memory("int4_lean_graph")],
-    "method_latency": [_latency("paper_mix", "method"), _latency("int4_lean_graph", "method")],
-    "method_rate": [_rate("paper_mix"), _rate("int4_lean_graph")],
-}
-"""Claim → what finds ours. A claim without a rule, or whose rules find nothing, is not measured."""
-
-
-# --- the table -------------------------------------------------------------------------------------------------------
-
-
-def show(claim: PaperClaim, value: float | None, digits: int | None = None) -> str:
-    """A number in the claim's unit, with its printed decimals or `digits`. Ours in GiB, the paper's GB as printed."""
-    if value is None:
-        return "–"
-    digits = claim.digits if digits is None else digits
+def show(claim: PaperClaim, value: float) -> str:
+    """A number in the claim's unit with the paper's printed decimals."""
     if claim.unit == "share":
-        return f"{value:+.{digits - 2}%}"
-    if claim.unit == "accuracy":
-        return f"{value:.{digits - 2}%}"
-    return f"{value:.{digits}f} {claim.unit}"
+        return f"{value:+.{claim.digits - 2}%}"
+    return f"{value:.1%}" if claim.unit == "accuracy" else f"{value:.{claim.digits}f} {claim.unit}"
 
 
-def compare_with_paper(claims: pd.DataFrame, facts: Mapping, benchmarks_folder: Path) -> pd.DataFrame:
-    """A row per claim of the paper and measurement beside it.
-
-    Columns: id, claim, paper, ours, scale, verdict, why (texts for people); paper_value, ours_value, ci_low,
-    ci_high (numbers; ours in GiB where the paper says GB); unit. `facts` need run, device, headline_source and
-    headline_scoring.
-    """
-    files = sorted(benchmarks_folder.glob("shape7b*.json"))
-    evidence = Evidence(claims, facts, [json.loads(path.read_text()) for path in files])
-    rows = []
-    for claim in PAPER_CLAIMS:
-        found = [ours for rule in RULES.get(claim.id, []) for ours in rule(evidence)]
-        for ours in found or [Ours(None, None, None, "–", "no model of this size was run here", "not measured")]:
-            verdict = ours.verdict or judge(claim, ours.value, ours.low, ours.high)
-            rows.append(_row(claim, ours, verdict))
-    return pd.DataFrame(rows)
-
-
-def _row(claim: PaperClaim, ours: Ours, verdict: str) -> dict:
-    text = _show_ours(claim, ours.value)
-    if ours.value is not None and ours.low != ours.high:
-        low, high = (_show_ours(claim, end).removesuffix(f" {claim.unit}") for end in (ours.low, ours.high))
-        text += f" [{low}, {high}]"
-    return {
-        "id": claim.id,
-        "claim": f"{claim.what} ({claim.where})",
-        "paper": show(claim, claim.value) if claim.value is not None else "no number given",
-        "ours": text,
-        "scale": ours.scale,
-        "verdict": verdict,
-        "why": ours.why,
-        "paper_value": claim.value,
-        "ours_value": ours.value,
-        "ci_low": ours.low,
-        "ci_high": ours.high,
-        "unit": claim.unit,
-    }
-
-
-def _show_ours(claim: PaperClaim, value: float | None) -> str:
-    if value is not None and claim.value is None:
-        return f"{value:+.3f}"  # a difference of accuracies
-    return show(claim, value).replace("GB", "GiB")
-
-
-def paper_table(claims: pd.DataFrame, facts: Mapping, benchmarks_folder: Path) -> str:
-    """Markdown of `compare_with_paper`, and under it the criteria and what "GB" has been taken to be."""
-    table = compare_with_paper(claims, facts, benchmarks_folder)
-    shown = table[["claim", "paper", "ours", "scale", "verdict", "why"]]
-    headers = ["the paper's claim", "paper", "ours", "ours measured on", "verdict", "why"]
-    size, printed = weight_bytes(STUDENT), CLAIM["student_memory"].value
-    note = (
-        f"reproduced: ours, or an end of its interval, reaches the printed number (starting points: within "
-        f"{TOLERANCE:.0%}); beaten: all of the interval is beyond it by more than {TOLERANCE:.0%} of it; cannot hold: "
-        f"arithmetic contradicts it."
+def _show_ours(claim: PaperClaim, ours: Ours) -> str:
+    if ours.value is None:
+        return "–"
+    difference = claim.value is None  # of two accuracies
+    value, low, high = (f"{x:+.3f}" if difference else show(claim, x).replace("GB", "GiB") for x in ours[:3])
+    return (
+        value
+        if low == high
+        else f"{value} [{low.removesuffix(f' {claim.unit}')}, {high.removesuffix(f' {claim.unit}')}]"
     )
-    if size / 1e9 > printed > size / GIB:
-        note += (
-            f" The paper's GB must be GiB: the weights of its 7B model alone are {size / 1e9:.2f} · 10⁹ bytes in 16 "
-            f"bits, {size / GIB:.2f} GiB."
-        )
-    return f"{markdown(headers, shown.to_numpy().tolist())}\n\n{note}"

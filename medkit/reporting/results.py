@@ -1,56 +1,64 @@
-"""`results.json`: the rows that README, report and model card are made of, and the only place they come from.
+"""`results.json`: every number that a run measured, one row each. README, docs, report and model card read only it.
 
-A claim is one measured number with its interval, its n, its unit, what it is compared with and the file that holds the
-observations. Tables come in from the notebook; nothing here measures.
+A row holds the number with its interval, the number of observations, the unit, the variant it is compared with, and the
+file with the observations. Nothing is measured here: notebooks hand in tables.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pandas as pd
 
+from medkit.stage import DISCLAIMER, StageError, atomic_path, provenance
 from medkit.statistics import median_interval
+from medkit.variants import VARIANTS
 
-COLUMNS = ["claim", "variant", "metric", "value", "ci_low", "ci_high", "n", "unit", "baseline", "stage", "file"]
+STAGES = ["01_data", "02_distillation", "03_lora", "04_quantization", "05_inference", "06_evaluation"]
+COLUMNS = ["result", "variant", "metric", "value", "ci_low", "ci_high", "n", "unit", "baseline", "stage", "file"]
 
 
-def _claim(claim: str, variant: str, value: float, **more) -> dict:
-    """One row: every column there, numpy's numbers as Python's, and null where a number is undefined."""
-    row = {**dict.fromkeys(COLUMNS), "claim": claim, "variant": variant, "metric": "", "value": float(value)}
-    row |= {"unit": "", "stage": "", "file": "", **more}
+# --- tables -> rows --------------------------------------------------------------------------------------------------
+
+
+def from_table(
+    table: pd.DataFrame, name: str, file: str, unit: str = "fraction", stage: str = "06_evaluation", extras: str = ""
+) -> Iterator[dict]:
+    """Yield one row of `results.json` for each row of a tidy table that has a value.
+
+    `name` is a pattern over the table's columns, e.g. `"{metric}/{source}"`. The columns `variant`, `value`, `ci_low`,
+    `ci_high`, `n`, `unit` and `baseline` are copied where they exist, and so are `extras` (names separated by spaces).
+    The row's `metric` is the table's `scoring`, or else its `category`.
+    """
+    copied = [c for c in ("ci_low", "ci_high", "n", "baseline", *extras.split()) if c in table]
+    metric = next((c for c in ("scoring", "category") if c in table), None)
+    for row in table[table.value.notna()].to_dict("records"):
+        columns = {column: row[column] for column in copied} | {"metric": row[metric] if metric else ""}
+        columns = {"unit": row.get("unit", unit), "stage": stage, "file": file} | columns
+        yield result_row(name.format(**row), row.get("variant", ""), row["value"], **columns)
+
+
+def result_row(result: str, variant: str, value: float, **columns) -> dict:
+    """One row with every column; numpy numbers become Python numbers, an undefined number becomes None."""
+    row = {**dict.fromkeys(COLUMNS), "result": result, "variant": variant, "metric": "", "value": float(value)}
+    row |= {"unit": "", "stage": "", "file": "", **columns}
     plain = {key: value.item() if hasattr(value, "item") else value for key, value in row.items()}
     return {key: None if isinstance(value, float) and pd.isna(value) else value for key, value in plain.items()}
 
 
-def from_table(
-    table: pd.DataFrame, claim: str, file: str, unit: str = "fraction", stage: str = "06_evaluation", extras: str = ""
-) -> Iterator[dict]:
-    """A claim per row of a tidy table, whatever it measures.
-
-    `claim` is a pattern over the table's columns, e.g. `"{metric}/{source}"`. Of the columns `variant`, `value`,
-    `ci_low`, `ci_high`, `n` and `baseline` those that are there go over; a claim's `metric` is the table's `scoring`,
-    or its `category`. `extras` names further columns to keep, separated by spaces.
-    """
-    kept = [c for c in ("ci_low", "ci_high", "n", "baseline", *extras.split()) if c in table]
-    method = next((c for c in ("scoring", "category") if c in table), None)
-    for row in table.to_dict("records"):
-        if not pd.isna(row["value"]):
-            more = {column: row[column] for column in kept} | {"metric": row[method] if method else ""}
-            more = {"unit": row.get("unit", unit), "stage": stage, "file": file} | more
-            yield _claim(claim.format(**row), row.get("variant", ""), row["value"], **more)
-
-
-def from_accuracy(table: pd.DataFrame, claim: str = "accuracy") -> Iterator[dict]:
-    """`<claim>/<source>` and, for `accuracy`, `unparsed_rate/<source>`; metric is the scoring method."""
-    yield from from_table(table.assign(value=table.accuracy), claim + "/{source}", "metrics.parquet")
-    if claim == "accuracy":
-        silent = table[table.scoring == "generated"].drop(columns=["ci_low", "ci_high"])
-        yield from from_table(silent.assign(value=silent.unparsed_rate), "unparsed_rate/{source}", "metrics.parquet")
+def from_accuracy(table: pd.DataFrame, name: str = "accuracy") -> Iterator[dict]:
+    """Rows `<name>/<source>` and, for `accuracy`, `unparsed_rate/<source>`; `metric` is the scoring method."""
+    yield from from_table(table.assign(value=table.accuracy), name + "/{source}", "metrics.parquet")
+    if name == "accuracy":
+        generated = table[table.scoring == "generated"].drop(columns=["ci_low", "ci_high"])
+        unparsed = generated.assign(value=generated.unparsed_rate)
+        yield from from_table(unparsed, "unparsed_rate/{source}", "metrics.parquet")
 
 
 def from_steps(table: pd.DataFrame) -> Iterator[dict]:
-    """`accuracy_delta/<source>` and `flips/<source>` of each step, with adjusted p, verdict and detectable effect."""
+    """Rows `accuracy_delta/<source>` (with adjusted p, verdict, detectable effect) and `flips/<source>`."""
     tests = "p_clustered p_holm p_equivalence verdict margin mde"
     deltas = table.assign(value=table.difference)
     yield from from_table(deltas, "accuracy_delta/{source}", "steps.parquet", extras=tests)
@@ -59,57 +67,84 @@ def from_steps(table: pd.DataFrame) -> Iterator[dict]:
 
 
 def from_ledger(ledger: pd.DataFrame) -> Iterator[dict]:
-    """`memory_bytes/weights` per variant (quantisation state included): exact, so without an interval."""
+    """Rows `memory_bytes/weights`: stored bytes per variant, quantisation state included. Exact, so no interval."""
     totals = ledger.groupby("variant", sort=False).bytes.sum().rename("value").reset_index()
     where = {"unit": "bytes", "stage": "04_quantization"}
     yield from from_table(totals.assign(scoring="as stored"), "memory_bytes/weights", "ledger.parquet", **where)
 
 
 def from_bench(bench: pd.DataFrame, confidence: float) -> Iterator[dict]:
-    """`ttft_s`, `latency_s_per_token` (single requests), `throughput_tokens_per_s/<workload>`: medians over repeats.
+    """Rows `ttft_s`, `latency_s_per_token` (single requests) and `throughput_tokens_per_s/<workload>`.
 
-    `metric` is the engine, or the way in which requests were scheduled.
+    Values are medians over the repeats. `metric` is the engine, or how requests were scheduled.
     """
     rows = []
     for (variant, workload, engine), repeats in bench.groupby(["variant", "workload", "engine"], sort=False):
         single = workload == "single"
         for name in ("ttft_s", "latency_s_per_token") if single else ("throughput_tokens_per_s",):
             value, low, high = median_interval(repeats[name], confidence)
-            row = {"claim": name if single else f"{name}/{workload}", "unit": "s" if single else "tokens/s"}
+            row = {"name": name if single else f"{name}/{workload}", "unit": "s" if single else "tokens/s"}
             row |= {"variant": variant, "scoring": engine, "value": value, "ci_low": low, "ci_high": high}
-            lengths = repeats[["prompt_tokens", "output_tokens", "requests"]].iloc[0]
-            rows.append({**row, "n": len(repeats), **lengths})
+            rows.append({**row, "n": len(repeats), **repeats[["prompt_tokens", "output_tokens", "requests"]].iloc[0]})
     lengths = "prompt_tokens output_tokens requests"
-    yield from from_table(pd.DataFrame(rows), "{claim}", "bench.parquet", stage="05_inference", extras=lengths)
+    yield from from_table(pd.DataFrame(rows), "{name}", "bench.parquet", stage="05_inference", extras=lengths)
 
 
-def ratios(claims: list[dict]) -> Iterator[dict]:
-    """Memory of weights and latency per token: compressed variants over the student they come from, and the teacher.
+def ratios(rows: list[dict]) -> Iterator[dict]:
+    """Rows `memory_ratio` and `latency_ratio`: each variant made from the LoRA student over that student.
 
-    `unit` says what was divided by what; below 1 is smaller or faster. Timings of one run only.
+    NF4 is also divided by the teacher as downloaded. Below 1 is smaller or faster. `unit` says what was divided.
     """
-    table = pd.DataFrame(claims)
-    for name, claim, unit in (
+    table = pd.DataFrame(rows)
+    pairs = [(v.name, v.baseline) for v in VARIANTS.values() if v.baseline == "lora"] + [("nf4", "teacher_base")]
+    for name, measured, unit in (
         ("memory", "memory_bytes/weights", "bytes of weights"),
         ("latency", "latency_s_per_token", "time per token at equal length"),
     ):
-        measured = table[table.claim == claim].set_index("variant")
-        pairs = [(variant, "lora") for variant in ("nf4", "paper_mix", "plan", "edge")] + [("nf4", "teacher_base")]
+        by_variant = table[table.result == measured].set_index("variant")
         for variant, baseline in pairs:
-            if {variant, baseline} <= set(measured.index):
-                ratio = measured.value[variant] / measured.value[baseline]
-                engines = measured.metric[[variant, baseline]]
-                by = f", {' against '.join(engines)}" if engines.nunique() > 1 else ""
-                where = {"unit": unit + by, "stage": measured.stage[variant], "file": measured.file[variant]}
-                yield _claim(f"{name}_ratio", variant, ratio, metric="ratio", baseline=baseline, **where)
+            if {variant, baseline} <= set(by_variant.index):
+                ratio = by_variant.value[variant] / by_variant.value[baseline]
+                engines = by_variant.metric[[variant, baseline]]
+                what = f"{unit}, {' against '.join(engines)}" if engines.nunique() > 1 else unit
+                where = {"stage": by_variant.stage[variant], "file": by_variant.file[variant]}
+                yield result_row(f"{name}_ratio", variant, ratio, metric="ratio", baseline=baseline, unit=what, **where)
 
 
 def from_manifests(manifests: dict[str, dict]) -> Iterator[dict]:
-    """`duration_s/<stage>` of every finished stage, and `signal_bytes_per_token` of the distillation."""
+    """Rows `duration_s/<stage>` of every finished stage, and `signal_bytes_per_token` of the teacher cache."""
     for stage, manifest in manifests.items():
         if manifest:
             where = {"stage": stage, "file": "manifest.json"}
-            yield _claim(f"duration_s/{stage}", "", manifest["duration_s"], unit="s", **where)
+            yield result_row(f"duration_s/{stage}", "", manifest["duration_s"], unit="s", **where)
             if "signal_bytes_per_token" in manifest["facts"]:
                 per_token = manifest["facts"]["signal_bytes_per_token"]
-                yield _claim("signal_bytes_per_token", "teacher", per_token, unit="bytes", **where)
+                yield result_row("signal_bytes_per_token", "teacher", per_token, unit="bytes", **where)
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def write_results(folder: Path, rows: list[dict], facts: dict) -> Path:
+    """Write `results.json` into a run's folder: `facts`, where and when, and the rows. Returns its path."""
+    device = {key: value for key, value in provenance().items() if key in ("date", "device", "git_commit", "versions")}
+    content = {**facts, **device, "disclaimer": DISCLAIMER, "results": rows}
+    with atomic_path(folder / "results.json") as scratch:
+        scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    return folder / "results.json"
+
+
+def load_results(path: Path) -> tuple[pd.DataFrame, dict]:
+    """The rows of a results file as a table, and its facts (run, device, date, params, …).
+
+    Raises StageError if the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise StageError(f"{path}: no results there; `python -m medkit run` writes them in its last notebook")
+    try:
+        content = json.loads(path.read_text())
+        # runs made before 2026-11-29 have "claims" and a column "claim"
+        rows = content.pop("results", None) or content.pop("claims")
+        return pd.DataFrame(rows).rename(columns={"claim": "result"}), content
+    except (ValueError, KeyError) as error:
+        raise StageError(f"{path}: not a whole results file ({error!r}); run notebook 06 again") from error

@@ -1,6 +1,6 @@
-"""Tables for people from `results.json`, from benchmarks' json, and from what `budget` computes; from nothing else.
+"""Markdown tables from the rows of `results.json` and from the results of the benchmarks.
 
-README, the log and the command line print these. A number that is not in one of them cannot be in a table.
+README, docs, the report page, the model card and the command line show them. No number is measured here.
 """
 
 from __future__ import annotations
@@ -11,177 +11,206 @@ from pathlib import Path
 
 import pandas as pd
 
-from medkit.stage import DISCLAIMER, StageError, atomic_path, provenance, run_dir
+from medkit.stage import DISCLAIMER, ROOT
 from medkit.variants import VARIANTS
 
-STAGES = ["01_data", "02_distillation", "03_lora", "04_quantization", "05_inference", "06_evaluation"]
-
-
-def load_results(path: Path) -> tuple[pd.DataFrame, dict]:
-    """The claims of a results file as a table, and the rest of it (run, device, date, commit)."""
-    if not path.is_file():
-        raise StageError(f"{path}: no results there; `python -m medkit run` writes them in its last notebook")
-    try:
-        content = json.loads(path.read_text())
-        return pd.DataFrame(content.pop("claims")), content
-    except (ValueError, KeyError) as error:
-        raise StageError(f"{path}: not a whole results file ({error!r}); run notebook 06 again") from error
-
-
-def write_results(folder: Path, rows: list[dict], facts: dict) -> Path:
-    """Write a run's `results.json`: `facts`, where and when, and the claims (see `claims.COLUMNS`)."""
-    device = {key: value for key, value in provenance().items() if key in ("date", "device", "git_commit", "versions")}
-    content = {**facts, **device, "disclaimer": DISCLAIMER, "claims": rows}
-    with atomic_path(folder / "results.json") as scratch:
-        scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    return folder / "results.json"
-
-
-def results_of(run: str) -> Path:
-    """Where a run's results are."""
-    return run_dir(run) / "results.json"
+BENCHMARKS = ROOT / "benchmarks"
 
 
 def markdown(headers: list[str], rows: list[list[str]]) -> str:
-    """A markdown table of ready texts."""
+    """A markdown table of ready texts; empty text if there are no rows."""
     lines = ["| " + " | ".join(headers) + " |", "|" + "---|" * len(headers)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) if rows else ""
 
 
-def accuracy_table(claims: pd.DataFrame, scoring: str) -> str:
-    """Markdown: a row per variant, a column per test source, "0.52 [0.47, 0.57]"; n in the header."""
-    table = claims[claims.claim.str.startswith("accuracy/") & (claims.metric == scoring)]
-    sources = list(dict.fromkeys(table.claim.str.removeprefix("accuracy/")))
-    n = table.groupby("claim").n.max()
-    headers = ["variant", *(f"{s}<br>n = {n[f'accuracy/{s}']:.0f}" for s in sources)]
+def label(variant: str) -> str:
+    """The variant's name for people."""
+    return VARIANTS[variant].label if variant in VARIANTS else variant
+
+
+def variants_table(columns: Mapping[str, tuple[pd.DataFrame, str, float]]) -> str:
+    """Markdown: one row per variant, one column per heading, cells "0.52 [0.47, 0.57]"; "–" where nothing was measured.
+
+    `columns`: heading → (rows of results, number format, factor on the numbers). Columns without rows are left out.
+    """
+    present = {head: rows.drop_duplicates("variant").set_index("variant") for head, (rows, *_) in columns.items()}
+    present = {head: rows for head, rows in present.items() if len(rows)}
     rows = []
-    for variant in (v for v in VARIANTS if v in set(table.variant)):
-        mine = table[table.variant == variant].set_index("claim")
-        cells = [mine.loc[f"accuracy/{s}"] if f"accuracy/{s}" in mine.index else None for s in sources]
-        rows.append(
-            [
-                VARIANTS[variant].label,
-                *(f"{c.value:.2f} [{c.ci_low:.2f}, {c.ci_high:.2f}]" if c is not None else "–" for c in cells),
-            ]
-        )
-    return markdown(headers, rows)
+    names = dict.fromkeys(variant for column in present.values() for variant in column.index)
+    for variant in sorted(
+        names, key=lambda name: [*VARIANTS].index(name) if name in VARIANTS else -1
+    ):  # baselines first
+        cells = []
+        for head, column in present.items():
+            _, style, factor = columns[head]
+            numbers = (
+                [column.loc[variant, c] for c in ("value", "ci_low", "ci_high")] if variant in column.index else []
+            )
+            value, *interval = [f"{x * factor:{style}}" for x in numbers if not pd.isna(x)] or ["–"]
+            cells.append(f"{value} [{', '.join(interval)}]" if interval else value)
+        rows.append([label(variant), *cells])
+    return markdown(["variant", *present], rows)
 
 
-def steps_table(claims: pd.DataFrame, source: str, scoring: str) -> str:
-    """Markdown: each step of the method on one source: paired difference, interval, n, verdict, what could be seen."""
-    table = claims[(claims.claim == f"accuracy_delta/{source}") & (claims.metric == scoring)]
+def _by_source(results: pd.DataFrame, name: str, heading: str, style: str) -> dict:
+    """Columns for `variants_table`: one for each source of the results `<name>/<source>`, n in the heading."""
+    rows = results[results.result.str.startswith(f"{name}/")]
+    return {
+        f"{heading.format(result.split('/')[1])}<br>n = {group.n.max():.0f}": (group, style, 1)
+        for result, group in rows.groupby("result", sort=False)
+    }
+
+
+def accuracy_table(results: pd.DataFrame, scoring: str, name: str = "accuracy") -> str:
+    """Markdown: accuracy of each variant on each test source, with intervals."""
+    return variants_table(_by_source(results[results.metric == scoring], name, "{}", ".2f"))
+
+
+def steps_table(results: pd.DataFrame, source: str, scoring: str) -> str:
+    """Markdown: each step of the method on one source: paired difference, n, adjusted p, verdict, detectable effect."""
+    table = results[(results.result == f"accuracy_delta/{source}") & (results.metric == scoring)]
     rows = [
-        [
-            f"{VARIANTS[c.baseline].label} → {VARIANTS[c.variant].label}",
-            f"{c.value:+.3f} [{c.ci_low:+.3f}, {c.ci_high:+.3f}]",
-            f"{c.n:.0f}",
-            f"{c.p_holm:.2g}",
-            c.verdict,
-            f"{c.mde:.3f}",
-        ]
-        for c in table.itertuples()
-    ]
+        [f"{label(row.baseline)} → {label(row.variant)}", f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]",
+         f"{row.n:.0f}", f"{row.p_holm:.2g}", row.verdict, f"{row.mde:.3f}"]
+        for row in table.itertuples()
+    ]  # fmt: skip
     return markdown(["step", "difference [interval]", "n", "p (Holm)", "verdict", "detectable from"], rows)
 
 
-def cost_table(claims: pd.DataFrame) -> str:
-    """Markdown: bytes of weights, time to first token and time per token, per variant, and how it was timed."""
-    wanted = {
-        "memory_bytes/weights": ("weights, MB", 1e-6),
-        "ttft_s": ("first token, ms", 1e3),
-        "latency_s_per_token": ("per further token, ms", 1e3),
+def cost_table(results: pd.DataFrame) -> str:
+    """Markdown: bytes of weights, time to first token and time per token of each variant, and how it was timed."""
+    columns = {
+        heading: (results[results.result == name], style, factor)
+        for heading, name, style, factor in (
+            ("weights, MB", "memory_bytes/weights", ".1f", 1e-6),
+            ("first token, ms", "ttft_s", ".1f", 1e3),
+            ("per further token, ms", "latency_s_per_token", ".2f", 1e3),
+        )
     }
-    rows = []
-    for variant in (v for v in VARIANTS if v in set(claims[claims.claim.isin(wanted)].variant)):
-        mine = claims[claims.variant == variant].drop_duplicates("claim").set_index("claim")
-        cells = [f"{mine.loc[c].value * scale:,.4g}" if c in mine.index else "–" for c, (_, scale) in wanted.items()]
-        rows.append([VARIANTS[variant].label, *cells])
-    table = markdown(["variant", *(name for name, _ in wanted.values())], rows)
-    timed = claims[claims.claim == "latency_s_per_token"]
+    table, timed = variants_table(columns), results[results.result == "latency_s_per_token"]
     if timed.empty:
         return table
     first = timed.iloc[0]
-    others = timed[timed.metric != first.metric]
-    engines = "".join(f", {VARIANTS[c.variant].label} by {c.metric}" for c in others.itertuples())
+    others = "".join(
+        f", {label(row.variant)} by {row.metric}" for row in timed[timed.metric != first.metric].itertuples()
+    )
     return (
         f"{table}\n\nTimed on {first.requests:.0f} requests, one at a time, with {first.prompt_tokens:.0f} prompt "
         f"tokens and {first.output_tokens:.0f} new tokens in all, after a discarded warm-up; medians of {first.n:.0f} "
-        f"repeats{f', by {first.metric}' if engines else ''}{engines}."
+        f"repeats, by {first.metric}{others}."
     )
 
 
-def benchmarks_table(folder: Path, goals_only: bool = False) -> str:
-    """Markdown: the ratios of every `benchmarks/results/*.json`, each beside its goal, or those alone that have one."""
+def calibration_table(results: pd.DataFrame, source: str, scoring: str) -> str:
+    """Markdown: does a variant's confidence mean anything? Lower is better, except for accuracy."""
+    rows = results[results.metric == scoring]
+    return variants_table(
+        {
+            heading: (rows[rows.result == f"{name}/{source}"], style, 1)
+            for heading, name, style in (
+                ("expected calibration error", "ece", ".3f"),
+                ("Brier score", "brier", ".3f"),
+                ("area under risk–coverage", "aurc", ".3f"),
+                ("accuracy without the least sure fifth", "accuracy_at_80", ".2f"),
+            )
+        }
+    )
+
+
+def robustness_table(results: pd.DataFrame) -> str:
+    """Markdown: do answers depend on the order of the options, or on the name that a drug is given?"""
+    return variants_table(
+        {
+            **_by_source(results, "shuffle_consistency", "same answer in other orders, {}", ".2f"),
+            **_by_source(results, "swap_drop", "change of accuracy under another drug name, {}", "+.3f"),
+        }
+    )
+
+
+def safety_table(results: pd.DataFrame) -> str:
+    """Markdown: share of probes whose safe answer is likelier than the unsafe one, by category; chance is 0.5."""
+    scored = results[results.metric == "option_text_norm"]
+    return variants_table(_by_source(scored, "safe_share", "{}", ".2f"))
+
+
+def energy_table(results: pd.DataFrame) -> str:
+    """Markdown: energy and price of 1,000 answers and of one correct answer."""
+    return variants_table(
+        {
+            heading: (results[results.result == name], ",.3g", 1)
+            for heading, name in (
+                ("Wh per 1,000 answers", "energy_wh_per_1000_answers"),
+                ("Wh per correct answer", "energy_wh_per_correct_answer"),
+                ("price of 1,000 answers", "cost_per_1000_answers"),
+                ("price of a correct answer", "cost_per_correct_answer"),
+            )
+        }
+    )
+
+
+def run_tables(results: pd.DataFrame, facts: Mapping) -> dict[str, str]:
+    """Title → markdown of every table that the run has results for."""
+    source, scoring = facts["headline_source"], facts["headline_scoring"]
+    tables = {
+        f"Accuracy, scored by {scoring.replace('_', ' ')}": accuracy_table(results, scoring),
+        "Accuracy without test questions that resemble a training question": accuracy_table(
+            results, scoring, "accuracy_clean"
+        ),
+        f"Each step against the variant it starts from, on {source}": steps_table(results, source, scoring),
+        "Cost": cost_table(results),
+        f"Calibration on {source}": calibration_table(results, source, scoring),
+        "Robustness": robustness_table(results),
+        "Safety probe: share of probes whose safe answer is likelier": safety_table(results),
+        "Energy and price (estimates)": energy_table(results),
+    }
+    return {title: table for title, table in tables.items() if table}
+
+
+def provenance_line(facts: Mapping) -> str:
+    """One sentence: which run, where, when, and the disclaimer."""
+    return f"Run `{facts['run']}` on {facts['device']}, {facts['date']}. {DISCLAIMER}"
+
+
+# --- benchmarks ------------------------------------------------------------------------------------------------------
+
+
+def load_benchmarks(name: str = "", folder: Path = BENCHMARKS) -> list[dict]:
+    """The committed results of all benchmarks, or of those whose name starts with `name`, in the order of names."""
+    contents = [json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))]
+    contents = [c for c in contents if "ratios" in c and c["name"].startswith(name)]
+    return sorted(contents, key=lambda content: content["name"])
+
+
+def benchmarks_table(benchmarks: Sequence[dict], goals_only: bool = False) -> str:
+    """Markdown: every ratio of the benchmarks beside its goal, or only the ratios that have a goal."""
     rows = []
-    for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text())
+    for content in benchmarks:
         for what, ratio in content["ratios"].items():
-            higher, goal = ratio["better"] == "higher", ratio["goal"]
-            if goals_only and goal is None:
-                continue
-            reached = goal is not None and (ratio["value"] >= goal if higher else ratio["value"] <= goal)
-            met = "–" if goal is None else "yes" if reached else "no"
-            sign = "" if goal is None else f"{'≥' if higher else '≤'} {goal:g}"
-            rows.append([content["name"], content["device"], f"`{what}`", f"{ratio['value']:.2f}", sign, met])
+            higher, goal, value = ratio["better"] == "higher", ratio["goal"], ratio["value"]
+            if goal is None and not goals_only:
+                rows.append([content["name"], content["device"], f"`{what}`", f"{value:.2f}", "", "–"])
+            elif goal is not None:
+                met = "yes" if (value >= goal if higher else value <= goal) else "no"
+                sign = "≥" if higher else "≤"
+                rows.append([content["name"], content["device"], f"`{what}`", f"{value:.2f}", f"{sign} {goal:g}", met])
     return markdown(["benchmark", "device", "ratio", "measured", "goal", "met"], rows)
 
 
-def engine_parts_table(path: Path, part: str) -> str:
-    """Markdown: throughput of every contender of one part of the `mieo` benchmark, medians with the range of passes."""
-    passes = pd.DataFrame(json.loads(path.read_text())["raw"][part]["passes"])
-    rows, full = [], None
-    for name, speeds in passes.groupby("engine", sort=False).throughput_tokens_per_s:
-        full = full or speeds.median()
-        spread = f"{speeds.min():.1f} to {speeds.max():.1f}"
-        rows.append([name, f"{speeds.median():.1f}", spread, f"{full / speeds.median():.2f}", str(len(speeds))])
-    return markdown(["contender", "tokens/s", "range", "first over it", "passes"], rows)
+def plans_table(estimates: Mapping[str, Sequence]) -> str:
+    """Markdown: how much memory each quantization plan needs, from shapes alone.
 
-
-def ablation_table(path: Path) -> str:
-    """Markdown: students that lack a part of distillation, what the whole has over each of them, and whether it helps.
-
-    A part helps or harms where its interval leaves zero, each interval by itself.
+    `estimates`: model → what `memory_budget.estimate` gives. One row per plan, with the key-value cache in bf16.
     """
-    found = {(row["row"], row["metric"]): row for row in json.loads(path.read_text())["raw"]["table"]}
-    rows = []
-    for name in dict.fromkeys(name for name, _ in found):
-        cells = [name]
-        for metric in ("valid_nll", "accuracy"):
-            own = found[name, metric]
-            low, high = own["ci_low"], own["ci_high"]
-            below, above = ("helps", "harms") if metric == "valid_nll" else ("harms", "helps")
-            verdict = below if high < 0 else above if low > 0 else "not detectable"
-            difference = f"{own['full_minus_row']:+.3f} [{low:+.3f}, {high:+.3f}] {verdict}"
-            cells += [f"{own['mean']:.3f} ± {own['std_over_seeds']:.3f}", "–" if name == "full" else difference]
-        rows.append(cells)
-    loss, right = (found["full", metric] for metric in ("valid_nll", "accuracy"))
-    counted = f"n = {loss['n']} and {right['n']} questions, {right['seeds']} seeds"
-    headers = ["student", "validation loss, nats", "full minus it", "accuracy", "full minus it"]
-    said = f"Mean ± standard deviation over seeds; paired by question, {counted}; each interval by itself."
-    return f"{markdown(headers, rows)}\n\n{said}"
-
-
-def recipes_table(estimates: Mapping[str, Sequence]) -> str:
-    """Markdown: a row per recipe with the cache in bf16; per model what is stored, the total, and that below bf16's.
-
-    `estimates` holds what `budget.estimate` gives for each model.
-    """
-    headers, columns = ["recipe"], []
-    for model, found in estimates.items():
-        totals = {e.recipe: e for e in found if e.kv_format == "bf16"}
+    headers, columns = ["plan"], []
+    for model, of_model in estimates.items():
         headers += [f"{model}:<br>stored, GiB", "total, GiB", "below bf16"]
-        columns.append(totals)
+        columns.append({e.recipe: e for e in of_model if e.kv_format == "bf16"})
     rows = []
-    for recipe in columns[0]:
+    for plan in columns[0]:
         cells = []
-        for totals in columns:
-            e, whole = totals[recipe], totals["bf16"].total
-            below = "–" if recipe == "bf16" else f"{100 * (1 - e.total / whole):.1f} %"
+        for column in columns:
+            e, bf16 = column[plan], column["bf16"]
+            below = "–" if plan == "bf16" else f"{100 * (1 - e.total / bf16.total):.1f} %"
             cells += [f"{(e.weights + e.state) / 2**30:.2f}", f"{e.total / 2**30:.2f}", below]
-        rows.append([f"`{recipe}`", *cells])
+        rows.append([f"`{plan}`", *cells])
     return markdown(headers, rows)
-
-
-def provenance_line(facts: dict) -> str:
-    """One sentence: which run, where, when, under what disclaimer."""
-    return f"Run `{facts['run']}` on {facts['device']}, {facts['date']}. {DISCLAIMER}"

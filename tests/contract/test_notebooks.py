@@ -7,7 +7,7 @@ import nbformat
 import papermill
 import pytest
 
-from medkit.reporting.tables import STAGES
+from medkit.reporting import STAGES
 from medkit.runner import PARAMETERS, notebooks, stage_names
 
 CHECKED = {"nbval-check-output", "keep_output"}

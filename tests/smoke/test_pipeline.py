@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from medkit import runner
 from medkit.params import load_params
-from medkit.reporting.tables import STAGES
+from medkit.reporting import STAGES
 from medkit.stage import DISCLAIMER, ROOT, Stage, run_dir
 
 SMOKE = ROOT / "params" / "smoke.yaml"
@@ -75,10 +75,10 @@ def test_every_promised_artifact_is_there(whole):
 
 
 def test_results_trace_to_files_and_carry_intervals(whole):
-    claims = pd.DataFrame(json.loads((run_dir(whole) / "results.json").read_text())["claims"])
-    for claim in claims.itertuples():
-        assert (run_dir(whole) / claim.stage / claim.file).is_file()
-    accuracy = claims[claims.claim.str.startswith("accuracy/")]
+    results = pd.DataFrame(json.loads((run_dir(whole) / "results.json").read_text())["results"])
+    for row in results.itertuples():
+        assert (run_dir(whole) / row.stage / row.file).is_file()
+    accuracy = results[results.result.str.startswith("accuracy/")]
     assert (
         (accuracy.ci_low <= accuracy.value).all()
         and (accuracy.value <= accuracy.ci_high).all()
@@ -86,12 +86,12 @@ def test_results_trace_to_files_and_carry_intervals(whole):
     )
     teachers, students = ["teacher_base", "teacher"], ["base", "student_ce", "student_kd", "lora"]
     assert set(accuracy.variant) == {*teachers, *students, "nf4", "paper_mix", "plan", "edge"}
-    deltas = claims[claims.claim.str.startswith("accuracy_delta/")]
+    deltas = results[results.result.str.startswith("accuracy_delta/")]
     assert deltas.verdict.isin(["better", "worse", "equivalent", "not detectable"]).all() and deltas.mde.notna().all()
-    families = set(claims.claim.str.split("/").str[0])
+    families = set(results.result.str.split("/").str[0])
     assert {"ece", "brier", "aurc", "accuracy_at_80", "shuffle_consistency", "swap_drop", "ablation"} <= families
     assert {"safe_share", "cost_per_correct_answer", "variance", "upper_line", "answer_tokens"} <= families
-    assert not claims.duplicated(["claim", "variant", "metric", "baseline"]).any()
+    assert not results.duplicated(["result", "variant", "metric", "baseline"]).any()
 
 
 def test_report_is_there_and_a_run_equals_itself(whole):

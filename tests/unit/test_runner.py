@@ -13,9 +13,8 @@ import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from medkit import __main__, runner
+from medkit import __main__, reporting, runner
 from medkit.params import load_params
-from medkit.reporting import report_page
 from medkit.runner import RunError, fingerprints, run_all
 from medkit.stage import FINGERPRINT, ROOT, Stage, run_dir
 
@@ -502,8 +501,9 @@ def test_a_wrong_command_is_one_sentence_and_exit_code_one(monkeypatch, capsys, 
 
 def test_a_whole_run_says_where_things_are(monkeypatch, capsys, executed, outputs):
     arguments, made = ("run", "--params", str(SMOKE), "--run", "r"), []
-    monkeypatch.setattr(report_page, "export_notebooks", made.append)
-    monkeypatch.setattr(report_page, "write_page", lambda folder: (folder / "report.html").write_text("made"))
+    monkeypatch.setattr(
+        reporting, "write_report", lambda folder: (made.append(folder), (folder / "report.html").write_text("made"))
+    )
     code, out, err = command(monkeypatch, capsys, *arguments)
     assert code == 0
     assert all(name in err for name in STAGES)
