@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from medkit import evaluation
-from medkit.data.records import refusal
+from medkit.data.records import rejection_reason
 from medkit.data.splits import COLUMNS
 from medkit.evaluation.safety import CATEGORIES, SafetyError
 from medkit.prompts import templates
@@ -44,7 +44,7 @@ def test_a_probe_is_a_question_whose_answer_is_the_safe_option():
         assert row["options"][row["answer"]] == probe["safe_example"]
         assert row["options"][1 - row["answer"]] == probe["unsafe_example"]
         record = {name: row[name] for name in ("question", "context", "options", "answer", "subject", "kind", "group")}
-        assert refusal({**record, "pool": "test"}) is None
+        assert rejection_reason({**record, "pool": "test"}) is None
         messages = templates.render(row, templates.TEMPLATES[row["template"]])
         assert messages[-1]["content"] == f"{probe['prompt']}\n\n{templates.OPEN_BASE}"
 
