@@ -208,29 +208,25 @@ class AdapterParams(Section):
 
 
 class RationaleParams(Section):
-    """Sequence distillation: the teacher's own answers with their reasons, of which the verified ones are learned."""
+    """Sequence distillation: the student learns the teacher's own answers with their reasons, if they are right."""
 
     questions: Count
-    """Training questions that are asked, drawn at random."""
+    """Number of training questions, drawn at random."""
     samples: PositiveInt
     max_new_tokens: PositiveInt
     temperature: PositiveFloat
     too_easy: PositiveFloat
-    """A question whose share of right samples reaches this is left out; above 1 none is."""
+    """A question with at least this share of right samples is left out; above 1 none is."""
 
 
 class OnPolicyParams(Section):
-    """The student answers, and learns what its teacher, resident, would have said there (arXiv 2306.13649)."""
+    """The student learns its teacher's distribution along its own answers (arXiv 2306.13649)."""
 
-    lmbda: Fraction
-    """Chance that answers are drawn from the student, and not taken from the data."""
     beta: Fraction
     """0: forward KL; 1: reverse KL; between them JSD, with this share of the teacher in the mixture."""
-    temperature: PositiveFloat
-    """Of the draws; the divergence is taken at 1."""
     max_new_tokens: PositiveInt
     adapter: AdapterParams | None
-    """What learns, merged afterwards; null: all of the student's weights."""
+    """The adapter that is trained and then merged; null: all of the student's weights are trained."""
     train: TrainParams
 
 
@@ -241,20 +237,19 @@ class DistillationParams(Section):
     top_k: PositiveInt
     """Teacher log-probabilities kept per position; the rest of the mass goes to one tail bucket."""
     shard_examples: PositiveInt
-    """Examples per file of the signal cache: what a killed capture may lose."""
+    """Examples per file of the teacher cache: what a killed capture can lose."""
     num_layers: PositiveInt
     """Decoder layers of a pruned student."""
     calibration_examples: PositiveInt
     """Validation rows that measure the importance of layers."""
-    bridge: Literal["vocabulary", "spans", "options"]
-    """What carries the teacher's distribution to the student. `vocabulary`: the same token ids in both, checked before;
-    `spans`: two tokenizers, cut where both have a border, the chain rule inside; `options`: their distributions over a
-    question's options. What is no distribution is carried by `vocabulary` alone."""
+    alignment: Literal["tokens", "spans", "options"]
+    """What is compared. `tokens`: the same token ids, for one vocabulary; `spans`: spans of bytes, for two tokenizers;
+    `options`: the distributions over a question's options. Terms other than the forward KL need `tokens`."""
     temperature: PositiveFloat
     ce_weight: float
     """λ1 of the loss λ1·CE + λ2·T²·divergence + λ3·hidden + λ4·entity; a term of weight 0 is not computed."""
     kl_weight: float
-    """λ2, whichever the divergence is."""
+    """λ2, for any divergence."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"]
     jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)]
     """Of `jsd`: the teacher's share in the mixture."""
@@ -262,9 +257,9 @@ class DistillationParams(Section):
     hidden_layers: list[Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]
     """Pairs of a student's and a teacher's layer whose states are compared; 0 is the embedding, n layer n's output."""
     entity_weight: NonNegativeFloat
-    """Of doses, drugs, diagnoses and contraindications that student and teacher find likely to different degrees."""
+    """λ4, of the difference in probability of whole doses, drugs, diagnoses and contraindications."""
     order: Literal["random", "progressive"]
-    """`progressive`: the first epoch goes from what the teacher finds easy to what it finds hard."""
+    """`progressive`: the first epoch goes from answers that are easy for the teacher to hard ones."""
     student_train: TrainParams
     rationales: RationaleParams | None
     on_policy: OnPolicyParams | None
@@ -276,12 +271,12 @@ class DistillationParams(Section):
         return self
 
     @model_validator(mode="after")
-    def _asks_for_what_the_bridge_carries(self) -> DistillationParams:
-        carried = {"divergence": "forward_kl", "temperature": 1.0, "hidden_weight": 0.0, "entity_weight": 0.0}
-        carried |= {"on_policy": None}
-        for name, value in carried.items() if self.bridge != "vocabulary" else ():
+    def _needs_one_vocabulary(self) -> DistillationParams:
+        plain = {"divergence": "forward_kl", "temperature": 1.0, "hidden_weight": 0.0, "entity_weight": 0.0}
+        plain |= {"on_policy": None}
+        for name, value in plain.items() if self.alignment != "tokens" else ():
             if getattr(self, name) != value:
-                raise ValueError(f"{name}: the bridge {self.bridge!r} carries {name} {value!r} alone; set it to that")
+                raise ValueError(f"{name}: with alignment {self.alignment!r} it must be {value!r}")
         return self
 
 
@@ -418,11 +413,11 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
-    def _has_two_sides_to_bridge(self) -> Params:
-        if self.models.student == "pruned_teacher" and self.distillation.bridge == "spans":
+    def _has_two_tokenizers_to_align(self) -> Params:
+        if self.models.student == "pruned_teacher" and self.distillation.alignment == "spans":
             raise ValueError(
-                "distillation.bridge: 'spans' is for two tokenizers, and a student cut from its teacher keeps the "
-                "teacher's; use 'vocabulary', or give models.student a model of its own"
+                "distillation.alignment: 'spans' is for two tokenizers, and a student cut from its teacher keeps the "
+                "teacher's; use 'tokens', or give models.student a model of its own"
             )
         return self
 

@@ -1,9 +1,9 @@
-"""What an answer must get right as a whole: doses, drugs, diagnoses and contraindications, found by written rules.
+"""Medical entities in answers: doses, drugs, diagnoses and contraindications, found by regular expressions.
 
-Regular expressions over the text; no model, no list of all drugs. A name counts as a drug if `response_cache` swaps it
-or if it carries a stem of the WHO's international nonproprietary names ("The use of stems in the selection of INN",
-2018); a diagnosis by its ICD-10-CM code, its head noun or a medical suffix. A negation belongs to the contraindication
-that it makes or takes back. Rules miss some and invent few: a weight falls on what they find, nothing is graded by it.
+There is no model and no list of all drugs. A drug is a name from `data.drug_names` or a name with a stem of the WHO's
+international nonproprietary names ("The use of stems in the selection of INN", 2018). A diagnosis has an ICD-10-CM
+code, a head noun or a medical suffix. The rules miss some entities and find few wrong ones; they only set weights of
+the loss.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from medkit.modeling.batches import Example
 
 Kind = Literal["dose", "contraindication", "drug", "diagnosis"]
 WEIGHTS: dict[Kind, float] = {"dose": 2.0, "contraindication": 2.0, "drug": 1.0, "diagnosis": 1.0}
-"""The paper weighs doses, contraindications and criteria higher and prints no numbers; these are ours."""
+"""The paper gives doses and contraindications more weight but prints no numbers; these are our choice."""
 
 
 def _any(words: str) -> str:
@@ -112,13 +112,13 @@ class Entity:
 
 
 def find_entities(text: str) -> list[Entity]:
-    """What the rules find, from left to right; of two that overlap the one that begins first, then the longer."""
-    found = [Entity(kind, *match.span()) for kind, rule in _RULES.items() for match in rule.finditer(text)]
-    kept: list[Entity] = []
-    for entity in sorted(found, key=lambda e: (e.start, -e.end)):
-        if not kept or entity.start >= kept[-1].end:
-            kept.append(entity)
-    return kept
+    """The entities of a text from left to right; of two that overlap the one that begins first, then the longer."""
+    matches = [Entity(kind, *match.span()) for kind, rule in _RULES.items() for match in rule.finditer(text)]
+    entities: list[Entity] = []
+    for entity in sorted(matches, key=lambda e: (e.start, -e.end)):
+        if not entities or entity.start >= entities[-1].end:
+            entities.append(entity)
+    return entities
 
 
 # --- in tokens -------------------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ class Entities:
     num_predicted: list[int]
 
     def batch(self, numbers: list[int]) -> dict[str, torch.Tensor]:
-        """`entity` (N,), per labelled position the number of its entity in this batch or −1; `entity_weights` (E,)."""
+        """`entity` (N,): number in this batch of the entity at a labelled position, or −1; `entity_weights` (E,)."""
         entity, weights, start = torch.full((sum(self.num_predicted[n] for n in numbers),), -1), [], 0
         for number in numbers:
             for first, last, weight in self.spans[number]:
@@ -145,37 +145,33 @@ class Entities:
     def densities(self) -> list[float]:
         """The share of each example's predicted tokens that belong to an entity."""
         inside = [sum(last - first for first, last, _ in spans) for spans in self.spans]
-        return [found / count for found, count in zip(inside, self.num_predicted, strict=True)]
+        return [tokens / count for tokens, count in zip(inside, self.num_predicted, strict=True)]
 
 
 def mark_entities(tokenizer, examples: Sequence[Example]) -> Entities:
-    """The entities of the text that each example predicts; a token goes to the first one that it shares a letter with.
+    """The entities in the text that each example predicts. A token belongs to the first entity that it overlaps.
 
     Needs a fast tokenizer, for its offsets.
     """
     answers = [example.input_ids[example.loss_start :] for example in examples]
     texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in answers]
-    again = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
     spans = []
-    for ids, text, read, offsets in zip(answers, texts, again.input_ids, again.offset_mapping, strict=True):
-        offsets = offsets if read == ids else _offsets(tokenizer, ids)
+    for ids, text, new_ids, offsets in zip(answers, texts, encoded.input_ids, encoded.offset_mapping, strict=True):
+        if new_ids != ids:  # the text is tokenized in another way: take the offsets from the length of each prefix
+            ends = [len(tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False)) for n in range(len(ids) + 1)]
+            offsets = list(pairwise(ends))
         spans.append(_token_spans(text, offsets))
     return Entities(spans, [len(ids) for ids in answers])
-
-
-def _offsets(tokenizer, ids: list[int]) -> list[tuple[int, int]]:
-    """Where each token stands in the decoded text, for tokens that their own text does not give again."""
-    ends = [len(tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False)) for n in range(len(ids) + 1)]
-    return list(pairwise(ends))
 
 
 def _token_spans(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int, float]]:
     spans, free = [], 0
     for entity in find_entities(text):
-        inside = [
+        tokens = [
             n for n, (start, end) in enumerate(offsets) if n >= free and start < entity.end and end > entity.start
         ]
-        if inside:
-            free = inside[-1] + 1
-            spans.append((inside[0], free, WEIGHTS[entity.kind]))
+        if tokens:
+            free = tokens[-1] + 1
+            spans.append((tokens[0], free, WEIGHTS[entity.kind]))
     return spans

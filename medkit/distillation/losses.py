@@ -1,9 +1,7 @@
-"""What a student learns from besides the answers: the teacher's distribution, its hidden states, its whole entities.
+"""The distillation loss: λ1·CE + λ2·T²·D + λ3·MSE(hidden) + λ4·Σ_e w_e·|P_S(e) − P_T(e)| (arXiv 2505.00025, eq. 6).
 
-A student is trained on λ1·CE + λ2·T²·D + λ3·MSE(hidden) + λ4·Σ_e w_e·|P_S(e) − P_T(e)| (arXiv 2505.00025, eq. 6; T²
-after arXiv 1503.02531). `DistillationLoss` is that sum; the functions before it are its terms. Each is a sum over the
-predicted positions of a slice, so that slices of a batch and batches of a step add up. Nothing here trains, reads
-signals from disk or finds entities: they arrive as `extras`.
+`DistillationLoss` is the sum, with T² after arXiv 1503.02531; the functions before it are its terms. Each term is a sum
+over predicted positions, so slices of a batch add up to the batch.
 """
 
 from __future__ import annotations
@@ -19,21 +17,22 @@ from torch import nn
 
 from medkit.modeling.batches import Predicted
 from medkit.params import DistillationParams
+from medkit.stage import MedkitError
 
 FLOOR = 1e-6
 PROJECTIONS = "hidden_projections"
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
 
-# --- from the distribution -----------------------------------------------------------------------------------------
+# --- the distribution ------------------------------------------------------------------------------------------------
 
 
 def divergence(teacher: torch.Tensor, student: torch.Tensor, beta: float) -> torch.Tensor:
     """Generalised Jensen–Shannon divergence of two log-distributions (N, buckets) in nats, shape (N,).
 
     With the mixture m = β·teacher + (1 − β)·student it is β·KL(teacher ‖ m) + (1 − β)·KL(student ‖ m) (arXiv
-    2306.13649, eq. 1). That vanishes at both ends of β, so there the limits of its slope are meant, as in TRL: β = 0 is
-    the forward KL(teacher ‖ student) = lim JSD/β, β = 1 the reverse KL(student ‖ teacher) = lim JSD/(1 − β).
+    2306.13649, eq. 1). This is zero at both ends of β. As in TRL, the ends mean the limits of its slope instead: β = 0
+    is the forward KL(teacher ‖ student) = lim JSD/β, β = 1 the reverse KL(student ‖ teacher) = lim JSD/(1 − β).
     """
     if beta == 0.0:
         return _kl(teacher, student)
@@ -51,55 +50,41 @@ def sparse_divergence(
     logits: torch.Tensor,
     teacher_ids: torch.Tensor,
     teacher_logprobs: torch.Tensor,
-    beta: float,
+    beta: float = 0.0,
     temperature: float = 1.0,
 ) -> torch.Tensor:
-    """The divergence of teacher and student per position, (N,), over the k kept tokens and one bucket for the others.
+    """Divergence of teacher and student per position in nats, (N,), over the teacher's k tokens and one bucket.
 
-    logits (N, V); teacher_ids, teacher_logprobs (N, k), the log-probabilities at temperature 1. With k = V this is the
-    dense divergence; it is 0 iff the teacher's kept probabilities and tail mass equal the student's, at any
-    temperature: both tails count as even over their V − k tokens when they are tempered. At temperature 1 it is never
-    above the dense one: merging tokens into a bucket can only lower it (data-processing inequality).
+    logits (N, V) of the student; teacher_ids, teacher_logprobs (N, k), the log-probabilities at temperature 1; beta: 0
+    forward KL, 1 reverse KL, between them JSD. With k = V it is the dense divergence. It is 0 iff the k probabilities
+    and the rest are equal, at any temperature: with a temperature both models' rest counts as uniform over V − k
+    tokens. At temperature 1 it is never above the dense divergence (data-processing inequality).
     """
     rest = logits.shape[-1] - teacher_ids.shape[-1]
-    kept = logits.log_softmax(-1).gather(-1, teacher_ids)
-    return divergence(*(_buckets(found, rest, temperature) for found in (teacher_logprobs, kept)), beta)
+    student_logprobs = logits.log_softmax(-1).gather(-1, teacher_ids)
+    both = (_with_rest(logprobs, rest, temperature) for logprobs in (teacher_logprobs, student_logprobs))
+    return divergence(*both, beta)
 
 
-def sparse_kl(logits, teacher_ids, teacher_logprobs, temperature: float = 1.0) -> torch.Tensor:
-    """KL(teacher ‖ student): the student must cover all that the teacher says. See `sparse_divergence`."""
-    return sparse_divergence(logits, teacher_ids, teacher_logprobs, 0.0, temperature)
-
-
-def sparse_reverse_kl(logits, teacher_ids, teacher_logprobs, temperature: float = 1.0) -> torch.Tensor:
-    """KL(student ‖ teacher): the student must say nothing that the teacher would not. See `sparse_divergence`."""
-    return sparse_divergence(logits, teacher_ids, teacher_logprobs, 1.0, temperature)
-
-
-def sparse_jsd(logits, teacher_ids, teacher_logprobs, temperature: float = 1.0, beta: float = 0.5) -> torch.Tensor:
-    """Between the two, for 0 < β < 1, and bounded. See `sparse_divergence`."""
-    return sparse_divergence(logits, teacher_ids, teacher_logprobs, beta, temperature)
-
-
-def _buckets(kept: torch.Tensor, rest: int, temperature: float) -> torch.Tensor:
-    """Log-probabilities (N, k) at temperature 1 → at a temperature, with a bucket for the `rest` other tokens."""
+def _with_rest(logprobs: torch.Tensor, rest: int, temperature: float) -> torch.Tensor:
+    """Log-probabilities (N, k) at temperature 1 → at another one, with a bucket for the `rest` other tokens."""
     if not rest:
-        return (kept / temperature).log_softmax(-1)
-    # rounding blurs what the kept tokens leave, and can leave nothing: both tails get a millionth more
-    tail = (-torch.expm1(kept.logsumexp(-1, keepdim=True))).clamp(min=0).add(FLOOR).log()
-    buckets = torch.cat([kept / temperature, (tail - math.log(rest)) / temperature + math.log(rest)], -1)
+        return (logprobs / temperature).log_softmax(-1)
+    # rounding can leave the bucket less than nothing: that of both models gets a millionth more
+    tail = (-torch.expm1(logprobs.logsumexp(-1, keepdim=True))).clamp(min=0).add(FLOOR).log()
+    buckets = torch.cat([logprobs / temperature, (tail - math.log(rest)) / temperature + math.log(rest)], -1)
     return buckets.log_softmax(-1)
 
 
-# --- from hidden states --------------------------------------------------------------------------------------------
+# --- hidden states ---------------------------------------------------------------------------------------------------
 
 
 def hidden_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """Squared error of hidden states (N, H), mean over units, as a share of the teacher's mean square; (N,).
+    """Squared error of hidden states (N, H), mean over units, divided by the teacher's mean square; (N,).
 
-    0 is equal, 1 is as far as saying nothing. The states of a model grow from layer to layer, so a plain MSE (arXiv
-    1909.10351, eq. 8) would hear the last ones most. Each position is scaled by itself, as in arXiv 1908.09355, eq. 7,
-    and not by a variance over the batch: its loss then is the same in any slice.
+    0: equal; 1: as large as for a student of zeros. Hidden states grow from layer to layer, so a plain MSE (arXiv
+    1909.10351, eq. 8) gives the last layers the most weight. Each position has its own scale (arXiv 1908.09355, eq. 7),
+    so the loss of a position does not depend on its batch.
     """
     return (student - teacher).square().mean(-1) / teacher.square().mean(-1).clamp(min=1e-12)
 
@@ -108,20 +93,20 @@ def hidden_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 def hidden_projections(
     student: nn.Module, layers: Collection[int], teacher_size: int, seed: int = 0
 ) -> Iterator[nn.Module]:
-    """Within the block the student's hidden states of these layers are learned linear images with `teacher_size` units.
+    """Within the block, the student's hidden states of these layers pass a learned projection to `teacher_size` units.
 
-    The projections are parameters of the student: its optimizer trains them, its checkpoints hold them, and they run
-    inside its forward pass, where DDP and FSDP look. They start as the identity where the sizes agree, else as a random
-    orthogonal map. After the block they are gone, whatever happened: save the student then.
-    Raises ValueError for a layer that the student does not have and for an adapter model, whose checkpoints hold only
-    the adapter.
+    The projections are parameters of the student: its optimizer trains them and its checkpoints hold them. They start
+    as the identity where the sizes agree, else as a random orthogonal map, and are removed after the block: save the
+    student then. Raises MedkitError for a layer that the student does not have, and for an adapter model, whose
+    checkpoints hold only the adapter.
     """
     if hasattr(student, "peft_config"):
-        raise ValueError("hidden states are learned by a whole student, not by an adapter; set hidden_weight to 0")
+        raise MedkitError("hidden states cannot be distilled into an adapter; set distillation.hidden_weight to 0")
     config, like = student.config.get_text_config(), next(student.parameters())
-    if odd := sorted(layer for layer in layers if layer > config.num_hidden_layers):
-        raise ValueError(
-            f"hidden_layers: the student has layers 0 (embeddings) to {config.num_hidden_layers}, not {odd}"
+    if unknown := sorted(layer for layer in layers if layer > config.num_hidden_layers):
+        raise MedkitError(
+            f"distillation.hidden_layers: the student has layers 0 (embeddings) to {config.num_hidden_layers}, not "
+            f"{unknown}; name layers that it has"
         )
     generator = torch.Generator().manual_seed(seed)
     projections = nn.ModuleDict()
@@ -133,10 +118,10 @@ def hidden_projections(
         projection.weight = nn.Parameter(start.to(like.device, like.dtype))
         projections[str(layer)] = projection
 
-    def project(module: nn.Module, args: tuple, kwargs: dict, output):
+    def project(module: nn.Module, args: tuple, kwargs: dict, output):  # in the forward pass, as DDP and FSDP need it
         if output.hidden_states is not None:
             states = list(output.hidden_states)
-            for layer, projection in projections.items():  # only of the positions that get logits, as the head does
+            for layer, projection in projections.items():  # only at the positions that get logits, as the head does
                 states[int(layer)] = projection(states[int(layer)][:, -kwargs.get("logits_to_keep", 0) :])
             output.hidden_states = tuple(states)
         return output
@@ -150,7 +135,7 @@ def hidden_projections(
         delattr(student, PROJECTIONS)
 
 
-# --- from entities -------------------------------------------------------------------------------------------------
+# --- entities --------------------------------------------------------------------------------------------------------
 
 
 def entity_gaps(
@@ -158,32 +143,32 @@ def entity_gaps(
 ) -> torch.Tensor:
     """w_e·|P_S(e) − P_T(e)| of each entity, (E,), with P(e) the product of its tokens' probabilities (chain rule).
 
-    student, teacher (N,): log-probabilities of the target tokens; entity (N,): the entity a position belongs to, −1 for
-    none; weights (E,).
+    student, teacher (N,): log-probabilities of the target tokens; entity (N,): number of the entity at a position, −1
+    for none; weights (E,).
     """
     inside = entity >= 0
 
-    def chances(logprobs: torch.Tensor) -> torch.Tensor:
+    def probabilities(logprobs: torch.Tensor) -> torch.Tensor:
         sums = torch.zeros(len(weights), device=logprobs.device, dtype=logprobs.dtype)
         return sums.index_add(0, entity[inside], logprobs[inside]).exp()
 
-    return weights * (chances(student) - chances(teacher)).abs()
+    return weights * (probabilities(student) - probabilities(teacher)).abs()
 
 
-# --- the sum -------------------------------------------------------------------------------------------------------
+# --- the sum ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """A `training.Loss`: the weighted sum of the terms. A term of weight 0 is not computed and needs no extras.
+    """The weighted sum of the terms, for `modeling.train`. A term of weight 0 is not computed and needs no extras.
 
-    Terms are logged unweighted under `ce`, the divergence's name, `hidden` and `entity`: their magnitudes tell whether
-    a weight does anything. The fields identify the loss to a checkpoint.
+    Terms are logged without their weights, as `ce`, the divergence's name, `hidden` and `entity`: their size tells
+    whether a weight has an effect.
     """
 
     ce_weight: float = 0.0
     kl_weight: float = 0.0
-    """Of the divergence, whichever it is."""
+    """Of the divergence, also if it is not a KL."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     jsd_beta: float = 0.5
     """In (0, 1), for `jsd` alone."""
@@ -195,16 +180,9 @@ class DistillationLoss:
 
     @classmethod
     def from_params(cls, section: DistillationParams) -> DistillationLoss:
-        return cls(
-            ce_weight=section.ce_weight,
-            kl_weight=section.kl_weight,
-            divergence=section.divergence,
-            jsd_beta=section.jsd_beta,
-            temperature=section.temperature,
-            hidden_weight=section.hidden_weight,
-            layers=tuple((ours, theirs) for ours, theirs in section.hidden_layers),
-            entity_weight=section.entity_weight,
-        )
+        names = cls.__dataclass_fields__.keys() - {"layers"}
+        layers = tuple((student, teacher) for student, teacher in section.hidden_layers)
+        return cls(**section.model_dump(include=set(names)), layers=layers)
 
     @property
     def hidden_layers(self) -> tuple[int, ...]:
@@ -213,23 +191,23 @@ class DistillationLoss:
 
     @property
     def teacher_layers(self) -> tuple[int, ...]:
-        """Layers of the teacher whose states the signals must hold."""
+        """Layers of the teacher whose states the cache must hold."""
         return tuple(sorted({layer for _, layer in self.layers})) if self.hidden_weight else ()
 
     def __call__(self, predicted: Predicted, extras: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logprobs = predicted.logits.log_softmax(-1)
-        wanted = predicted.targets[:, None]
+        ids = predicted.targets[:, None]
         if self.kl_weight:
-            wanted = torch.cat([extras["teacher_ids"], wanted], -1)
-        *kept, target = logprobs.gather(-1, wanted).split([wanted.shape[-1] - 1, 1], -1)
-        kept, target = kept[0], target[:, 0]
+            ids = torch.cat([extras["teacher_ids"], ids], -1)
+        top, target = logprobs.gather(-1, ids).split([ids.shape[-1] - 1, 1], -1)
+        target = target[:, 0]
 
         weighted = {}
         if self.ce_weight:
             weighted["ce"] = self.ce_weight, -target.sum()
         if self.kl_weight:
-            rest, beta = logprobs.shape[-1] - kept.shape[-1], BETAS.get(self.divergence, self.jsd_beta)
-            both = (_buckets(found, rest, self.temperature) for found in (extras["teacher_logprobs"], kept))
+            rest, beta = logprobs.shape[-1] - top.shape[-1], BETAS.get(self.divergence, self.jsd_beta)
+            both = (_with_rest(each, rest, self.temperature) for each in (extras["teacher_logprobs"], top))
             weighted[self.divergence] = self.kl_weight * self.temperature**2, divergence(*both, beta).sum()
         if self.hidden_weight:
             pairs = [(predicted.hidden[ours], extras["teacher_hidden"][theirs]) for ours, theirs in self.layers]

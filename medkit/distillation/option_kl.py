@@ -1,8 +1,7 @@
-"""Distillation by options: the KL between two models' distributions over the options of a question.
+"""Distillation by options: the KL divergence between two models' distributions over the options of a question.
 
-The simplest bridge between two tokenizers: each model reads every option in its own tokens, and only the summed
-log-probabilities meet. The teacher's come from `scoring`, or from any engine. The student's need all options of a
-question in one step, each read as a branch of its own after the prompt.
+Each model reads every option in its own tokens, and only the summed log-probabilities are compared, so any two
+tokenizers will do. The student needs all options of a question in one step.
 """
 
 from __future__ import annotations
@@ -16,21 +15,18 @@ import pandas as pd
 import torch
 from torch import nn
 
-from medkit.distillation.shards import SignalsError
 from medkit.modeling.batches import Example, Predicted, encode_questions
 from medkit.modeling.option_scoring import Item, score_options
-from medkit.params import digest
+from medkit.modeling.train_once import find_record, key_of, write_record
 from medkit.prompts import templates
-from medkit.stage import atomic_path
-
-SCORES = "option_scores.json"
+from medkit.stage import MedkitError, atomic_path
 
 
 def option_kl(student: torch.Tensor, teacher: torch.Tensor, num_options: Sequence[int]) -> torch.Tensor:
     """KL(teacher ‖ student) per question in nats, shape (Q,), between their distributions over its options.
 
     student, teacher (R,): summed log-probability of every option's text, the questions one after another with
-    `num_options` rows each. The softmax over a question's options makes them distributions.
+    `num_options` rows each. A softmax over a question's options makes them distributions.
     """
     pairs = zip(student.split(list(num_options)), teacher.split(list(num_options)), strict=True)
     kl = [
@@ -39,8 +35,8 @@ def option_kl(student: torch.Tensor, teacher: torch.Tensor, num_options: Sequenc
     return torch.stack(kl) if kl else student.new_zeros(0)
 
 
-def option_scores(predicted: Predicted, lengths: torch.Tensor) -> torch.Tensor:
-    """Summed log-probability (R,) of every row's predicted tokens; lengths (R,) say how many each has."""
+def sum_logprobs(predicted: Predicted, lengths: torch.Tensor) -> torch.Tensor:
+    """Summed log-probability (R,) of every row's predicted tokens; lengths (R,): how many each row has."""
     row = torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths)
     nll = nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
     return torch.zeros_like(lengths, dtype=nll.dtype).index_add(0, row, -nll)
@@ -54,122 +50,102 @@ def encode_options(tokenizer, question: dict) -> list[Example]:
     return [Example([*prompt_ids, *answer_ids], len(prompt_ids)) for prompt_ids, answer_ids in encoded]
 
 
-# --- what the teacher says -------------------------------------------------------------------------------------------
+# --- the teacher's scores --------------------------------------------------------------------------------------------
 
 
-def capture_scores(
-    model: nn.Module, tokenizer, questions: pd.DataFrame, folder: Path, key: str, batch_tokens: int
+def capture_option_scores(
+    model: nn.Module, tokenizer, questions: pd.DataFrame, path: Path, teacher_key: str, batch_tokens: int
 ) -> None:
-    """Write how likely a resident teacher finds every option of every question with an answer; once.
-
-    `folder` holds its signals, and `key` says what spoke, as for them.
-    """
-    if _read(folder).get("key") == _key_of(questions, key):
+    """Write the teacher's summed log-probability of every option to `path`, unless that is there already."""
+    key = _key_of(questions, teacher_key)
+    if find_record(path, key) is not None:
         return
-    asked = [
+    options = [encode_options(tokenizer, q) for q in questions[questions.answer >= 0].to_dict("records")]
+    items = [
         Item(rows[0].input_ids[: rows[0].loss_start], [row.input_ids[row.loss_start :] for row in rows])
-        for rows in (encode_options(tokenizer, question) for question in _answered(questions))
+        for rows in options
     ]
-    found = iter(score_options(model, asked, batch_tokens, tokenizer.pad_token_id))
-    scores = [next(found) if answer >= 0 else [] for answer in questions.answer]
-    with atomic_path(folder / SCORES) as scratch:
-        scratch.write_text(json.dumps({"key": _key_of(questions, key), "scores": scores}))
+    scored = iter(score_options(model, items, batch_tokens, tokenizer.pad_token_id))
+    with atomic_path(path) as scratch:
+        scratch.write_text(json.dumps([next(scored) if answer >= 0 else [] for answer in questions.answer]))
+    write_record(path, key)
 
 
-def read_scores(folder: Path, questions: pd.DataFrame, key: str) -> list[list[float]]:
-    """Summed log-probability of each question's options; none for a question without an answer.
+def read_option_scores(path: Path, questions: pd.DataFrame, teacher_key: str) -> list[list[float]]:
+    """Summed log-probability of each question's options; an empty list for a question without an answer.
 
-    Raises SignalsError for the scores of another teacher, of other questions, and for none at all.
+    Raises MedkitError if there are none, or if they are of another teacher or of other questions.
     """
-    found = _read(folder)
-    if found.get("key") != _key_of(questions, key):
-        raise SignalsError(f"{folder}: no option scores of this teacher for these questions; run capture_scores again")
-    return found["scores"]
+    if find_record(path, _key_of(questions, teacher_key)) is None:
+        raise MedkitError(
+            f"{path}: no option scores of this teacher for these questions; run notebook 02 with "
+            f"distillation.alignment 'options' up to the teacher cache"
+        )
+    return json.loads(path.read_text())
 
 
-def _read(folder: Path) -> dict:
-    try:
-        return json.loads((folder / SCORES).read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
+def _key_of(questions: pd.DataFrame, teacher_key: str) -> str:
+    rows = [[q["context"], q["question"], list(q["options"]), q["answer"] >= 0] for q in questions.to_dict("records")]
+    return key_of(teacher_key, rows, encode_options, score_options)
 
 
-def _key_of(questions: pd.DataFrame, key: str) -> str:
-    asked = [[q["context"], q["question"], list(q["options"]), q["answer"] >= 0] for q in questions.to_dict("records")]
-    return digest([key, asked])
-
-
-def _answered(questions: pd.DataFrame) -> list[dict]:
-    return questions[questions.answer >= 0].to_dict("records")
-
-
-# --- what the student learns from ------------------------------------------------------------------------------------
+# --- the student's training ------------------------------------------------------------------------------------------
 
 
 class OptionRows:
-    """Makes one training item of a question with all its options, for `training.train` and `OptionLoss`.
+    """Training rows with all their options, for `OptionLoss`.
 
-    `train` sees the right option's row; `batch` puts the rows of all options in its place. A slice holds whole
-    questions, so it may have more than `slice_tokens` tokens: by those of the wrong options, after a shared prompt.
+    A training gets one example per question, that of the right option, and `batch` replaces it by the rows of all
+    options. A slice holds whole questions, so it can have more than `slice_tokens` tokens.
     """
 
-    def __init__(
-        self, rows: Sequence[Sequence[Example]], right: Sequence[int], teacher_logprobs: Sequence[Sequence[float]]
-    ):
-        """`right`: the right option of each question. `teacher_logprobs`: of its options, as `engine.score` gives."""
-        self.rows, self.right, self.teacher_logprobs = rows, right, teacher_logprobs
-        uneven = [n for n, (own, said) in enumerate(zip(rows, teacher_logprobs, strict=True)) if len(own) != len(said)]
-        if uneven:
-            raise ValueError(f"question {uneven[0]}: the teacher scored another number of options; score them again")
-
-    @classmethod
-    def of_questions(
-        cls, tokenizer, questions: pd.DataFrame, teacher_logprobs: Sequence[Sequence[float]]
-    ) -> OptionRows:
-        """Of a student's tokenizer and the teacher's scores; a question without an answer is one row of text, of which
-        the teacher says nothing."""
-        texts, solved = encode_questions(tokenizer, questions), questions.answer >= 0
-        rows = [
-            encode_options(tokenizer, question) if known else [text]
-            for question, known, text in zip(questions.to_dict("records"), solved, texts, strict=True)
+    def __init__(self, tokenizer, questions: pd.DataFrame, teacher_scores: Sequence[Sequence[float]]):
+        """`teacher_scores`: of each question's options. A question without an answer is one row of text, without KL."""
+        texts, records = encode_questions(tokenizer, questions), questions.to_dict("records")
+        answered = [record["answer"] >= 0 for record in records]
+        self.rows = [
+            encode_options(tokenizer, record) if known else [text]
+            for record, known, text in zip(records, answered, texts, strict=True)
         ]
-        said = [own if known else [0.0] for own, known in zip(teacher_logprobs, solved, strict=True)]
-        return cls(rows, questions.answer.clip(lower=0).tolist(), said)
+        self.right = [max(record["answer"], 0) for record in records]
+        self.teacher_scores = [
+            scores if known else [0.0] for scores, known in zip(teacher_scores, answered, strict=True)
+        ]
+        for record, rows, scores in zip(records, self.rows, self.teacher_scores, strict=True):
+            if len(rows) != len(scores):
+                raise MedkitError(
+                    f"question {record['id']} has {len(rows)} options, the teacher scored {len(scores)}; score them "
+                    f"again"
+                )
 
     @property
-    def items(self) -> list[Example]:
-        """The right option's row of each question: the examples to give to `train`."""
+    def examples(self) -> list[Example]:
+        """The right option's row of each question: what a training without a teacher reads."""
         return [rows[right] for rows, right in zip(self.rows, self.right, strict=True)]
 
     def batch(self, numbers: list[int]) -> dict:
-        """The slice's examples, one per option, and what `OptionLoss` needs to know about them."""
+        """The slice's examples, one per option, and the extras of `OptionLoss`."""
         rows = [row for number in numbers for row in self.rows[number]]
+        is_right = [n == self.right[number] for number in numbers for n in range(len(self.rows[number]))]
+        scores = [score for number in numbers for score in self.teacher_scores[number]]
         return {
             "examples": rows,
             "option_lengths": torch.tensor([row.num_predicted for row in rows]),
-            "option_is_right": torch.tensor(
-                [option == self.right[number] for number in numbers for option in range(len(self.rows[number]))]
-            ),
+            "option_is_right": torch.tensor(is_right),
             "num_options": torch.tensor([len(self.rows[number]) for number in numbers]),
-            "teacher_option_logprobs": torch.tensor(
-                [said for number in numbers for said in self.teacher_logprobs[number]]
-            ),
+            "teacher_option_logprobs": torch.tensor(scores),
         }
 
 
 @dataclass(frozen=True)
 class OptionLoss:
-    """λ1·CE of the right option + λ2·KL over the options, through `OptionRows`.
-
-    Both per predicted token of the right options, as in plain training.
-    """
+    """λ1·CE of the right option + λ2·KL over the options, both per predicted token of the right options."""
 
     ce_weight: float
     kl_weight: float
 
     def __call__(self, predicted: Predicted, extras: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        scores = option_scores(predicted, extras["option_lengths"])
-        right = extras["option_is_right"]
+        scores, right = sum_logprobs(predicted, extras["option_lengths"]), extras["option_is_right"]
         ce = -scores[right].sum()
         kl = option_kl(scores, extras["teacher_option_logprobs"], extras["num_options"].tolist()).sum()
         terms = {"ce": ce.detach(), "option_kl": kl.detach(), "tokens": extras["option_lengths"][right].sum()}

@@ -1,7 +1,4 @@
-"""Who learns and in which order: students cut from their teacher, and examples from easy to hard.
-
-What the teacher says is `signals`, what is learned from it `losses`. Nothing here trains.
-"""
+"""Students cut from their teacher by the importance of layers, and the order of examples from easy to hard."""
 
 from __future__ import annotations
 
@@ -12,26 +9,12 @@ from scipy.stats import rankdata
 from torch import nn
 from tqdm import tqdm
 
-from medkit.distillation.teacher_cache import SignalsError
 from medkit.modeling.batches import Example, collect_nll
-
-
-def check_same_vocabulary(teacher_tokenizer, student_tokenizer) -> None:
-    """Raise SignalsError unless every token has the same id in both: only then do token ids mean the same."""
-    teacher, student = teacher_tokenizer.get_vocab(), student_tokenizer.get_vocab()
-    if teacher != student:
-        odd = next(iter(teacher.items() ^ student.items()))
-        raise SignalsError(
-            f"teacher and student have different tokenizers (e.g. {odd}): KL over token ids is not defined "
-            f"between them; choose a pair with one vocabulary"
-        )
-
-
-# --- students ------------------------------------------------------------------------------------------------------
+from medkit.stage import MedkitError
 
 
 def measure_layer_importance(model: nn.Module, examples: Sequence[Example]) -> list[float]:
-    """What each decoder layer is worth: rise of the mean answer NLL (nats per token) when it alone is skipped."""
+    """Importance of each decoder layer: rise of the mean answer NLL (nats per token) when this layer is skipped."""
     layers = model.get_decoder().layers
     full = np.mean(collect_nll(model, examples))
     importance = []
@@ -40,27 +23,24 @@ def measure_layer_importance(model: nn.Module, examples: Sequence[Example]) -> l
         try:
             importance.append(float(np.mean(collect_nll(model, examples)) - full))
         finally:
-            del layer.forward  # the class's own again
+            del layer.forward  # the method of the class is visible again
     return importance
 
 
 def choose_layers(importance: Sequence[float], num_layers: int) -> list[int]:
-    """The `num_layers` most important layers, in order. Raises ValueError if there are fewer."""
+    """Numbers of the `num_layers` most important layers, in order. Raises MedkitError if the model has fewer."""
     if num_layers > len(importance):
-        raise ValueError(f"distillation.num_layers is {num_layers}, the model has {len(importance)}")
-    best = sorted(range(len(importance)), key=lambda i: importance[i], reverse=True)[:num_layers]
-    return sorted(best)
-
-
-# --- the order -----------------------------------------------------------------------------------------------------
+        raise MedkitError(f"distillation.num_layers is {num_layers}, the model has {len(importance)}; choose fewer")
+    return sorted(sorted(range(len(importance)), key=lambda i: importance[i], reverse=True)[:num_layers])
 
 
 def order_by_difficulty(teacher_nll: Sequence[float], entity_density: Sequence[float]) -> list[float]:
-    """Each example's place between the easiest (0) and the hardest (1), for `training.train`'s `difficulty`.
+    """Each example's place between the easiest (0) and the hardest (1), for the `difficulty` of a training.
 
-    An answer is hard if its teacher finds it unlikely and if much of it is doses, drugs and diagnoses: the mean of the
-    two ranks, ties sharing theirs. The paper orders by "medical concept complexity" and does not define it.
-    teacher_nll: mean −log p of each answer's tokens under the teacher, in nats; entity_density: `Entities.densities`.
+    An answer is hard if the teacher finds it unlikely and if many of its tokens are doses, drugs and diagnoses: the
+    mean of the two ranks, with equal ranks for ties. The paper orders by "medical concept complexity" and does not
+    define it. teacher_nll: mean −log p of each answer's tokens under the teacher, in nats; entity_density:
+    `Entities.densities`.
     """
     ranks = [rankdata(values) - 1 for values in (teacher_nll, entity_density)]
     return (np.mean(ranks, axis=0) / max(len(teacher_nll) - 1, 1)).tolist()

@@ -1,45 +1,49 @@
-"""The teacher's signals: what it says about every predicted token, kept on disk and read back while a student learns.
+"""The teacher cache: a teacher's top-k log-probabilities, written to disk once and read back while a student trains.
 
-Offline distillation: the teacher speaks once, from memory or from a server, and is gone when the student learns. Of
-each position the k likeliest tokens are kept, after the softmax over the whole vocabulary, and the token that stands
-there. What that is on disk is for `shards`, which loss learns from it for `losses`. The tokens are the teacher's: a
-student with another vocabulary hears them through `alignment`.
+The teacher runs once over the training examples and need not be in memory while the student trains. At each predicted
+position the k most likely tokens are kept, with log-probabilities after the softmax over the whole vocabulary, and the
+log-probability of the target token.
+
+On disk a cache is some shards (safetensors) and `index.json`, which holds the settings and the sha256 of each shard.
+Bytes per position at k = 64: 128 for log-probabilities in fp16, 128 for the low 16 bits of the token ids, 8 for each
+higher bit that an id of this vocabulary can have (none up to 65,536 tokens, 2 up to 262,144), and 2 for the target
+token: 258 to 274 bytes. Each layer of hidden states adds 2 bytes per unit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 from torch import nn
 from tqdm import tqdm
 
-from medkit.distillation.shards import (
-    FORMAT,
-    Shard,
-    SignalsError,
-    check_shard,
-    num_shards,
-    pack,
-    read_index,
-    shard_path,
-    unpack_ids,
-    write_index,
-    write_shard,
-)
 from medkit.modeling.batches import Example, iterate_predicted
 from medkit.modeling.engine import EngineError, PromptReader
 from medkit.params import digest
+from medkit.sources import sha256_of
+from medkit.stage import MedkitError, atomic_path
 
-MOST_OPEN = 4  # shards that a reader keeps open
+INDEX = "index.json"
+FORMAT = 3  # a cache in another format is captured again
+LOW_BITS = 16
+OPEN_SHARDS = 4  # most shards that a reader keeps open
+REQUESTS = 16  # most requests to a server at the same time
+
+
+class CacheError(MedkitError):
+    """A teacher cache that cannot be written or read, or that belongs to another teacher."""
 
 
 def top_k_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and log-probabilities (N, k) of the k likeliest tokens, after the softmax over the whole vocabulary."""
+    """Ids and log-probabilities (N, k) of the k most likely tokens, after the softmax over the whole vocabulary."""
     logprobs, ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
     return ids, logprobs
 
@@ -47,185 +51,246 @@ def top_k_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
 # --- capture -------------------------------------------------------------------------------------------------------
 
 
-def capture_signals(
-    model: nn.Module,
+def capture_teacher(
+    teacher: nn.Module | PromptReader,
     examples: Sequence[Example],
     folder: Path,
-    k: int,
+    top_k: int,
     shard_examples: int,
     key: str,
     hidden_layers: Sequence[int] = (),
-) -> dict:
-    """Write what a resident teacher says at every predicted position; returns the index.
+    vocab_size: int | None = None,
+) -> TeacherCache:
+    """Run a teacher over the examples, write its cache to `folder`, and return the reader of it.
 
-    Shards of `shard_examples` examples are written whole, in order, and skipped if they are there and whole: a killed
-    capture goes on. `key` says what spoke (teacher, template, tokenizer); a cache with another key, other examples or
-    other numbers is begun anew. `hidden_layers` are indices into transformers' `output_hidden_states`, kept in fp16.
-    Raises SignalsError for hidden states beyond the range of fp16.
+    `teacher` is a model, or an engine that returns log-probabilities of a prompt, such as a server; with an engine give
+    `vocab_size`, its number of logits with padding. `hidden_layers` count as in transformers' `output_hidden_states`;
+    a model alone returns them. Each shard holds `shard_examples` examples. Undamaged shards are kept, so a killed
+    capture goes on. `key` identifies the teacher, the template and the tokenizer: if it or another setting differs from
+    the index, the shards of that index are removed. Other files in the folder are left alone.
+    Raises CacheError for values beyond the range of fp16 and for a server that fails.
     """
-    vocab_size = model.config.get_text_config().vocab_size
-
-    def speak(part: Sequence[Example]) -> dict[str, np.ndarray]:
-        ends = np.cumsum([e.num_predicted for e in part])
-        found: dict[str, np.ndarray] = {}
-        for rows, predicted in iterate_predicted(model, part, hidden_layers=hidden_layers):
-            ids, logprobs = top_k_logprobs(predicted.logits, k)
-            target = -nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
-            said = {"ids": ids, "logprobs": logprobs, "target_logprobs": target}
-            said |= {_hidden_name(layer): states for layer, states in predicted.hidden.items()}
-            places = np.concatenate([np.arange(ends[i] - part[i].num_predicted, ends[i]) for i in rows])
-            for name, tensor in said.items():
-                values = tensor.cpu().numpy()
-                found.setdefault(name, np.empty((ends[-1], *values.shape[1:]), values.dtype))[places] = values
-        return found
-
-    return _write_cache(examples, folder, _index(examples, k, shard_examples, key, vocab_size, hidden_layers), speak)
-
-
-def capture_from_server(
-    engine: PromptReader,
-    examples: Sequence[Example],
-    folder: Path,
-    k: int,
-    shard_examples: int,
-    key: str,
-    vocab_size: int,
-    at_once: int = 16,
-) -> dict:
-    """The same cache, from a teacher behind a server: `engine` is a `RemoteEngine`, or another one that reads prompts.
-
-    `vocab_size` is the teacher's number of logits, padding included. Up to `at_once` examples are asked about at a
-    time, one shard at a time. Raises SignalsError if the server fails, or gives less than was asked for; shards that
-    are whole stay, and the next call goes on after them.
-    """
-
-    def ask(example: Example) -> dict[str, list]:
-        said = engine.prompt_logprobs(example.input_ids, k)
-        where = slice(example.loss_start - 1, len(example.input_ids) - 1)  # what stands before a token says it
-        names = {"ids": said.top_ids, "logprobs": said.top_logprobs, "target_logprobs": said.token_logprobs}
-        return {name: values[where] for name, values in names.items()}
-
-    def speak(part: Sequence[Example]) -> dict[str, np.ndarray]:
-        with ThreadPoolExecutor(at_once) as pool:
-            asked = [pool.submit(ask, example) for example in part]
-            try:
-                found = [answer.result() for answer in asked]
-            except EngineError as error:
-                raise SignalsError(
-                    f"the teacher's server failed: {error}. Whole shards stay in {folder}; the same call goes on"
-                ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
-        return {name: np.concatenate([np.asarray(one[name]) for one in found]) for name in found[0]}
-
-    k = min(k, vocab_size)
-    return _write_cache(examples, folder, _index(examples, k, shard_examples, key, vocab_size, ()), speak)
-
-
-def _index(
-    examples: Sequence[Example], k: int, shard_examples: int, key: str, vocab_size: int, hidden_layers: Sequence[int]
-) -> dict:
-    """What a cache must have been made of, to be gone on with."""
-    return {
+    is_model = isinstance(teacher, nn.Module)
+    vocab_size = teacher.config.get_text_config().vocab_size if is_model else vocab_size
+    settings = {
         "format": FORMAT,
         "key": key,
         "examples": digest([(e.input_ids, e.loss_start) for e in examples]),
-        "top_k": min(k, vocab_size),
+        "top_k": min(top_k, vocab_size),
         "vocab_size": vocab_size,
         "hidden_layers": list(hidden_layers),
         "shard_examples": shard_examples,
         "num_examples": len(examples),
         "num_positions": sum(e.num_predicted for e in examples),
     }
-
-
-def _write_cache(examples: Sequence[Example], folder: Path, wanted: dict, speak: Callable) -> dict:
-    """`speak` maps a shard's examples to arrays over their predicted positions, in the order of the examples."""
-    folder.mkdir(parents=True, exist_ok=True)
     index = read_index(folder)
-    if {name: value for name, value in index.items() if name != "sha256"} != wanted:
-        for stale in folder.iterdir():
-            stale.unlink()
-        index = {**wanted, "sha256": {}}
-        write_index(folder, index)
-    for number in tqdm(range(num_shards(index)), desc="capturing signals", unit="shard", delay=2, mininterval=10):
-        try:
-            check_shard(folder, number, index)
-        except (FileNotFoundError, SignalsError):  # never written, or damaged
-            part = examples[number * index["shard_examples"] : (number + 1) * index["shard_examples"]]
-            arrays = pack(speak(part), [e.num_predicted for e in part], index["vocab_size"])
-            index = write_shard(folder, number, arrays, index)
-    return index
+    checksums = index.pop("sha256", {})
+    if index != settings:
+        for name in checksums:
+            (folder / name).unlink(missing_ok=True)
+        checksums = {}
+        _write_index(folder, settings, checksums)
+    starts = range(0, len(examples), shard_examples)
+    for start in tqdm(starts, desc="capturing the teacher", unit="shard", delay=2, mininterval=10):
+        path = _shard_path(folder, start // shard_examples)
+        if path.is_file() and sha256_of(path) == checksums.get(path.name):
+            continue
+        part = examples[start : start + shard_examples]
+        if is_model:
+            arrays = _run_model(teacher, part, settings["top_k"], hidden_layers)
+        else:
+            arrays = _ask_server(teacher, part, settings["top_k"])
+        with atomic_path(path) as scratch:
+            save_file(_pack(arrays, [e.num_predicted for e in part], vocab_size), scratch)
+        checksums[path.name] = sha256_of(path)  # after the shard: if killed between the two, the shard does not count
+        _write_index(folder, settings, checksums)
+    return TeacherCache(folder, key)
 
 
-def _hidden_name(layer: int) -> str:
-    return f"hidden_{layer}"
+def _run_model(
+    model: nn.Module, examples: Sequence[Example], top_k: int, hidden_layers: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Arrays over the predicted positions of the examples, in their order."""
+    offsets = np.cumsum([0, *(e.num_predicted for e in examples)])
+    arrays: dict[str, np.ndarray] = {}
+    for rows, predicted in iterate_predicted(model, examples, hidden_layers=hidden_layers):
+        ids, logprobs = top_k_logprobs(predicted.logits, top_k)
+        target = -nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
+        tensors = {"ids": ids, "logprobs": logprobs, "target_logprobs": target}
+        tensors |= {f"hidden_{layer}": states for layer, states in predicted.hidden.items()}
+        positions = np.concatenate([np.arange(offsets[i], offsets[i + 1]) for i in rows])
+        for name, tensor in tensors.items():
+            values = tensor.cpu().numpy()
+            arrays.setdefault(name, np.empty((offsets[-1], *values.shape[1:]), values.dtype))[positions] = values
+    return arrays
+
+
+def _ask_server(engine: PromptReader, examples: Sequence[Example], top_k: int) -> dict[str, np.ndarray]:
+    """The same arrays from an engine, without hidden states; several requests run at the same time."""
+
+    def ask(example: Example) -> tuple[list, list, list]:
+        answer = engine.prompt_logprobs(example.input_ids, top_k)
+        predicted = slice(example.loss_start - 1, len(example.input_ids) - 1)  # position n is about token n + 1
+        return answer.top_ids[predicted], answer.top_logprobs[predicted], answer.token_logprobs[predicted]
+
+    try:
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            answers = list(pool.map(ask, examples))
+    except EngineError as error:
+        raise CacheError(f"the teacher's server failed: {error}; run the capture again, it goes on") from error
+    names = ("ids", "logprobs", "target_logprobs")
+    return {name: np.concatenate(arrays) for name, arrays in zip(names, zip(*answers, strict=True), strict=True)}
+
+
+def _shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
+
+
+def _write_index(folder: Path, settings: dict, checksums: dict[str, str]) -> None:
+    with atomic_path(folder / INDEX) as scratch:
+        scratch.write_text(json.dumps({**settings, "sha256": checksums}, indent=1))
+
+
+def read_index(folder: Path) -> dict:
+    """The settings of a cache, and under `sha256` the checksum of each shard by file name; empty if there is none."""
+    try:
+        return json.loads((folder / INDEX).read_text())
+    except (FileNotFoundError, ValueError):  # not there, or damaged
+        return {}
+
+
+# --- arrays --------------------------------------------------------------------------------------------------------
+
+
+def _pack(arrays: dict[str, np.ndarray], counts: Sequence[int], vocab_size: int) -> dict[str, np.ndarray]:
+    """A shard's arrays: ids as bits, values in fp16, and the first position of each example; `counts` by example."""
+    packed = pack_ids(arrays["ids"], vocab_size)
+    limit = float(np.finfo(np.float16).max)
+    for name in arrays.keys() - {"ids"}:
+        values = np.maximum(arrays[name], -limit) if name.endswith("logprobs") else arrays[name]
+        if not (np.abs(values) <= limit).all():
+            raise CacheError(
+                f"{name} of the teacher: values up to {np.abs(values).max():g}, but the largest fp16 number is "
+                f"{limit:g}; remove this layer from distillation.hidden_layers, or check the teacher's weights"
+            )
+        packed[name] = values.astype(np.float16)
+    return packed | {"offsets": np.cumsum([0, *counts], dtype=np.uint32)}
+
+
+def _high_bits(vocab_size: int) -> int:
+    """Number of bits that an id has beyond the low 16."""
+    return max(0, (vocab_size - 1).bit_length() - LOW_BITS)
+
+
+def pack_ids(ids: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
+    """Ids (N, k) as uint16 (N, k) and, where the vocabulary needs them, their higher bits (N, ⌈k·bits/8⌉) uint8."""
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        raise CacheError(
+            f"the teacher returned token {ids.max()}, but vocab_size is {vocab_size}; set vocab_size to its number of "
+            f"logits, padding included"
+        )
+    packed = {"ids_low": (ids & 0xFFFF).astype(np.uint16)}
+    if bits := _high_bits(vocab_size):
+        high = (ids[..., None] >> (LOW_BITS + np.arange(bits))) & 1
+        packed["ids_high"] = np.packbits(high.reshape(len(ids), ids.shape[1] * bits).astype(np.uint8), axis=1)
+    return packed
+
+
+def unpack_ids(low: np.ndarray, high: np.ndarray | None, vocab_size: int) -> np.ndarray:
+    """Ids (N, k) int64, as they were before `pack_ids`."""
+    ids, bits = low.astype(np.int64), _high_bits(vocab_size)
+    if bits and ids.size:
+        each = np.unpackbits(high, axis=1, count=low.shape[1] * bits).reshape(*low.shape, bits)
+        ids += each.astype(np.int64) @ (1 << (LOW_BITS + np.arange(bits)))
+    return ids
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-class Signals:
-    """Reader of a signal cache by example number, in any order; at most MOST_OPEN shards are open at a time.
+class TeacherCache:
+    """Reader of a teacher cache by example number, in any order.
 
-    Raises SignalsError for signals of another teacher, template or tokenizer than `key` says, for a cache that is not
-    whole, and for a shard that is cut short; for one with any other damage when it is first read.
+    Raises CacheError for a cache of another teacher, template or tokenizer than `key`, for missing shards, and for a
+    shard that is cut short. A shard with any other damage is refused when it is first read.
     """
 
     def __init__(self, folder: Path, key: str):
         self.folder, self.index = folder, read_index(folder)
-        if self.index.get("key") != key:
-            raise SignalsError(
-                f"{folder}: signals of {self.index.get('key')!r}, the run wants {key!r}; "
-                f"capture them again with this teacher, template and tokenizer"
+        if self.index.get("key") != key or self.index.get("format") != FORMAT:
+            raise CacheError(
+                f"{folder}: the cache has key {self.index.get('key')!r}, this run needs {key!r}; capture the teacher "
+                f"again with this teacher, template and tokenizer"
             )
-        if self.index.get("format") != FORMAT:
-            raise SignalsError(f"{folder}: signals in an older format; run capture_signals again")
-        wanted = num_shards(self.index)
-        missing = [n for n in range(wanted) if not shard_path(folder, n).is_file()]
-        if missing:
-            raise SignalsError(f"{folder}: shards {missing[:3]} of {wanted} are missing; run capture_signals again")
-        for number in range(wanted):  # now, and not in the middle of a training
-            Shard(folder, number)
-        index, checked = self.index, set()
+        self.shards = [_shard_path(folder, n) for n in range(-(-self.index["num_examples"] // self.shard_examples))]
+        if missing := [path.name for path in self.shards if not path.is_file()]:
+            raise CacheError(f"{folder}: {missing[0]} of {len(self.shards)} shards is missing; run the capture again")
+        for path in self.shards:  # now, and not in the middle of a training
+            _open(path)
+        checked = set()
 
-        def open_shard(number: int) -> Shard:
-            if number not in checked:  # once: in a random order shards are opened again and again
-                check_shard(folder, number, index)
-                checked.add(number)
-            return Shard(folder, number)
+        def open_shard(number: int) -> tuple:
+            path = self.shards[number]
+            if number not in checked and sha256_of(path) != self.index["sha256"].get(path.name):
+                raise _damaged(path, "its sha256 is not the one in the index")
+            checked.add(number)  # once: in a random order shards are opened again and again
+            return _open(path)
 
-        self._shard = lru_cache(MOST_OPEN)(open_shard)
+        self._shard = lru_cache(OPEN_SHARDS)(open_shard)
+
+    @property
+    def shard_examples(self) -> int:
+        return self.index["shard_examples"]
+
+    @property
+    def bytes_per_position(self) -> float:
+        return sum(path.stat().st_size for path in self.shards) / self.index["num_positions"]
 
     def example(self, number: int) -> dict[str, torch.Tensor | dict[int, torch.Tensor]]:
-        """What the teacher says at the P predicted positions of one example.
+        """The teacher at the P predicted positions of one example.
 
-        `teacher_ids` (P, k) int64, `teacher_logprobs` (P, k) float32, the likeliest token first,
-        `teacher_target_logprobs` (P,) float32 of the tokens that stand there, and `teacher_hidden`, layer → (P, H)
-        float32, if any were captured.
+        `teacher_ids` (P, k) int64, `teacher_logprobs` (P, k) float32, most likely token first,
+        `teacher_target_logprobs` (P,) float32, and `teacher_hidden`, layer → (P, H) float32, if any were captured.
         """
-        shard, row = divmod(number, self.index["shard_examples"])
-        said = self._shard(shard).example(row)
-        ids = unpack_ids(said["ids_low"], said.get("ids_high"), self.index["vocab_size"])
-        values = {name: torch.from_numpy(array).float() for name, array in said.items() if array.dtype == np.float16}
-        found = {
+        shard, row = divmod(number, self.shard_examples)
+        file, offsets = self._shard(shard)
+        positions = slice(int(offsets[row]), int(offsets[row + 1]))
+        arrays = {name: file.get_slice(name)[positions] for name in file.keys() if name != "offsets"}  # noqa: SIM118
+        ids = unpack_ids(arrays["ids_low"], arrays.get("ids_high"), self.index["vocab_size"])
+        values = {name: torch.from_numpy(array).float() for name, array in arrays.items() if array.dtype == np.float16}
+        tensors = {
             "teacher_ids": torch.from_numpy(ids),
             "teacher_logprobs": values["logprobs"],
             "teacher_target_logprobs": values["target_logprobs"],
         }
-        layers = self.index["hidden_layers"]
-        return found | ({"teacher_hidden": {layer: values[_hidden_name(layer)] for layer in layers}} if layers else {})
+        if layers := self.index["hidden_layers"]:
+            tensors["teacher_hidden"] = {layer: values[f"hidden_{layer}"] for layer in layers}
+        return tensors
 
     def batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor | dict[int, torch.Tensor]]:
         """The same for a batch, flattened in the order of its labelled positions: N of them."""
-        first, *_ = found = [self.example(number) for number in numbers]
-        joined = {name: torch.cat([one[name] for one in found]) for name in first if name != "teacher_hidden"}
-        if "teacher_hidden" in first:
-            layers = self.index["hidden_layers"]
-            joined["teacher_hidden"] = {n: torch.cat([one["teacher_hidden"][n] for one in found]) for n in layers}
-        return joined
+        examples = [self.example(number) for number in numbers]
+        names = ("teacher_ids", "teacher_logprobs", "teacher_target_logprobs")
+        tensors = {name: torch.cat([example[name] for example in examples]) for name in names}
+        if layers := self.index["hidden_layers"]:
+            hidden = [example["teacher_hidden"] for example in examples]
+            tensors["teacher_hidden"] = {layer: torch.cat([states[layer] for states in hidden]) for layer in layers}
+        return tensors
 
     def mean_nll(self) -> list[float]:
-        """The teacher's mean −log p of each example's own tokens, in nats: how hard it finds them."""
+        """The teacher's mean −log p of each example's target tokens, in nats."""
         numbers = range(self.index["num_examples"])
         return [-self.example(number)["teacher_target_logprobs"].mean().item() for number in numbers]
+
+
+def _open(path: Path) -> tuple:
+    """A mapped file, of which a slice reads only its own bytes, and the offsets of its examples."""
+    try:
+        file = safe_open(path, "numpy")
+        return file, file.get_tensor("offsets")
+    except SafetensorError as error:
+        raise _damaged(path, str(error)) from error
+
+
+def _damaged(path: Path, reason: str) -> CacheError:
+    return CacheError(f"{path} is damaged ({reason}); run the capture again: it writes this shard and keeps the others")

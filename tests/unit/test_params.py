@@ -192,8 +192,8 @@ MISTYPED = [
     ("distillation.hidden_weight", -0.5),
     ("distillation.hidden_layers", [1, 2]),
     ("distillation.order", "easy"),
-    ("distillation.bridge", "tokens"),
-    ("distillation.bridge", None),
+    ("distillation.alignment", "bytes"),
+    ("distillation.alignment", None),
     ("lora", None),
     ("lora.adapter.rank", "16"),
     ("lora.adapter.rank", 0),
@@ -237,9 +237,8 @@ def test_hidden_states_are_compared_between_layers_that_are_named():
     assert "hidden_layers" in refusal(SMOKE, {**pairs, "distillation.hidden_layers": [[2, 3, 4]]})
 
 
-@pytest.mark.parametrize("bridge", ["spans", "options"])
 @pytest.mark.parametrize(
-    ("key", "value", "carried"),
+    ("key", "value", "needed"),
     [
         ("divergence", "jsd", "'forward_kl'"),
         ("temperature", 2.0, "1.0"),
@@ -247,17 +246,18 @@ def test_hidden_states_are_compared_between_layers_that_are_named():
         ("entity_weight", 0.5, "0.0"),
     ],
 )
-def test_a_bridge_between_tokenizers_carries_the_plain_kl_alone(bridge, key, value, carried):
+def test_two_tokenizers_allow_the_forward_kl_alone(key, value, needed):
     cross, more = ROOT / "params" / "cross.yaml", {f"distillation.{key}": value, "distillation.hidden_layers": [[1, 1]]}
-    message = refusal(cross, {**more, "distillation.bridge": bridge})
-    assert f"{key}: the bridge {bridge!r} carries {key} {carried} alone; set it to that" in message
-    assert load_params(cross, {**more, "distillation.bridge": "vocabulary"})
+    for alignment in ("spans", "options"):
+        message = refusal(cross, {**more, "distillation.alignment": alignment})
+        assert f"{key}: with alignment {alignment!r} it must be {needed}" in message
+    assert load_params(cross, {**more, "distillation.alignment": "tokens"})
 
 
 def test_a_student_cut_from_its_teacher_has_no_second_tokenizer():
-    message = refusal(SMOKE, {"distillation.bridge": "spans"})
-    assert "distillation.bridge: 'spans' is for two tokenizers" in message and "use 'vocabulary'" in message
-    assert load_params(SMOKE, {"distillation.bridge": "options"}).distillation.bridge == "options"
+    message = refusal(SMOKE, {"distillation.alignment": "spans"})
+    assert "distillation.alignment: 'spans' is for two tokenizers" in message and "use 'tokens'" in message
+    assert load_params(SMOKE, {"distillation.alignment": "options"}).distillation.alignment == "options"
 
 
 def test_asked_source_must_be_a_dataset():

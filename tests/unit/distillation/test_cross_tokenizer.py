@@ -11,19 +11,18 @@ from hypothesis import strategies as st
 from medkit.distillation import cross_tokenizer, losses, teacher_cache
 from medkit.distillation.cross_tokenizer import (
     END,
-    AlignmentError,
-    Bridge,
     Span,
     SpanLoss,
+    TokenAligner,
     align,
-    chain,
+    chain_logprobs,
     read_vocabulary,
     span_kl,
 )
 from medkit.modeling import loading, trainer
 from medkit.modeling.batches import Example, Predicted
 from medkit.params import load_params
-from medkit.stage import ROOT
+from medkit.stage import ROOT, MedkitError
 
 WORDS = "Scurvy is caused by too little vitamin C: 5 µg of it, ≥ 3 days, café, µg/kg 😀 \n\tthe the that this"
 
@@ -58,7 +57,7 @@ def some_logits(rows, size, seed=0):
 def test_pieces_write_the_text(text, tokenizer, pieces_tokenizer):
     for one in (tokenizer, pieces_tokenizer):
         ids = one(text, add_special_tokens=False).input_ids
-        assert b"".join(read_vocabulary(one).spell(ids)) == text.encode()
+        assert b"".join(read_vocabulary(one).to_bytes(ids)) == text.encode()
 
 
 def test_end_stands_apart_and_special_tokens_write_nothing(tokenizer):
@@ -66,8 +65,8 @@ def test_end_stands_apart_and_special_tokens_write_nothing(tokenizer):
     assert found.pieces[tokenizer.eos_token_id] == END
     assert found.ids[END] == tokenizer.eos_token_id
     assert found.pieces[tokenizer.pad_token_id] is None
-    with pytest.raises(AlignmentError, match=f"token {tokenizer.bos_token_id} writes no text"):
-        found.spell([tokenizer.bos_token_id])
+    with pytest.raises(MedkitError, match=f"token {tokenizer.bos_token_id} of an answer writes no text"):
+        found.to_bytes([tokenizer.bos_token_id])
 
 
 def test_bytes_belong_to_the_piece_and_not_to_the_fallback_token(pieces_tokenizer):
@@ -79,29 +78,22 @@ def test_bytes_belong_to_the_piece_and_not_to_the_fallback_token(pieces_tokenize
     assert found.ids[b"\xe2"] == names["<0xE2>"]
 
 
-def test_added_words_are_text_as_they_stand(make_tokenizer):
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["<think>", "café"])
-    found = read_vocabulary(tokenizer)
-    assert {b"<think>", "café".encode()} <= found.ids.keys()
-
-
 def test_a_tokenizer_that_forgets_spaces_is_refused():
     from tokenizers import Tokenizer, decoders
-    from tokenizers import loading as backends
+    from tokenizers import models as backends
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(backends.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
     backend.decoder = decoders.WordPiece()
-    with pytest.raises(AlignmentError, match="WordPiece"):
+    with pytest.raises(MedkitError, match="WordPiece"):
         read_vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 def test_unknown_characters_are_refused_by_name(make_pieces_tokenizer):
     tokenizer = make_pieces_tokenizer((WORDS,), byte_fallback=False)
     ids = tokenizer("⚕", add_special_tokens=False).input_ids
-    with pytest.raises(AlignmentError, match=f"token {tokenizer.unk_token_id} writes no text"):
-        read_vocabulary(tokenizer).spell(ids)
+    with pytest.raises(MedkitError, match=f"token {tokenizer.unk_token_id} of an answer writes no text"):
+        read_vocabulary(tokenizer).to_bytes(ids)
 
 
 # --- spans: by hand --------------------------------------------------------------------------------------------------
@@ -141,7 +133,7 @@ def test_spans_by_hand(student, teacher, expected):
     [([b"yes"], [b"no"]), ([b"yes"], [b"yes", b" "]), ([b"yes", END], [b"yes"]), ([], [b" "]), ([b"\ta"], [b"a"])],
 )
 def test_two_texts_are_refused(student, teacher):
-    with pytest.raises(AlignmentError, match="both must read one text"):
+    with pytest.raises(MedkitError, match="both must write one text"):
         align(student, teacher)
 
 
@@ -173,7 +165,7 @@ def led_tokenizers(tokenizer, make_pieces_tokenizer):
 @settings(max_examples=300, deadline=None)
 def test_spans_tile_both_tokenizations(text, lead, led_tokenizers):
     student, teacher = (
-        known.spell([*one(text, add_special_tokens=False).input_ids, one.eos_token_id])
+        known.to_bytes([*one(text, add_special_tokens=False).input_ids, one.eos_token_id])
         for one, known in (led_tokenizers[None], led_tokenizers[lead])
     )
     spans = align(student, teacher)
@@ -181,9 +173,9 @@ def test_spans_tile_both_tokenizations(text, lead, led_tokenizers):
     assert [place for span in spans for place in span.student] == list(range(len(student)))
     assert [place for span in spans for place in span.teacher] == list(range(len(teacher)))
     written = [b"".join(student[p] for p in span.student) for span in spans]
-    heard = [b"".join(teacher[p] for p in span.teacher) for span in spans]
-    assert written[1:] == heard[1:]
-    assert written[0].lstrip(b" ") == heard[0].lstrip(b" ")
+    theirs = [b"".join(teacher[p] for p in span.teacher) for span in spans]
+    assert written[1:] == theirs[1:]
+    assert written[0].lstrip(b" ") == theirs[0].lstrip(b" ")
     assert b"".join(written) == text.encode() + END
     ours, theirs = borders(student, total), borders(teacher, total)
     common = [end for end in ours if end in theirs and end > 0]
@@ -195,7 +187,7 @@ def test_spans_tile_both_tokenizations(text, lead, led_tokenizers):
         targets = torch.arange(len(pieces)) % 50
         logprobs = logits.log_softmax(-1)
         lengths = torch.tensor([len(span[side]) for span in spans])
-        events = chain(logprobs, targets, lengths)
+        events = chain_logprobs(logprobs, targets, lengths)
         of_spans = events.gather(-1, targets[lengths.cumsum(0) - 1, None]).sum()
         assert of_spans.item() == pytest.approx(logprobs.gather(-1, targets[:, None]).sum().item())
 
@@ -206,120 +198,119 @@ def test_spans_tile_both_tokenizations(text, lead, led_tokenizers):
 def test_chain_by_hand():
     """P(a) = 1/2, P(b | a) = 1/4, P(c | ab) = 1/8; the spans are "ab" and "c"."""
     logprobs = logprobs_of([1 / 2, 1 / 4, 1 / 4], [5 / 8, 1 / 4, 1 / 8], [1 / 2, 3 / 8, 1 / 8])
-    events = chain(logprobs, torch.tensor([0, 1, 2]), torch.tensor([2, 1])).exp()
+    events = chain_logprobs(logprobs, torch.tensor([0, 1, 2]), torch.tensor([2, 1])).exp()
     assert torch.allclose(events, torch.tensor([[5 / 16, 1 / 8, 1 / 16], [1 / 2, 3 / 8, 1 / 8]], dtype=torch.float64))
 
 
 def test_span_kl_by_hand_of_a_word_in_two():
     """The teacher reads "ab" as one token, p = 0.3, and may end after "a": 0.2; the student reads a, then b."""
-    bridge = Bridge(vocabulary("a", "b"), vocabulary("ab", "a", "x"))
-    said = logprobs_of([0.3, 0.2, 0.1])
-    carried = bridge.carry([0, 1], [0], torch.tensor([[0, 1, 2]]), said, said[:, 0])
-    assert carried["span_lengths"].tolist() == [2]
-    assert carried["span_ids"].tolist() == [[1, -1, -1]]  # after "a" only its "b" makes "ab"; nothing makes "a" or "x"
+    aligner = TokenAligner(vocabulary("a", "b"), vocabulary("ab", "a", "x"))
+    logprobs = logprobs_of([0.3, 0.2, 0.1])
+    projected = aligner.project([0, 1], [0], torch.tensor([[0, 1, 2]]), logprobs, logprobs[:, 0])
+    assert projected["span_lengths"].tolist() == [2]
+    assert projected["span_ids"].tolist() == [[1, -1, -1]]  # after "a" only "b" makes "ab"; nothing makes "x"
     student = logprobs_of([0.5, 0.4, 0.1], [0.3, 0.6, 0.1])  # P(ab) = 0.5 · 0.6
-    found = span_kl(student, torch.tensor([0, 1]), **carried)
+    found = span_kl(student, torch.tensor([0, 1]), **projected)
     assert found.item() == pytest.approx(0.0, abs=1e-9)  # both find "ab" at 0.3
     student = logprobs_of([0.5, 0.4, 0.1], [0.7, 0.2, 0.1])  # P(ab) = 0.1
     expected = 0.3 * math.log(0.3 / 0.1) + 0.7 * math.log(0.7 / 0.9)
-    assert span_kl(student, torch.tensor([0, 1]), **carried).item() == pytest.approx(expected, rel=1e-5)
+    assert span_kl(student, torch.tensor([0, 1]), **projected).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_span_kl_by_hand_of_a_word_in_three_for_the_teacher():
     """Teacher: a, b, then c (0.5), d (0.25) or the end; the student has "abc", "abd", and "abcd": none."""
-    bridge = Bridge(vocabulary("abc", "abd", "abcd"), vocabulary("a", "b", "c", "d"))
+    aligner = TokenAligner(vocabulary("abc", "abd", "abcd"), vocabulary("a", "b", "c", "d"))
     top = torch.tensor([[0, 1], [1, 0], [2, 3]])
-    said = logprobs_of([0.8, 0.1], [0.5, 0.3], [0.5, 0.25])
-    carried = bridge.carry([0], [0, 1, 2], top, said, logprobs_of([0.8, 0.5, 0.5])[0])
-    assert carried["span_ids"].tolist() == [[0, 1]]
-    assert carried["span_logprobs"].exp().tolist() == [pytest.approx([0.4 * 0.5, 0.4 * 0.25])]
+    logprobs = logprobs_of([0.8, 0.1], [0.5, 0.3], [0.5, 0.25])
+    projected = aligner.project([0], [0, 1, 2], top, logprobs, logprobs_of([0.8, 0.5, 0.5])[0])
+    assert projected["span_ids"].tolist() == [[0, 1]]
+    assert projected["span_logprobs"].exp().tolist() == [pytest.approx([0.4 * 0.5, 0.4 * 0.25])]
     student = logprobs_of([0.4, 0.1, 0.3, 0.2])
     expected = 0.2 * math.log(0.2 / 0.4) + 0.1 * math.log(0.1 / 0.1) + 0.7 * math.log(0.7 / 0.5)
-    assert span_kl(student, torch.tensor([0]), **carried).item() == pytest.approx(expected, rel=1e-5)
+    assert span_kl(student, torch.tensor([0]), **projected).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_space_in_front_is_no_difference():
     """Teacher " yes" against student "yes": " no" is the student's "no", and "no" without a space is nothing."""
-    bridge = Bridge(vocabulary("yes", "no"), vocabulary(" yes", " no", "no"))
-    said = logprobs_of([0.6, 0.3, 0.1], [0.0, 0.0, 1.0])
-    carried = bridge.carry([0, 2], [0, 3], torch.tensor([[0, 1, 2], [3, 0, 1]]), said, torch.zeros(2).double())
-    assert carried["span_ids"].tolist() == [[0, 1, -1], [2, -1, -1]]  # in the middle of a text " yes" is not "yes"
-    back = Bridge(vocabulary(" yes", " no", "no"), vocabulary("yes", "no"))
-    carried = back.carry([0], [0], torch.tensor([[0, 1, 2]]), said[:1], torch.zeros(1).double())
-    assert carried["span_ids"].tolist() == [[0, 1, -1]]  # to end at once is not to write a space
+    aligner = TokenAligner(vocabulary("yes", "no"), vocabulary(" yes", " no", "no"))
+    logprobs = logprobs_of([0.6, 0.3, 0.1], [0.0, 0.0, 1.0])
+    projected = aligner.project([0, 2], [0, 3], torch.tensor([[0, 1, 2], [3, 0, 1]]), logprobs, torch.zeros(2).double())
+    assert projected["span_ids"].tolist() == [[0, 1, -1], [2, -1, -1]]  # in the middle of a text " yes" is not "yes"
+    back = TokenAligner(vocabulary(" yes", " no", "no"), vocabulary("yes", "no"))
+    projected = back.project([0], [0], torch.tensor([[0, 1, 2]]), logprobs[:1], torch.zeros(1).double())
+    assert projected["span_ids"].tolist() == [[0, 1, -1]]  # to end at once is not to write a space
 
 
 def test_to_end_here_is_an_event_like_any_other():
-    bridge = Bridge(vocabulary("a", "b"), vocabulary("b", "a", "ab"))
-    carried = bridge.carry(
+    aligner = TokenAligner(vocabulary("a", "b"), vocabulary("b", "a", "ab"))
+    projected = aligner.project(
         [0, 2], [1, 3], torch.tensor([[1, 3]] * 2), logprobs_of([0.5, 0.5], [0.5, 0.5]), torch.zeros(2)
     )
-    assert carried["span_ids"].tolist() == [[0, 2], [0, 2]]
+    assert projected["span_ids"].tolist() == [[0, 2], [0, 2]]
 
 
 def test_padded_rows_of_the_teacher_and_second_spellings_are_no_events(pieces_tokenizer, tokenizer):
-    bridge = Bridge(read_vocabulary(tokenizer), read_vocabulary(pieces_tokenizer))
+    aligner = TokenAligner(read_vocabulary(tokenizer), read_vocabulary(pieces_tokenizer))
     names = pieces_tokenizer.get_vocab()
     own = tokenizer.convert_tokens_to_ids("t")
     top = torch.tensor([[names["t"], names["<0x74>"], len(names) + 7, names["<pad>"]]])
-    carried = bridge.carry([own], [names["t"]], top, logprobs_of([0.4, 0.3, 0.2, 0.1]), torch.zeros(1))
-    assert carried["span_ids"].tolist() == [[own, -1, -1, -1]]
+    projected = aligner.project([own], [names["t"]], top, logprobs_of([0.4, 0.3, 0.2, 0.1]), torch.zeros(1))
+    assert projected["span_ids"].tolist() == [[own, -1, -1, -1]]
     for lead in (True, False):  # by the slow way too
-        found = bridge._continue(b"", b" " if lead else b"", names["<0x74>"], int(lead))
-        assert found == -1
+        assert aligner._last_token(b" " if lead else b"", b" " if lead else b"", names["<0x74>"]) == -1
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------
 
 
-def signals_of(logits, targets, k):
+def cached_of(logits, targets, k):
     logprobs = logits.log_softmax(-1)
     top, ids = logprobs.topk(k, dim=-1)
     return ids, top, logprobs.gather(-1, targets[:, None]).squeeze(-1)
 
 
 @pytest.mark.parametrize("k", [1, 8, 40, "all"])
-def test_one_tokenizer_gives_the_sparse_kl(k, tokenizer):
+def test_one_tokenizer_gives_the_sparse_divergence(k, tokenizer):
     known = read_vocabulary(tokenizer)
     ids = [*tokenizer("Vitamin C prevents scurvy, 5 µg.", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
     size, targets = len(known.pieces), torch.tensor(ids)
     teacher, student = some_logits(len(ids), size, 1), some_logits(len(ids), size, 2)
     blank = torch.tensor([piece is None for piece in known.pieces])  # special tokens are no text: here none is likely
     teacher[:, blank] = student[:, blank] = -40
-    top_ids, top, target = signals_of(teacher, targets, size - int(blank.sum()) if k == "all" else k)
-    carried = Bridge(known, known).carry(ids, ids, top_ids, top, target)
-    assert carried["span_lengths"].tolist() == [1] * len(ids)
-    found = span_kl(student, targets, **carried)
-    assert torch.allclose(found, losses.sparse_kl(student, top_ids, top), atol=1e-5)
+    top_ids, top, target = cached_of(teacher, targets, size - int(blank.sum()) if k == "all" else k)
+    projected = TokenAligner(known, known).project(ids, ids, top_ids, top, target)
+    assert projected["span_lengths"].tolist() == [1] * len(ids)
+    found = span_kl(student, targets, **projected)
+    assert torch.allclose(found, losses.sparse_divergence(student, top_ids, top), atol=1e-5)
 
 
 @pytest.fixture(scope="module")
 def two_readings(tokenizer, pieces_tokenizer):
-    """One answer in two tokenizations, random logits of both, and what `carry` makes of the teacher's."""
+    """One answer in two tokenizations, random logits of both, and what `project` makes of the teacher's."""
     answer = "Vitamin C prevents scurvy, 5 µg ≥ 😀 the"
     ids = [
         [*one(answer, add_special_tokens=False).input_ids, one.eos_token_id] for one in (tokenizer, pieces_tokenizer)
     ]
     known = [read_vocabulary(one) for one in (tokenizer, pieces_tokenizer)]
     logits = [some_logits(len(i), len(v.pieces) + 5, seed) for seed, (i, v) in enumerate(zip(ids, known, strict=True))]
-    bridge = Bridge(*known)
-    return SimpleNamespace(ids=ids, known=known, logits=logits, bridge=bridge, targets=[torch.tensor(i) for i in ids])
+    aligner = TokenAligner(*known)
+    return SimpleNamespace(ids=ids, known=known, logits=logits, aligner=aligner, targets=[torch.tensor(i) for i in ids])
 
 
-def carried_of(two, k=20):
-    return two.bridge.carry(*two.ids, *signals_of(two.logits[1], two.targets[1], k))
+def projected_of(two, k=20):
+    return two.aligner.project(*two.ids, *cached_of(two.logits[1], two.targets[1], k))
 
 
 def test_events_are_the_same_bytes_on_both_sides(two_readings):
-    """Every event of `carry`, spelt out: what the student has written with it is what the teacher has."""
+    """Every event of `project`, spelt out: what the student has written with it is what the teacher has."""
     two, k = two_readings, 40
-    carried = carried_of(two, k)
-    top_ids, *_ = signals_of(two.logits[1], two.targets[1], k)
-    spelt = [v.spell(i) for v, i in zip(two.known, two.ids, strict=True)]
+    projected = projected_of(two, k)
+    top_ids, *_ = cached_of(two.logits[1], two.targets[1], k)
+    spelt = [v.to_bytes(i) for v, i in zip(two.known, two.ids, strict=True)]
     spans = align(*spelt)
     assert {(1, 1), (1, 2), (2, 1)} & set(pairs(spans)) and len(set(pairs(spans))) >= 3, "the case is no case"
     shared = 0
-    for span, ids in zip(spans, carried["span_ids"].tolist(), strict=True):
+    for span, ids in zip(spans, projected["span_ids"].tolist(), strict=True):
         own, path = (b"".join(s[p] for p in places[:-1]) for s, places in zip(spelt, span, strict=True))
         for token, kept in zip(ids, top_ids[span.teacher[-1]].tolist(), strict=True):
             piece = two.known[1].pieces[kept] if kept < len(two.known[1].pieces) else None
@@ -338,22 +329,22 @@ def test_events_are_the_same_bytes_on_both_sides(two_readings):
 
 def test_span_kl_is_zero_iff_the_events_are_as_likely(two_readings):
     two = two_readings
-    carried = carried_of(two)
-    kl = span_kl(two.logits[0], two.targets[0], **carried)
+    projected = projected_of(two)
+    kl = span_kl(two.logits[0], two.targets[0], **projected)
     assert (kl > -1e-9).all() and kl.sum() > 0.1
-    events = chain(two.logits[0].log_softmax(-1), two.targets[0], carried["span_lengths"])
-    said = events.gather(-1, carried["span_ids"].clamp(min=0)).masked_fill(carried["span_ids"] < 0, -torch.inf)
-    equal = span_kl(two.logits[0], two.targets[0], carried["span_lengths"], carried["span_ids"], said)
+    events = chain_logprobs(two.logits[0].log_softmax(-1), two.targets[0], projected["span_lengths"])
+    logprobs = events.gather(-1, projected["span_ids"].clamp(min=0)).masked_fill(projected["span_ids"] < 0, -torch.inf)
+    equal = span_kl(two.logits[0], two.targets[0], projected["span_lengths"], projected["span_ids"], logprobs)
     assert equal.abs().max() < 1e-9
 
 
 def test_gradient_is_finite_and_right(two_readings):
     two = two_readings
-    carried = carried_of(two)
+    projected = projected_of(two)
     logits = two.logits[0].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: span_kl(x, two.targets[0], **carried), (logits,), fast_mode=True)
-    nothing = {**carried, "span_ids": torch.full_like(carried["span_ids"], -1)}
-    nothing["span_logprobs"] = torch.full_like(carried["span_logprobs"], -torch.inf)
+    assert torch.autograd.gradcheck(lambda x: span_kl(x, two.targets[0], **projected), (logits,), fast_mode=True)
+    nothing = {**projected, "span_ids": torch.full_like(projected["span_ids"], -1)}
+    nothing["span_logprobs"] = torch.full_like(projected["span_logprobs"], -torch.inf)
     kl = span_kl(logits, two.targets[0], **nothing)
     assert kl.abs().max() < 1e-9, "with nothing in common there is nothing to learn"
     (gradient,) = torch.autograd.grad(kl.sum(), logits)
@@ -362,21 +353,13 @@ def test_gradient_is_finite_and_right(two_readings):
 
 def test_rounding_that_leaves_less_than_nothing_does_no_harm():
     """fp16 log-probabilities can add up to more than 1, by more than the floor."""
-    said = torch.tensor([0.7001, 0.3001]).log()[None]
+    logprobs = torch.tensor([0.7001, 0.3001]).log()[None]
     logits = torch.zeros(1, 3, requires_grad=True)
-    kl = span_kl(logits, torch.tensor([0]), torch.tensor([1]), torch.tensor([[0, 1]]), said)
+    kl = span_kl(logits, torch.tensor([0]), torch.tensor([1]), torch.tensor([[0, 1]]), logprobs)
     expected = 0.7 * math.log(0.7 * 3) + 0.3 * math.log(0.3 * 3)
     assert kl.item() == pytest.approx(expected, abs=1e-3)
     kl.sum().backward()
     assert torch.isfinite(logits.grad).all()
-
-
-def test_float32_agrees_with_float64(two_readings):
-    two = two_readings
-    carried = carried_of(two)
-    exact = span_kl(two.logits[0], two.targets[0], **carried)
-    single = {name: t.float() if t.is_floating_point() else t for name, t in carried.items()}
-    assert torch.allclose(span_kl(two.logits[0].float(), two.targets[0], **single).double(), exact, atol=1e-5)
 
 
 # --- a training ------------------------------------------------------------------------------------------------------
@@ -385,16 +368,16 @@ def test_float32_agrees_with_float64(two_readings):
 def test_a_student_learns_from_another_tokenizers_teacher(
     tmp_path, tokenizer, pieces_tokenizer, make_llama, make_section
 ):
-    """Through signals, batches in any order and the Trainer: the divergence falls, with no weight on the answers."""
+    """Through the cache, batches in any order and the Trainer: the divergence falls, with no weight on the answers."""
     answers = ["vitamin C", "the café", "5 µg", "≥ 3 days", "this", "that", "scurvy is caused", "too little of it"]
     examples = []
     for one, prompt in ((tokenizer, [1, 5]), (pieces_tokenizer, [7])):
         written = [[*one(a, add_special_tokens=False).input_ids, one.eos_token_id] for a in answers]
         examples.append([Example([*prompt, *ids], len(prompt)) for ids in written])
     teacher, student = make_llama(seed=3, vocab_size=400), make_llama(seed=4)
-    teacher_cache.capture_signals(teacher, examples[1], tmp_path / "signals", 40, 3, "key")
-    bridge = Bridge(read_vocabulary(tokenizer), read_vocabulary(pieces_tokenizer))
-    read = cross_tokenizer.AlignedSignals(teacher_cache.Signals(tmp_path / "signals", "key"), *examples, bridge)
+    cache = teacher_cache.capture_teacher(teacher, examples[1], tmp_path / "cache", 40, 3, "key")
+    aligner = TokenAligner(read_vocabulary(tokenizer), read_vocabulary(pieces_tokenizer))
+    read = cross_tokenizer.AlignedCache(cache, *examples, aligner)
     whole, parts = read.batch([5, 2, 0]), [read.batch([n]) for n in (5, 2, 0)]
     assert all(torch.equal(whole[name], torch.cat([part[name] for part in parts])) for name in whole)
     assert whole["span_lengths"].sum() == sum(examples[0][n].num_predicted for n in (5, 2, 0))
@@ -404,64 +387,44 @@ def test_a_student_learns_from_another_tokenizers_teacher(
 
 
 def test_rows_that_are_read_differently_are_refused_before_training(tokenizer, pieces_tokenizer):
-    bridge = Bridge(read_vocabulary(tokenizer), read_vocabulary(pieces_tokenizer))
+    aligner = TokenAligner(read_vocabulary(tokenizer), read_vocabulary(pieces_tokenizer))
     read = [
         [Example(one(a, add_special_tokens=False).input_ids, 0)]
         for one, a in ((tokenizer, "a"), (pieces_tokenizer, "b"))
     ]
-    with pytest.raises(AlignmentError, match="both must read one text"):
-        cross_tokenizer.AlignedSignals(None, *read, bridge)
+    with pytest.raises(MedkitError, match="both must write one text"):
+        cross_tokenizer.AlignedCache(None, *read, aligner)
 
 
 def test_loss_is_the_weighted_sum_of_its_terms(two_readings):
     two = two_readings
-    carried = carried_of(two)
+    projected = projected_of(two)
     predicted = Predicted(two.logits[0], two.targets[0], {})
-    total, terms = SpanLoss(0.25, 2.0)(predicted, carried)
+    total, terms = SpanLoss(0.25, 2.0)(predicted, projected)
     assert terms["ce"].item() == pytest.approx(trainer.cross_entropy(predicted, {})[0].item())
-    assert terms["span_kl"].item() == pytest.approx(span_kl(two.logits[0], two.targets[0], **carried).sum().item())
+    assert terms["span_kl"].item() == pytest.approx(span_kl(two.logits[0], two.targets[0], **projected).sum().item())
     assert total.item() == pytest.approx(0.25 * terms["ce"].item() + 2.0 * terms["span_kl"].item())
 
 
 # --- TRL's GOLD on the same tensors ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trl_import(no_network):
-    """TRL's ULD loss, and the connections that were tried while it was imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-        from trl.experimental.gold.gold_trainer import ULDLoss
+@pytest.fixture
+def gold(no_network):
+    """TRL's ULD loss with weight on the distillation alone; it keeps what it merged in `merged`."""
+    trainer = pytest.importorskip("trl.experimental.gold.gold_trainer")
 
-    return ULDLoss, no_network
-
-
-@pytest.fixture(scope="module")
-def make_gold(trl_import):
-    """gold(strategy): TRL's loss with weight on the distillation alone; it keeps what it merged in `merged`."""
-    ULDLoss, _ = trl_import
-
-    class Recording(ULDLoss):
+    class Recording(trainer.ULDLoss):
         def _merge_probabilities_with_alignment_groups(self, *args):
             self.merged.append(super()._merge_probabilities_with_alignment_groups(*args))
             return self.merged[-1]
 
-    def make(strategy):
-        config = SimpleNamespace(
-            uld_crossentropy_weight=0.0,
-            uld_distillation_weight=1.0,
-            uld_student_temperature=1.0,
-            uld_teacher_temperature=1.0,
-            uld_skip_student_eos=False,
-            uld_skip_teacher_eos=False,
-            use_extended_uld=True,
-            uld_token_merge_strategy=strategy,
-        )
-        gold = Recording(config)
-        gold.merged = []
-        return gold
-
-    return make
+    settings = {"crossentropy_weight": 0.0, "distillation_weight": 1.0, "token_merge_strategy": "bayesian"}
+    settings |= {"student_temperature": 1.0, "teacher_temperature": 1.0}
+    settings |= {"skip_student_eos": False, "skip_teacher_eos": False}
+    loss = Recording(SimpleNamespace(use_extended_uld=True, **{f"uld_{k}": v for k, v in settings.items()}))
+    loss.merged = []
+    return loss
 
 
 def merged_by_gold(gold, ids, pieces, logits):
@@ -482,50 +445,17 @@ def merged_by_gold(gold, ids, pieces, logits):
     return gold.merged
 
 
-def test_chain_is_golds_bayesian_merge(two_readings, make_gold):
+def test_the_chain_rule_is_golds_bayesian_merge(two_readings, gold):
     two = two_readings
-    pieces = [known.spell(ids) for known, ids in zip(two.known, two.ids, strict=True)]
+    pieces = [known.to_bytes(ids) for known, ids in zip(two.known, two.ids, strict=True)]
     logits = [torch.cat([rows, rows[:1]]) for rows in two.logits]  # the last position's logits predict nothing
-    theirs = merged_by_gold(make_gold("bayesian"), two.ids, pieces, logits)
+    theirs = merged_by_gold(gold, two.ids, pieces, logits)
     spans = align(*pieces)
     assert [len(m) for m in theirs] == [len(spans)] * 2
     for side in (0, 1):
         lengths = torch.tensor([len(span[side]) for span in spans])
-        ours = chain(two.logits[side].log_softmax(-1), two.targets[side], lengths).exp()
+        ours = chain_logprobs(two.logits[side].log_softmax(-1), two.targets[side], lengths).exp()
         assert (ours - theirs[side]).abs().max() < 1e-6
-
-
-def test_golds_default_merge_is_off_by_one(make_gold):
-    """The student reads "ab" as a, b: P(a) = 1/2, P(b | a) = 1/4; the teacher as one token, P(ab) = 1/8. They agree.
-
-    GOLD's default takes the logits one place late: for the student P(· | a) times P(b | ab), for the teacher P(· | ab).
-    """
-    student = logprobs_of([1 / 2, 1 / 4, 1 / 4], [1 / 2, 1 / 4, 1 / 4], [1 / 16, 3 / 4, 3 / 16])
-    teacher = logprobs_of([1 / 8, 7 / 8], [1 / 3, 2 / 3])
-    ids, pieces = [[0, 1], [0]], [[b"a", b"b"], [b"ab"]]
-    right = merged_by_gold(make_gold("bayesian"), ids, pieces, [student, teacher])
-    assert right[0][0, 1].item() == pytest.approx(1 / 8)
-    assert right[1][0, 0].item() == pytest.approx(1 / 8)
-    wrong = merged_by_gold(make_gold("observed"), ids, pieces, [student, teacher])
-    assert wrong[0][0, 1].item() == pytest.approx(1 / 4 * 3 / 4)  # P(b | a) · P(b | ab)
-    assert wrong[1][0, 0].item() == pytest.approx(1 / 3)  # P(ab | ab): what comes after the answer
-    from trl.experimental.gold import GOLDConfig
-
-    assert GOLDConfig.__dataclass_fields__["uld_token_merge_strategy"].default == "observed"
-
-
-def test_gold_refuses_tokenizers_that_are_not_byte_level(pieces_tokenizer):
-    """Why medkit has a bridge of its own: SentencePiece pairs, e.g. Gemma to SmolLM2, are beyond GOLD's alignment."""
-    from trl.experimental.utils import encode_with_byte_offsets
-
-    with pytest.raises(NotImplementedError, match="ByteLevel"):
-        encode_with_byte_offsets(pieces_tokenizer.backend_tokenizer, ["a"])
-
-
-def test_trl_sends_nothing_when_its_loss_is_made(trl_import, make_gold):
-    """Its trainers do report when they are built (HF_HUB_DISABLE_TELEMETRY=1 stops that); the loss does not."""
-    make_gold("bayesian")
-    assert trl_import[1] == []
 
 
 # --- a real vocabulary -----------------------------------------------------------------------------------------------
@@ -540,7 +470,7 @@ def test_smollm2_and_a_sentencepiece_like_vocabulary(make_pieces_tokenizer):
     assert len(known[0].ids) > 0.99 * len(tokenizer)  # every ordinary token has bytes of its own
     for text in ("Diseases of the circulatory system", "5 µg ≥ 3, café 😀", "", "β-blocker\n\n", "1,25-(OH)₂D₃"):
         ids = [[*one(text, add_special_tokens=False).input_ids, one.eos_token_id] for one in (tokenizer, other)]
-        spelt = [v.spell(i) for v, i in zip(known, ids, strict=True)]
+        spelt = [v.to_bytes(i) for v, i in zip(known, ids, strict=True)]
         assert [b"".join(s) for s in spelt] == [text.encode() + END] * 2
         assert align(*spelt)[-1] == Span(range(len(ids[0]) - 1, len(ids[0])), range(len(ids[1]) - 1, len(ids[1])))
         assert tokenizer.decode(ids[0][:-1]) == text

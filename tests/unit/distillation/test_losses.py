@@ -1,4 +1,4 @@
-"""Divergences on sparse signals against the dense ones and TRL's, hidden states, entities, and their sum."""
+"""Divergences on top-k log-probabilities against the dense ones and TRL's, hidden states, entities, and their sum."""
 
 import math
 from dataclasses import replace
@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from medkit.distillation import losses
-from medkit.distillation.losses import DistillationLoss, sparse_divergence, sparse_jsd, sparse_kl, sparse_reverse_kl
+from medkit.distillation.losses import DistillationLoss, sparse_divergence
 from medkit.distillation.teacher_cache import top_k_logprobs
-from medkit.modeling import batches, loading, trainer
-from medkit.modeling.batches import Example, Predicted
+from medkit.modeling import batches, trainer
+from medkit.modeling.batches import Predicted
 from medkit.params import load_params
-from medkit.stage import ROOT
+from medkit.stage import ROOT, MedkitError
 
 PAD, VOCAB = 0, 300
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
@@ -61,19 +61,12 @@ def test_with_k_equal_to_the_vocabulary_it_is_trl_s(temperature, beta):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_three_names_mean_what_they_say():
-    student, teacher = random_logits(4, 9), random_logits(4, 9, seed=1)
-    signals = top_k_logprobs(teacher, 5)
-    for found, beta in ((sparse_kl, 0.0), (sparse_reverse_kl, 1.0), (sparse_jsd, 0.5)):
-        assert torch.equal(found(student, *signals, 2.0), sparse_divergence(student, *signals, beta, 2.0))
-
-
 def test_the_ends_of_beta_are_the_limits_of_the_slope():
     student, teacher = (random_logits(6, 20, seed, 1.0, torch.float64) for seed in (0, 1))
-    signals, little = top_k_logprobs(teacher, 20), 1e-6
-    near_0, near_1 = (sparse_divergence(student, *signals, beta) / little for beta in (little, 1 - little))
-    torch.testing.assert_close(near_0, sparse_kl(student, *signals), rtol=1e-4, atol=0)
-    torch.testing.assert_close(near_1, sparse_reverse_kl(student, *signals), rtol=1e-4, atol=0)
+    cached, little = top_k_logprobs(teacher, 20), 1e-6
+    near_0, near_1 = (sparse_divergence(student, *cached, beta) / little for beta in (little, 1 - little))
+    torch.testing.assert_close(near_0, sparse_divergence(student, *cached, 0.0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(near_1, sparse_divergence(student, *cached, 1.0), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -83,15 +76,6 @@ def test_it_is_zero_where_student_and_teacher_are_equal(k, temperature, beta):
     logits = random_logits(20, 50)
     found = sparse_divergence(logits, *top_k_logprobs(logits, k), beta, temperature)
     torch.testing.assert_close(found, torch.zeros(20), rtol=0, atol=2e-5)
-
-
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("k", [1, 10, 50])
-def test_it_is_positive_where_they_differ(k, temperature, beta):
-    student, teacher = random_logits(20, 50), random_logits(20, 50, seed=1)
-    found = sparse_divergence(student, *top_k_logprobs(teacher, k), beta, temperature)
-    assert (found > 1e-7).all() and found.mean() > 0.01
 
 
 @settings(max_examples=60, deadline=None)
@@ -113,9 +97,9 @@ def test_it_grows_with_k_up_to_the_dense_one(seed, vocab, scale, beta, data):
 
 def test_jsd_is_bounded_where_the_kls_are_not():
     student, teacher = torch.tensor([[40.0, 0.0, 0.0]]), torch.tensor([[0.0, 40.0, 0.0]])
-    signals = top_k_logprobs(teacher, 3)
-    assert sparse_kl(student, *signals).item() > 30 and sparse_reverse_kl(student, *signals).item() > 30
-    assert sparse_jsd(student, *signals).item() == pytest.approx(math.log(2), abs=1e-6)
+    cached = top_k_logprobs(teacher, 3)
+    assert sparse_divergence(student, *cached, 0.0).item() > 30 and sparse_divergence(student, *cached, 1.0).item() > 30
+    assert sparse_divergence(student, *cached, 0.5).item() == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -141,20 +125,20 @@ def test_a_student_that_equals_its_teacher_is_left_alone(k, temperature, beta):
 def test_four_tokens_by_hand(temperature):
     """Teacher ½ ¼ ⅛ ⅛ with two tokens kept, student ¼ each. The tail's tokens are alike, so tempering it is exact."""
     teacher = torch.tensor([[0.5, 0.25, 0.125, 0.125]])
-    signals = top_k_logprobs(teacher.log(), 2)
+    cached = top_k_logprobs(teacher.log(), 2)
     tempered = (teacher ** (1 / temperature)).squeeze()
     p = torch.stack([tempered[0], tempered[1], tempered[2:].sum()]) / tempered.sum()
     q = torch.tensor([0.25, 0.25, 0.5])
     if temperature == 1:
         assert (p * (p / q).log()).sum().item() == pytest.approx(0.25 * math.log(2))
     for beta, expected in ((0.0, (p * (p / q).log()).sum()), (1.0, (q * (q / p).log()).sum())):
-        found = sparse_divergence(torch.zeros(1, 4), *signals, beta, temperature)
+        found = sparse_divergence(torch.zeros(1, 4), *cached, beta, temperature)
         assert found.item() == pytest.approx(expected.item(), abs=3e-6)
 
 
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("scale", [0.1, 3.0, 30.0], ids=["flat", "usual", "sure of itself"])
-def test_half_precision_signals_keep_it_near_zero_and_finite(scale, beta):
+def test_half_precision_keeps_it_near_zero_and_finite(scale, beta):
     logits = random_logits(200, 100, scale=scale).requires_grad_()
     ids, logprobs = top_k_logprobs(logits.detach(), 20)
     found = sparse_divergence(logits, ids, logprobs.half().float(), beta)
@@ -174,11 +158,6 @@ def test_hidden_error_is_the_mse_as_a_share_of_the_teacher_s_mean_square():
     assert losses.hidden_error(teacher, teacher).tolist() == [0.0, 0.0]
     assert losses.hidden_error(0 * teacher, teacher).tolist() == [1.0, 1.0]
     assert torch.isfinite(losses.hidden_error(student, 0 * teacher)).all()
-
-
-def test_hidden_error_s_gradient_is_right():
-    student, teacher = (random_logits(3, 5, seed, dtype=torch.float64) for seed in (0, 1))
-    assert torch.autograd.gradcheck(lambda x: losses.hidden_error(x, teacher), student.requires_grad_())
 
 
 def test_projections_start_as_the_identity_where_the_sizes_agree(make_llama, make_examples):
@@ -223,12 +202,12 @@ def test_after_the_block_the_student_is_as_it_was(make_llama, tmp_path, fails):
 def test_layers_and_students_that_cannot_be_compared_are_refused(make_llama):
     model = make_llama()
     with (
-        pytest.raises(ValueError, match=r"0 \(embeddings\) to 3, not \[4\]"),
+        pytest.raises(MedkitError, match=r"0 \(embeddings\) to 3, not \[4\]"),
         losses.hidden_projections(model, [2, 4], 64),
     ):
         pass
     model.peft_config = {}
-    with pytest.raises(ValueError, match="hidden_weight"), losses.hidden_projections(model, [2], 64):
+    with pytest.raises(MedkitError, match="hidden_weight"), losses.hidden_projections(model, [2], 64):
         pass
 
 
@@ -248,13 +227,6 @@ def test_no_entities_leave_the_student_alone():
     found = losses.entity_gaps(student, student.detach(), torch.tensor([-1, -1]), torch.zeros(0)).sum()
     found.backward()
     assert found.item() == 0.0 and student.grad.tolist() == [0.0, 0.0]
-
-
-def test_entity_gaps_gradient_is_right():
-    student, teacher = (-random_logits(1, 6, seed, 1.0, torch.float64)[0].abs() for seed in (0, 1))
-    entity, weights = torch.tensor([0, 0, -1, 1, 1, 1]), torch.tensor([2.0, 1.0], dtype=torch.float64)
-    student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: losses.entity_gaps(x, teacher, entity, weights), student)
 
 
 # --- the sum -------------------------------------------------------------------------------------------------------
@@ -290,7 +262,9 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(predicted, extras):
     errors = [losses.hidden_error(predicted.hidden[a], extras["teacher_hidden"][b]).sum() for a, b in FULL.layers]
     expected = {
         "ce": trainer.cross_entropy(predicted, {})[0],
-        "forward_kl": sparse_kl(predicted.logits, extras["teacher_ids"], extras["teacher_logprobs"], 3.0).sum(),
+        "forward_kl": sparse_divergence(
+            predicted.logits, extras["teacher_ids"], extras["teacher_logprobs"], 0.0, 3.0
+        ).sum(),
         "hidden": sum(errors) / 2,
         "entity": gaps.sum(),
     }
@@ -329,13 +303,6 @@ def test_a_term_without_weight_needs_nothing(predicted, extras, weight, needs):
     assert len(rest) == 3
 
 
-def test_with_the_answers_alone_it_is_cross_entropy(predicted):
-    found, terms = DistillationLoss(ce_weight=1.0)(predicted, {})
-    expected, _ = trainer.cross_entropy(predicted, {})
-    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
-    assert terms["ce"].item() == pytest.approx(expected.item(), rel=1e-6)
-
-
 def test_settings_come_from_params():
     changes = {
         "distillation.divergence": "jsd",
@@ -355,21 +322,21 @@ def test_settings_come_from_params():
 
 
 class Teacher:
-    """`add_extras` of a resident teacher, computed as signals would hold it."""
+    """`add_extras` of a resident teacher, computed as cached would hold it."""
 
     def __init__(self, model, examples, layers, k=8):
-        self.found = []
+        self.values = []
         for example in examples:
             with torch.no_grad():
-                said = batches.predict(model, batches.collate([example], PAD), layers)
-            logprobs = said.logits.log_softmax(-1)
-            ids, kept = top_k_logprobs(said.logits, k)
-            target = logprobs.gather(-1, said.targets[:, None])[:, 0]
-            self.found.append((ids, kept.half().float(), target, said.hidden))
+                predicted = batches.predict(model, batches.collate([example], PAD), layers)
+            logprobs = predicted.logits.log_softmax(-1)
+            ids, kept = top_k_logprobs(predicted.logits, k)
+            target = logprobs.gather(-1, predicted.targets[:, None])[:, 0]
+            self.values.append((ids, kept.half().float(), target, predicted.hidden))
         self.layers = layers
 
     def batch(self, numbers):
-        ids, kept, target, hidden = zip(*(self.found[n] for n in numbers), strict=True)
+        ids, kept, target, hidden = zip(*(self.values[n] for n in numbers), strict=True)
         entity, count = [], 0
         for part in target:  # the first two tokens of each answer
             entity += [count if n < 2 else -1 for n in range(len(part))]
@@ -433,25 +400,3 @@ def test_the_projections_are_learned_and_resumed(make_llama, make_section, taugh
     assert [name for name in whole if not torch.equal(resumed[name], whole[name])] == []
     with losses.hidden_projections(make_llama(layers=2), LOSS.hidden_layers, 48) as student:
         assert not torch.equal(student.hidden_projections["1"].weight, whole["hidden_projections.1.weight"])
-
-
-def test_every_term_falls_when_it_is_trained(make_llama, make_section, taught, tmp_path):
-    section, alone = make_section(epochs=12.0, learning_rate=1e-2), replace(LOSS, ce_weight=0.0)
-    log, _ = train(make_llama(layers=2), taught, section, tmp_path, alone)
-    for column in ("jsd", "hidden", "entity"):
-        assert log[column].tail(3).mean() < 0.7 * log[column].head(3).mean(), column
-
-
-@pytest.mark.weights
-def test_a_real_student_takes_a_step_with_every_term(tmp_path, make_section):
-    params = load_params(ROOT / "params" / "smoke.yaml")
-    folder = loading.local_folder(params.models.teacher)
-    teacher = loading.load_model(folder, params.models, keep=[0, 1, 2])
-    student = loading.load_model(folder, params.models, keep=[0, 1])
-    draw = torch.Generator().manual_seed(0)
-    examples = [Example(torch.randint(5, 1000, (12,), generator=draw).tolist(), 6) for _ in range(4)]
-    size = teacher.config.hidden_size
-    with losses.hidden_projections(student, LOSS.hidden_layers, size):
-        section, add_extras = make_section(epochs=1.0), Teacher(teacher, examples, LOSS.teacher_layers).batch
-        log = trainer.train(student, examples, section, LOSS, tmp_path, 0, add_extras)
-    assert (log[["ce", "jsd", "hidden", "entity"]].to_numpy() > 0).all()

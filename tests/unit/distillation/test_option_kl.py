@@ -1,13 +1,14 @@
-"""The bridge over options: a proper divergence per question, and a training step that reads every option."""
+"""KL over options: a proper divergence per question, and a training step that reads every option."""
 
 import math
 
 import pytest
 import torch
 
-from medkit.distillation import option_kl as options
-from medkit.distillation.option_kl import OptionLoss, OptionRows, encode_options, option_kl
+from medkit.distillation import option_kl as module
+from medkit.distillation.option_kl import OptionLoss, OptionRows, option_kl
 from medkit.modeling import batches, option_scoring, trainer
+from medkit.stage import MedkitError
 
 
 def test_kl_by_hand_with_ragged_questions():
@@ -29,19 +30,17 @@ def test_gradient_is_the_difference_of_the_distributions():
         assert torch.allclose(student.grad[part], expected.detach())
 
 
-def test_scores_that_do_not_fit_are_refused(questions, tokenizer):
-    rows = [encode_options(tokenizer, q) for q in questions.to_dict("records")[:2]]
-    with pytest.raises(ValueError, match="question 1: the teacher scored another number of options"):
-        OptionRows(rows, [1, 0], [[0.0] * 4, [0.0] * 4])
-
-
 @pytest.fixture
 def asked(questions, tokenizer):
-    """Rows per option of the answered questions, the place of the right one, and made-up teacher scores."""
-    solved = questions[questions.answer >= 0].to_dict("records")
-    rows = [encode_options(tokenizer, question) for question in solved]
-    said = [[-float((7 * n + 3 * k) % 5) for k in range(len(own))] for n, own in enumerate(rows)]
-    return OptionRows(rows, [question["answer"] for question in solved], said)
+    """The answered questions with all their options, and made-up teacher scores."""
+    solved = questions[questions.answer >= 0]
+    scores = [[-float((7 * n + 3 * k) % 5) for k in range(len(options))] for n, options in enumerate(solved.options)]
+    return OptionRows(tokenizer, solved, scores)
+
+
+def test_scores_that_do_not_fit_are_refused(questions, tokenizer):
+    with pytest.raises(MedkitError, match="question q1 has 3 options, the teacher scored 4; score them again"):
+        OptionRows(tokenizer, questions[:2], [[0.0] * 4, [0.0] * 4])
 
 
 def read(asked: OptionRows, numbers: list[int]) -> dict:
@@ -50,8 +49,8 @@ def read(asked: OptionRows, numbers: list[int]) -> dict:
     return batches.pack(batch.pop("examples")) | batch
 
 
-def test_items_are_what_plain_training_reads(asked, questions, tokenizer):
-    assert asked.items == batches.encode_questions(tokenizer, questions[questions.answer >= 0])
+def test_examples_are_what_plain_training_reads(asked, questions, tokenizer):
+    assert asked.examples == batches.encode_questions(tokenizer, questions[questions.answer >= 0])
 
 
 def test_loss_is_that_of_the_scores(asked, make_llama):
@@ -67,7 +66,7 @@ def test_loss_is_that_of_the_scores(asked, make_llama):
     scores = option_scoring.score_options(model, items, 512, 0)
     kl = option_kl(
         torch.tensor([s for own in scores for s in own]),
-        torch.tensor([s for n in numbers for s in asked.teacher_logprobs[n]]),
+        torch.tensor([s for n in numbers for s in asked.teacher_scores[n]]),
         [len(own) for own in scores],
     )
     ce = -sum(own[asked.right[n]] for n, own in zip(numbers, scores, strict=True))
@@ -80,11 +79,11 @@ def test_a_student_takes_over_the_teachers_preferences(asked, make_llama, make_s
     """Through the Trainer, slices so small that a batch has several: the student ends with the teacher's choices."""
     student = make_llama(seed=4)
     section = make_section(epochs=40.0, batch_size=3, slice_tokens=64, learning_rate=3e-3)
-    log = trainer.train(student, asked.items, section, OptionLoss(0.0, 1.0), tmp_path, 0, asked.batch)
+    log = trainer.train(student, asked.examples, section, OptionLoss(0.0, 1.0), tmp_path, 0, asked.batch)
     assert log.option_kl.iloc[-1] < 0.05 * log.option_kl.iloc[0]
     batch = read(asked, [0])
-    scores = options.option_scores(batches.predict(student, batch), batch["option_lengths"])
-    assert scores.argmax() == torch.tensor(asked.teacher_logprobs[0]).argmax()
+    scores = module.sum_logprobs(batches.predict(student, batch), batch["option_lengths"])
+    assert scores.argmax() == torch.tensor(asked.teacher_scores[0]).argmax()
 
 
 def test_a_loss_with_more_slices_is_the_same(asked, make_llama, make_section, tmp_path):
@@ -92,10 +91,10 @@ def test_a_loss_with_more_slices_is_the_same(asked, make_llama, make_section, tm
     logs = []
     for tokens in (32, 4096):
         section = make_section(epochs=1.0, batch_size=3, slice_tokens=tokens)
-        log = trainer.train(make_llama(), asked.items, section, OptionLoss(1.0, 1.0), tmp_path, 0, asked.batch)
+        log = trainer.train(make_llama(), asked.examples, section, OptionLoss(1.0, 1.0), tmp_path, 0, asked.batch)
         logs.append(log)
     assert logs[0].loss.iloc[0] == pytest.approx(logs[1].loss.iloc[0], rel=1e-4)
-    tokens = sum(example.num_predicted for example in asked.items[:3])
+    tokens = sum(example.num_predicted for example in asked.examples[:3])
     assert [int(log.loss_tokens.iloc[0]) for log in logs] == [tokens, tokens]
     log = logs[0].iloc[0]
     assert log.ce + log.option_kl == pytest.approx(log.loss, rel=1e-4)

@@ -1,32 +1,23 @@
 """Rejection sampling keeps what is right, finished and not too easy, counts the rest, and draws as the model thinks."""
 
-import json
-import socket
-import threading
-from collections import Counter
-
 import pandas as pd
 import pytest
 import torch
-import uvicorn
-from starlette.applications import Starlette
-from starlette.responses import StreamingResponse
-from starlette.routing import Route
 
 from medkit.distillation import rationales
 from medkit.distillation.rationales import (
-    choose_examples,
     collect_samples,
     encode_rationales,
     keep_verified,
+    repeat_to_length,
     sample_rationales,
 )
-from medkit.inference.server_engine import RemoteEngine
 from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling import trainer
-from medkit.modeling.engine import EngineError, Generation, Request
+from medkit.modeling.engine import EngineError, Generation
 from medkit.params import RationaleParams
 from medkit.prompts import templates
+from medkit.stage import MedkitError
 
 PAD = 0
 
@@ -108,7 +99,7 @@ def test_kept_rows_become_examples_of_reason_answer_and_end(engine, tokenizer, k
 
 @pytest.mark.parametrize("change", [{"split": "test"}, {"answer": -1}], ids=["test material", "no answer"])
 def test_questions_that_may_not_be_learned_from_are_refused(engine, tokenizer, known, change):
-    with pytest.raises(ValueError, match=r"3 of 3 questions \(e\.g\. q0\).*data\.training_rows"):
+    with pytest.raises(MedkitError, match=r"3 of 3 questions \(e\.g\. q0\).*data\.training_rows"):
         sample_rationales(engine, tokenizer, known.assign(**change), 4, 60)
     assert not engine.asked
 
@@ -167,76 +158,14 @@ def test_an_engine_that_fails_is_closed_and_leaves_no_file(collect, engine, tmp_
 
 
 def test_verified_answers_are_repeated_until_there_is_as_much_to_learn(engine, tokenizer, known):
-    sampled = sample_rationales(engine, tokenizer, known, 4, 60)
-    kept, counts = keep_verified(sampled, too_easy=2.0)
-    once = encode_rationales(tokenizer, known, kept)
+    verified, _ = keep_verified(sample_rationales(engine, tokenizer, known, 4, 60), too_easy=2.0)
+    once = encode_rationales(tokenizer, known, verified)
     total = sum(example.num_predicted for example in once)
     for wanted in (1, total, total + 1, 3 * total):
-        chosen, found = choose_examples(tokenizer, known, sampled, 2.0, wanted)
-        assert chosen == [once[n % len(once)] for n in range(len(chosen))]
-        assert sum(e.num_predicted for e in chosen[:-1]) < wanted <= sum(e.num_predicted for e in chosen)
-        pd.testing.assert_frame_equal(found, counts)
-    assert choose_examples(tokenizer, known, sampled.assign(right=False), 2.0, total)[0] == []
-
-
-# --- a real engine ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scheduler", ["static", "continuous"])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_tokens_are_drawn_as_likely_as_the_temperature_makes_them(make_llama, scheduler, temperature):
-    model, prompt, draws = make_llama(initializer_range=0.3), [5, 9, 17, 33], 600
-    torch.manual_seed(0)
-    engine = TorchEngine(model, PAD, scheduler=scheduler, batch_tokens=1024, temperature=temperature)
-    found = Counter(g.token_ids[0] for g in engine.generate([Request(prompt, 1)] * draws))
-    engine.close()
-    with torch.no_grad():
-        true = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1)
-    top = true.topk(4)
-    for token, p in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-        assert abs(found[token] / draws - p) < 5 * (p * (1 - p) / draws) ** 0.5 + 1e-9
-    assert len(found) > 4
-
-
-def test_the_same_seed_draws_the_same_and_a_checkpoint_s_own_wishes_change_nothing(make_llama):
-    model, asked = make_llama(initializer_range=0.3), [Request([5, 9, 17], 12), Request([7, 8], 12)]
-    engine = TorchEngine(model, PAD, scheduler="static", batch_tokens=1024, temperature=1.0)
-
-    def draw(seed):
-        torch.manual_seed(seed)
-        return [generation.token_ids for generation in engine.generate(asked)]
-
-    first = draw(0)
-    assert draw(1) != first
-    model.generation_config.update(temperature=0.01, top_k=1, top_p=0.1)
-    assert draw(0) == first
-
-
-def test_a_negative_temperature_is_refused(make_llama):
-    with pytest.raises(EngineError, match="temperature -1: give 0"):
-        TorchEngine(make_llama(), PAD, batch_tokens=64, temperature=-1.0)
-
-
-def test_a_server_is_told_the_temperature():
-    bodies = []
-
-    async def complete(request):
-        bodies.append(await request.json())
-        choice = {"index": 0, "text": "", "token_ids": [7], "finish_reason": "length"}
-        return StreamingResponse([f"data: {json.dumps({'choices': [choice]})}\n\n", "data: [DONE]\n\n"])
-
-    server = uvicorn.Server(uvicorn.Config(Starlette(routes=[Route("/v1/completions", complete, methods=["POST"])])))
-    with socket.create_server(("127.0.0.1", 0)) as port:
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
-        thread.start()
-        url = f"http://127.0.0.1:{port.getsockname()[1]}/v1"
-        for settings in ({}, {"temperature": 0.7}):
-            engine = RemoteEngine(url, "toy", None, **settings)
-            assert engine.generate([Request([5], 1)])[0].token_ids == [7]
-            engine.close()
-        server.should_exit = True
-        thread.join(20)
-    assert [(body["temperature"], body.get("top_p")) for body in bodies] == [(0.0, None), (0.7, 1.0)]
+        repeated = repeat_to_length(once, wanted)
+        assert repeated == [once[n % len(once)] for n in range(len(repeated))]
+        assert sum(e.num_predicted for e in repeated[:-1]) < wanted <= sum(e.num_predicted for e in repeated)
+    assert repeat_to_length([], total) == []
 
 
 def test_a_toy_teacher_s_reasons_are_verified(make_llama, make_section, tokenizer, known, tmp_path):
@@ -263,7 +192,7 @@ def test_a_toy_teacher_s_reasons_are_verified(make_llama, make_section, tokenize
     )
 
     # a student that learns them answers the question right, with the reason, and nothing else of what its teacher said
-    chosen, _ = choose_examples(tokenizer, asked, sampled, 2.0, 20 * first.num_predicted)
+    chosen = repeat_to_length(encode_rationales(tokenizer, asked, kept), 20 * first.num_predicted)
     student, quick = make_llama(seed=4), make_section(epochs=12.0, learning_rate=1e-2, save_every_steps=1000)
     trainer.train(student, chosen, quick, trainer.cross_entropy, tmp_path / "s", seed=0)
     engine = TorchEngine(student, PAD, scheduler="static", batch_tokens=1024)
