@@ -5,7 +5,7 @@ tokens. By the chain rule each model gives the span a probability. Only the last
 k cached tokens at that place are k other ways to end the span. A teacher's token and a student's token are the same
 event if they write the same bytes; token names ("Ġ", "▁", "<0x0A>") are never compared. Events that both models can
 write are compared one by one, and the rest of the probability as one bucket. This is a KL divergence over one partition
-for both models. With one tokenizer each span is one token, and the result is `losses.sparse_kl`.
+for both models. With one tokenizer each span is one token, and the result is `losses.sparse_divergence`.
 
 Limits: a probability here is that of one path of tokens, and other paths can write the same bytes. There is no
 temperature, because a bucket of paths is not a set of tokens. The comparison that needs no alignment is `option_kl`.
