@@ -97,14 +97,13 @@ class Lesson:
         return tuple((layer, self.kept[layer - 1] + 1) for layer in own)
 
     @cached_property
-    def signals(self) -> teacher_cache.Signals:
-        section, folder = self.params.distillation, self.folder / f"signals_{self.corrected}"
+    def cache(self) -> teacher_cache.TeacherCache:
+        section, folder = self.params.distillation, self.folder / f"teacher_cache_{self.corrected}"
         key = digest([self.corrected, templates.TEXT.hash, self.tokenizer.get_vocab()])
         wanted = [theirs for _, theirs in self.layers]
-        teacher_cache.capture_signals(
+        return teacher_cache.capture_teacher(
             self.teacher(), self.examples, folder, section.top_k, section.shard_examples, key, wanted
         )
-        return teacher_cache.Signals(folder, key)
 
     @cached_property
     def entities(self) -> entities.Entities:
@@ -112,7 +111,7 @@ class Lesson:
 
     @cached_property
     def difficulty(self) -> list[float]:
-        return order_by_difficulty(self.signals.mean_nll(), self.entities.densities())
+        return order_by_difficulty(self.cache.mean_nll(), self.entities.densities())
 
     @cached_property
     def written(self) -> tuple[list[batches.Example], dict]:
@@ -126,11 +125,13 @@ class Lesson:
 
         path, speaker = self.folder / "sampled.parquet", f"{self.run} {self.corrected}"
         sampled = rationales.collect_samples(path, speaker, make_engine, self.tokenizer, rows, RATIONALES, 0)
-        chosen, found = rationales.choose_examples(self.tokenizer, rows, sampled, RATIONALES.too_easy, wanted)
+        verified, found = rationales.keep_verified(sampled, RATIONALES.too_easy)
+        encoded = rationales.encode_rationales(self.tokenizer, rows, verified)
+        chosen = rationales.repeat_to_length(encoded, wanted)
         return chosen, {"yield": found.to_dict("records"), "verified": int(found.kept.sum()), "learned": len(chosen)}
 
     def add_extras(self, numbers: list[int]) -> dict:
-        return self.signals.batch(numbers) | self.entities.batch(numbers)
+        return self.cache.batch(numbers) | self.entities.batch(numbers)
 
 
 def teach(name: str, seed: int, lesson: Lesson) -> dict:

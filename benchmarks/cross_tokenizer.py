@@ -1,8 +1,8 @@
 """A teacher with another tokenizer: what two tokenizations share, how large the losses are, and what a student gains.
 
-Three parts on a finished run's own answers. Spans: all rows, tokenizers alone. Signals: the teacher's at training rows,
-and the untrained student's losses there; the teacher is first corrected (LoRA), on other rows than it then speaks
-about. Training: CE alone, CE + KL over spans, CE + KL over options, each from the same weights on the same batches,
+Three parts on a finished run's own answers. Spans: all rows, tokenizers alone. Cache: the teacher at training rows,
+and the untrained student's losses there; the teacher is first corrected (LoRA), on other rows than it is then
+read at. Training: CE alone, CE + KL over spans, CE + KL over options, each from the same weights on the same batches,
 judged by paired −log p per answer token of validation rows, and by −log p of the right option among a question's
 options. Units: nats, bytes, fractions.
 """
@@ -20,8 +20,8 @@ import torch
 from record import RESULTS, Ratio, result_path, versions, write
 
 from medkit.data import splits
-from medkit.distillation import cross_tokenizer, lessons, option_kl
-from medkit.distillation.teacher_cache import Signals, capture_signals
+from medkit.distillation import cross_tokenizer, option_kl
+from medkit.distillation.teacher_cache import capture_teacher
 from medkit.lora import adapters
 from medkit.modeling import batches, loading, option_scoring, trainer
 from medkit.params import load_params
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
     parser.add_argument("--params", type=Path, default=ROOT / "params" / "cross.yaml")
-    parser.add_argument("--signal-rows", type=int, default=240, help="rows whose teacher signals are looked at")
+    parser.add_argument("--signal-rows", type=int, default=240, help="rows of the teacher cache")
     parser.add_argument("--correct-rows", type=int, default=128, help="other rows that correct the teacher; 0: none")
     parser.add_argument("--train-rows", type=int, default=96, help="of the first, rows to train on; 0: no training")
     parser.add_argument("--batch-size", type=int, default=8)
@@ -48,24 +48,26 @@ def main() -> None:
     params, before = load_params(args.params, sizes), os.getloadavg()
     folders = [loading.local_folder(section) for section in (params.models.student, params.models.teacher)]
     tokenizers = [loading.load_tokenizer(folder) for folder in folders]
-    bridge = lessons.make_bridge(*tokenizers[::-1])
+    aligner = cross_tokenizer.TokenAligner.from_tokenizers(*tokenizers)
     questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
     rows = {split: splits.training_rows(questions, split) for split in ("train", "valid")}
     shuffled = rows["train"].sample(frac=1, random_state=params.seed)
-    raw = {"spans": describe_spans(bridge, tokenizers, pd.concat(rows.values()))}
+    raw = {"spans": describe_spans(aligner, tokenizers, pd.concat(rows.values()))}
     print(json.dumps(raw["spans"]), flush=True)
 
     with tempfile.TemporaryDirectory() as scratch:
         others = shuffled.iloc[args.signal_rows :].head(args.correct_rows)
         teacher = correct(folders[1], tokenizers[1], params, others, Path(scratch))
-        heard = listen(teacher, folders[0], tokenizers, params, shuffled.head(args.signal_rows), bridge, Path(scratch))
+        losses = measure_losses(
+            teacher, folders[0], tokenizers, params, shuffled.head(args.signal_rows), aligner, Path(scratch)
+        )
         del teacher
-        raw["signals"] = heard.pop("record")
+        raw["signals"] = losses.pop("record")
         print(json.dumps(raw["signals"]), flush=True)
         if args.train_rows:
             valid = rows["valid"].sample(frac=1, random_state=params.seed).head(args.valid_rows)
             taught = shuffled.head(args.train_rows)
-            raw["training"] = compare_training(folders[0], tokenizers[0], params, taught, valid, heard, args, scratch)
+            raw["training"] = compare_training(folders[0], tokenizers[0], params, taught, valid, losses, args, scratch)
     raw |= {"loadavg_before": before, "loadavg_after": os.getloadavg()}
     ratios = {
         "one_to_one/spans": Ratio(raw["spans"]["one_to_one_spans"], None, "higher", raw["spans"]["answers"]),
@@ -91,10 +93,10 @@ def answers_of(examples: list[batches.Example]) -> list[list[int]]:
     return [example.input_ids[example.loss_start :] for example in examples]
 
 
-def describe_spans(bridge: cross_tokenizer.Bridge, tokenizers: list, rows: pd.DataFrame) -> dict:
+def describe_spans(aligner: cross_tokenizer.TokenAligner, tokenizers: list, rows: pd.DataFrame) -> dict:
     """How the two cut the answers. The end of an answer is a span of one token on both sides and of no bytes."""
     sides = [batches.encode_questions(one, rows) for one in tokenizers]
-    found = cross_tokenizer.span_sizes(bridge, *sides)
+    found = cross_tokenizer.measure_spans(aligner, *sides)
     shapes, sizes = pd.Series([span[:2] for span in found]), np.array([span[2] for span in found])
     single = shapes.isin([(1, 1)]).to_numpy()
     return {
@@ -104,9 +106,9 @@ def describe_spans(bridge: cross_tokenizer.Bridge, tokenizers: list, rows: pd.Da
         "one_to_one_spans": float(single.mean()), "one_to_one_bytes": float(sizes[single].sum() / sizes.sum()),
         "shapes": {f"{m}:{n}": int(count) for (m, n), count in shapes.value_counts().head(8).items()},
         "shared_vocabulary": {
-            "tokens": int((bridge.shared >= 0).sum()),
-            "of_student": float((bridge.shared >= 0).sum() / len(bridge.student.ids)),
-            "of_teacher": float((bridge.shared >= 0).sum() / len(bridge.teacher.ids)),
+            "tokens": int((aligner.shared >= 0).sum()),
+            "of_student": float((aligner.shared >= 0).sum() / len(aligner.student.ids)),
+            "of_teacher": float((aligner.shared >= 0).sum() / len(aligner.teacher.ids)),
         },
     }  # fmt: skip
 
@@ -124,27 +126,27 @@ def correct(folder: Path, tokenizer, params, rows: pd.DataFrame, scratch: Path):
     return adapters.merge(adapted)
 
 
-def listen(
-    teacher, folder, tokenizers, params, rows: pd.DataFrame, bridge: cross_tokenizer.Bridge, scratch: Path
+def measure_losses(
+    teacher, folder, tokenizers, params, rows: pd.DataFrame, aligner: cross_tokenizer.TokenAligner, scratch: Path
 ) -> dict:
-    """The teacher's signals and option scores at these rows, and the untrained student's losses against them."""
+    """The teacher's cache and option scores at these rows, and the untrained student's losses against them."""
     examples = [batches.encode_questions(one, rows) for one in tokenizers]
     began = time.perf_counter()
-    capture_signals(teacher, examples[1], scratch / "signals", params.distillation.top_k, 64, "cross")
+    cache = capture_teacher(teacher, examples[1], scratch / "cache", params.distillation.top_k, 64, "cross")
     scores = score(teacher, tokenizers[1], rows, params)
     seconds = time.perf_counter() - began
-    signals = cross_tokenizer.AlignedSignals(Signals(scratch / "signals", "cross"), *examples, bridge)
+    aligned = cross_tokenizer.AlignedCache(cache, *examples, aligner)
     student = loading.load_model(folder, params.models)
     spans = []
     for numbers, predicted in batches.iterate_predicted(student, examples[0]):
-        said = signals.batch(numbers)
-        kl = cross_tokenizer.span_kl(predicted.logits, predicted.targets, **said)
+        cached = aligned.batch(numbers)
+        kl = cross_tokenizer.span_kl(predicted.logits, predicted.targets, **cached)
         nll = torch.nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
-        own = [part.sum().item() for part in nll.split(said["span_lengths"].tolist())]
-        shapes = [(len(s.student), len(s.teacher)) for n in numbers for s in bridge.align(*signals.answers[n])]
-        weight = said["span_logprobs"].exp().sum(-1)
-        kept = [signals.signals.example(n)["teacher_logprobs"].exp().sum(-1) for n in numbers]
-        places = [[span.teacher[-1] for span in bridge.align(*signals.answers[n])] for n in numbers]
+        own = [part.sum().item() for part in nll.split(cached["span_lengths"].tolist())]
+        shapes = [(len(s.student), len(s.teacher)) for n in numbers for s in aligner.align(*aligned.answers[n])]
+        weight = cached["span_logprobs"].exp().sum(-1)
+        kept = [cache.example(n)["teacher_logprobs"].exp().sum(-1) for n in numbers]
+        places = [[span.teacher[-1] for span in aligner.align(*aligned.answers[n])] for n in numbers]
         ends = torch.cat([mass[last] for mass, last in zip(kept, places, strict=True)])
         found = {"kl": kl, "ce": torch.tensor(own), "shared": weight, "kept": ends}
         spans.append(pd.DataFrame({name: values.numpy() for name, values in found.items()}).assign(shape=shapes))
@@ -152,9 +154,9 @@ def listen(
     single = spans["shape"].isin([(1, 1)])
     num_tokens = sum(map(len, answers_of(examples[0])))
     num_bytes = sum(
-        len(b"".join(bridge.student.spell(own))) - len(cross_tokenizer.END) for own in answers_of(examples[0])
+        len(b"".join(aligner.student.to_bytes(own))) - len(cross_tokenizer.END) for own in answers_of(examples[0])
     )
-    teacher_nll = -sum(signals.signals.example(n)["teacher_target_logprobs"].sum().item() for n in range(len(rows)))
+    teacher_nll = -sum(cache.example(n)["teacher_target_logprobs"].sum().item() for n in range(len(rows)))
     record = {
         "rows": len(rows), "spans": len(spans), "top_k": params.distillation.top_k, "teacher_seconds": seconds,
         "kept_mass": float(spans.kept[single].mean()),
@@ -168,7 +170,7 @@ def listen(
         "teacher_option_nll": float(np.mean(right_nll(scores, rows))),
         "teacher_accuracy": accuracy(scores, rows),
     }  # fmt: skip
-    return {"record": record, "signals": signals, "examples": examples[0], "scores": scores}
+    return {"record": record, "extras": aligned.batch, "examples": examples[0], "scores": scores}
 
 
 def score(model, tokenizer, rows: pd.DataFrame, params) -> list[list[float]]:
@@ -192,17 +194,16 @@ def accuracy(scores: list[list[float]], rows: pd.DataFrame) -> float:
     return float(np.mean([np.argmax(own) == right for own, right in zip(scores, rows.answer, strict=True)]))
 
 
-def compare_training(folder: Path, tokenizer, params, rows, valid, heard, args, scratch) -> dict:
+def compare_training(folder: Path, tokenizer, params, rows, valid, losses, args, scratch) -> dict:
     """−log p of validation answers after each arm, and each arm minus CE alone, question by question."""
     weights = params.distillation.ce_weight, params.distillation.kl_weight
-    examples = heard["examples"][: len(rows)]
-    asked = [option_kl.encode_options(tokenizer, question) for question in rows.to_dict("records")]
-    every = option_kl.OptionRows(asked, rows.answer.tolist(), heard["scores"][: len(rows)])
-    assert every.items == examples
+    examples = losses["examples"][: len(rows)]
+    every = option_kl.OptionRows(tokenizer, rows, losses["scores"][: len(rows)])
+    assert every.examples == examples
     arms = {
         "untrained": None,
         "ce": (trainer.cross_entropy, lambda numbers: {}),
-        "ce_span_kl": (cross_tokenizer.SpanLoss(*weights), heard["signals"].batch),
+        "ce_span_kl": (cross_tokenizer.SpanLoss(*weights), losses["extras"]),
         "ce_option_kl": (option_kl.OptionLoss(*weights), every.batch),
     }
     judged = batches.encode_questions(tokenizer, valid)

@@ -1,11 +1,12 @@
-"""A distillation step from cached signals against TRL's GKD step with the teacher in memory: time and memory.
+"""A distillation step from cached log-probabilities against TRL's GKD step with the teacher in memory: time and memory.
 
 Same student, teacher, rows, batches and objective (forward KL at the answers' tokens, temperature 1, float32, AdamW):
-`cached` is `training.train` on top-k signals in slices of so many tokens, as the tiny profile sets it: what rows begin
-with is read once, nothing is padding. `gkd` is `trl.experimental.gkd` with lmbda=0 (no sampling), the batch at once;
-`gkd_slices` the same by accumulation over quarters of the batch. Real ICD-10-CM questions and the models of a finished
-run. Each in a process of its own, taking turns step by step; the first step is dropped. GKD's KL is over the whole
-vocabulary, ours over the kept tokens and a bucket: equal up to what the bucket merges, which the json shows.
+`cached` is `trainer.train` on top-k log-probabilities in slices of so many tokens, as the tiny profile sets it: a
+shared beginning of rows is read once, and there is no padding. `gkd` is `trl.experimental.gkd` with lmbda=0 (no
+sampling), the batch at once; `gkd_slices` the same by accumulation over quarters of the batch. Real ICD-10-CM
+questions and the models of a finished run. Each in a process of its own, taking turns step by step; the first step is
+dropped. GKD's KL is over the whole vocabulary, ours over the kept tokens and a bucket: equal up to what the bucket
+merges, which the json shows.
 """
 
 import os
@@ -48,7 +49,7 @@ def capture(args) -> None:
     """The teacher speaks, in a process of its own, and is gone."""
     _, params, examples = read_rows(args)
     teacher = loading.load_model(args.run / "02_distillation" / "teacher", params.models)
-    teacher_cache.capture_signals(teacher, examples, args.signals, args.top_k, 64, KEY)
+    teacher_cache.capture_teacher(teacher, examples, args.cache, args.top_k, 64, KEY)
 
 
 def cached(args) -> None:
@@ -64,9 +65,9 @@ def cached(args) -> None:
         clock.losses.append(total.item())
         return total, terms
 
-    heard = teacher_cache.Signals(args.signals, KEY).batch
-    checkpoints = args.signals.with_name(args.contender)
-    training.train(student, examples, section, loss, checkpoints, 0, heard)
+    add_extras = teacher_cache.TeacherCache(args.cache, KEY).batch
+    checkpoints = args.cache.with_name(args.contender)
+    training.train(student, examples, section, loss, checkpoints, 0, add_extras)
 
 
 def gkd(args, accumulate: int = 1) -> None:
@@ -98,7 +99,7 @@ def gkd(args, accumulate: int = 1) -> None:
 
     train = params.distillation.student_train
     settings = GKDConfig(
-        output_dir=str(args.signals.with_name(args.contender)),
+        output_dir=str(args.cache.with_name(args.contender)),
         lmbda=0.0, beta=0.0, temperature=1.0, num_train_epochs=9, learning_rate=train.learning_rate,
         warmup_steps=train.warmup_fraction, lr_scheduler_type="cosine", train_sampling_strategy="sequential",
         per_device_train_batch_size=args.batch // accumulate, gradient_accumulation_steps=accumulate,
@@ -147,8 +148,8 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5, help="timed steps per contender, after a warm-up")
     parser.add_argument("--among", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who takes part")
-    parser.add_argument("--signals", type=Path, help="where the teacher's signals are, or go")
-    parser.add_argument("--capture", action="store_true", help="write the signals and end")
+    parser.add_argument("--cache", type=Path, help="where the teacher cache is, or goes")
+    parser.add_argument("--capture", action="store_true", help="write the cache and end")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -159,7 +160,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         names = ("run", "params", "source", "batch", "slice_tokens", "top_k", "repeats", "threads")
         options = [text for n in names for text in (f"--{n.replace('_', '-')}", str(getattr(args, n)))]
-        options += ["--signals", f"{scratch}/signals"]
+        options += ["--cache", f"{scratch}/cache"]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         subprocess.run([sys.executable, __file__, "--capture", *options], env=environment, check=True)
         raw = measure(args, options)

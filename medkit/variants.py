@@ -6,6 +6,7 @@ A new variant is one row of `VARIANTS`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -56,3 +57,8 @@ STEPS = [
     ("lora", "tfidf", "Does the student know more than a table of words?"),
     ("nf4", "teacher_base", "Is the small model better than the large one as it came?"),
 ]
+
+
+def list_variants(students: Sequence[str]) -> dict[str, Variant]:
+    """The variants of a run with these trained students (`distillation.list_students`), in the registry's order."""
+    return {name: v for name, v in VARIANTS.items() if not name.startswith("student_") or name in students}

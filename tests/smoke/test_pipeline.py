@@ -51,7 +51,7 @@ def test_every_promised_artifact_is_there(whole):
         "02_distillation": [
             "teacher_adapter",
             "teacher",
-            "signals",
+            "teacher_cache",
             "base",
             "student_ce",
             "student_kd",

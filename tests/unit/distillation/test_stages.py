@@ -14,7 +14,7 @@ from medkit.lora import adapters
 from medkit.modeling import batches, loading, trainer
 from medkit.params import load_params
 from medkit.stage import ROOT, MedkitError, Stage, StageError
-from medkit.variants import VARIANTS
+from medkit.variants import VARIANTS, list_variants
 
 TRAIN = {"epochs": 1.0, "batch_size": 4, "slice_tokens": 200, "learning_rate": 1e-2, "warmup_fraction": 0.1}
 TRAIN |= {"save_every_steps": 9, "scale": None}
@@ -316,11 +316,17 @@ def test_a_student_learns_along_its_own_answers_once(stage, load, tokenizer, mon
     pd.testing.assert_frame_equal(stages.train_stage("student_onpolicy", "toy", params), log)
 
 
-def test_every_student_that_can_be_trained_is_a_variant_of_the_run(load):
+def test_every_student_that_a_profile_asks_for_is_evaluated(load):
+    """Notebook 04 writes this list of variants for notebooks 05 and 06."""
     students = stages.list_students(load(on_policy=ON_POLICY, rationales=RATIONALES))
     assert students == ["student_ce", "student_kd", "student_seq", "student_onpolicy"]
     assert ("teacher", *students) == stages.STAGES
-    assert [VARIANTS[name].folder for name in students] == [f"02_distillation/{name}" for name in students]
+    folders = {name: variant.folder for name, variant in list_variants(students).items()}
+    assert folders.keys() == VARIANTS.keys()
+    assert [folders[name] for name in students] == [f"02_distillation/{name}" for name in students]
+    fewer = list_variants(stages.list_students(load()))
+    assert VARIANTS.keys() - fewer.keys() == {"student_seq", "student_onpolicy"}
+    assert "list_variants(distillation.list_students(params))" in (ROOT / "notebooks/04_quantization.ipynb").read_text()
 
 
 # --- what is missing -------------------------------------------------------------------------------------------------

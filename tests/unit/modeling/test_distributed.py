@@ -108,7 +108,7 @@ def profile(outputs, make_llama, tokenizer):
 
 @pytest.fixture(scope="module")
 def make_run(outputs, profile, make_llama, tokenizer):
-    """make_run(name): a run with questions, a teacher, its signals and the start of a student; nothing trained.
+    """make_run(name): a run with questions, a teacher, its cache and the start of a student; nothing trained.
 
     With `distilled`, the stage is committed with a student that an adapter can be fitted to.
     """
@@ -131,9 +131,9 @@ def make_run(outputs, profile, make_llama, tokenizer):
             return Stage(name, "03_lora")
         loading.save_model(make_llama(layers=3), tokenizer, stage.path("teacher"))
         loading.save_model(narrow, tokenizer, stage.path("base"))
-        examples, key = batches.encode_questions(tokenizer, questions), recipes.signals_key(stage, tokenizer)
+        examples, key = batches.encode_questions(tokenizer, questions), recipes.teacher_key(stage, tokenizer)
         thoughts = [theirs for _, theirs in LAYERS]
-        teacher_cache.capture_signals(make_llama(layers=3), examples, stage.path("signals"), 16, 4, key, thoughts)
+        teacher_cache.capture_teacher(make_llama(layers=3), examples, stage.path("teacher_cache"), 16, 4, key, thoughts)
         return stage
 
     return make
