@@ -48,8 +48,9 @@ notebooks: .venv/done  ## run the notebooks in place with the smoke profile, kee
 	MEDKIT_OUTPUTS=$$(mktemp -d) .venv/bin/jupyter execute --inplace notebooks/[0-9]*.ipynb
 	.venv/bin/nbstripout --keep-count --keep-id notebooks/[0-9]*.ipynb
 
-readme: .venv/done  ## regenerate the tables of README and docs from results
-	$(PY) -m cogapp -r README.md docs/benchmarks.md
+readme: .venv/done  ## figure and tables of README and docs from a run's results (RUN=…)
+	$(PY) -m medkit.reporting.readme outputs/$(RUN)/results.json
+	$(PY) -m cogapp -r README.md docs/results.md docs/benchmarks.md
 
 .llama/done: .venv/done
 	$(PYTHON) -m venv .llama
