@@ -22,31 +22,46 @@ Symbol = tuple[str, str]  # a module's dotted name and a name in it; an empty na
 
 def digest_code(source: str) -> str:
     """Digest of a piece of source, such as a notebook's cells, and of all that it reaches in this package."""
-    tree = _without_docstrings(ast.parse(source))
-    return _digest_reached([ast.dump(tree)], _reached_from(tree, _bindings(tree)))
+    return digest([[ast.dump(_without_docstrings(ast.parse(source)))], _flat(reached_by_code(source))])
 
 
 def digest_functions(*functions: Callable) -> str:
     """Digest of some functions or classes of this package and of all that they reach in it."""
-    return _digest_reached([], {(f.__module__, f.__qualname__.split(".")[0]) for f in functions})
+    return digest([[], _flat(_reached({(f.__module__, f.__qualname__.split(".")[0]) for f in functions}))])
 
 
-def _digest_reached(start: list[str], todo: set[Symbol]) -> str:
-    found: dict[Symbol, list[str]] = {}
+def reached_by_code(source: str) -> dict[Symbol, list[str]]:
+    """The definitions of this package that a piece of source reaches, each as its code and the files that it names."""
+    tree = _without_docstrings(ast.parse(source))
+    return _reached(_named_in(tree, _bindings(tree)))
+
+
+def _flat(definitions: dict[Symbol, list[str]]) -> list:
+    return sorted((*symbol, parts) for symbol, parts in definitions.items())
+
+
+def _reached(todo: set[Symbol]) -> dict[Symbol, list[str]]:
+    seen: dict[Symbol, list[str]] = {}
     while todo:
         symbol = todo.pop()
-        if symbol in found or not _path(symbol[0]):
-            continue
-        nodes = _definitions(symbol[0]).get(symbol[1], [])
-        found[symbol] = [part for node in nodes for part in (ast.dump(node), *_files_beside(symbol[0], node))]
-        for node in nodes:
-            todo |= _reached_from(node, _imports(symbol[0])) | {
-                (symbol[0], name) for name in _names(node) if name in _definitions(symbol[0])
-            }
-        if not nodes and symbol[1] in _imports(symbol[0]):  # a name that an index passes on
-            todo.add(_imports(symbol[0])[symbol[1]])
-        todo.add((symbol[0], ""))  # statements that run whenever the module is imported
-    return digest([start, sorted((*symbol, parts) for symbol, parts in found.items() if parts)])
+        if symbol not in seen and _path(symbol[0]):
+            seen[symbol], named = _definition(*symbol)
+            todo |= named
+    return {symbol: parts for symbol, parts in seen.items() if parts}
+
+
+@cache
+def _definition(module: str, name: str) -> tuple[list[str], set[Symbol]]:
+    """The code of a symbol and of the files that it names, and the symbols that it names."""
+    definitions, imports = _definitions(module), _imports(module)
+    nodes = definitions.get(name, [])
+    parts = [part for node in nodes for part in (ast.dump(node), *_files_beside(module, node))]
+    named = {(module, "")}  # statements that run whenever the module is imported
+    for node in nodes:
+        named |= _named_in(node, imports) | {(module, other) for other in _names(node) if other in definitions}
+    if not nodes and name in imports:  # a name that an index passes on
+        named.add(imports[name])
+    return parts, named
 
 
 @cache
@@ -78,39 +93,42 @@ def _imports(module: str) -> dict[str, Symbol]:
 
 def _bindings(tree: ast.AST) -> dict[str, Symbol]:
     """Local names of what is imported from this package, anywhere in the tree."""
-    found = {}
+    bindings = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and _path(node.module or ""):
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
-                found[alias.asname or alias.name] = (
-                    (inner, "") if _is_module(node.module, alias.name) else (node.module, alias.name)
-                )
-    return found
+                is_module = _path(inner) and alias.name not in _passed_on(node.module)
+                bindings[alias.asname or alias.name] = (inner, "") if is_module else (node.module, alias.name)
+    return bindings
 
 
-def _is_module(package: str, name: str) -> bool:
-    """A room's function hides a module of the same name, as it does for Python."""
-    return bool(_path(f"{package}.{name}")) and name not in _imports(package)
+@cache
+def _passed_on(package: str) -> set[str]:
+    """Names that an index imports from its files: such a function hides a file of the same name, as in Python."""
+    imports = (n for n in ast.walk(_tree(package)) if isinstance(n, ast.ImportFrom) and n.module != package)
+    return {alias.asname or alias.name for node in imports for alias in node.names}
 
 
 @cache
 def _definitions(module: str) -> dict[str, list[ast.stmt]]:
     """Top-level definitions by name; under "" the other statements, imports left out."""
-    found: dict[str, list[ast.stmt]] = {}
+    definitions: dict[str, list[ast.stmt]] = {}
     for node in _tree(module).body:
         match node:
             case ast.Import() | ast.ImportFrom():
                 continue
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
                 names = {name}
-            case ast.Assign() | ast.AnnAssign():
-                names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            case ast.Assign(targets=targets):
+                names = {name for target in targets for name in _names(target)}
+            case ast.AnnAssign(target=target):
+                names = set(_names(target))
             case _:
                 names = {""}
         for name in names:
-            found.setdefault(name, []).append(node)
-    return found
+            definitions.setdefault(name, []).append(node)
+    return definitions
 
 
 def _names(tree: ast.AST) -> Iterator[str]:
@@ -119,16 +137,16 @@ def _names(tree: ast.AST) -> Iterator[str]:
             yield node.id
 
 
-def _reached_from(tree: ast.AST, imported: dict[str, Symbol]) -> set[Symbol]:
-    """The symbols of this package that a tree names: `f` where f is imported, `room.f` where the room is."""
-    imported = imported | _bindings(tree)
-    found = {imported[name] for name in _names(tree) if name in imported}
+def _named_in(tree: ast.AST, imports: dict[str, Symbol]) -> set[Symbol]:
+    """The imported symbols that a tree names: `f` where f is imported, `room.f` where the room is."""
+    imports = imports | _bindings(tree)
+    named = {imports[name] for name in _names(tree) if name in imports}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported:
-            module, name = imported[node.value.id]
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imports:
+            module, name = imports[node.value.id]
             if not name:
-                found.add((module, node.attr))
-    return found
+                named.add((module, node.attr))
+    return named
 
 
 def _files_beside(module: str, node: ast.AST) -> Iterator[str]:

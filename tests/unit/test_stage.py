@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from medkit import stage as outputs
+from medkit import stage as module
 from medkit.stage import FINGERPRINT, MANIFEST, Stage, StageError, atomic_path, run_dir
 
 TABLE = pd.DataFrame({"id": ["a", "b"], "options": [["x", "y"], ["z"]], "answer": [1, 0]})
@@ -39,9 +39,7 @@ def committed(name: str = "01_data", **files: str) -> Stage:
 # --- names ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["../evil", "a/b", "/tmp/x", "..", ".", "", ".hidden", "a b", "a\\b", "a\n", "-x", "~", "ü", "a\0b"]
-)
+@pytest.mark.parametrize("name", ["../evil", "/tmp/x", "..", "", ".hidden", "a b", "a\\b", "a\n", "-x", "~", "a\0b"])
 def test_run_name_with_a_path_in_it_is_refused(name, root):
     for use in (run_dir, lambda n: Stage(n, "01_data")):
         with pytest.raises(StageError, match="run name") as error:
@@ -50,15 +48,15 @@ def test_run_name_with_a_path_in_it_is_refused(name, root):
     assert list(root.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["tiny", "a.b", "run-2_x", "0", "A.B-c"])
+@pytest.mark.parametrize("name", ["tiny", "run-2_x", "0", "A.B-c"])
 def test_plain_run_names_stay_below_outputs(name, root):
     assert run_dir(name).parent == root
 
 
-def test_outputs_lie_beside_the_package_unless_told(monkeypatch):
+def test_outputs_lie_beside_the_package_by_default(monkeypatch):
     monkeypatch.delenv("MEDKIT_OUTPUTS")
-    assert outputs.outputs_root() == outputs.ROOT / "outputs"
-    assert (outputs.ROOT / "pyproject.toml").is_file()
+    assert module.outputs_root() == module.ROOT / "outputs"
+    assert (module.ROOT / "pyproject.toml").is_file()
 
 
 # --- manifests -----------------------------------------------------------------------------------------------------
@@ -82,7 +80,7 @@ def test_commit_lists_every_file_with_its_size():
 def test_manifest_says_where_and_with_what():
     manifest = committed().manifest()
     assert set(manifest["versions"]) >= {"torch", "transformers", "numpy"}
-    assert manifest["disclaimer"] == outputs.DISCLAIMER
+    assert manifest["disclaimer"] == module.DISCLAIMER
     assert manifest["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}", manifest["git_commit"])
     assert manifest["device"]
     assert manifest["duration_s"] >= 0
@@ -107,13 +105,6 @@ def test_manifest_is_written_last(monkeypatch):
     assert written == ["a.json", "b.parquet", MANIFEST]
 
 
-def test_a_stage_that_dies_before_its_commit_is_open():
-    stage = Stage("r", "01_data")
-    stage.write_json("a.json", 1)
-    assert not stage.is_whole()
-    assert stage.manifest() == {}
-
-
 def test_reopen_takes_the_manifest_and_nothing_else():
     stage = committed()
     stage.reopen()
@@ -130,14 +121,10 @@ def test_reopen_takes_the_manifest_and_nothing_else():
     [
         lambda d: (d / "a").unlink(),
         lambda d: (d / "a").write_text("on"),
-        lambda d: (d / "a").write_text("ones"),
-        lambda d: (d / "a").write_text(""),
         lambda d: ((d / "a").unlink(), (d / "a").mkdir()),
-        lambda d: (d / MANIFEST).unlink(),
-        lambda d: (d / MANIFEST).write_text(""),
         lambda d: (d / MANIFEST).write_text((d / MANIFEST).read_text()[:40]),
     ],
-    ids=["deleted", "shorter", "longer", "emptied", "now a folder", "no manifest", "empty manifest", "cut manifest"],
+    ids=["deleted", "shorter", "now a folder", "cut manifest"],
 )
 def test_damage_is_seen(damage):
     stage = committed()
@@ -164,18 +151,6 @@ def test_files_outside_the_folder_count_too():
     assert not stage.is_whole()
 
 
-def test_an_empty_stage_may_be_committed():
-    stage = Stage("r", "01_data")
-    stage.commit()
-    assert stage.is_whole()
-
-
-def test_a_nested_manifest_is_a_file_like_any_other():
-    stage = Stage("r", "02_distillation")
-    stage.path("signals/manifest.json").write_text("{}")
-    assert "signals/manifest.json" in stage.commit()["files"]
-
-
 def test_scratch_of_a_killed_write_is_not_listed():
     stage = Stage("r", "02_distillation")
     stage.path("a.json.123.part").write_text("half")
@@ -195,19 +170,11 @@ def test_require_gives_files_and_folders_of_a_complete_stage():
     assert reader.require("02_distillation", "signals").read_text() == "s"
 
 
-@pytest.mark.parametrize(
-    "filename", ["questions.parquet", "studen", "student/mode", "student/model/x", "../r/02_distillation/signals", ""]
-)
+@pytest.mark.parametrize("filename", ["questions.parquet", "student/mode", "../r/02_distillation/signals", ""])
 def test_require_refuses_what_was_not_committed(filename):
     committed("02_distillation", **{"student/model": "w", "signals": "s"})
     with pytest.raises(StageError, match="run notebook 02_distillation first"):
         Stage("r", "03_lora").require("02_distillation", filename)
-
-
-def test_stage_asked_before_its_inputs_names_what_to_run():
-    with pytest.raises(StageError) as error:
-        Stage("r", "03_lora").require("02_distillation", "student")
-    assert all(part in str(error.value) for part in ("02_distillation", "student", "'r'"))
 
 
 def test_require_refuses_an_open_stage():
@@ -223,12 +190,6 @@ def test_require_refuses_a_file_that_is_gone(filename):
     (upstream.dir / "student" / "model").unlink()
     with pytest.raises(StageError, match="02_distillation"):
         Stage("r", "03_lora").require("02_distillation", filename)
-
-
-def test_runs_do_not_read_each_other():
-    committed()
-    with pytest.raises(StageError):
-        Stage("other", "02_x").require("01_data", "a")
 
 
 # --- atomic writes -------------------------------------------------------------------------------------------------
@@ -268,22 +229,6 @@ def test_full_disk_while_writing_json_keeps_the_old_file(monkeypatch):
         part in str(error.value) for part in ("a.json", "No space left", "free space", "run the same command again")
     )
     assert json.loads(path.read_text()) == {"old": 1}
-    assert not scratch_files(path.parent)
-
-
-def test_full_disk_while_writing_a_table_keeps_the_old_file(monkeypatch):
-    stage = Stage("r", "01_data")
-    path = stage.write_table("t.parquet", TABLE)
-
-    def half(self, target, **_):
-        Path(target).write_bytes(b"PAR1")
-        full_disk()
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pd.DataFrame, "to_parquet", half)
-        with pytest.raises(StageError, match=r"t\.parquet.*No space left"):
-            stage.write_table("t.parquet", TABLE.head(1))
-    assert len(pd.read_parquet(path)) == 2
     assert not scratch_files(path.parent)
 
 
@@ -357,26 +302,45 @@ def test_a_block_that_writes_nothing_is_an_error_and_loses_nothing(tmp_path):
     assert (tmp_path / "adapter" / "model").read_text() == "old"
 
 
-def test_a_reader_never_sees_half_a_file(tmp_path):
-    path = tmp_path / "a"
-    path.write_text("old")
-    with atomic_path(path) as scratch:
-        scratch.write_text("new, half")
-        assert path.read_text() == "old"
-        scratch.write_text("new")
-    assert path.read_text() == "new"
-
-
 def test_a_path_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StageError, match=r"file/t.*File exists"), atomic_path(tmp_path / "file" / "t") as scratch:
         scratch.write_text("x")
 
 
-def test_a_stage_whose_folder_cannot_be_made_is_named(root):
-    (root / "r").write_text("in the way of the run")
-    with pytest.raises(StageError, match=r"t\.parquet"):
-        Stage("r", "01_data").write_table("t.parquet", TABLE)
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file", "/elsewhere/weights"),
+        PermissionError(errno.EACCES, "Permission denied", "/elsewhere/weights"),
+        ConnectionResetError(errno.ECONNRESET, "Connection reset"),
+        OSError("a library's own words"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_error_of_the_block_is_not_reported_as_a_failed_write(tmp_path, error):
+    with pytest.raises(type(error)) as raised, atomic_path(tmp_path / "a"):
+        raise error
+    assert raised.value is error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "cure"),
+    [
+        (errno.ENOSPC, "free space"),
+        (errno.EDQUOT, "free space"),
+        (errno.EACCES, "permissions"),
+        (errno.EROFS, "MEDKIT_OUTPUTS"),
+        (errno.EIO, "correct the path"),
+    ],
+)
+def test_a_failed_write_has_the_cure_of_its_reason(tmp_path, number, cure):
+    with pytest.raises(StageError, match=cure), atomic_path(tmp_path / "a") as scratch:
+        raise OSError(number, os.strerror(number), str(scratch / "model.safetensors"))
+    with pytest.raises(StageError) as raised, atomic_path(tmp_path / "a") as scratch:
+        raise OSError(number, os.strerror(number), str(scratch))
+    assert ("full" in str(raised.value)) == (number in (errno.ENOSPC, errno.EDQUOT))
 
 
 def test_killed_writer_leaves_the_old_file(root):
@@ -398,7 +362,12 @@ def test_killed_writer_leaves_the_old_file(root):
 # --- provenance ----------------------------------------------------------------------------------------------------
 
 
+def test_a_manifest_names_what_was_fetched(monkeypatch):
+    monkeypatch.setitem(module.FETCHED, "owner/model@main", "0" * 40)
+    assert committed().manifest()["sources"]["owner/model@main"] == "0" * 40
+
+
 def test_provenance_survives_json_and_names_the_device():
-    found = outputs.provenance()
-    assert json.loads(json.dumps(found)) == found
-    assert found["device"] == outputs.device_name() != ""
+    provenance = module.provenance()
+    assert json.loads(json.dumps(provenance)) == provenance
+    assert provenance["device"] == module.device_name() != ""

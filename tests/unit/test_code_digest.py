@@ -1,0 +1,166 @@
+"""What counts as code of a result: every definition that it reaches, and nothing else. On a toy package."""
+
+import pytest
+
+from medkit import code_digest
+from medkit.code_digest import digest_code, digest_functions, reached_by_code
+
+FILES = {
+    "__init__.py": '"""The package."""\n',
+    "stats.py": '''
+"""Statistics."""
+from functools import cache
+from medkit.tables import read_labels
+
+LEVEL = 0.95
+OTHER = 1
+
+def mean(values):
+    """Mean of some values."""
+    return sum(values) / len(values)
+
+def interval(values):
+    return mean(values), LEVEL
+
+def unused():
+    return OTHER
+
+@cache
+def decorated():
+    return 0
+
+class Test:
+    """A test of a hypothesis."""
+    size: float = 0.05
+    def run(self):
+        return interval([self.size])
+''',
+    "tables.py": '''
+from pathlib import Path
+LABELS = Path(__file__).with_name("labels.csv")
+FORMAT = "plain"
+
+def read_labels():
+    return LABELS.read_text()
+
+def write(table):
+    return table, FORMAT
+''',
+    "labels.csv": "a,b\n",
+    "lora/__init__.py": '''
+"""The room of LoRA."""
+from medkit.lora.adapters import attach
+from medkit.lora.adapters import merge as merge_weights
+from medkit.lora.train import train
+''',
+    "lora/adapters.py": '''
+import sys
+sys.setrecursionlimit(5000)
+RANK = 16
+def attach(model):
+    return model, RANK
+def merge(model):
+    from medkit import stats
+    return stats.mean([1, 2])
+''',
+    "lora/train.py": "RATE = 1\ndef train(model):\n    return model, RATE\n",
+}
+
+
+@pytest.fixture
+def edit(tmp_path, monkeypatch):
+    """edit(file, old, new) changes a file of the toy package, which stands in for medkit."""
+    root = tmp_path / "medkit"
+    for name, text in FILES.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    monkeypatch.setattr(code_digest, "PACKAGE", root)
+    caches = [f for f in vars(code_digest).values() if hasattr(f, "cache_clear")]
+
+    def change(name=None, old="", new=""):
+        if name:
+            text = (root / name).read_text()
+            assert old in text
+            (root / name).write_text(text.replace(old, new, 1))
+        for cached in caches:
+            cached.cache_clear()
+
+    change()
+    yield change
+    monkeypatch.undo()
+    change()
+
+
+def changes(edit, source: str, *change: str) -> bool:
+    """Whether a change of the toy package changes the digest of a piece of source."""
+    before = digest_code(source)
+    edit(*change)
+    return digest_code(source) != before
+
+
+MEAN = "from medkit.stats import mean\nmean([1])"
+INTERVAL = "from medkit import stats\nstats.interval([1])"
+TEST = "from medkit.stats import Test\nTest().run()"
+DECORATED = "from medkit.stats import decorated\ndecorated()"
+LABELS = "from medkit import tables\ntables.read_labels()"
+WRITE = "from medkit import tables\ntables.write(1)"
+ATTACH = "from medkit import lora\nlora.attach(1)"
+MERGE = "from medkit import lora\nlora.merge_weights(1)"
+TRAIN = "from medkit import lora\nlora.train(1)"
+
+
+@pytest.mark.parametrize(
+    ("source", "change", "counts"),
+    [
+        # prose and layout
+        (MEAN, ("stats.py", "Mean of some values.", "The mean."), False),
+        (MEAN, ("stats.py", "    return sum", "    # a comment\n\n    return sum"), False),
+        (TEST, ("stats.py", '"""A test of a hypothesis."""', ""), False),
+        (MEAN, ("stats.py", "sum(values) / len", "sum(values) // len"), True),
+        # functions that are reached, directly or through others, and functions that are not
+        (INTERVAL, ("stats.py", "sum(values) / len", "sum(values) // len"), True),
+        (MEAN, ("stats.py", "return mean(values), LEVEL", "return mean(values)"), False),
+        (MEAN, ("stats.py", "return OTHER", "return 0"), False),
+        (MERGE, ("stats.py", "sum(values) / len", "sum(values) // len"), True),
+        # classes, their attributes and methods; constants; decorators
+        (TEST, ("stats.py", "0.05", "0.01"), True),
+        (TEST, ("stats.py", "sum(values) / len", "sum(values) // len"), True),
+        (MEAN, ("stats.py", "0.05", "0.01"), False),
+        (INTERVAL, ("stats.py", "LEVEL = 0.95", "LEVEL = 0.9"), True),
+        (MEAN, ("stats.py", "LEVEL = 0.95", "LEVEL = 0.9"), False),
+        (DECORATED, ("stats.py", "@cache\n", ""), True),
+        # files beside a module count for the definition that names them
+        (LABELS, ("labels.csv", "a,b", "a,c"), True),
+        (WRITE, ("labels.csv", "a,b", "a,c"), False),
+        (MEAN, ("labels.csv", "a,b", "a,c"), False),
+        # an index passes names on; a function hides the file of its name
+        (ATTACH, ("lora/adapters.py", "RANK = 16", "RANK = 8"), True),
+        (MERGE, ("lora/adapters.py", "RANK = 16", "RANK = 8"), False),
+        (TRAIN, ("lora/train.py", "RATE = 1", "RATE = 2"), True),
+        (ATTACH, ("lora/train.py", "RATE = 1", "RATE = 2"), False),
+        # statements of a module run whenever it is imported
+        (ATTACH, ("lora/adapters.py", "limit(5000)", "limit(6000)"), True),
+        (TRAIN, ("lora/adapters.py", "limit(5000)", "limit(6000)"), False),
+    ],
+)
+def test_an_edit_counts_where_it_is_reached(edit, source, change, counts):
+    assert changes(edit, source, *change) == counts
+
+
+def test_the_source_itself_counts_but_its_comments_do_not(edit):
+    assert digest_code("x = 1  # one") == digest_code("x = 1") != digest_code("x = 2")
+
+
+def test_what_a_piece_of_source_reaches(edit):
+    assert set(reached_by_code(INTERVAL)) == {("medkit.stats", name) for name in ("interval", "mean", "LEVEL")}
+    assert set(reached_by_code(ATTACH)) == {("medkit.lora.adapters", name) for name in ("attach", "RANK", "")}
+    assert reached_by_code("import json\njson.dumps(1)") == {}
+
+
+def test_functions_are_followed_like_names():
+    from medkit.params import load_params
+    from medkit.stage import Stage, atomic_path
+
+    assert digest_functions(load_params) == digest_functions(load_params)
+    assert len({digest_functions(f) for f in (load_params, Stage, atomic_path)}) == 3
+    assert digest_functions(Stage, atomic_path) == digest_functions(Stage)  # the class reaches the function
