@@ -202,11 +202,11 @@ def train(
     overrides: Overrides = None,
 ) -> None:
     """Train one stage of a run where its notebook would; with `accelerate launch -m medkit train …` on many devices."""
+    profile = params_of(run, params, overrides)
     from medkit.distillation import stages
     from medkit.inference.torch_engine import TorchEngine
     from medkit.lora import adapters
 
-    profile = params_of(run, params, overrides)
     if stage == "lora":
         log = adapters.train_stage(run, profile)
     else:

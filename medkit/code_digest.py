@@ -9,7 +9,7 @@ docstrings and layout never count. Tables and templates beside a module count fo
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -32,8 +32,7 @@ def digest_functions(*functions: Callable) -> str:
 
 def reached_by_code(source: str) -> dict[Symbol, list[str]]:
     """The definitions of this package that a piece of source reaches, each as its code and the files that it names."""
-    tree = _without_docstrings(ast.parse(source))
-    return _reached(_named_in(tree, _bindings(tree)))
+    return _reached(_named_in(list(ast.walk(_without_docstrings(ast.parse(source)))), {}))
 
 
 def _flat(definitions: dict[Symbol, list[str]]) -> list:
@@ -55,10 +54,10 @@ def _definition(module: str, name: str) -> tuple[list[str], set[Symbol]]:
     """The code of a symbol and of the files that it names, and the symbols that it names."""
     definitions, imports = _definitions(module), _imports(module)
     nodes = definitions.get(name, [])
-    parts = [part for node in nodes for part in (ast.dump(node), *_files_beside(module, node))]
+    inner = [node for outer in nodes for node in ast.walk(outer)]
+    parts = [*map(ast.dump, nodes), *_files_beside(module, inner)]
     named = {(module, "")}  # statements that run whenever the module is imported
-    for node in nodes:
-        named |= _named_in(node, imports) | {(module, other) for other in _names(node) if other in definitions}
+    named |= _named_in(inner, imports) | {(module, other) for other in _names(inner) if other in definitions}
     if not nodes and name in imports:  # a name that an index passes on
         named.add(imports[name])
     return parts, named
@@ -88,13 +87,13 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 
 @cache
 def _imports(module: str) -> dict[str, Symbol]:
-    return _bindings(_tree(module))
+    return _bindings(ast.walk(_tree(module)))
 
 
-def _bindings(tree: ast.AST) -> dict[str, Symbol]:
-    """Local names of what is imported from this package, anywhere in the tree."""
+def _bindings(nodes: Iterable[ast.AST]) -> dict[str, Symbol]:
+    """Local names of what some nodes import from this package."""
     bindings = {}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.ImportFrom) and node.level == 0 and _path(node.module or ""):
             for alias in node.names:
                 inner = f"{node.module}.{alias.name}"
@@ -121,9 +120,9 @@ def _definitions(module: str) -> dict[str, list[ast.stmt]]:
             case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
                 names = {name}
             case ast.Assign(targets=targets):
-                names = {name for target in targets for name in _names(target)}
+                names = {name for target in targets for name in _names(ast.walk(target))}
             case ast.AnnAssign(target=target):
-                names = set(_names(target))
+                names = set(_names(ast.walk(target)))
             case _:
                 names = {""}
         for name in names:
@@ -131,17 +130,15 @@ def _definitions(module: str) -> dict[str, list[ast.stmt]]:
     return definitions
 
 
-def _names(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name):
-            yield node.id
+def _names(nodes: Iterable[ast.AST]) -> Iterator[str]:
+    return (node.id for node in nodes if isinstance(node, ast.Name))
 
 
-def _named_in(tree: ast.AST, imports: dict[str, Symbol]) -> set[Symbol]:
-    """The imported symbols that a tree names: `f` where f is imported, `room.f` where the room is."""
-    imports = imports | _bindings(tree)
-    named = {imports[name] for name in _names(tree) if name in imports}
-    for node in ast.walk(tree):
+def _named_in(nodes: list[ast.AST], imports: dict[str, Symbol]) -> set[Symbol]:
+    """The imported symbols that some nodes name: `f` where f is imported, `room.f` where the room is."""
+    imports = imports | _bindings(nodes)
+    named = {imports[name] for name in _names(nodes) if name in imports}
+    for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imports:
             module, name = imports[node.value.id]
             if not name:
@@ -149,10 +146,10 @@ def _named_in(tree: ast.AST, imports: dict[str, Symbol]) -> set[Symbol]:
     return named
 
 
-def _files_beside(module: str, node: ast.AST) -> Iterator[str]:
+def _files_beside(module: str, nodes: list[ast.AST]) -> Iterator[str]:
     """Contents of the files that a definition names by `with_name`, such as a table of labels."""
-    for inner in ast.walk(node):
-        if isinstance(inner, ast.Constant) and isinstance(inner.value, str) and Path(inner.value).suffix in BESIDE:
-            path = _path(module).with_name(Path(inner.value).name)
+    for node in nodes:
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and Path(node.value).suffix in BESIDE:
+            path = _path(module).with_name(Path(node.value).name)
             if path.is_file():
                 yield path.read_text()

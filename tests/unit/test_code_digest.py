@@ -35,7 +35,7 @@ class Test:
     def run(self):
         return interval([self.size])
 ''',
-    "tables.py": '''
+    "tables.py": """
 from pathlib import Path
 LABELS = Path(__file__).with_name("labels.csv")
 FORMAT = "plain"
@@ -45,7 +45,7 @@ def read_labels():
 
 def write(table):
     return table, FORMAT
-''',
+""",
     "labels.csv": "a,b\n",
     "lora/__init__.py": '''
 """The room of LoRA."""
@@ -53,7 +53,7 @@ from medkit.lora.adapters import attach
 from medkit.lora.adapters import merge as merge_weights
 from medkit.lora.train import train
 ''',
-    "lora/adapters.py": '''
+    "lora/adapters.py": """
 import sys
 sys.setrecursionlimit(5000)
 RANK = 16
@@ -62,7 +62,7 @@ def attach(model):
 def merge(model):
     from medkit import stats
     return stats.mean([1, 2])
-''',
+""",
     "lora/train.py": "RATE = 1\ndef train(model):\n    return model, RATE\n",
 }
 

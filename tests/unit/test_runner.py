@@ -495,11 +495,11 @@ def test_a_whole_run_says_where_things_are(monkeypatch, capsys, executed, output
 
 
 def test_train_takes_the_params_of_its_run(monkeypatch, capsys, executed):
-    from medkit.distillation import stages
+    from medkit.lora import adapters
 
     run_all(SMOKE, "r", {"lora.adapter.rank": 4})
     given = []
-    monkeypatch.setattr(stages, "train_stage", lambda stage, run, params, engine: given.append(params) or sys.exit(0))
+    monkeypatch.setattr(adapters, "train_stage", lambda run, params: given.append(params) or sys.exit(0))
     command(monkeypatch, capsys, "train", "--stage", "lora", "--run", "r")
     assert given == [load_run_params("r")]
 
