@@ -236,7 +236,7 @@ def main() -> None:
                     scratch.write_text(json.dumps(cell))
                 print(f"{name}, seed {seed}: {cell['train_s']:.0f} s, nll {np.mean(list(cell['nll'].values())):.3f}, "
                       f"accuracy {np.mean(list(cell['correct'].values())):.3f}", flush=True)  # fmt: skip
-    trainer.forget_checkpoints(args.folder / "checkpoints")
+    trainer.remove_checkpoints(args.folder / "checkpoints")
     cells = [json.loads(path.read_text()) for path in sorted(args.folder.glob("*.[0-9].json"))]
     table = compare(cells, params.evaluation.confidence)
     print(table.to_string(float_format="{:.3f}".format))

@@ -107,7 +107,7 @@ class ModelsParams(Section):
     """A BERT sentence encoder with mean pooling, e.g. all-MiniLM-L6-v2: finds paraphrases and similar examples."""
     device: Device
     dtype: Literal["float32", "bfloat16"]
-    """Of weights and arithmetic. bfloat16 is slower than float32 on CPUs without AMX or AVX512-BF16."""
+    """Of weights that do not learn, and of arithmetic. Without AMX or AVX512-BF16, CPUs are slower in bfloat16."""
     attention: Attention
     """`auto`: FlashAttention-2 where CUDA and flash-attn are there, SDPA elsewhere; the reason is recorded."""
 
@@ -165,20 +165,6 @@ class DataParams(Section):
     """Exam questions under two names of their drugs, in the same folder's layout; test material. Null for none."""
 
 
-class ScaleParams(Section):
-    """What a model needs that is large for its devices."""
-
-    bf16: bool
-    """Arithmetic in bfloat16 beside trained weights in float32 (autocast)."""
-    gradient_checkpointing: bool
-    """Activations are computed again in the backward pass: less memory, a third more arithmetic."""
-    sharding: Literal["fsdp", "deepspeed"] | None
-    """Weights, gradients and optimiser over the processes of `accelerate launch`: FSDP2, or DeepSpeed's ZeRO-3."""
-    cpu_offload: bool
-    """Shards wait in the CPU's memory; with `sharding` alone."""
-    tensorboard: bool
-
-
 class TrainParams(Section):
     """One training run through the transformers Trainer."""
 
@@ -192,8 +178,10 @@ class TrainParams(Section):
     warmup_fraction: Fraction
     save_every_steps: PositiveInt
     """Optimiser steps between checkpoints; a killed run resumes from the last one."""
-    scale: ScaleParams | None
-    """For models that are large for their devices."""
+    bf16: bool
+    """Arithmetic in bfloat16 (autocast). The weights that learn stay in float32: in bfloat16 small updates are lost."""
+    gradient_checkpointing: bool
+    """Activations are computed again in the backward pass: less memory, a third more arithmetic."""
 
 
 class AdapterParams(Section):

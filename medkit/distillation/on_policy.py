@@ -49,7 +49,7 @@ def train_on_policy(
     settings |= {"save_steps": train.save_every_steps, "save_total_limit": 1, "report_to": "none"}
     settings |= {"beta": section.beta, "max_completion_length": section.max_new_tokens}
     settings |= {"use_cpu": next(student.parameters()).device.type != "cuda"}
-    settings |= {name: bool(getattr(train.scale, name, False)) for name in ("bf16", "gradient_checkpointing")}
+    settings |= {name: getattr(train, name) for name in ("bf16", "gradient_checkpointing")}
     try:
         arguments = DistillationConfig(output_dir=str(checkpoints), **settings)
         dataset = Dataset.from_list([{"prompt": prompt} for prompt in prompts])

@@ -68,7 +68,7 @@ def correct_teacher(
     section, train, source = params.distillation, params.distillation.correction_train, params.models.teacher
     folder = loading.local_folder(source)
     tokenizer = loading.load_tokenizer(folder)
-    model = load_for_training(folder, params.models, train, source.keep_layers)
+    model = load_for_training(folder, params.models, source.keep_layers, adapter=True)
     teacher = adapters.attach(model, section.correction, params.seed)
     optimizer = adapters.make_optimizer(teacher, section.correction, train.learning_rate)
     log = train_once(
@@ -134,7 +134,7 @@ def train_student(
             options["difficulty"] = pruning.order_by_difficulty(cache.mean_nll(), densities)
         if name == "student_kd":
             loss, options["add_extras"] = distillation_loss(stage, params, rows, teacher_tokenizer, tokenizer, cache)
-    student = load_for_training(folder, params.models, section.student_train)
+    student = load_for_training(folder, params.models)
     if getattr(loss, "hidden_layers", ()):
         size = AutoConfig.from_pretrained(_part(stage, "teacher")).get_text_config().hidden_size
         options["around"] = losses.hidden_projections(student, loss.hidden_layers, size)
@@ -202,7 +202,8 @@ def _train_on_policy(stage: Stage, params: Params, rows: pd.DataFrame) -> tuple[
     section, name = params.distillation.on_policy, "student_onpolicy"
     start = _part(stage, "student_kd")
     tokenizer = loading.load_tokenizer(start)
-    student, teacher = (loading.load_model(folder, params.models) for folder in (start, _part(stage, "teacher")))
+    student = load_for_training(start, params.models, adapter=section.adapter is not None)
+    teacher = loading.load_model(_part(stage, "teacher"), params.models)
     optimizer = None
     if section.adapter:
         student = adapters.attach(student, section.adapter, params.seed)

@@ -118,7 +118,7 @@ def train_adapter(stage: Stage, params: Params, examples: Sequence[Example]) -> 
     """
     folder, section = stage.require("02_distillation", "student_kd"), params.lora
     tokenizer = loading.load_tokenizer(folder)
-    model = attach(load_for_training(folder, params.models, section.train), section.adapter, params.seed)
+    model = attach(load_for_training(folder, params.models, adapter=True), section.adapter, params.seed)
     optimizer = make_optimizer(model, section.adapter, section.train.learning_rate)
     log = train_once(
         stage, "adapter", model, tokenizer, examples, section.train, trainer.cross_entropy, params.seed,

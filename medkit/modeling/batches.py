@@ -1,7 +1,6 @@
-"""Questions → token sequences → batches → logits at the positions that are predicted, and nowhere else.
+"""Questions as token sequences, their batches, and a model's logits at the predicted positions.
 
-Training, signal capture and every comparison of two models go through these few functions, so a position means the same
-in all of them.
+Training, the teacher cache and every comparison of two models use these functions, so a position means the same in all.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from medkit.prompts import templates
 
 @dataclass(frozen=True)
 class Example:
-    """One training sequence; positions from `loss_start` on are predicted, the rest is given."""
+    """One token sequence; the tokens from `loss_start` on are predicted, those before are given."""
 
     input_ids: list[int]
     loss_start: int
@@ -32,9 +31,9 @@ class Example:
 
 
 def encode_questions(tokenizer, questions: pd.DataFrame) -> list[Example]:
-    """One example per question row. The loss covers the answer and its end token, nothing else.
+    """One example per question row. The loss covers the answer and its end token.
 
-    A row without an answer (split `transfer`) is learned as text: the loss covers the question itself.
+    For a row without an answer (split `transfer`) the loss covers the text of the question.
     """
     return [_encode(tokenizer, question) for question in questions.to_dict("records")]
 
@@ -47,9 +46,9 @@ def _encode(tokenizer, question: dict) -> Example:
         prompt_ids, answer_ids = templates.encode(tokenizer, messages, answer)
         return Example([*prompt_ids, *answer_ids], len(prompt_ids))
     text_ids, _ = templates.encode(tokenizer, messages)
-    frame_ids, _ = templates.encode(tokenizer, [messages[0], {"role": "user", "content": ""}])
-    before = shared_length(text_ids, frame_ids)
-    after = shared_length(text_ids[before:][::-1], frame_ids[before:][::-1])
+    empty_ids, _ = templates.encode(tokenizer, [messages[0], {"role": "user", "content": ""}])
+    before = shared_length(text_ids, empty_ids)
+    after = shared_length(text_ids[before:][::-1], empty_ids[before:][::-1])
     return Example(text_ids[: len(text_ids) - after], before)
 
 
@@ -65,22 +64,24 @@ def bucket_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int
 
 
 def letter_forms(tokenizer, letter: str) -> list[list[int]]:
-    """The tokens by which a model may name an option: the letter as it is, and the letter after a space.
+    """The tokens of a letter that names an option: the letter alone, and the letter after a space, as one-token lists.
 
-    Which of them follows a prompt depends on tokenizer, template and training ("A" after a chat header's line break,
-    " A" after "Answer:"), so the probability of a letter is the sum over its forms. Raises ValueError if the letter is
-    no token of its own.
+    Tokenizer, template and training decide which of them follows a prompt ("A" after a line break, " A" after
+    "Answer:"), so the probability of a letter is the sum over them. Raises ValueError if the letter is not one token.
     """
-    ends = {tokenizer(before + letter, add_special_tokens=False).input_ids[-1] for before in ("", " ", "\n")}
-    forms = sorted(token for token in ends if tokenizer.decode([token]).strip() == letter)
+    last_tokens = {tokenizer(before + letter, add_special_tokens=False).input_ids[-1] for before in ("", " ", "\n")}
+    forms = sorted(token for token in last_tokens if tokenizer.decode([token]).strip() == letter)
     if not forms:
-        raise ValueError(f"{letter!r} is no token of this tokenizer; score the options' texts instead")
+        raise ValueError(f"{letter!r} is not one token of this tokenizer; score the texts of the options instead")
     return [[token] for token in forms]
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """A row per example, padded on the left. `predicted_at` (N,): where, in all rows one after another, the `labels`
-    (N,) are predicted, example by example."""
+    """A batch with one row per example, padded on the left.
+
+    `labels` (N,): the predicted tokens, example by example. `predicted_at` (N,): the positions whose logits predict
+    them, counted over all rows one after another.
+    """
     length = max(len(e.input_ids) for e in examples)
     input_ids = torch.full((len(examples), length), pad_token_id)
     attention_mask = torch.zeros(len(examples), length, dtype=torch.long)
@@ -88,7 +89,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
         input_ids[row, length - len(example.input_ids) :] = torch.tensor(example.input_ids)
         attention_mask[row, length - len(example.input_ids) :] = 1
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
-    ends = [(row + 1) * length - 1 for row in range(len(examples))]  # the last token predicts nothing that is known
+    ends = [(row + 1) * length - 1 for row in range(len(examples))]  # what follows a row's last token is not known
     predicted_at = [p for end, e in zip(ends, examples, strict=True) for p in range(end - e.num_predicted, end)]
     return {
         "input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids,
@@ -97,16 +98,16 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
 
 
 def pack(examples: Sequence[Example], share: bool = True) -> dict[str, torch.Tensor]:
-    """All examples in one row without padding, what they begin with alike read once, each seeing itself alone.
+    """A batch with all examples in one row, without padding; the predictions are those of `collate`.
 
-    Gives the predictions that `collate` gives. The mask, (1, T, T), says who sees whom; with `share` off there is none,
-    and positions restart at each example, which is how FlashAttention tells them apart.
+    Prefixes that examples share are read once, and a mask (1, T, T) lets each token attend to its own example only.
+    With `share` off there is no mask: positions restart at each example, and so FlashAttention separates them.
     """
-    tree = prefix_tree.grow([e.input_ids[:-1] for e in examples], share)  # the last tokens are predicted, never read
+    tree = prefix_tree.build_tree([e.input_ids[:-1] for e in examples], share)  # last tokens are predicted, not read
     predicted_at = [p for e, path in zip(examples, tree.paths, strict=True) for p in path[e.loss_start - 1 :]]
     batch = {"input_ids": torch.tensor([tree.token_ids]), "position_ids": torch.tensor([tree.depths])}
     if share:
-        batch["attention_mask"] = tree.sees()[None]
+        batch["attention_mask"] = tree.mask()[None]
     return {**batch, "predicted_at": torch.tensor(predicted_at, dtype=torch.long), "labels": _labels(examples)}
 
 
@@ -115,33 +116,33 @@ def _labels(examples: Sequence[Example]) -> torch.Tensor:
 
 
 def cut(examples: Sequence[Example], batch_tokens: int, share: bool = True) -> list[list[int]]:
-    """Batches of indices that fill at most `batch_tokens` tokens each when packed; a longer example goes alone."""
+    """Batches of indices that have at most `batch_tokens` tokens when packed; a longer example is a batch alone."""
     return prefix_tree.cut_by_prefix([e.input_ids[:-1] for e in examples], batch_tokens, share)
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a model says at the N labelled positions of a batch."""
+    """A model's output at the N predicted positions of a batch."""
 
     logits: torch.Tensor
     """(N, vocab_size) float32."""
     targets: torch.Tensor
-    """(N,) the tokens that follow."""
+    """(N,) the tokens that stand there."""
     hidden: dict[int, torch.Tensor]
-    """Layer → (N, H) float32: the states that the logits are made of; 0 is the embedding, n the output of layer n."""
+    """Layer → hidden states (N, H) float32; layer 0 is the embedding, n the output of layer n."""
 
 
 def predict(model: nn.Module, batch: dict, hidden_layers: Sequence[int] = ()) -> Predicted:
-    """Logits, and the hidden states of the layers asked for, at the labelled positions; the head sees no others.
+    """Logits, and hidden states of `hidden_layers`, at the predicted positions; the head computes no others.
 
-    Layers count as in transformers' `output_hidden_states`: the last one's states are after the final norm.
-    Goes through `model(...)`, so that DDP and FSDP hooks run.
+    Layers count as in transformers' `output_hidden_states`: the states of the last one are after the final norm.
     """
     inner, at, positions = extract_model_from_parallel(model), batch["predicted_at"], batch["position_ids"]
     mask = batch.get("attention_mask")
     if mask is not None and mask.dim() == 3:
         mask = prefix_tree.additive_masks(inner, mask, positions)
-    # transformers' `logits_to_keep` leaves the head the same columns of all rows; this, the labelled positions of each
+    # transformers' `logits_to_keep` keeps the same columns of all rows; this keeps each row's predicted positions.
+    # the call is `model(...)`, because DDP and FSDP hook into it
     with inner.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[at],)):
         output = model(
             input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False,
@@ -152,7 +153,7 @@ def predict(model: nn.Module, batch: dict, hidden_layers: Sequence[int] = ()) ->
 
 
 def predicted_logits(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, vocab_size) and targets (N,) at the N labelled positions."""
+    """Logits (N, vocab_size) and targets (N,) at the N predicted positions."""
     predicted = predict(model, batch)
     return predicted.logits, predicted.targets
 
@@ -161,7 +162,7 @@ def predicted_logits(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch
 def iterate_predicted(
     model: nn.Module, examples: Sequence[Example], batch_tokens: int = 512, hidden_layers: Sequence[int] = ()
 ) -> Iterator[tuple[list[int], Predicted]]:
-    """Batches of examples that begin alike: their numbers, and what the model says at their positions, in order."""
+    """Batches of examples that share prefixes: the examples' indices, and the output at their positions."""
     share = prefix_tree.takes_branches(model)
     for rows in cut(examples, batch_tokens, share):
         batch = pack([examples[i] for i in rows], share)
@@ -169,28 +170,28 @@ def iterate_predicted(
 
 
 def collect_logits(model: nn.Module, examples: Sequence[Example]) -> torch.Tensor:
-    """Logits (N, vocab_size) of all predicted positions on the CPU; the same order for every model."""
-    return torch.cat([found.logits.cpu() for _, found in iterate_predicted(model, examples)])
+    """Logits (N, vocab_size) of all predicted positions on the CPU, in the same order for every model."""
+    return torch.cat([predicted.logits.cpu() for _, predicted in iterate_predicted(model, examples)])
 
 
 def collect_nll(model: nn.Module, examples: Sequence[Example]) -> list[float]:
     """Mean −log p of each example's predicted tokens, in nats: one number per example, for paired comparisons."""
     model.eval()
-    found = [0.0] * len(examples)
+    nll_by_example = [0.0] * len(examples)
     for rows, predicted in iterate_predicted(model, examples):
         for row, nll in zip(rows, mean_nll(predicted, [examples[i] for i in rows]), strict=True):
-            found[row] = nll
-    return found
+            nll_by_example[row] = nll
+    return nll_by_example
 
 
 def mean_nll(predicted: Predicted, examples: Sequence[Example]) -> list[float]:
-    """Mean −log p of each example's predicted tokens, in nats; `predicted` is what a model says of these examples."""
+    """Mean −log p of each example's predicted tokens, in nats, from a model's output for these examples."""
     nll = nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
     return [part.mean().item() for part in nll.split([example.num_predicted for example in examples])]
 
 
 def measure_drift(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
-    """What was done to logits (N, V): mean KL(before ‖ after) in nats, largest change, share of changed top tokens."""
+    """Change of logits (N, V): mean KL(before ‖ after) in nats, largest change, share of changed top tokens."""
     p, q = before.log_softmax(-1), after.log_softmax(-1)
     return {
         "positions": len(before),

@@ -1,13 +1,15 @@
-"""Tokenizer and model from a params section: hub, local folder, or a GGUF file converted once to safetensors.
+"""Load a tokenizer and a model from the hub, a local folder or a GGUF file, and save them.
 
-safetensors only, remote code never. What is done to a model afterwards (adapters, plans) is for the modules above.
+Only safetensors are read, and no remote code runs.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -26,19 +28,36 @@ from medkit import sources
 from medkit.params import ModelParams, ModelsParams
 from medkit.stage import MedkitError, atomic_path
 
-transformers_logging.disable_progress_bar()
-transformers_logging.set_verbosity_error()
-logging.getLogger("transformers").setLevel(logging.ERROR)
-
 
 class ModelError(MedkitError):
     """A model that cannot be used as asked; the message names it and the cure."""
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside the block transformers shows errors only, and no progress bars; afterwards its settings are as before."""
+    logger, bars = logging.getLogger("transformers"), transformers_logging.is_progress_bar_enabled()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # PEFT asks for it with every adapter
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+# --- device and attention ---
+
+
 def pick_device(requested: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises ModelError when CUDA is asked for and absent."""
+    """The device to use: `auto` is CUDA if there is one. Raises ModelError if CUDA is requested and absent."""
     if requested == "cuda" and not torch.cuda.is_available():
-        raise ModelError("models.device is 'cuda', but torch sees no CUDA device; use 'auto' or 'cpu'")
+        raise ModelError("models.device is 'cuda', but torch finds no CUDA device; use 'auto' or 'cpu'")
     return torch.device("cuda" if requested != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -53,64 +72,77 @@ def pick_attention(requested: str, device: torch.device) -> tuple[str, str]:
     return "flash_attention_2", "CUDA and flash-attn are there"
 
 
+# --- load and save ---
+
+
 def local_folder(section: ModelParams) -> Path:
-    """A folder with safetensors and tokenizer for the section's source, converting a GGUF file on first use."""
+    """The folder with safetensors and tokenizer of the section's source; a GGUF file is converted on first use."""
     path = sources.fetch(section.source)
     if path.is_file() and path.suffix == ".gguf":
-        return _converted(path)
+        return _convert_gguf(path)
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json; a model is a folder in transformers' format or a .gguf file")
     return path
 
 
-def _converted(gguf: Path) -> Path:
+def _convert_gguf(gguf: Path) -> Path:
     """The GGUF model as float32 safetensors with its tokenizer, in the cache; takes up to a minute once."""
     target = sources.cache_root() / "converted" / f"{gguf.stem}-{sources.sha256_of(gguf)[:12]}"
-    with sources.building(target) as scratch:
+    with sources.building(target) as scratch, quiet_transformers():
         if scratch is not None:
-            where = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+            origin = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
             model = AutoModelForCausalLM.from_pretrained(
-                **where, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+                **origin, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
             )
             model.save_pretrained(scratch)
-            AutoTokenizer.from_pretrained(**where).save_pretrained(scratch)
+            AutoTokenizer.from_pretrained(**origin).save_pretrained(scratch)
     return target
 
 
 def load_tokenizer(folder: Path):
-    """The folder's tokenizer; it must know how an answer ends."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    """The folder's tokenizer. Raises ModelError if it has no end token."""
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{folder}: the tokenizer has no end token, so answers would never end")
+        raise ModelError(f"{folder}: the tokenizer has no end token, so answers would never end; add `eos_token` to it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_model(folder: Path, models: ModelsParams, keep: Sequence[int] = (), **quantization) -> nn.Module:
-    """A causal language model in eval mode on the params' device, in their dtype and attention implementation.
+    """A causal language model in eval mode, on the params' device, in their dtype and attention implementation.
 
-    `folder` may be a GGUF file, which is dequantised. `keep` are the decoder layers to keep (empty: all). Further
-    keywords go to `from_pretrained`.
+    folder: may be a GGUF file, which is dequantised. keep: the decoder layers to keep (empty: all). quantization: more
+    keywords for `from_pretrained`.
     """
     device = pick_device(models.device)
     attention, _ = pick_attention(models.attention, device)
     if folder.suffix == ".gguf":
         quantization = {"gguf_file": folder.name, "quantization_config": GgufConfig(dequantize=True)}
         folder = folder.parent
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=getattr(torch, models.dtype),
-        attn_implementation=attention,
-        device_map={"": device},
-        **quantization,
-    )
-    model.generation_config = GenerationConfig()  # answers are greedy here, whatever the checkpoint recommends
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, models.dtype),
+            attn_implementation=attention,
+            device_map={"": device},
+            **quantization,
+        )
+    model.generation_config = GenerationConfig()  # greedy, whatever the checkpoint recommends
     return keep_layers(model, keep).eval()
 
 
+def save_model(model: nn.Module, tokenizer, folder: Path) -> Path:
+    """Write safetensors, config and tokenizer, whole or not at all; returns the folder."""
+    with atomic_path(folder) as scratch, quiet_transformers():
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+    return folder
+
+
 def make_toy_model(vocab_size: int = 64) -> nn.Module:
-    """A two-layer Llama with random weights (from torch's seed): the real code path, and no knowledge."""
+    """A two-layer Llama with random weights from torch's seed, to try code on."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=32,
@@ -123,9 +155,9 @@ def make_toy_model(vocab_size: int = 64) -> nn.Module:
 
 
 def keep_layers(model: nn.Module, keep: Sequence[int]) -> nn.Module:
-    """Cut the decoder down to the layers in `keep`, in place; `[]` keeps all. Returns the model.
+    """The model with only the decoder layers in `keep`, changed in place; `[]` keeps all.
 
-    Layers are renumbered, since each looks up its own place in the key-value cache by number.
+    Layers get new numbers, because each finds its part of the key-value cache by its number.
     """
     if len(keep):
         layers = model.get_decoder().layers
@@ -139,11 +171,3 @@ def keep_layers(model: nn.Module, keep: Sequence[int]) -> nn.Module:
         if getattr(config, "layer_types", None):
             config.layer_types = [config.layer_types[i] for i in keep]
     return model
-
-
-def save_model(model: nn.Module, tokenizer, folder: Path) -> Path:
-    """Write safetensors, config and tokenizer whole or not at all."""
-    with atomic_path(folder) as scratch:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-    return folder

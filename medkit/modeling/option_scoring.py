@@ -1,8 +1,7 @@
-"""Scoring: the log-probability of every option, with nothing read twice.
+"""Option scoring: the summed log-probability of each answer option after its prompt.
 
-What many prompts begin with is read once and kept as keys and values. After it, one row holds the rest of a question
-and its options as the branches of a tree: a mask lets each token see what leads to it and nothing else. Which option
-that makes the answer is for `evaluation` to say.
+Nothing is read twice. A prefix of many prompts is read once and kept as keys and values. One row then holds the rest of
+a question with its options as the branches of a tree, and a mask lets each token attend to its own branch only.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from tqdm import tqdm
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
-from medkit.modeling.prefix_tree import Tree, additive_masks, group_by_prefix, grow
+from medkit.modeling.prefix_tree import Tree, additive_masks, build_tree, group_by_prefix, takes_branches
 
-LEAST_SAVED = 256  # tokens: a prefix of its own costs one more pass and one more batch that is not full
-PASSES = 32  # so many passes over next to nothing take as long as a full batch: beside it, padding is weighed
+LEAST_SAVED = 256  # tokens: a prefix of its own costs one more forward pass and one more batch that is not full
+PASSES = 32  # so many nearly empty forward passes take as long as a full batch
 
 
 @dataclass(frozen=True)
@@ -36,12 +35,11 @@ class Item:
 def score_options(model: nn.Module, items: Sequence[Item], batch_tokens: int, pad_token_id: int) -> list[list[float]]:
     """Summed log-probability (nats) of each item's answers given its prompt, in the order of the items.
 
-    Every answer sees the prompt and itself alone and is numbered as if it stood right after the prompt: equal to
-    scoring each option alone. Items of like length share batches of at most `batch_tokens` tokens, a shared prefix not
-    counted, and logits are computed from the last prompt token on.
+    The scores are those of scoring each option alone: an answer attends to its prompt and itself, and its positions
+    follow the prompt. Items of similar length share batches of at most `batch_tokens` tokens, without the prefix.
     """
     scores: list[list[float]] = [[] for _ in items]
-    trees = [_grow(item) for item in items]
+    trees = [_build_item_tree(item) for item in items]
     with (
         _dense_attention(model),
         tqdm(total=len(items), desc="scoring", unit="question", delay=2, mininterval=10) as bar,
@@ -50,53 +48,53 @@ def score_options(model: nn.Module, items: Sequence[Item], batch_tokens: int, pa
             prefix = _read_prefix(model, items[members[0]].prompt_ids[:shared])
             for batch in cut_batches([len(trees[i].token_ids) - shared for i in members], batch_tokens):
                 rows = [members[i] for i in batch]
-                found = _score_batch(model, [trees[i] for i in rows], prefix, shared, pad_token_id)
-                for row, values in zip(rows, found, strict=True):
+                batch_scores = _score_batch(model, [trees[i] for i in rows], prefix, shared, pad_token_id)
+                for row, values in zip(rows, batch_scores, strict=True):
                     scores[row] = values
                 bar.update(len(rows))
     return scores
 
 
 def cut_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Batches of indices, longest first, of at most `batch_tokens` tokens with padding; a longer item goes alone.
+    """Batches of indices, longest first, of at most `batch_tokens` tokens with padding; a longer item is alone.
 
-    Of all ways to cut the sorted items it is the one of least padding, a batch more counted as batch_tokens / PASSES
-    tokens: full batches of unlike lengths waste more than passes do.
+    The sorted items are cut so that padding is least, by dynamic programming; each batch costs batch_tokens / PASSES
+    tokens more, for its forward pass.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    least = np.full(len(order) + 1, np.inf)  # tokens of the best batches for the first so many items
-    least[0], begins = 0, [0] * len(least)
+    least = np.full(len(order) + 1, np.inf)  # by number of items: the tokens of their best batches
+    least[0], batch_starts = 0, [0] * len(least)
     for start, item in enumerate(order):
         most = min(max(1, batch_tokens // lengths[item]), len(order) - start)
         costs = least[start] + batch_tokens / PASSES + lengths[item] * np.arange(1, most + 1)
         for end in start + 1 + np.flatnonzero(costs <= least[start + 1 : start + 1 + most]):
-            least[end], begins[end] = costs[end - start - 1], start
+            least[end], batch_starts[end] = costs[end - start - 1], start
     batches, end = [], len(order)
     while end:
-        batches.append(order[begins[end] : end])
-        end = begins[end]
+        batches.append(order[batch_starts[end] : end])
+        end = batch_starts[end]
     return batches[::-1]
 
 
 @contextmanager
 def _dense_attention(model: nn.Module):
-    """FlashAttention takes no mask of branches: score with SDPA, then give the model back as it was."""
-    kept = model.config._attn_implementation
-    if not kept.startswith("flash"):
+    """Inside the block the model uses SDPA if it uses FlashAttention otherwise, which takes no mask of a tree."""
+    if takes_branches(model):
         yield
         return
+    attention = model.config._attn_implementation
     model.set_attn_implementation("sdpa")
     try:
         yield
     finally:
-        model.set_attn_implementation(kept)
+        model.set_attn_implementation(attention)
 
 
 # --- the shared prefix ---------------------------------------------------------------------------------------------
 
 
 class _PrefixLayer(DynamicLayer):
-    """Keys and values of a prefix, lent to every row of every batch; what is read after it is not kept."""
+    """Keys and values of a prefix, used by every row of every batch; those of later tokens are not kept."""
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         if not self.is_initialized:
@@ -120,7 +118,7 @@ def _read_prefix(model: nn.Module, token_ids: list[int]) -> Cache | None:
 
 @dataclass(frozen=True)
 class _Tree(Tree):
-    """An item as it is fed: the prompt, then its answers without their last tokens, equal beginnings once."""
+    """An item as the model reads it: the prompt, then its answers without their last tokens."""
 
     answer_ids: list[list[int]]
     predicted_at: list[list[int]]
@@ -132,8 +130,8 @@ class _Tree(Tree):
         return self.predicted_at[0][0]
 
 
-def _grow(item: Item) -> _Tree:
-    tree, last = grow([[*item.prompt_ids, *answer[:-1]] for answer in item.answer_ids]), len(item.prompt_ids) - 1
+def _build_item_tree(item: Item) -> _Tree:
+    tree, last = build_tree([[*item.prompt_ids, *answer[:-1]] for answer in item.answer_ids]), len(item.prompt_ids) - 1
     return _Tree(**vars(tree), answer_ids=item.answer_ids, predicted_at=[path[last:] for path in tree.paths])
 
 
@@ -145,31 +143,30 @@ def _score_batch(
     num_logits = max(len(tree.token_ids) - tree.first_logits for tree in trees)
     input_ids = torch.full((len(trees), length), pad_token_id)
     position_ids = torch.zeros(len(trees), length, dtype=torch.long)
-    sees = torch.zeros(len(trees), length, shared + length, dtype=torch.bool)
-    sees[:, :, shared:] = torch.eye(length, dtype=torch.bool)  # padding sees itself, so no softmax is empty
+    mask = torch.zeros(len(trees), length, shared + length, dtype=torch.bool)
+    mask[:, :, shared:] = torch.eye(length, dtype=torch.bool)  # padding attends to itself, so no softmax is empty
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     for row, tree in enumerate(trees):
         start = shared + length - len(tree.token_ids)  # trees stand at the right edge
         input_ids[row, start:] = torch.tensor(tree.token_ids[shared:])
         position_ids[row, start:] = torch.tensor(tree.depths[shared:])
         prompt = tree.first_logits + 1 - shared
-        sees[row, start:, :shared] = True
-        sees[row, start : start + prompt, shared + start : shared + start + prompt] = causal[:prompt, :prompt]
+        mask[row, start:, :shared] = True
+        mask[row, start : start + prompt, shared + start : shared + start + prompt] = causal[:prompt, :prompt]
         for place in range(tree.first_logits + 1, len(tree.token_ids)):
-            at = start + place - shared
-            sees[row, at] |= sees[row, start + tree.parents[place] - shared]
+            mask[row, start + place - shared] |= mask[row, start + tree.parents[place] - shared]
     logits = model(
         input_ids=input_ids.to(model.device),
-        attention_mask=additive_masks(model, sees, position_ids),
+        attention_mask=additive_masks(model, mask, position_ids),
         position_ids=position_ids.to(model.device),
         past_key_values=prefix,
         use_cache=prefix is not None,
         logits_to_keep=num_logits,
     ).logits
-    return [_score(tree, own) for tree, own in zip(trees, logits, strict=True)]
+    return [_score_tree(tree, row_logits) for tree, row_logits in zip(trees, logits, strict=True)]
 
 
-def _score(tree: _Tree, logits: torch.Tensor) -> list[float]:
+def _score_tree(tree: _Tree, logits: torch.Tensor) -> list[float]:
     """Summed log-probability of each answer, from the logits (K, vocab_size) of the row's last K places."""
     first = len(tree.token_ids) - len(logits)
     logits = logits[tree.first_logits - first :]

@@ -1,6 +1,6 @@
-"""Sequences that begin alike, read once: groups with a shared start, and several sequences as one row that branches.
+"""Token sequences with shared prefixes: groups of them, and several sequences as one row that is a tree.
 
-Token numbers and masks only: what a sequence is, and what is predicted at its tokens, is for who calls to know.
+A model reads a shared prefix once. This module knows token ids and masks, and not what the sequences mean.
 """
 
 from __future__ import annotations
@@ -14,56 +14,56 @@ from torch import nn
 
 
 def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many first elements two sequences have in common."""
+    """Length of the longest common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def group_by_prefix(prompts: Sequence[Sequence[int]], least_saved: int) -> list[tuple[int, list[int]]]:
-    """Groups of indices, each with the number of first tokens its prompts share and may be read once; each index once.
+    """Groups of prompts as (length of the shared prefix, indices); each index is in one group.
 
-    A group of its own saves reading at least `least_saved` (≥ 1) tokens beyond what all prompts share. What is left
-    comes last, with a length of 0 if sharing saves less. Of every prompt at least one token is left after the start.
+    A group saves at least `least_saved` (≥ 1) tokens beyond the prefix that all prompts share. The last group holds the
+    rest, with length 0 if sharing saves less. At least one token of every prompt is left after the prefix.
     """
     if not prompts:
         return []
     groups: list[tuple[int, list[int]]] = []
 
     def shared_by(members: list[int]) -> int:
-        ends = prompts[members[0]], prompts[members[-1]]  # members are sorted: no two share less than these
-        return min(shared_length(*ends), min(len(prompts[i]) for i in members) - 1)
+        first, last = prompts[members[0]], prompts[members[-1]]  # members are sorted: no two share less than these
+        return min(shared_length(first, last), min(len(prompts[i]) for i in members) - 1)
 
     def divide(members: list[int]) -> list[int]:
-        """Make groups of what begins alike, the longest beginnings first; give back what is in none."""
+        """Add groups, the longest prefixes first; return the members that are in none."""
         length, rest = shared_by(members), []
         for _, branch in groupby(members, key=lambda i: prompts[i][length]):
-            alike = list(branch)
-            rest += alike if len(alike) in (1, len(members)) else divide(alike)
-        if (length - everywhere) * (len(rest) - 1) < least_saved:
+            same = list(branch)
+            rest += same if len(same) in (1, len(members)) else divide(same)
+        if (length - shared_by_all) * (len(rest) - 1) < least_saved:
             return rest
         groups.append((length, rest))
         return []
 
     order = sorted(range(len(prompts)), key=lambda i: prompts[i])
-    everywhere = shared_by(order)
+    shared_by_all = shared_by(order)
     if rest := divide(order):
-        groups.append((everywhere if everywhere * (len(rest) - 1) >= least_saved else 0, rest))
+        groups.append((shared_by_all if shared_by_all * (len(rest) - 1) >= least_saved else 0, rest))
     return groups
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Sequences as one row of tokens, in which equal beginnings stand once."""
+    """Several sequences as one row of tokens, in which a shared prefix stands once."""
 
     token_ids: list[int]
     parents: list[int]
-    """Place of the token that comes before; −1 for a first one."""
+    """Per token, the place of the token before it; −1 for a first token."""
     depths: list[int]
-    """Number of tokens that come before in its sequence: the position."""
+    """Per token, the number of tokens before it in its sequence: its position id."""
     paths: list[list[int]]
     """Per sequence, the places of its tokens."""
 
-    def sees(self) -> torch.Tensor:
-        """(T, T) bool: each token sees itself and what comes before it in its sequence."""
+    def mask(self) -> torch.Tensor:
+        """(T, T) bool: each token attends to itself and to the tokens before it in its sequence."""
         mask = torch.eye(len(self.token_ids), dtype=torch.bool)
         for place, parent in enumerate(self.parents):
             if parent >= 0:
@@ -71,60 +71,64 @@ class Tree:
         return mask
 
 
-def grow(sequences: Sequence[Sequence[int]], share: bool = True) -> Tree:
-    """The tree of these sequences; with `share` off they stand one after another, each whole."""
+def build_tree(sequences: Sequence[Sequence[int]], share: bool = True) -> Tree:
+    """The tree of these sequences; with `share` off they stand whole, one after another."""
     token_ids, parents, depths, paths = [], [], [], []
     places: dict[tuple[int, int], int] = {}  # a place and the token after it → that token's place
     for number, sequence in enumerate(sequences):
-        path, at = [], -1 if share else -1 - number
+        path, previous = [], -1 if share else -1 - number
         for depth, token in enumerate(sequence):
-            place = places.setdefault((at, token), len(token_ids))
+            place = places.setdefault((previous, token), len(token_ids))
             if place == len(token_ids):
                 token_ids.append(token)
-                parents.append(max(at, -1))
+                parents.append(max(previous, -1))
                 depths.append(depth)
             path.append(place)
-            at = place
+            previous = place
         paths.append(path)
     return Tree(token_ids, parents, depths, paths)
 
 
 def cut_by_prefix(sequences: Sequence[Sequence[int]], most_tokens: int, share: bool = True) -> list[list[int]]:
-    """Groups of indices whose trees have at most `most_tokens` tokens; a longer sequence goes alone.
+    """Groups of indices whose trees have at most `most_tokens` tokens; a longer sequence is a group alone.
 
-    Neighbours begin alike. A tree's attention grows with the square of its tokens, so many small ones are not slower.
+    Sequences with a common prefix are neighbours. Attention grows with the square of a tree's tokens, so many small
+    trees are not slower than a few large ones.
     """
     groups: list[list[int]] = []
     size = 0
     for i in sorted(range(len(sequences)), key=lambda i: sequences[i]):
-        own = len(sequences[i])
-        more = own - (shared_length(sequences[groups[-1][-1]], sequences[i]) if groups and share else 0)
-        if groups and size + more <= most_tokens:
+        length = len(sequences[i])
+        added = length - (shared_length(sequences[groups[-1][-1]], sequences[i]) if groups and share else 0)
+        if groups and size + added <= most_tokens:
             groups[-1].append(i)
-            size += more
+            size += added
         else:
             groups.append([i])
-            size = own
+            size = length
     return groups
 
 
 def takes_branches(model: nn.Module) -> bool:
-    """Whether its attention takes a mask; FlashAttention tells sequences of a row apart by positions that restart."""
+    """Whether the model's attention takes a mask; FlashAttention separates sequences of a row by their positions."""
     return not model.config._attn_implementation.startswith("flash")
 
 
-def additive_masks(model: nn.Module, sees: torch.Tensor, position_ids: torch.Tensor):
-    """What may be seen (B, L, shared + L) as the model takes it: one per kind of layer if some see a window only."""
+def additive_masks(model: nn.Module, mask: torch.Tensor, position_ids: torch.Tensor):
+    """A bool mask (B, L, shared + L) in the form the model takes: 0 or the dtype's minimum, (B, 1, L, shared + L).
+
+    A dict with one mask for each kind of layer if some layers have a sliding window.
+    """
 
     def additive(allowed: torch.Tensor) -> torch.Tensor:
-        mask = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(~allowed, torch.finfo(model.dtype).min)
-        return mask.unsqueeze(1).to(model.device)
+        filled = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(~allowed, torch.finfo(model.dtype).min)
+        return filled.unsqueeze(1).to(model.device)
 
     config = model.config.get_text_config()
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if window is None or (kinds and "sliding_attention" not in kinds):
-        return additive(sees)
-    before = torch.arange(sees.shape[2] - sees.shape[1]).expand(len(sees), -1)
+        return additive(mask)
+    before = torch.arange(mask.shape[2] - mask.shape[1]).expand(len(mask), -1)
     distances = position_ids[:, :, None] - torch.cat([before, position_ids], dim=1)[:, None, :]
-    near = additive(sees & (distances < window))
-    return {"full_attention": additive(sees), "sliding_attention": near} if kinds else near
+    near = additive(mask & (distances < window))
+    return {"full_attention": additive(mask), "sliding_attention": near} if kinds else near

@@ -1,7 +1,7 @@
-"""Which rows are learned from when, and by which process: batches of like length, the same ones for any number of them.
+"""The order of training rows: batches of similar length, the same ones for any number of processes.
 
-An order depends on seed and epoch alone, so a resumed epoch is the killed one and two processes agree without a word.
-Row numbers only: what the rows hold is `batching`'s, what is done with them `training`'s.
+The order depends on seed and epoch only. So a resumed epoch equals the killed one, and processes agree without
+communication.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_group
 
 
 class EpochSampler(LengthGroupedSampler):
-    """Batches of like length in an order that depends on seed and epoch alone: a resumed epoch is the killed one.
+    """Batches of similar length in a random order that depends on seed and epoch.
 
-    transformers' own draws from the global generator, whose state at the start of an epoch a checkpoint does not hold.
-    With `difficulty` the first epoch goes from easy to hard: in parts of a few batches, within which lengths are alike
-    and the order of the batches is drawn, as in any other epoch.
+    transformers' own sampler uses the global random generator, whose state a checkpoint does not hold. With
+    `difficulty` the first epoch goes from easy to hard: in parts of eight batches, each part shuffled as other epochs
+    are.
     """
 
     def __init__(self, *args, seed: int, difficulty: Sequence[float] | None = None, **kwargs):
@@ -37,10 +37,10 @@ class EpochSampler(LengthGroupedSampler):
         return chain.from_iterable(self._batches(part, generator) for part in _cut(easy_first, 8 * self.batch_size))
 
     def _batches(self, part: list[int], generator: torch.Generator) -> list[int]:
-        """Indices of one part, batch after batch; the one that is not full comes last, so that none is torn."""
+        """Indices of one part, batch after batch; the batch that is not full is last, so all others stay whole."""
         batches = _cut(sorted(part, key=lambda i: self.lengths[i], reverse=True), self.batch_size)
-        drawn = torch.randperm(len(part) // self.batch_size, generator=generator).tolist()
-        return list(chain.from_iterable(batches[n] for n in [*drawn, *range(len(drawn), len(batches))]))
+        order = torch.randperm(len(part) // self.batch_size, generator=generator).tolist()
+        return list(chain.from_iterable(batches[n] for n in [*order, *range(len(order), len(batches))]))
 
 
 def _cut(items: list[int], size: int) -> list[list[int]]:
@@ -53,7 +53,7 @@ class _EpochBatches(BatchSampler):
 
 
 class EpochLoader(DataLoader):
-    """A sampler's batches. The Trainer tells it the epoch, or its batch sampler where it skips to a checkpoint."""
+    """A sampler's batches. The Trainer sets the epoch on the loader, or on its batch sampler when it resumes."""
 
     def __init__(self, sampler: EpochSampler, collate: Callable[[list[int]], dict]):
         batches = _EpochBatches(sampler, sampler.batch_size, drop_last=False)
@@ -64,6 +64,6 @@ class EpochLoader(DataLoader):
 
 
 def share(numbers: Sequence[int], lengths: Sequence[int], processes: int) -> list[list[int]]:
-    """A batch's rows for each process: dealt out by length, so that every process gets as much work."""
+    """The rows of a batch for each process, dealt by length, so that each process has about as much work."""
     longest_first = sorted(numbers, key=lambda n: lengths[n], reverse=True)
     return [longest_first[process::processes] for process in range(processes)]

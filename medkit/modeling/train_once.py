@@ -20,14 +20,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import PartialState, load_checkpoint_in_model
-from accelerate.utils import broadcast_object_list, enable_fsdp_ram_efficient_loading
+from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
 from medkit.code_digest import digest_functions
-from medkit.modeling import loading, sharding, trainer
+from medkit.modeling import loading, trainer
 from medkit.modeling.batches import Example
 from medkit.modeling.trainer import Loss
 from medkit.params import ModelsParams, Params, TrainParams, digest
@@ -81,14 +81,17 @@ def _file_sizes(path: Path) -> dict[str, int]:
 # --- training ---
 
 
-def load_for_training(folder: Path, models: ModelsParams, section: TrainParams, keep: Sequence[int] = ()) -> nn.Module:
-    """The model on its device; sharded, on the CPU: with FSDP of each machine's first process, which the others ask."""
-    if not sharding.is_sharded(section):
-        return loading.load_model(folder, models, keep)
-    attention, _ = loading.pick_attention(models.attention, loading.pick_device(models.device))
-    if section.scale.sharding == "fsdp":
-        enable_fsdp_ram_efficient_loading()
-    return loading.load_model(folder, models.model_copy(update={"device": "cpu", "attention": attention}), keep)
+def load_for_training(folder: Path, models: ModelsParams, keep: Sequence[int] = (), adapter: bool = False) -> nn.Module:
+    """A model whose weights can learn: in float32, because updates are smaller than bfloat16 can add.
+
+    keep: the decoder layers to keep (empty: all). adapter: the weights stay as they are beside an adapter, so they are
+    loaded in `models.dtype`. If the weights are to be sharded, they are loaded on the CPU.
+    """
+    changes = {} if adapter else {"dtype": "float32"}
+    if trainer.is_sharded():
+        attention, _ = loading.pick_attention(models.attention, loading.pick_device(models.device))
+        changes |= {"device": "cpu", "attention": attention}
+    return loading.load_model(folder, models.model_copy(update=changes), keep)
 
 
 def train_once(
@@ -142,7 +145,8 @@ def fit_once(
         for stale in checkpoints.iterdir() if checkpoints.is_dir() else ():
             if stale.name != key:
                 shutil.rmtree(stale)
-    log = fit(checkpoints / key)
+    # checkpoints of shards cannot be read by a process that holds whole weights
+    log = fit(checkpoints / key / ("sharded" if trainer.is_sharded() else "whole"))
     if is_main:
         stage.reopen()
         save_adapter(model, folder) if isinstance(model, PeftModel) else loading.save_model(model, tokenizer, folder)
@@ -166,9 +170,8 @@ def training_key(
     extras = add_extras(sample) if add_extras else {}
     more_examples = extras.pop("examples", [])
     adapters = getattr(model, "peft_config", {})
-    bf16 = bool(section.scale and section.scale.bf16)
     settings = [
-        [section.model_dump(exclude={"scale", "save_every_steps"}), bf16, seed],
+        [section.model_dump(exclude={"save_every_steps", "gradient_checkpointing"}), seed],
         repr(loss) if is_dataclass(loss) else loss.__qualname__,
         repr(optimizer),
         [[str(getattr(config, name)) for name in ADAPTER_SETTINGS] for config in adapters.values()],

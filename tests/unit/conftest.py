@@ -167,7 +167,8 @@ def make_section():
             "learning_rate": 1e-3,
             "warmup_fraction": 0.1,
             "save_every_steps": 2,
-            "scale": None,
+            "bf16": False,
+            "gradient_checkpointing": False,
         }
         return TrainParams(**{**settings, **changes})
 

@@ -30,11 +30,8 @@ OPEN = {
     ("inference", "studies", "ablation"),
     ("inference", "studies", "ensemble", "questions"),
     ("inference", "server"),
-    ("distillation", "correction_train", "scale"),
-    ("distillation", "student_train", "scale"),
     ("distillation", "rationales"),
     ("distillation", "on_policy"),
-    ("lora", "train", "scale"),
 }
 
 

@@ -17,7 +17,7 @@ from medkit.stage import ROOT, MedkitError, Stage, StageError
 from medkit.variants import VARIANTS, list_variants
 
 TRAIN = {"epochs": 1.0, "batch_size": 4, "slice_tokens": 200, "learning_rate": 1e-2, "warmup_fraction": 0.1}
-TRAIN |= {"save_every_steps": 9, "scale": None}
+TRAIN |= {"save_every_steps": 9, "bf16": False, "gradient_checkpointing": False}
 ADAPTER = {"variant": "lora_plus", "rank": 2, "alpha": 4.0, "dropout": 0.0, "target_modules": ["q_proj"]}
 ON_POLICY = {"beta": 0.5, "max_new_tokens": 4, "adapter": None, "train": TRAIN}
 RATIONALES = {"questions": 6, "samples": 2, "max_new_tokens": 12, "temperature": 1.0, "too_easy": 2.0}

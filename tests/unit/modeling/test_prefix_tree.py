@@ -40,7 +40,7 @@ def test_where_nothing_is_saved_there_is_one_group(prompts):
 
 @given(some_prompts, st.booleans())
 def test_a_tree_holds_every_sequence_on_a_path_of_its_own(sequences, share):
-    tree = prefix_tree.grow(sequences, share)
+    tree = prefix_tree.build_tree(sequences, share)
     for sequence, path in zip(sequences, tree.paths, strict=True):
         assert [tree.token_ids[place] for place in path] == sequence
         assert [tree.depths[place] for place in path] == list(range(len(sequence)))
@@ -51,8 +51,8 @@ def test_a_tree_holds_every_sequence_on_a_path_of_its_own(sequences, share):
 
 @given(some_prompts.filter(len), st.booleans())
 def test_a_token_sees_its_own_sequence_up_to_itself(sequences, share):
-    tree = prefix_tree.grow(sequences, share)
-    sees = tree.sees()
+    tree = prefix_tree.build_tree(sequences, share)
+    sees = tree.mask()
     for path in tree.paths:
         for depth, place in enumerate(path):
             assert sees[place].nonzero()[:, 0].tolist() == sorted(path[: depth + 1])
@@ -62,10 +62,10 @@ def test_a_token_sees_its_own_sequence_up_to_itself(sequences, share):
 def test_groups_are_cut_to_fit_and_no_sequence_is_lost(sequences, most, share):
     groups = prefix_tree.cut_by_prefix(sequences, most, share)
     assert sorted(itertools.chain(*groups)) == list(range(len(sequences)))
-    sizes = [len(prefix_tree.grow([sequences[i] for i in group], share).token_ids) for group in groups]
+    sizes = [len(prefix_tree.build_tree([sequences[i] for i in group], share).token_ids) for group in groups]
     assert all(len(group) == 1 or size <= most for group, size in zip(groups, sizes, strict=True))
     for group, (first, *_) in itertools.pairwise(groups):
-        both = prefix_tree.grow([sequences[i] for i in (*group, first)], share)
+        both = prefix_tree.build_tree([sequences[i] for i in (*group, first)], share)
         assert len(both.token_ids) > most, "what still fits goes along"
 
 
@@ -77,7 +77,7 @@ def test_flash_attention_takes_no_branches(make_llama):
 
 
 def test_masks_are_zero_where_a_token_sees_and_least_where_not(make_llama):
-    sees = prefix_tree.grow([[4, 5], [4, 6]]).sees()[None]
+    sees = prefix_tree.build_tree([[4, 5], [4, 6]]).mask()[None]
     mask = prefix_tree.additive_masks(make_llama(), sees, torch.tensor([[0, 1, 1]]))
     least = torch.finfo(torch.float32).min
     assert mask.tolist() == [[[[0, least, least], [0, 0, least], [0, least, 0]]]]

@@ -190,9 +190,9 @@ def test_a_half_written_checkpoint_is_ignored(make_llama, make_examples, make_se
 
 def test_a_finished_training_can_be_forgotten(make_llama, make_examples, make_section, tmp_path):
     trainer.train(make_llama(layers=2), make_examples(4), make_section(), trainer.cross_entropy, tmp_path / "c", seed=0)
-    trainer.forget_checkpoints(tmp_path / "c")
+    trainer.remove_checkpoints(tmp_path / "c")
     assert not (tmp_path / "c").exists()
-    trainer.forget_checkpoints(tmp_path / "c")
+    trainer.remove_checkpoints(tmp_path / "c")
 
 
 def test_a_loss_that_is_not_finite_names_its_step(make_llama, make_examples, make_section, tmp_path):

@@ -1,0 +1,178 @@
+"""What was made from the same things is read back; anything else is made again."""
+
+import json
+import os
+
+import pandas as pd
+import pytest
+import torch
+
+from medkit.distillation.losses import DistillationLoss
+from medkit.lora import adapters
+from medkit.modeling import loading, train_once, trainer
+from medkit.modeling.trainer import TrainingError
+from medkit.params import AdapterParams
+from medkit.stage import Stage, StageError
+
+ADAPTER = {"variant": "lora", "rank": 2, "alpha": 4.0, "dropout": 0.0, "target_modules": ["q_proj"]}
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
+    return Stage("toy", "02_distillation")
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    """A list that grows with every training."""
+    calls, train = [], trainer.train
+    monkeypatch.setattr(trainer, "train", lambda *args, **options: calls.append(1) or train(*args, **options))
+    return calls
+
+
+def assert_same_weights(model, expected):
+    found, expected = model.state_dict(), expected.state_dict()
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def attached(model, **changes):
+    return adapters.attach(model, AdapterParams(**{**ADAPTER, **changes}), seed=0)
+
+
+@pytest.mark.parametrize("variant", [None, "lora", "pissa"])
+def test_a_finished_training_is_read_back_to_the_bit(
+    stage, trainings, make_llama, make_examples, make_section, tokenizer, variant
+):
+    models = [make_llama(layers=2) for _ in range(2)]
+    if variant:
+        models = [attached(model, variant=variant) for model in models]
+    logs = [
+        train_once.train_once(
+            stage, "student", model, tokenizer, make_examples(9), make_section(), trainer.cross_entropy, 0
+        )
+        for model in models
+    ]
+    assert len(trainings) == 1
+    assert_same_weights(models[1], models[0])
+    pd.testing.assert_frame_equal(*logs)
+    assert (stage.dir / "student" / ("adapter_config.json" if variant else "tokenizer.json")).is_file()
+
+
+CHANGES = ["examples", "loss", "extras", "learning_rate", "bf16", "seed", "start", "alpha", "difficulty", "code"]
+DAMAGES = ["record lost", "file lost", "file cut short"]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, *DAMAGES, "gradient_checkpointing"])
+def test_only_what_can_change_the_numbers_trains_again(
+    stage, trainings, make_llama, make_examples, make_section, tokenizer, monkeypatch, change
+):
+    def train(loss_weight=1.0, seed=0, start=0, alpha=4.0, examples=0, options=None, **section):
+        return train_once.train_once(
+            stage, "adapter", attached(make_llama(layers=1, seed=start), alpha=alpha), tokenizer,
+            make_examples(4, seed=examples), make_section(**section), DistillationLoss(ce_weight=loss_weight), seed,
+            **(options or {}),
+        )  # fmt: skip
+
+    train()
+    weights = stage.dir / "adapter" / "adapter_model.safetensors"
+    match change:
+        case "loss":
+            train(loss_weight=2.0)
+        case "extras":
+            train(options={"add_extras": lambda rows: {"teacher_ids": torch.ones(len(rows), 1)}})
+        case "difficulty":
+            train(options={"difficulty": range(4)})
+        case "learning_rate":
+            train(learning_rate=2e-3)
+        case "bf16" | "gradient_checkpointing":
+            train(**{change: True})
+        case "alpha":
+            train(alpha=8.0)
+        case "code":
+            monkeypatch.setattr(train_once, "digest_functions", lambda *functions: "another source")
+            train()
+        case "record lost":
+            (stage.dir / "adapter.record.json").unlink()
+            train()
+        case "file lost":
+            weights.unlink()
+            train()
+        case "file cut short":
+            os.truncate(weights, 100)
+            train()
+        case _:
+            train(**{change: 1})
+    assert len(trainings) == (1 if change == "gradient_checkpointing" else 2)
+
+
+def test_the_key_covers_the_source_of_the_loss_and_the_library_versions(monkeypatch):
+    def key(*functions):
+        return train_once.key_of({"rank": 2}, ["inputs"], *functions)
+
+    assert key(trainer.train) == key(trainer.train)
+    assert key(trainer.train) != key(trainer.train, DistillationLoss)
+    before, version = key(trainer.train), train_once.importlib.metadata.version
+    monkeypatch.setattr(train_once.importlib.metadata, "version", lambda name: version(name) + "+cu130")
+    assert key(trainer.train) == before, "the same release for another device"
+    monkeypatch.setattr(train_once.importlib.metadata, "version", lambda name: "0.0.1")
+    assert key(trainer.train) != before
+
+
+def test_a_record_belongs_to_a_file_as_to_a_folder(tmp_path):
+    path = tmp_path / "scores.json"
+    assert train_once.find_record(path, "a") is None
+    path.write_text("[1, 2]")
+    train_once.write_record(path, "a", count=2)
+    assert train_once.find_record(path, "a") == {"count": 2}
+    assert train_once.find_record(path, "b") is None
+    path.write_text("[1")
+    assert train_once.find_record(path, "a") is None
+
+
+def test_no_examples_is_one_sentence(stage, make_llama, make_section, tokenizer):
+    with pytest.raises(TrainingError, match=r"no training examples: raise .* data\.datasets"):
+        train_once.train_once(
+            stage, "student", make_llama(layers=1), tokenizer, [], make_section(), trainer.cross_entropy, 0,
+            add_extras=lambda rows: {"some": torch.zeros(len(rows))},
+        )  # fmt: skip
+
+
+def test_checkpoints_of_other_settings_are_removed_and_training_opens_the_stage(
+    stage, make_llama, make_examples, make_section, tokenizer
+):
+    stage.commit()
+    for rate in (1e-3, 2e-3):
+        train_once.train_once(
+            stage, "student", make_llama(layers=1), tokenizer, make_examples(8), make_section(learning_rate=rate),
+            trainer.cross_entropy, 0,
+        )  # fmt: skip
+    assert not stage.manifest()
+    key = json.loads((stage.dir / "student.record.json").read_text())["key"]
+    assert [path.name for path in (stage.dir / "checkpoints" / "student").iterdir()] == [key]
+
+
+def test_weights_learn_in_float32_whatever_the_profile_computes_in(tmp_path, make_llama, tokenizer, models_params):
+    folder = loading.save_model(make_llama(layers=1).bfloat16(), tokenizer, tmp_path / "model")
+    bf16 = models_params.model_copy(update={"dtype": "bfloat16"})
+    assert train_once.load_for_training(folder, bf16).dtype == torch.float32
+    base = train_once.load_for_training(folder, bf16, adapter=True)
+    assert base.dtype == torch.bfloat16
+    assert {p.dtype for p in attached(base).parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_a_run_that_is_in_use_is_left_alone(tmp_path, monkeypatch, models_params):
+    from types import SimpleNamespace
+
+    from filelock import FileLock
+
+    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
+    (tmp_path / "toy").mkdir()
+    params = SimpleNamespace(models=models_params)
+    with (
+        FileLock(tmp_path / "toy" / ".lock"),
+        pytest.raises(StageError, match="worked on by another process"),
+        train_once.open_stage("toy", "03_lora", params),
+    ):
+        pass
