@@ -96,7 +96,7 @@ def units(count, seed=0):
 
 @pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
 def test_nearest_is_what_sorting_everything_gives(monkeypatch, rows_at_once):
-    monkeypatch.setattr(embeddings, "ROWS_AT_ONCE", rows_at_once)
+    monkeypatch.setattr(embeddings, "ROWS_PER_PRODUCT", rows_at_once)
     queries, corpus = units(20, 1), units(50, 2)
     indices, cosines = embeddings.nearest(queries, corpus, 5)
     scores = queries @ corpus.T
