@@ -219,25 +219,25 @@ def train(
 @app.command()
 def serve(
     run: RunName = "tiny",
-    params: RunParamsFile = None,
-    variant: Annotated[str, typer.Option("--variant", help="Which of the run's models, e.g. lora, nf4, edge")] = "edge",
     host: Annotated[str, typer.Option(help="Other addresses than 127.0.0.1 need an API key")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
     api_key: Annotated[str | None, typer.Option(envvar="MEDKIT_API_KEY", help="Better in the environment")] = None,
-    max_running: Annotated[int, typer.Option(min=1, help="Requests that the engine works on at once")] = 16,
-    max_waiting: Annotated[int, typer.Option(min=0, help="Requests in line; more are sent away (429)")] = 64,
-    cache: Annotated[int, typer.Option(min=0, help="Answers kept for the very same request; 0 keeps none")] = 0,
-    overrides: Overrides = None,
+    upstream: Annotated[
+        str | None, typer.Option(help="URL (…/v1) of an OpenAI-compatible server to use in place of the edge file")
+    ] = None,
+    upstream_key: Annotated[str | None, typer.Option(envvar="MEDKIT_UPSTREAM_KEY", help="Its API key")] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Requests answered at once; more wait")] = 4,
+    context: Annotated[int, typer.Option(min=64, help="Tokens of prompt and answer together, per slot")] = 4096,
 ) -> None:
-    """Answer OpenAI's clients with a model of a run, until Ctrl-C or SIGTERM."""
-    raise StageError("serving is being rebuilt")
+    """Answer OpenAI's clients with the edge file of a run, until Ctrl-C."""
+    from medkit.inference import serve as serving
+
+    console.print(f"http://{host}:{port}/v1 · {DISCLAIMER}")
+    serving.serve(run, host, port, api_key, upstream, upstream_key, slots, context)
 
 
 OPTIONAL = {
     "flash_attn": "FlashAttention-2 kernels (extra gpu); SDPA is used without",
-    "openvino_genai": "runs the edge file on a CPU (extra edge)",
-    "llama_cpp": "runs the edge file on a CPU, faster (extra llama)",
-    "starlette": "`medkit serve` (extra serve)",
     "nbval": "notebook tests (extra dev)",
 }
 

@@ -1,8 +1,7 @@
-"""What the robustness studies ask: the same questions in another order, under other names, in other words, with help.
+"""The robustness studies: the same questions with other orders of options, drug names, templates, or with examples.
 
-Each function returns rows for `inference.predict`: question rows with `scoring`, a name of the `study`, and a
-`condition` that tells the ways of asking apart; `template`, `shots` and `order` where they differ from the plain way.
-What the answers say is for `robustness`; nothing is asked here.
+Each function returns rows for `inference.predict`: question rows with `scoring`, the name of the `study`, the
+`condition` within it, and `template`, `shots` and `order` where they differ from the plain question.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import pandas as pd
 from medkit.data.near_duplicates import group_near_duplicates
 from medkit.modeling.embeddings import nearest
 from medkit.prompts import templates as prompts
+from medkit.stage import MedkitError
 
 ORIGINAL, SWAPPED = "original", "swapped"
 TEMPLATES = ("text", "letter", "abstain", "rationale")  # ways to put a multiple choice
@@ -43,13 +43,13 @@ def order_label(order: Sequence[int]) -> str:
 def shuffled(asked: pd.DataFrame, orders: int, seed: int) -> pd.DataFrame:
     """The same questions under several orders of their options; condition: `order_label`.
 
-    Raises ValueError for a way of asking that does not show the options: their order could not matter.
+    Raises MedkitError for a way of asking that does not show the options: their order could not matter.
     """
     rows = []
     for row in asked.to_dict("records"):
         template = prompts.pick_template(row["kind"], row["scoring"])
         if not template.lists_options:
-            raise ValueError(f"{row['scoring']} shows no options, so their order cannot matter: ask by letter")
+            raise MedkitError(f"{row['scoring']} shows no options, so their order cannot matter: ask by letter")
         for order in option_orders(row, orders, seed):
             rows.append({**row, "study": "shuffle", "condition": order_label(order), "order": order})
     return pd.DataFrame(rows)
@@ -58,11 +58,11 @@ def shuffled(asked: pd.DataFrame, orders: int, seed: int) -> pd.DataFrame:
 def swapped(drug_pairs: pd.DataFrame, count: int | str, seed: int) -> pd.DataFrame:
     """Exam questions under two names of their drugs, by option text: one id, conditions `original` and `swapped`.
 
-    Raises ValueError for more pairs than there are.
+    Raises MedkitError for more pairs than there are.
     """
     count = len(drug_pairs) if count == "all" else count
     if count > len(drug_pairs):
-        raise ValueError(f"inference.studies.swap_pairs is {count}, there are {len(drug_pairs)} pairs; lower it")
+        raise MedkitError(f"inference.studies.swap_pairs is {count}, there are {len(drug_pairs)} pairs; lower it")
     pairs = drug_pairs.sample(frac=1, random_state=seed).head(count)
     plain = pairs[["id", "question", "options", "answer"]].assign(condition=ORIGINAL)
     renamed = pairs[["id", "question_swapped", "options_swapped", "answer"]].assign(condition=SWAPPED)
@@ -111,10 +111,10 @@ def ensemble(
     one order where options are not shown. `similar` (columns id_test, id_train) are pairs that `contamination` found:
     like rows of the question's own group they are no examples for it.
 
-    Raises ValueError for training rows of the test split, and for a kind with fewer than `shots` examples.
+    Raises MedkitError for training rows of the test split, and for a kind with fewer than `shots` examples.
     """
     if (training.split == "test").any():
-        raise ValueError("a test question must not be an example: give rows of the split train alone")
+        raise MedkitError("a test question must not be an example: give rows of the split train alone")
     found = _neighbours(asked, training, asked_vectors, training_vectors, shots, similar)
     solved = training.to_dict("records")
     rows = []
@@ -145,7 +145,7 @@ def _neighbours(
     few = allowed.sum(axis=1) < shots
     if few.any():
         first = asked[few].iloc[0]
-        raise ValueError(
+        raise MedkitError(
             f"inference.studies.ensemble.shots is {shots}, but of the kind {first.kind!r} the split train has only "
             f"{allowed[few].sum(axis=1)[0]} examples for {first.id}; lower it, or leave out {first.source}"
         )
