@@ -55,7 +55,7 @@ class TorchEngine:
         self.model, self.pad_token_id, self.scheduler = model, pad_token_id, scheduler
         self.cache_tokens, self.prefix_sharing = CACHE_FACTOR * batch_tokens, prefix_sharing
         self.temperature = temperature
-        self.name = f"transformers {scheduler}"
+        self.name = "transformers"
         self._manager = None
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
@@ -78,7 +78,7 @@ class TorchEngine:
 
     def _check(self, requests: Sequence[Request]) -> None:
         if self.model is None:
-            raise EngineError(f"{self.name} is closed; make a new engine")
+            raise EngineError("this engine is closed; make a new one")
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for request in requests:
             prompt, new = len(request.prompt_ids), request.max_new_tokens

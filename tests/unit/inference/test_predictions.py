@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from medkit.inference import predictions, workloads
 from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling import option_scoring
-from medkit.modeling.batches import bucket_by_length, letter_forms
+from medkit.modeling.batches import letter_forms
 from medkit.modeling.engine import Request
 from medkit.modeling.option_scoring import Item
 from medkit.prompts import templates
+from medkit.stage import MedkitError
 
 PAD, VOCAB = 0, 300
 ids = st.integers(3, VOCAB - 1)
@@ -56,44 +57,6 @@ def test_branches_equal_plain_scoring_of_each_option(scorer, asked, batch_tokens
         assert scores == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_an_option_does_not_see_the_others(make_llama, attention):
-    model = make_llama(layers=2, initializer_range=0.2, attn_implementation=attention)
-    asked = [Item([5, 9, 17, 33], [[4, 8], [21], [7, 7, 7, 7], [4, 8]]), Item([50] * 11, [[3], [9, 9]])]
-    together = option_scoring.score_options(model, asked, 1000, PAD)
-    for item, scores in zip(asked, together, strict=True):
-        alone = [
-            option_scoring.score_options(model, [Item(item.prompt_ids, [a])], 1000, PAD)[0][0] for a in item.answer_ids
-        ]
-        assert scores == pytest.approx(alone, abs=1e-4)
-    assert together[0][0] == pytest.approx(together[0][3], abs=1e-4)
-
-
-def test_scoring_reads_each_prompt_once(scorer, monkeypatch):
-    asked = [Item([5] * n, [[7, 8], [9]]) for n in (10, 4, 10, 7)]
-    rows = []
-    forward = scorer.forward
-    monkeypatch.setattr(scorer, "forward", lambda **kw: rows.append(kw["input_ids"].shape) or forward(**kw))
-    option_scoring.score_options(scorer, asked, 26, PAD)
-    # [8] and [9] are only predicted, so of both answers one token is read
-    assert [tuple(shape) for shape in rows] == [(2, 11), (1, 8), (1, 5)]
-
-
-@pytest.mark.parametrize("kept", ["sdpa", "eager"])
-def test_scoring_gives_the_attention_back(make_llama, kept):
-    model = make_llama(layers=1, attn_implementation=kept)
-    option_scoring.score_options(model, [Item([5], [[7]])], 10, PAD)
-    assert model.config._attn_implementation == kept
-
-
-@given(lengths=st.lists(st.integers(1, 200), max_size=40), limit=st.integers(1, 500))
-def test_buckets_hold_each_index_once_within_the_limit(lengths, limit):
-    batches = bucket_by_length(lengths, limit)
-    assert sorted(itertools.chain(*batches)) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= limit
-
-
 # --- the test questions --------------------------------------------------------------------------------------------
 
 
@@ -115,9 +78,9 @@ def test_a_larger_number_keeps_the_questions_of_the_smaller(questions):
 
 
 def test_more_questions_than_there_are_is_an_error(questions):
-    with pytest.raises(ValueError, match=r"inference\.questions\.letter\.exam is 3, the test split has 2"):
+    with pytest.raises(MedkitError, match=r"inference\.questions\.letter\.exam is 3, the test split has 2"):
         predictions.choose_questions(questions, {"letter": {"exam": 3}}, seed=0)
-    with pytest.raises(ValueError, match=r"inference\.studies\.ablation\.exam is 3"):
+    with pytest.raises(MedkitError, match=r"inference\.studies\.ablation\.exam is 3"):
         predictions.choose_questions(questions, {"letter": {"exam": 3}}, seed=0, key="inference.studies.ablation")
 
 
@@ -226,8 +189,10 @@ def test_examples_come_before_the_question(scorer, tokenizer, questions):
 def test_one_prompt_is_read_once_whoever_asks_for_it(scorer, tokenizer, asked, monkeypatch):
     """Letters and texts of a listed question are branches of one prompt; a question asked twice costs nothing."""
     read, written = [], []
-    score, write = TorchEngine.score, TorchEngine.generate
-    monkeypatch.setattr(TorchEngine, "score", lambda self, items: read.extend(items) or score(self, items))
+    score, write = predictions.score_options, TorchEngine.generate
+    monkeypatch.setattr(
+        predictions, "score_options", lambda m, items, *more: read.extend(items) or score(m, items, *more)
+    )
     monkeypatch.setattr(TorchEngine, "generate", lambda self, asked: written.extend(asked) or write(self, asked))
     texts = asked[asked.scoring == "letter"].assign(scoring="option_text", template="letter")
     plain = predictions.predict(scorer, tokenizer, asked, 300, 4)
@@ -242,18 +207,20 @@ def test_one_prompt_is_read_once_whoever_asks_for_it(scorer, tokenizer, asked, m
         assert one == pytest.approx(other, abs=1e-4)
 
 
-def test_calls_that_share_what_was_said_ask_for_the_rest_alone(scorer, tokenizer, asked, monkeypatch):
+def test_calls_that_share_a_cache_ask_for_the_rest_alone(scorer, tokenizer, asked, monkeypatch):
     read, written = [], []
-    score, write = TorchEngine.score, TorchEngine.generate
-    monkeypatch.setattr(TorchEngine, "score", lambda self, items: read.extend(items) or score(self, items))
+    score, write = predictions.score_options, TorchEngine.generate
+    monkeypatch.setattr(
+        predictions, "score_options", lambda m, items, *more: read.extend(items) or score(m, items, *more)
+    )
     monkeypatch.setattr(TorchEngine, "generate", lambda self, asked: written.extend(asked) or write(self, asked))
-    said = {}
-    first = predictions.predict(scorer, tokenizer, asked, 300, 4, said)
+    cache = {}
+    first = predictions.predict(scorer, tokenizer, asked, 300, 4, cache)
     read[:], written[:] = [], []
-    pd.testing.assert_frame_equal(predictions.predict(scorer, tokenizer, asked, 300, 4, said), first)
+    pd.testing.assert_frame_equal(predictions.predict(scorer, tokenizer, asked, 300, 4, cache), first)
     assert read == written == []
     texts = asked[asked.scoring == "letter"].assign(scoring="option_text", template="letter")  # other answers to them
-    found = predictions.predict(scorer, tokenizer, pd.concat([asked, texts], ignore_index=True), 300, 4, said)
+    found = predictions.predict(scorer, tokenizer, pd.concat([asked, texts], ignore_index=True), 300, 4, cache)
     assert len(read) == len(texts) and not written
     pd.testing.assert_frame_equal(found[: len(asked)], first)
     alone = predictions.predict(scorer, tokenizer, texts, 300, 4)
@@ -274,6 +241,12 @@ def test_study_and_condition_come_along_and_are_empty_for_the_plain_way(scorer, 
     assert set(table.study[:-1]) == set(table.condition[:-1]) == {""}
 
 
+def test_a_column_of_floats_is_given_and_nan_is_not(scorer, tokenizer, asked):
+    letters = asked[asked.scoring == "letter"].assign(study="temperature", condition=[0.5, float("nan")])
+    table = predictions.predict(scorer, tokenizer, letters, 300, 4)
+    assert table.condition.tolist() == [0.5, ""] and table.study.tolist() == ["temperature"] * 2
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -282,22 +255,5 @@ def test_study_and_condition_come_along_and_are_empty_for_the_plain_way(scorer, 
     ],
 )
 def test_what_could_not_be_read_back_is_not_asked(scorer, tokenizer, questions, changes, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(MedkitError, match=said):
         predictions.predict(scorer, tokenizer, questions[questions.id == "q0"].assign(**changes), 300, 4)
-
-
-@pytest.mark.parametrize("name", ["letter", "abstain", "rationale"])
-def test_a_letter_is_encoded_once_and_in_its_forms(make_tokenizer, questions, name, monkeypatch):
-    """Without a lead the forms are all there is to encode; with one, the lead is read before the letter."""
-    tokenizer, calls = make_tokenizer(), []
-    encode = templates.encode
-    monkeypatch.setattr(templates, "encode", lambda *a: calls.append(a) or encode(*a))
-    question = questions.iloc[0].to_dict() | {"scoring": "letter", "template": name}
-    template, prompt, answers = predictions._encode(tokenizer, question)
-    assert list(prompt) == encode(tokenizer, templates.render(question, template))[0]
-    if template.lead:
-        texts = [tuple(tokenizer(template.lead + letter).input_ids) for letter in "ABCD"]
-        assert answers == [[ids] for ids in texts]
-    else:
-        assert answers == [[tuple(ids) for ids in letter_forms(tokenizer, letter)] for letter in "ABCD"]
-        assert len(calls) == 1

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from medkit.evaluation import accuracy
 from medkit.inference import predictions, question_variants
 from medkit.prompts import templates
+from medkit.stage import MedkitError
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_every_question_is_shuffled_and_says_how(by_letter):
 
 
 def test_an_order_that_nobody_sees_is_an_error(questions):
-    with pytest.raises(ValueError, match="option_text shows no options"):
+    with pytest.raises(MedkitError, match="option_text shows no options"):
         question_variants.shuffled(questions.assign(scoring="option_text"), 2, seed=0)
 
 
@@ -99,7 +100,7 @@ def test_more_pairs_take_the_same_first_ones_and_no_more_than_there_are(drug_pai
     assert list(question_variants.swapped(drug_pairs, 4, 0).id.unique()[:2]) == list(
         question_variants.swapped(drug_pairs, 2, 0).id.unique()
     )
-    with pytest.raises(ValueError, match="swap_pairs is 6, there are 5"):
+    with pytest.raises(MedkitError, match="swap_pairs is 6, there are 5"):
         question_variants.swapped(drug_pairs, 6, seed=0)
 
 
@@ -164,13 +165,13 @@ def test_no_example_is_a_test_row_or_in_the_questions_group_or_flagged_as_simila
     for row in asked.itertuples():
         assert all(shot["split"] == "train" and shot["group"] != row.group for shot in row.shots)
         assert row.id != "q1" or "t1" not in {shot["id"] for shot in row.shots}
-    with pytest.raises(ValueError, match="must not be an example"):
+    with pytest.raises(MedkitError, match="must not be an example"):
         ask(by_letter, training.assign(split=["train"] * 9 + ["test"]))
 
 
 def test_too_few_examples_are_an_error_that_says_for_whom(by_letter, training):
     with pytest.raises(
-        ValueError, match=r"shots is 3, but of the kind 'abstract' .* 2 examples for q2; .* leave out trial"
+        MedkitError, match=r"shots is 3, but of the kind 'abstract' .* 2 examples for q2; .* leave out trial"
     ):
         ask(by_letter, training, shots=3)
 

@@ -1,13 +1,11 @@
-"""The remote engine against a real HTTP server with a toy model: one that speaks as vLLM does, and lesser ones."""
+"""The server engine, against llama.cpp's own server on a toy file and against small servers that speak as others do."""
 
-import asyncio
 import json
 import socket
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
+from random import Random
 
 import pytest
 import torch
@@ -15,302 +13,182 @@ import uvicorn
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
+from transformers import AutoModelForCausalLM, GgufConfig
 
-from medkit.inference.server_engine import RemoteEngine
+from medkit.inference import server_engine
+from medkit.inference.server_engine import ServerEngine, llama_server
+from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling.engine import EngineError, Request
-from medkit.modeling.option_scoring import Item, score_options
+from medkit.quantization import gguf_export
+from medkit.stage import MedkitError
 
-MODEL, KEY = "toy", "secret"
-PROMPTS = [[5, 9, 17, 33], [40, 41], [7] * 30]
-LENGTH = 12
-EXTRAS = {"return_token_ids", "stop_token_ids", "ignore_eos"}
-
-
-class Toy:
-    """A model and its server. It writes tokens whose text is read back as the same token, so text mode can be exact."""
-
-    def __init__(self, model, tokenizer):
-        self.model, self.tokenizer, self.eos = model, tokenizer, tokenizer.eos_token_id
-        alone = [i for i in range(3, len(tokenizer)) if self.read(tokenizer.decode([i])) == [i]]
-        self.barred = torch.ones(model.config.vocab_size, dtype=torch.bool).index_fill(0, torch.tensor(alone), False)
-        self.steps = self.at_once = self.most_at_once = 0
-        self.bodies, self.lock = [], threading.Lock()
-
-    def read(self, text):
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    @torch.inference_mode()
-    def write(self, prompt_ids, length, ends=()):
-        ids = list(prompt_ids)
-        for _ in range(length):
-            logits = self.model(torch.tensor([ids])).logits[0, -1].masked_fill(self.barred, -torch.inf)
-            ids.append(int(logits.argmax()))
-            self.steps += 1
-            yield ids[-1]
-            if ids[-1] in ends:
-                return
-
-    @torch.inference_mode()
-    def echo(self, ids):
-        logprobs = self.model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        return [None, *logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist(), -0.5]
+VOCAB, END = 300, 2
+PROMPTS = [Random(length).choices(range(3, VOCAB), k=length) for length in (1, 7, 33, 100)]
+LENGTHS = [24, 3, 1, 17]
 
 
-def make_app(toy, *, extras=True, ids=True, listed=True, silent_s=0.0, breaks=None, busy=0):
-    """extras: takes token ids and vLLM's fields; ids: returns token ids; breaks: how it stops after three tokens.
+# --- llama.cpp -------------------------------------------------------------------------------------------------------
 
-    busy: how many requests it sends away first.
-    """
-    away = iter(range(busy))
 
-    def refuse(status, message):
-        return JSONResponse({"error": {"message": message, "type": "x"}}, status_code=status)
+@pytest.fixture(scope="module")
+def make_file(make_llama, tokenizer, tmp_path_factory):
+    def make(weight_type):
+        model = make_llama()
+        return gguf_export.export_gguf(model, tokenizer, tmp_path_factory.mktemp("edge") / "student.gguf", weight_type)
 
-    async def complete(request):
-        if request.headers["authorization"] != f"Bearer {KEY}":
-            return refuse(401, "bad key")
-        body = await request.json()
-        toy.bodies.append(body)
-        if next(away, None) is not None:
-            return JSONResponse({"error": {"message": "too busy"}}, status_code=429, headers={"retry-after": "0.2"})
-        if not extras and (not isinstance(body["prompt"], str) or EXTRAS & set(body)):
-            return refuse(422, "extra fields")
-        prompt = toy.read(body["prompt"]) if isinstance(body["prompt"], str) else body["prompt"]
-        if len(prompt) > 900:
-            return refuse(400, "the context holds 900 tokens")
-        await asyncio.sleep(silent_s)
-        if body.get("echo"):
-            logprobs = {"token_logprobs": toy.echo(prompt)} if ids else None
-            choice = {"index": 0, "text": "", "finish_reason": "length", "logprobs": logprobs}
-            return JSONResponse({"choices": [choice]})
-        ends = set(body.get("stop_token_ids", ())) | (set() if body.get("ignore_eos") else {toy.eos})
+    return make
 
-        def events():
-            with toy.lock:
-                toy.at_once += 1
-                toy.most_at_once = max(toy.most_at_once, toy.at_once)
-            token = None
-            for number, token in enumerate(toy.write(prompt, body["max_tokens"], ends)):
-                if number == 3 and breaks == "rudely":
-                    raise RuntimeError("out of order")
-                if number == 3 and breaks == "quietly":
-                    return
-                choice = {"index": 0, "text": toy.tokenizer.decode([token]), "finish_reason": None}
-                yield event(choice | ({"token_ids": [token]} if ids and body.get("return_token_ids") else {}))
-            yield event({"index": 0, "text": "", "finish_reason": "stop" if token in ends else "length"})
-            yield "data: [DONE]\n\n"
-            with toy.lock:
-                toy.at_once -= 1
 
-        def event(choice):
-            return f"data: {json.dumps({'id': 'x', 'object': 'text_completion', 'choices': [choice]})}\n\n"
+@pytest.fixture(scope="module")
+def path(make_file):
+    return make_file("F16")
 
-        return StreamingResponse(events(), media_type="text/event-stream")
 
-    async def models(request):
-        if request.headers["authorization"] != f"Bearer {KEY}":
-            return refuse(401, "bad key")
-        return JSONResponse({"object": "list", "data": [{"id": MODEL, "object": "model"}, {"id": "other"}]})
+@pytest.fixture(scope="module")
+def engine(path):
+    with llama_server(path, slots=2, context_tokens=256, threads=1) as (url, api_key):
+        engine = ServerEngine(url, api_key=api_key)
+        yield engine
+        engine.close()
 
-    routes = [Route("/v1/completions", complete, methods=["POST"])]
-    return Starlette(routes=routes + ([Route("/v1/models", models)] if listed else []))
+
+def in_transformers(path, requests):
+    """What transformers writes from the same file."""
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    return TorchEngine(model.eval(), 0, scheduler="static", batch_tokens=1024).generate(requests)
+
+
+@pytest.mark.parametrize("weight_type", ["F16", "Q8_0"])
+def test_llama_cpp_writes_the_tokens_of_transformers(make_file, weight_type):
+    """Random weights write broken characters too: a server that sends text loses such tokens."""
+    path = make_file(weight_type)
+    requests = [Request(prompt, length) for prompt, length in zip(PROMPTS, LENGTHS, strict=True)]
+    with llama_server(path, slots=3, context_tokens=256, threads=1) as (url, api_key):
+        answers = ServerEngine(url, api_key=api_key).generate(requests)
+    expected = in_transformers(path, requests)
+    assert not {0, END} & {token for answer in expected for token in answer.token_ids}  # llama.cpp writes no end token
+    assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
+    for answer in answers:
+        assert len(answer.token_times_s) == len(answer.token_ids)
+        assert answer.token_times_s == sorted(answer.token_times_s)
+        assert 0 <= answer.begun_s < answer.token_times_s[0]
+
+
+def test_an_answer_ends_with_the_first_end_token(engine, path):
+    """With the file's own end token, and with another one."""
+    prompts = [Random(seed).choices(range(3, VOCAB), k=9) for seed in range(300)]
+    answers = in_transformers(path, [Request(prompt, 6) for prompt in prompts])
+    texts = [(p, a.token_ids) for p, a in zip(prompts, answers, strict=True) if 0 not in a.token_ids]
+    prompt, text = next(pair for pair in texts if END in pair[1][1:-1])
+    other_prompt, other = next(pair for pair in texts if len(set(pair[1])) > 3 and END not in pair[1])
+    requests = [Request(prompt, 6, (END,)), Request(other_prompt, 6, (other[2], END))]
+    expected = [text[: text.index(END) + 1], other[: other.index(other[2]) + 1]]
+    assert [answer.token_ids for answer in engine.generate(requests)] == expected
+
+
+def test_an_answer_that_the_context_cuts_off_is_an_error(engine):
+    with pytest.raises(EngineError, match="exceeds the available context size"):
+        engine.generate([Request([5] * 300, 4)])
+    with pytest.raises(EngineError, match=r"wrote \d+ of 40 tokens: its context is full"):
+        engine.generate([Request([5] * 240, 40)])
+
+
+def test_the_server_is_gone_after_the_block_and_its_key_is_secret(path):
+    with llama_server(path, threads=1) as (url, api_key):
+        assert ServerEngine(url, api_key=api_key).name == "llama.cpp"
+        with pytest.raises(EngineError, match="refuses the API key"):
+            ServerEngine(url, api_key="guessed").generate([Request([5], 1)])
+        with pytest.raises(EngineError, match="has no model 'other': it has edge"):
+            ServerEngine(url, "other", api_key)
+    with pytest.raises(EngineError, match="cannot be reached"):
+        ServerEngine(url, api_key=api_key)
+
+
+def test_a_file_that_cannot_be_served_is_an_error(path, tmp_path, monkeypatch):
+    broken = tmp_path / path.name
+    broken.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(MedkitError), llama_server(broken):
+        pass
+    monkeypatch.setattr(server_engine, "check_manifest", lambda path: {})
+    with pytest.raises(EngineError, match=r"llama\.cpp cannot serve"), llama_server(broken):
+        pass
+
+
+# --- other servers ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def running(app):
-    with socket.create_server(("127.0.0.1", 0)) as port:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
+def running(answer, owner="vllm"):
+    """The URL of a server whose completions are what `answer(body)` returns: chunks, or a response."""
+
+    async def complete(request):
+        found = answer(await request.json())
+        if not isinstance(found, list):
+            return found
+        events = [f"data: {json.dumps({'choices': [choice]})}\n\n" for choice in found]
+        return StreamingResponse(iter([*events, "data: [DONE]\n\n"]), media_type="text/event-stream")
+
+    async def models(request):
+        return JSONResponse({"data": [{"id": "toy", "object": "model", "owned_by": owner}]})
+
+    routes = [Route("/v1/completions", complete, methods=["POST"]), Route("/v1/models", models)]
+    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="error"))
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
-        try:
-            yield f"http://127.0.0.1:{port.getsockname()[1]}/v1"
-        finally:
-            server.should_exit = True
-            thread.join()
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        server.should_exit = True
+        thread.join()
 
 
-@pytest.fixture
-def toy(make_llama, tokenizer):
-    return Toy(make_llama(layers=1), tokenizer)
+def chunk(text="", token_ids=None, reason=None):
+    return {"index": 0, "text": text, "finish_reason": reason, **({"token_ids": token_ids} if token_ids else {})}
 
 
-@pytest.fixture
-def connect(toy, tokenizer):
-    """connect(**of the server): an engine that speaks to a server made so; `engine` changes the engine's arguments."""
-    open_now = []
+def test_vllm_gets_token_ids_and_gives_token_ids_as_they_come():
+    bodies = []
 
-    def make(engine=None, **server):
-        context = running(make_app(toy, **server))
-        url = context.__enter__()
-        open_now.append(context)
-        settings = {"model": MODEL, "tokenizer": tokenizer, "api_key": KEY, "timeout_s": 20.0, **(engine or {})}
-        made = RemoteEngine(url, **settings)
-        open_now.append(made)
-        return made
+    def answer(body):
+        bodies.append(body)
+        return [chunk("a", [7]), chunk("bc", [8, END]), chunk(reason="stop")]
 
-    yield make
-    for one in reversed(open_now):
-        one.close() if isinstance(one, RemoteEngine) else one.__exit__(None, None, None)
+    with running(answer) as url:
+        (found,) = ServerEngine(url).generate([Request([5, 6], 9, (END,))])
+    assert found.token_ids == [7, 8, END] and found.token_times_s == sorted(found.token_times_s)
+    (body,) = bodies
+    assert body["prompt"] == [5, 6] and body["temperature"] == 0 and body["max_tokens"] == 9
+    assert body["stop_token_ids"] == [END] and body["ignore_eos"] is False and body["return_token_ids"] is True
 
 
-@pytest.fixture
-def answers(toy):
-    return [list(toy.write(prompt, LENGTH)) for prompt in PROMPTS]
+def test_a_server_without_token_ids_needs_a_tokenizer(tokenizer):
+    ids = tokenizer("Vitamin C.").input_ids
+    with running(lambda body: [chunk("Vitamin C."), chunk(reason="stop")], owner="someone") as url:
+        (found,) = ServerEngine(url, tokenizer=tokenizer).generate([Request([5], 50, (END,))])
+        assert found.token_ids == [*ids, END]
+        with pytest.raises(EngineError, match="returns no token ids"):
+            ServerEngine(url).generate([Request([5], 50, (END,))])
 
 
-KINDS = [{}, {"ids": False}, {"extras": False}, {"extras": False, "ids": False}]
+def test_a_busy_server_is_asked_again_and_an_error_is_told():
+    refusals = iter([429, 503])
 
+    def answer(body):
+        status = next(refusals, None)
+        if body["prompt"] == [9]:
+            return JSONResponse({"error": {"message": "no such token"}}, status_code=400)
+        if status is None:
+            return [chunk("a", [7], "length")]
+        return JSONResponse({"error": {"message": "busy"}}, status_code=status, headers={"retry-after-ms": "1"})
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_answers_are_the_model_s_whatever_the_server_understands(connect, answers, kind):
-    engine = connect(**kind)
-    for _ in range(2):
-        found = engine.generate([Request(prompt, LENGTH) for prompt in PROMPTS])
-        assert [g.token_ids for g in found] == answers
-        for generation in found:
-            assert len(generation.token_times_s) == LENGTH
-            assert 0 < generation.token_times_s[0] <= generation.token_times_s[-1]
-    assert [list(engine.stream(Request(prompt, LENGTH))) for prompt in PROMPTS] == answers
-
-
-def test_a_server_that_takes_no_ids_is_asked_for_them_only_once(connect, toy):
-    engine = connect(extras=False)
-    for _ in range(3):
-        list(engine.stream(Request(PROMPTS[0], 1)))
-    assert [isinstance(body["prompt"], str) for body in toy.bodies] == [False, True, True, True]
-
-
-@pytest.mark.parametrize("kind", [{}, {"ids": False}], ids=str)
-def test_an_answer_ends_with_its_end_token(connect, toy, answers, kind):
-    end = answers[0][5]
-    expected = answers[0][: answers[0].index(end) + 1]
-    engine = connect(**kind)
-    assert engine.generate([Request(PROMPTS[0], LENGTH, end_ids=(end,))])[0].token_ids == expected
-    assert toy.bodies[-1]["stop_token_ids"] == [end] and toy.bodies[-1]["ignore_eos"]
-
-
-def test_the_end_token_that_text_does_not_show_is_put_back(connect, toy, answers, tokenizer):
-    """A plain server ends at the model's own end token, whose text it leaves out."""
-    toy.eos = answers[0][5]
-    said = answers[0][: answers[0].index(toy.eos)]
-    decode = tokenizer.decode
-    toy.tokenizer = type("Quiet", (), {"decode": lambda self, ids: "" if ids == [toy.eos] else decode(ids)})()
-    toy.read = lambda text: tokenizer(text, add_special_tokens=False).input_ids
-    engine = connect(extras=False, ids=False)
-    assert list(engine.stream(Request(PROMPTS[0], LENGTH, end_ids=(tokenizer.eos_token_id,)))) == [
-        *said,
-        tokenizer.eos_token_id,
-    ]
-
-
-def test_requests_are_sent_together_and_not_before_they_come(connect, toy):
-    engine = connect()
-    late, early, other = engine.generate(
-        [Request(PROMPTS[0], 3, arrival_s=0.4), Request(PROMPTS[1], 60), Request(PROMPTS[2], 60)]
-    )
-    assert late.token_times_s[0] > 0.4
-    assert early.token_times_s[0] < other.token_times_s[-1] and other.token_times_s[0] < early.token_times_s[-1]
-    assert toy.most_at_once >= 2
-    assert engine.generate([]) == []
-
-
-def test_many_threads_stream_at_once(connect, answers):
-    engine = connect()
-    with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda n: list(engine.stream(Request(PROMPTS[n % 3], LENGTH))), range(16)))
-    assert found == [answers[n % 3] for n in range(16)]
-
-
-def test_a_closed_stream_hangs_up(connect, toy, answers):
-    stream = connect().stream(Request(PROMPTS[0], 850))
-    toy.steps = 0
-    assert list(islice(stream, 3)) == answers[0][:3]
-    stream.close()
-    time.sleep(0.5)
-    stopped_at = toy.steps
-    time.sleep(0.3)
-    assert toy.steps == stopped_at < 800
-
-
-def test_scores_are_the_model_s(connect, toy):
-    items = [Item(PROMPTS[0], [[7, 9, 30], [250]]), Item(PROMPTS[1], [[5, 6], [8], [9]])]
-    found = connect().score(items)
-    for ours, theirs in zip(found, score_options(toy.model, items, 1024, pad_token_id=0), strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-4)
-
-
-def test_a_server_without_log_probabilities_cannot_score(connect):
-    with pytest.raises(EngineError, match="echoes no log-probabilities"):
-        connect(ids=False).score([Item(PROMPTS[0], [[7]])])
-
-
-def test_no_server_there(tokenizer):
-    with socket.create_server(("127.0.0.1", 0)) as port:
-        url = f"http://127.0.0.1:{port.getsockname()[1]}/v1"
-    with pytest.raises(EngineError, match=r"/v1 cannot be reached, or hung up \(.*refused.*\): is the server running"):
-        RemoteEngine(url, MODEL, tokenizer)
-
-
-def test_a_wrong_key(connect):
-    with pytest.raises(EngineError, match=r"refuses the API key \(401\)"):
-        connect(engine={"api_key": None})
-
-
-def test_a_model_that_is_not_served_is_answered_with_those_that_are(connect):
-    with pytest.raises(EngineError, match="no model 'mine': it serves toy, other"):
-        connect(engine={"model": "mine"})
-
-
-def test_a_server_that_lists_nothing_is_taken_at_its_word(connect, answers):
-    assert list(connect(listed=False).stream(Request(PROMPTS[0], LENGTH))) == answers[0]
-
-
-def test_a_server_without_completions(tokenizer):
-    with running(Starlette()) as url, pytest.raises(EngineError, match=r"no completions of 'toy' \(404\)"):
-        list(RemoteEngine(url, MODEL, tokenizer).stream(Request(PROMPTS[0], 2)))
-
-
-def test_silence_is_cut_short(connect):
-    engine = connect(engine={"timeout_s": 0.3}, silent_s=2.0)
-    with pytest.raises(EngineError, match=r"silent for 0\.3 s: raise timeout_s"):
-        engine.generate([Request(PROMPTS[0], 2)])
-
-
-def test_a_busy_server_is_asked_again_when_it_says(connect, answers):
-    engine = connect(busy=5)
-    began = time.perf_counter()
-    found = engine.generate([Request(prompt, LENGTH) for prompt in PROMPTS])
-    assert [g.token_ids for g in found] == answers and time.perf_counter() - began > 0.2
-
-
-def test_a_server_that_stays_busy_is_given_up(connect):
-    engine = connect(busy=1000, engine={"timeout_s": 1.0})
-    with pytest.raises(EngineError, match="429: too busy"):
-        list(engine.stream(Request(PROMPTS[0], 3)))
-
-
-def test_the_server_s_own_reason_is_told_without_a_tokenizer_too(connect):
-    engine = connect(engine={"tokenizer": None})
-    with pytest.raises(EngineError, match=r"1000 token ids \(the context holds 900 tokens\)"):
-        list(engine.stream(Request([5] * 1000, 3)))
-
-
-def test_the_server_s_own_reason_is_told(connect):
-    with pytest.raises(EngineError, match="400: the context holds 900 tokens"):
-        next(connect().stream(Request([5] * 1000, 2)))
-
-
-@pytest.mark.parametrize(("breaks", "sentence"), [("rudely", "hung up"), ("quietly", "broke off after 3 tokens")])
-def test_an_answer_that_breaks_off_is_no_answer(connect, breaks, sentence):
-    with pytest.raises(EngineError, match=sentence):
-        list(connect(breaks=breaks).stream(Request(PROMPTS[0], LENGTH)))
-
-
-@pytest.mark.parametrize(
-    ("kind", "sentence"),
-    [({"ids": False}, "returns no token ids"), ({"extras": False}, r"refuses a prompt of 4 token ids \(extra")],
-)
-def test_without_a_tokenizer_token_ids_are_needed(connect, answers, kind, sentence):
-    assert list(connect(engine={"tokenizer": None}).stream(Request(PROMPTS[0], LENGTH))) == answers[0]
-    with pytest.raises(EngineError, match=f"{sentence}.*give this engine a tokenizer"):
-        list(connect(engine={"tokenizer": None}, **kind).stream(Request(PROMPTS[0], LENGTH)))
+    with running(answer) as url:
+        engine = ServerEngine(url)
+        assert engine.generate([Request([5], 1)])[0].token_ids == [7]
+        with pytest.raises(EngineError, match="answered 400: no such token"):
+            engine.generate([Request([9], 1)])
+        with pytest.raises(EngineError, match=r"wrote 1 of 3 tokens"):
+            engine.generate([Request([5], 3)])
