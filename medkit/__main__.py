@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medkit.params import SPLITS, Params, ParamsError, load_params, load_run_params
-from medkit.stage import DISCLAIMER, ROOT, MedkitError, StageError, device_name, outputs_root, run_dir
+from medkit.stage import DISCLAIMER, ROOT, MedkitError, device_name, outputs_root, run_dir
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(highlight=False, soft_wrap=True)
