@@ -334,7 +334,7 @@ class StudiesParams(Section):
 
 
 class ServerParams(Section):
-    """An OpenAI-compatible server that holds the run's student, whole or as the edge file."""
+    """An OpenAI-compatible server that runs the edge file, or the same student."""
 
     base_url: Annotated[str, Field(pattern=r"^https?://[^\s@]+/v1$")]
     """Ends in /v1. It goes into the results, so a password in it is refused."""
@@ -355,7 +355,7 @@ class InferenceParams(Section):
     """Open questions that can do harm (docs/safety.md), spread evenly over their categories."""
     bench: BenchParams
     server: ServerParams | None
-    """One more candidate where the fastest engine for the edge file is looked for; null tries local ones alone."""
+    """The server that the edge file is timed on; null starts llama.cpp's own."""
 
 
 class EvaluationParams(Section):
