@@ -10,6 +10,7 @@ from stays mapped (`checkpoint_mapped`), and at the first pass bitsandbytes repa
 """
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -17,11 +18,12 @@ import re
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from record import RESULTS, Ratio, result_path, versions, write
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 from medkit.modeling import loading
 from medkit.params import Params, load_params
@@ -55,7 +57,7 @@ def computed(form: str, folder: Path, params: Params, batch: int, context: int) 
     schemes = schemes_of(form, folder, shapes)
     weights = int(memory_ledger.plan_bytes(shapes, schemes, size, params.quantization.double_quant).bytes.sum())
     cache = memory_ledger.kv_cache_bytes(config, batch, context, size)
-    activations = activation_memory.activation_bytes(config, shapes, schemes, batch, context, size, size)
+    activations = activation_memory.activation_bytes(config, shapes, schemes, batch, context, size)
     totals = {name: weights + cache + extra for name, extra in activations.items()}
     return {"weights": weights, "kv_cache": cache, "activations": activations, "total": totals}
 
@@ -70,12 +72,44 @@ def measured(form: str, folder: Path, params: Params, batch: int, context: int) 
         if form == PLAN:
             loaded.append(quantize.load_quantized(folder, asked))
         elif form == NF4:
-            loaded.append(quantize.load_nf4(folder, asked, params.quantization))
+            model = loading.load_model(folder, asked)
+            plan = plans.nf4_plan(quantize.weight_shapes(model))
+            loaded.append(quantize.apply_plan(model, plan, params.quantization.double_quant))
         else:
             loaded.append(loading.load_model(folder, asked))
         return loaded[0]
 
-    return activation_memory.measure_peak(load, batch, context, DEVICE) | {"checkpoint_mapped": mapped_bytes()}
+    return measure_peak(load, batch, context, DEVICE) | {"checkpoint_mapped": mapped_bytes()}
+
+
+@torch.inference_mode()
+def measure_peak(load: Callable[[], torch.nn.Module], batch: int, context: int, device: torch.device) -> dict[str, int]:
+    """Peak bytes of a prefill of (batch, context) and of the next decode step: weights, cache and activations.
+
+    `libraries` is the memory after a toy model has run and before `load()` is called; it is subtracted from the other
+    two. A short pass comes first, so that weights mapped from a file are in memory. On CUDA the allocator counts. On
+    the CPU it is the resident set of the process, so call this in a fresh process.
+    """
+    toy = loading.make_toy_model().to(device)
+    _peaks(toy, batch, 8, device)
+    del toy
+    gc.collect()
+    activation_memory.reset_peak(device)
+    libraries = activation_memory.read_peak(device)
+    model = load()
+    _peaks(model, batch, 8, device)
+    prefill, decode = _peaks(model, batch, context, device)
+    return {"libraries": libraries, "prefill": prefill - libraries, "decode": decode - libraries}
+
+
+def _peaks(model: torch.nn.Module, batch: int, context: int, device: torch.device) -> list[int]:
+    ids = torch.ones(batch, context, dtype=torch.long, device=device)
+    cache, peaks = DynamicCache(config=model.config), []
+    for tokens in (ids, ids[:, :1]):
+        activation_memory.reset_peak(device)
+        model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        peaks.append(activation_memory.read_peak(device))
+    return peaks
 
 
 def mapped_bytes() -> int:

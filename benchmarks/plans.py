@@ -51,13 +51,13 @@ def main() -> None:
     params = load_params(args.params)
     section, folder = params.quantization, args.run / "03_lora" / "merged"
     tokenizer, model = loading.load_tokenizer(folder), loading.load_model(folder, params.models)
-    questions, pad = pd.read_parquet(args.run / "01_data" / "questions.parquet"), tokenizer.pad_token_id
+    questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
     rows = {s: splits.training_rows(questions, s).sample(frac=1, random_state=params.seed) for s in ("train", "valid")}
     encoded = {split: batches.encode_questions(tokenizer, table) for split, table in rows.items()}
     calibration, valid = encoded["train"][: section.calibration_examples], encoded["valid"][: args.valid_rows]
 
     load, began, cpu = os.getloadavg(), time.perf_counter(), time.process_time()
-    damage = sensitivity.measure_sensitivity(model, calibration, pad, section.double_quant)
+    damage = sensitivity.measure_sensitivity(model, calibration, section.double_quant)
     sensitivity_s = {"wall": time.perf_counter() - began, "cpu": time.process_time() - cpu}
     print("sensitivity", sensitivity_s, flush=True)
     checked = check_estimates(model, calibration, section.double_quant, damage)

@@ -164,14 +164,18 @@ def llm_int8_linear(source: nn.Linear) -> bnb.nn.Linear8bitLt:
     return layer
 
 
+def nf4_rows(weight: torch.Tensor) -> rowwise.Nf4Rows:
+    return rowwise.Nf4Rows(rowwise.quantize_nf4(weight, double_quant=True), weight.dtype)
+
+
 def nf4_rows_embedding(source: nn.Embedding) -> rowwise.QuantizedEmbedding:
     """The package's own: rows of bitsandbytes' NF4, of which a look-up decodes those it reads."""
-    return rowwise.QuantizedEmbedding(rowwise.Nf4Rows.quantize(source.weight.data, double_quant=True))
+    return rowwise.QuantizedEmbedding(nf4_rows(source.weight.data))
 
 
 def nf4_rows_head(source: nn.Linear) -> rowwise.QuantizedLinear:
     """The package's own: the same storage as an output projection, decoded a few megabytes at a time."""
-    return rowwise.QuantizedLinear(rowwise.Nf4Rows.quantize(source.weight.data, double_quant=True), source.bias)
+    return rowwise.QuantizedLinear(nf4_rows(source.weight.data), source.bias)
 
 
 FORMATS = {

@@ -166,32 +166,31 @@ def plan(
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens per sequence, prompt and answer")] = 4096,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences at a time")] = 1,
 ) -> None:
-    """How to store a model so that it runs in a memory budget, from its shapes alone: no weights, no network."""
-    from medkit.quantization import memory_budget as planning
+    """Which quantization plan fits a memory budget, from the shapes of a model: no weights, no network."""
+    from medkit.quantization import memory_budget
 
-    number, unit = planning.parse_size(budget)
-    config, bytes_per_unit = planning.read_config(model), planning.UNITS[unit]
-    estimates = planning.estimate(config, batch, context)
-    best = planning.choose(estimates, number * bytes_per_unit)
-    columns = ["plan", "KV", "bits", "weights", "scales", "cache", "activations", "total", "left"]
+    number, unit = memory_budget.parse_size(budget)
+    config, bytes_per_unit = memory_budget.read_config(model), memory_budget.UNITS[unit]
+    estimates = memory_budget.estimate_presets(config, batch, context)
+    best = next((e for e in estimates if e.total <= number * bytes_per_unit), None)
+    columns = ["plan", "bits", "weights", "scales", "cache", "activations", "total", "left"]
     title = f"{model}, batch {batch}, context {context}: {unit} of {number:g}"
     table = Table(*columns, title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for e in estimates:
-        sizes = (e.weights, e.state, e.kv_cache, e.activations, e.total)
+        sizes = (e.weights, e.scales, e.kv_cache, e.activations, e.total)
         cells = [f"{size / bytes_per_unit:.2f}" for size in sizes] + [f"{number - e.total / bytes_per_unit:+.2f}"]
-        table.add_row(e.recipe, e.kv_format, f"{e.bits_per_weight:.2f}", *cells, style="bold" if e is best else None)
+        table.add_row(e.plan, f"{e.bits_per_weight:.2f}", *cells, style="bold" if e is best else None)
     console.print(table)
     if best is None:
-        least = min(estimates, key=lambda e: e.total)
+        smallest = min(estimates, key=lambda e: e.total)
         raise ParamsError(
-            f"nothing fits {number:g} {unit}: the smallest total is {least.total / bytes_per_unit:.2f} {unit} "
-            f"({least.recipe}, {least.kv_format} cache); raise --budget or lower --batch or --context"
+            f"no plan fits {number:g} {unit}: the smallest, {smallest.plan}, takes "
+            f"{smallest.total / bytes_per_unit:.2f} {unit}; raise --budget, or lower --batch or --context"
         )
-    kept = f"{best.bits_per_weight:.2f} bits per weight, {best.total / bytes_per_unit:.2f} {unit}"
-    console.print(f"best: {best.recipe}, key-value cache in {best.kv_format}: {kept}")
     console.print(
-        "Computed from shapes, the libraries' own memory apart; what a plan costs in accuracy is not known here."
+        f"best: {best.plan}, {best.bits_per_weight:.2f} bits per weight, {best.total / bytes_per_unit:.2f} {unit}"
     )
+    console.print("Computed from shapes, without the memory of the libraries; the cost in accuracy is not known here.")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Quantization: plans that give each weight a number format, and everything that applies, measures and saves them."""
+"""Quantization: plans that give each weight a number format, and functions that apply, measure and save them."""
 
 from medkit.quantization.gguf_export import (
     check_manifest,
@@ -16,6 +16,7 @@ from medkit.quantization.merge_quantized import (
     predict_examples,
     surviving_share,
 )
-from medkit.quantization.plans import budget_plan, nf4_plan, paper_plan, random_plan
-from medkit.quantization.quantize import apply_plan, load_nf4, load_quantized, save_quantized, weight_shapes
+from medkit.quantization.plans import SCHEMES, budget_plan, nf4_plan, paper_plan, random_plan
+from medkit.quantization.plots import plot_ledger, plot_plans, plot_sensitivity
+from medkit.quantization.quantize import apply_plan, load_quantized, save_quantized, weight_shapes
 from medkit.quantization.sensitivity import measure_plans, measure_sensitivity

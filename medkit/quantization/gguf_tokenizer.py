@@ -1,9 +1,8 @@
-"""The tokenizer inside the edge file: byte-pair vocabulary, merges, and the name of the rule that splits text.
+"""The tokenizer inside the GGUF file: byte-pair vocabulary, merges, and the name of the rule that splits text.
 
-GGUF names a splitting rule and does not describe it, so only rules recognised here are written; anything else is
-refused. Of normalisation it knows nothing: Qwen2's NFC is left to whoever hands text to the file. Added tokens beyond
-ASCII (R1-Distill's <｜User｜>) are written as llama.cpp wants them; OpenVINO GenAI 2026.4 and transformers 5.23 cut
-them into pieces, so give those two token ids.
+GGUF names a splitting rule but does not describe it, so only known rules are written. It has no normalization: text
+must be NFC before it reaches a Qwen2 file. Added tokens beyond ASCII (<｜User｜> of R1-Distill) are written as
+llama.cpp wants them; OpenVINO GenAI 2026.4 and transformers 5.23 split them, so give those two token ids.
 """
 
 from __future__ import annotations
@@ -22,25 +21,25 @@ QWEN2_SPLIT = (
 
 
 class ExportError(MedkitError):
-    """A model, tokenizer or file that the exporter cannot write or vouch for."""
+    """A model, tokenizer or GGUF file that cannot be exported or is not the exported one."""
 
 
 def write_tokenizer(writer: gguf.GGUFWriter, tokenizer, vocab_size: int) -> None:
-    """Vocabulary, merges, special tokens and chat template, read from the fast tokenizer's own json.
+    """Write vocabulary, merges, special tokens and chat template of a fast tokenizer.
 
-    `vocab_size` is the model's: rows beyond the tokenizer's vocabulary become unused tokens. Raises ExportError for a
-    tokenizer that GGUF cannot describe.
+    `vocab_size` is the model's; its rows beyond the tokenizer's vocabulary become unused tokens. Raises ExportError
+    for a tokenizer that GGUF cannot describe.
     """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
     if model["type"] != "BPE":
         raise ExportError(f"tokenizer of type {model['type']!r}: only byte-pair encodings can be exported")
-    odd = [step for step in _steps(backend["normalizer"], "normalizers") if step["type"] != "NFC"]
-    if odd:
-        raise ExportError(f"normalizer {odd[0]['type']!r}: a GGUF file cannot hold it; only NFC may be left out")
+    for step in _steps(backend["normalizer"], "normalizers"):
+        if step["type"] != "NFC":
+            raise ExportError(f"normalizer {step['type']!r}: a GGUF file cannot hold it; use a tokenizer without it")
     if len(tokenizer) > vocab_size:
         raise ExportError(f"tokenizer of {len(tokenizer)} tokens: the model has rows for {vocab_size} only")
-    pre = _pre_tokenizer(backend)
+    pre_tokenizer = _pre_tokenizer(backend)
     names = {number: token for token, number in tokenizer.get_vocab().items()}
     added = {number: token.special for number, token in tokenizer.added_tokens_decoder.items()}
     special = set(tokenizer.all_special_ids)
@@ -48,12 +47,12 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer, vocab_size: int) -> None
     for number in range(vocab_size):
         if number in special or added.get(number):
             types.append(gguf.TokenType.CONTROL)
-        elif number in added:  # found whole in the text, and shown in the answer: <think>
+        elif number in added:  # one token in the text, and visible in the answer: <think>
             types.append(gguf.TokenType.USER_DEFINED)
         else:
             types.append(gguf.TokenType.NORMAL if number in names else gguf.TokenType.UNUSED)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    writer.add_tokenizer_pre(pre_tokenizer)
     writer.add_token_list([names.get(number, f"[PAD{number}]") for number in range(vocab_size)])
     writer.add_token_types(types)
     writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["merges"]])
@@ -61,34 +60,32 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer, vocab_size: int) -> None
         writer.add_bos_token_id(tokenizer.bos_token_id)
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_add_bos_token(False)  # a chat template that wants a start token writes it itself
+    writer.add_add_bos_token(False)  # a chat template that needs a start token writes it itself
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.chat_template)
 
 
 def _steps(part: dict | None, inside: str) -> list[dict]:
-    """The steps of a normalizer or pre-tokenizer, which may be none, one, or a sequence (perhaps empty)."""
+    """The steps of a normalizer or pre-tokenizer: none, one, or a sequence."""
     return [] if part is None else part.get(inside, [part])
 
 
 def _pre_tokenizer(backend: dict) -> str:
-    """llama.cpp's name for how this tokenizer splits text before it merges bytes.
+    """llama.cpp's name for the rule by which this tokenizer splits text. Raises ExportError for an unknown rule.
 
-    smollm is GPT-2's rule after digits one by one; a vocabulary without tokens of two digits reads the same with and
-    without that step. qwen2 is one expression.
+    smollm is GPT-2's rule after a split into single digits; if the vocabulary has no token of two digits, the digit
+    split makes no difference. qwen2 is one regular expression.
     """
     steps = _steps(backend["pre_tokenizer"], "pretokenizers")
     if steps and steps[-1]["type"] == "ByteLevel" and not steps[-1]["add_prefix_space"]:
         *before, last = steps
-        long_numbers = any(re.search(r"\d\d", token) for token in backend["model"]["vocab"])
-        if last["use_regex"] and (
-            before == [{"type": "Digits", "individual_digits": True}] or (not before and not long_numbers)
-        ):
+        digit_split = [{"type": "Digits", "individual_digits": True}]
+        two_digits = any(re.search(r"\d\d", token) for token in backend["model"]["vocab"])
+        if last["use_regex"] and (before == digit_split or (not before and not two_digits)):
             return "smollm"
         rule = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": False}
         if not last["use_regex"] and before == [rule]:
             return "qwen2"
     raise ExportError(
-        f"pre-tokenizer {[step['type'] for step in steps]}: only SmolLM2's (digits, then bytes) and Qwen2's (one "
-        f"expression, then bytes) can be exported"
+        f"pre-tokenizer {[step['type'] for step in steps]}: only those of SmolLM2 and Qwen2 can be exported"
     )

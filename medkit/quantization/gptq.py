@@ -1,14 +1,13 @@
-"""NF4 rounding whose errors cancel on real inputs: GPTQ (arXiv 2210.17323) onto bitsandbytes' own grid.
+"""Calibrated NF4 rounding: GPTQ (arXiv 2210.17323) onto the levels and scales of bitsandbytes' NF4.
 
-Scales, format, bytes and kernels are those of plain NF4; only which level a weight goes to is another. Columns are
-rounded one after the other, and what one loses is made up for in the columns that are still exact, as far as their
-inputs move together. What comes out depends on the examples: it fits inputs like theirs. No weight is trained, no
-scale moved, and no plan chosen here.
+Only the level that a weight is rounded to differs from plain NF4; scales, format, bytes and kernels are the same.
+Columns are rounded one after the other. The error of a column is compensated in the columns that are not yet rounded,
+as far as their inputs are correlated. The result fits inputs that are like the calibration examples. No weight is
+trained.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -23,22 +22,15 @@ from medkit.quantization.memory_ledger import NF4_BLOCK
 from medkit.quantization.plans import Scheme, layer_of
 from medkit.quantization.rowwise import dequantize_nf4, fake_quantize, quantize_nf4
 
-DAMPING = 0.1  # share of their mean that is added to the diagonal of the moments: more stays nearer to plain rounding
-COLUMNS = 64  # rounded before what they lost is passed on to all columns after them
+DAMPING = 0.1  # share of its mean that is added to the Hessian's diagonal: more is nearer to plain rounding
+COLUMNS = 64  # columns that are rounded before their errors are applied to all later columns
 
 
-class _Reached(Exception):
-    """The part of a forward pass that was wanted has run."""
+def round_calibrated(weight: torch.Tensor, hessian: torch.Tensor, double_quant: bool) -> bnb.nn.Params4bit:
+    """`weight` (rows, columns) in NF4, rounded for inputs with `hessian` = Σ x xᵀ (columns, columns).
 
-    def __init__(self, output: torch.Tensor):
-        self.output = output
-
-
-def round_calibrated(weight: torch.Tensor, moments: torch.Tensor, double_quant: bool) -> bnb.nn.Params4bit:
-    """`weight` (rows, columns) in NF4, rounded for inputs whose summed outer products are `moments` (columns, columns).
-
-    Lowers the summed squared error of the outputs, greedily, columns with the largest inputs first. With moments that
-    are a multiple of the identity it rounds to the nearest level. Rows must be whole blocks.
+    Reduces the summed squared error of the outputs greedily, columns with the largest inputs first. If the Hessian is
+    a multiple of the identity, every weight goes to its nearest level. Rows must be whole blocks.
     """
     stored = quantize_nf4(weight, double_quant)
     state = stored.quant_state
@@ -46,102 +38,99 @@ def round_calibrated(weight: torch.Tensor, moments: torch.Tensor, double_quant: 
     if state.nested:
         absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
     scales = absmax.float().view(len(weight), -1).repeat_interleave(NF4_BLOCK, 1)
-    codes = _round_columns(weight.detach().float(), scales, state.code, moments.float()).flatten()
-    stored.data.copy_((codes[::2] << 4 | codes[1::2]).view_as(stored.data))  # the first of two in the upper half
+    codes = _round_columns(weight.detach().float(), scales, state.code, hessian.float()).flatten()
+    stored.data.copy_((codes[::2] << 4 | codes[1::2]).view_as(stored.data))  # two codes in a byte, the first in front
     return stored
 
 
 def _round_columns(
-    weight: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, moments: torch.Tensor
+    weight: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, hessian: torch.Tensor
 ) -> torch.Tensor:
     """Codes (rows, columns) of levels; `scales` has the shape of `weight`."""
-    columns = len(moments)
-    order = moments.diagonal().argsort(descending=True, stable=True)
-    ordered = moments[order][:, order]
+    columns = len(hessian)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    ordered = hessian[order][:, order]
     mean = ordered.diagonal().mean()
     ordered.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
-    passing_on = torch.linalg.cholesky(inverse, upper=True)
-    between = (levels[1:] + levels[:-1]) / 2
-    left = weight.T[order].contiguous()  # a column of the weight is a row here, side by side in memory
+    compensation = torch.linalg.cholesky(inverse, upper=True)
+    thresholds = (levels[1:] + levels[:-1]) / 2
+    rest = weight.T[order].contiguous()  # a column of the weight is a row here, contiguous in memory
     scales = scales.T[order].contiguous()
-    codes = torch.empty(left.shape, dtype=torch.uint8, device=left.device)
+    codes = torch.empty(rest.shape, dtype=torch.uint8, device=rest.device)
     for start in range(0, columns, COLUMNS):
         stop = min(start + COLUMNS, columns)
-        lost = torch.empty_like(left[start:stop])
+        errors = torch.empty_like(rest[start:stop])
         for j in range(start, stop):
-            codes[j] = torch.bucketize(left[j] / scales[j], between)
-            lost[j - start] = (left[j] - levels[codes[j].int()] * scales[j]) / passing_on[j, j]
-            left[j + 1 : stop].addr_(passing_on[j, j + 1 : stop], lost[j - start], alpha=-1)
-        left[stop:].addmm_(passing_on[start:stop, stop:].T, lost, alpha=-1)
+            codes[j] = torch.bucketize(rest[j] / scales[j], thresholds)
+            errors[j - start] = (rest[j] - levels[codes[j].int()] * scales[j]) / compensation[j, j]
+            rest[j + 1 : stop].addr_(compensation[j, j + 1 : stop], errors[j - start], alpha=-1)
+        rest[stop:].addmm_(compensation[start:stop, stop:].T, errors, alpha=-1)
     return codes[order.argsort()].T.contiguous()
 
 
 @torch.no_grad()
 def calibrate(
-    model: nn.Module,
-    schemes: Mapping[str, Scheme],
-    examples: Sequence[Example],
-    double_quant: bool,
-    batch_tokens: int = 1024,
+    model: nn.Module, schemes: Mapping[str, Scheme], examples: Sequence[Example], double_quant: bool
 ) -> dict[str, bnb.nn.Params4bit]:
-    """Module → its calibrated NF4 weight, for every nf4 layer or head among `schemes`; the model is left as it was.
+    """Module → calibrated NF4 weight, for every NF4 linear layer and head among `schemes`. The model does not change.
 
-    Layer by layer: the inputs a layer is rounded for come through the ends and layers before it as their schemes leave
-    them, so it knows what was lost there. The head, with embeddings that are tied to it, comes first, for the hidden
-    states of the model as it is. Embeddings with a table of their own multiply with nothing, and are not calibrated.
+    Works layer by layer: the calibration inputs of a layer come through the already quantized embeddings and layers
+    before it. The head, with embeddings tied to it, comes first, for the hidden states of the unquantized model.
+    Embeddings that are not tied multiply with nothing, so they are not calibrated.
     """
-    batches = list(_batches(model, examples, batch_tokens))
+    batches = list(iterate_batches(model, examples))
+    inputs = [{name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")} for batch in batches]
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     exact = {name: model.get_submodule(name).weight.data for name in schemes}
     stored: dict[str, bnb.nn.Params4bit] = {}
 
-    def put(name: str, moments: torch.Tensor | None) -> None:
-        """What the scheme leaves of the weight is what the layers after it are fed with."""
+    def replace_weight(name: str, hessian: torch.Tensor | None) -> None:
+        """Later layers are calibrated with the quantized weight."""
         weight = model.get_submodule(name).weight
-        if moments is None:
+        if hessian is None:
             weight.data = fake_quantize(weight.data, schemes[name], double_quant)
         else:
-            stored[name] = round_calibrated(weight.data, moments, double_quant)
+            stored[name] = round_calibrated(weight.data, hessian, double_quant)
             weight.data = dequantize_nf4(stored[name])
 
     try:
-        ends = [name for name in schemes if layer_of(name) is None]
-        as_head = [name for name in ends if head is not None and model.get_submodule(name).weight is head.weight]
-        if [schemes[name] for name in as_head] == ["nf4"]:
-            hidden = ({as_head[0]: decoder(**batch, use_cache=False)[0]} for batch in batches)
-            put(as_head[0], _moments(hidden, batches)[as_head[0]])
-        for name in ends:
+        outside = [name for name in schemes if layer_of(name) is None]
+        head_names = [name for name in outside if head is not None and model.get_submodule(name).weight is head.weight]
+        if [schemes[name] for name in head_names] == ["nf4"]:
+            head_inputs = ({head_names[0]: decoder(**batch, use_cache=False)[0]} for batch in inputs)
+            replace_weight(head_names[0], _hessians(head_inputs, inputs)[head_names[0]])
+        for name in outside:
             if name not in stored:
-                put(name, None)
-        entering: list[torch.Tensor] = []
+                replace_weight(name, None)
+        hidden, arguments = _record_calls(decoder, inputs)
         for number, layer in enumerate(tqdm(decoder.layers, desc="calibration", unit="layer", delay=2, mininterval=10)):
             inside = [name for name in schemes if layer_of(name) == number]
-            fitted = {name: model.get_submodule(name) for name in inside if schemes[name] == "nf4"}
-            moments = {}
-            if fitted:
-                reads = (seen for _, seen in _run_to(layer, decoder, batches, entering, fitted))
-                moments = _moments(reads, batches)
+            calibrated = {name: model.get_submodule(name) for name in inside if schemes[name] == "nf4"}
+            calls = [(states, layers[number]) for states, layers in zip(hidden, arguments, strict=True)]
+            hessians = _hessians(_module_inputs(layer, calls, calibrated), inputs) if calibrated else {}
             for name in inside:
-                put(name, moments.get(name))
-            entering = [output for output, _ in _run_to(layer, decoder, batches, entering, {})]
+                replace_weight(name, hessians.get(name))
+            hidden = [layer(states, **kwargs) for states, kwargs in calls]
     finally:
         for name, weight in exact.items():
             model.get_submodule(name).weight.data = weight
     return stored
 
 
-def _batches(model: nn.Module, examples: Sequence[Example], batch_tokens: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Inputs of the decoder. Which token pads does not matter: nothing attends to it, and no moment counts it."""
+def iterate_batches(
+    model: nn.Module, examples: Sequence[Example], batch_tokens: int = 1024
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Collated batches on the model's device. The padding token does not matter: nothing attends to it."""
     for rows in batching.bucket_by_length([len(e.input_ids) for e in examples], batch_tokens):
         batch = batching.collate([examples[i] for i in rows], pad_token_id=0)
-        yield {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask", "position_ids")}
+        yield {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
-def _moments(
+def _hessians(
     inputs: Iterator[dict[str, torch.Tensor]], batches: Sequence[dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """Module → Σ x xᵀ (columns, columns) over real positions of all batches; those that read one tensor share a sum."""
+    """Module → Σ x xᵀ (columns, columns) over the real positions of all batches. Modules with one input share a sum."""
     sums: dict[str, torch.Tensor] = {}
     first: dict[str, str] = {}
     for seen, batch in zip(inputs, batches, strict=True):
@@ -152,38 +141,35 @@ def _moments(
     return {name: sums[shared] for name, shared in first.items()}
 
 
-def _run_to(
-    layer: nn.Module,
-    decoder: nn.Module,
-    batches: Sequence[dict[str, torch.Tensor]],
-    entering: Sequence[torch.Tensor],
-    watched: Mapping[str, nn.Module],
-) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Per batch what leaves `layer`, and what the watched modules in it read.
+def _record_calls(
+    decoder: nn.Module, batches: Sequence[dict[str, torch.Tensor]]
+) -> tuple[list[torch.Tensor], list[list[dict]]]:
+    """Per batch the embedded input, and the keyword arguments (mask, positions, …) of every decoder layer."""
+    hidden, arguments = [], []
+    for batch in batches:
+        calls: list[tuple[tuple, dict]] = []
 
-    Runs that layer alone, through the decoder's own forward pass, which knows its masks and positions: the layers
-    before it give what entered (`entering`, per batch; nothing for the first layer), those after it are not reached.
-    """
-    before = list(itertools.takewhile(lambda other: other is not layer, decoder.layers))
-    for number, batch in enumerate(batches):
+        def record(module: nn.Module, args: tuple, kwargs: dict, calls: list = calls) -> None:
+            calls.append((args if not calls else (), kwargs))
+
+        with ExitStack() as hooks:
+            for layer in decoder.layers:
+                hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
+            decoder(**batch, use_cache=False)
+        hidden.append(calls[0][0][0])
+        arguments.append([kwargs for _, kwargs in calls])
+    return hidden, arguments
+
+
+def _module_inputs(
+    layer: nn.Module, calls: Sequence[tuple[torch.Tensor, dict]], modules: Mapping[str, nn.Module]
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Per call of the layer the inputs of its modules."""
+    for hidden, kwargs in calls:
         seen: dict[str, torch.Tensor] = {}
-
-        def note(module: nn.Module, args: tuple, seen: dict = seen) -> None:
-            seen.update({name: args[0] for name, other in watched.items() if other is module})
-
-        with ExitStack() as undo:
-            for module in watched.values():
-                undo.callback(module.register_forward_pre_hook(note).remove)
-            undo.callback(layer.register_forward_hook(_stop).remove)
-            for skipped in before:
-                skipped.forward = lambda *args, number=number, **kwargs: entering[number]
-                undo.callback(vars(skipped).pop, "forward")
-            try:
-                decoder(**batch, use_cache=False)
-            except _Reached as reached:
-                output = reached.output
-        yield output, seen
-
-
-def _stop(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-    raise _Reached(output)
+        with ExitStack() as hooks:
+            for name, module in modules.items():
+                note = lambda _, args, name=name, seen=seen: seen.update({name: args[0]})  # noqa: E731
+                hooks.callback(module.register_forward_pre_hook(note).remove)
+            layer(hidden, **kwargs)
+        yield seen

@@ -1,8 +1,8 @@
-"""Plans: which weights are stored how.
+"""Plans: which number format each weight matrix of a model gets.
 
-A plan gives every matrix of a model, embeddings and head included, one of three schemes. Some plans follow from the
-modules' names; others are chosen from a table of what each scheme damages and weighs, as an exact knapsack. No model
-is touched here: `sensitivity` measures the table, `quantization` carries a plan out.
+A plan maps every matrix, embeddings and head included, to one of three schemes. Some plans follow from the names of the
+modules. Others are chosen from a table with the sensitivity and the size of every choice, as an exact knapsack.
+This file touches no model: `sensitivity` measures the table, `quantize` applies a plan.
 """
 
 from __future__ import annotations
@@ -20,82 +20,83 @@ from medkit.params import Section
 from medkit.stage import MedkitError
 
 Scheme = Literal["unquantized", "int8", "nf4"]
-"""As loaded · 8-bit integers, one scale a row · 4-bit NormalFloat (arXiv 2305.14314), one scale a block of 64."""
+"""As loaded · 8-bit integers, one scale per row · 4-bit NormalFloat (arXiv 2305.14314), one scale per block of 64."""
+SCHEMES = ("unquantized", "int8", "nf4")
 Shapes = dict[str, tuple[int, int]]
-"""module → (rows, columns) of its weight; an embedding has a row per token, a linear layer one per output."""
+"""module → (rows, columns) of its weight. An embedding has one row per token, a linear layer one row per output."""
 
 
 class PlanError(MedkitError):
-    """A plan that does not fit its model or its budget; the message names the module and the cure."""
+    """A plan that does not fit its model or its budget. The message names the module and the cure."""
 
 
 class Plan(Section):
-    """Which scheme each module's weight gets. JSON both ways: `model_dump_json`, `model_validate_json`."""
+    """The scheme of every module. To and from JSON: `model_dump_json`, `model_validate_json`."""
 
     name: str
     schemes: dict[str, Scheme]
 
 
 def layer_of(module: str) -> int | None:
-    """Number of the decoder layer that a module is in; None for embeddings and head."""
-    found = re.search(r"\blayers\.(\d+)\.", module)
-    return int(found[1]) if found else None
+    """Number of the decoder layer that contains a module; None for embeddings and head."""
+    match = re.search(r"\blayers\.(\d+)\.", module)
+    return int(match[1]) if match else None
 
 
-def nf4_plan(shapes: Shapes, ends: Scheme = "unquantized") -> Plan:
-    """Every decoder linear in NF4; embeddings and head by `ends` (`keep` is what the library does)."""
-    name = {"unquantized": "nf4", "int8": "nf4_int8_embed", "nf4": "nf4_all"}[ends]
-    return Plan(name=name, schemes={m: ends if layer_of(m) is None else "nf4" for m in shapes})
+def nf4_plan(shapes: Shapes, embeddings: Scheme = "unquantized") -> Plan:
+    """Every linear layer of the decoder in NF4. Embeddings and head get the scheme `embeddings`.
+
+    bitsandbytes leaves embeddings and head unquantized, and so does the default.
+    """
+    name = {"unquantized": "nf4", "int8": "nf4_int8_embed", "nf4": "nf4_all"}[embeddings]
+    return Plan(name=name, schemes={m: embeddings if layer_of(m) is None else "nf4" for m in shapes})
 
 
 def paper_plan(shapes: Shapes, head: Scheme = "unquantized") -> Plan:
-    """The recipe of arXiv 2505.00025: attention in 8 bits, the other linears in NF4.
+    """The mix of arXiv 2505.00025: attention in 8 bits, the other linear layers in NF4.
 
-    The paper is silent about the ends, so embeddings are kept and so is the head, unless `head` says otherwise; where
-    the two are tied, `head` speaks for both.
+    The paper does not say what happens to embeddings and head. Here the embeddings stay unquantized, and the head gets
+    the scheme `head`. If the two are tied, both get the scheme `head`.
     """
-    ends = [module for module in shapes if layer_of(module) is None]
-    layers = {m: "int8" if "attn" in m else "nf4" for m in shapes if m not in ends}
+    outside = [module for module in shapes if layer_of(module) is None]
+    layers = {m: "int8" if "attn" in m else "nf4" for m in shapes if m not in outside}
     name = "paper_mix" if head == "unquantized" else f"paper_mix_{head}_head"
-    return Plan(name=name, schemes={m: layers.get(m, head if m == ends[-1] else "unquantized") for m in shapes})
+    return Plan(name=name, schemes={m: layers.get(m, head if m == outside[-1] else "unquantized") for m in shapes})
 
 
 def budget_plan(choices: pd.DataFrame, budget_bytes: int, name: str = "plan") -> Plan:
-    """The plan of the least summed damage that weighs `budget_bytes` or less: an exact multiple-choice knapsack.
+    """The plan with the least summed KL that takes at most `budget_bytes`: an exact multiple-choice knapsack.
 
-    `choices` has a row per module and scheme that it may take: `module`, `scheme`, `kl_nats` (the damage when it alone
-    is quantised), `bytes`. Raises PlanError when even the smallest plan is too big.
+    `choices` has one row per module and possible scheme: `module`, `scheme`, `kl_nats` (when only this module is
+    quantized), `bytes`. Raises PlanError if even the smallest plan is too large.
     """
     choices = choices.reset_index(drop=True)
     _check_budget(choices, budget_bytes)
     modules = choices.module.to_numpy(object)
-    one_each = LinearConstraint((pd.unique(modules)[:, None] == modules).astype(float), 1, 1)
-    # the solver's tolerances are absolute, 1e-6: damages are blown up, and bytes brought down, until they mean nothing
+    one_scheme_each = LinearConstraint((pd.unique(modules)[:, None] == modules).astype(float), 1, 1)
+    # the solver's tolerances are absolute (1e-6): scale KL up and bytes down until the tolerances do not matter
     cost = 1e4 * (choices.kl_nats.to_numpy() / max(choices.kl_nats.abs().max(), np.finfo(float).tiny))
     unit, allowed = choices.bytes.median(), budget_bytes
     while True:
         small_enough = LinearConstraint(choices.bytes.to_numpy()[None] / unit, ub=allowed / unit)
-        solved = milp(
-            cost,
-            integrality=np.ones(len(choices)),
-            bounds=Bounds(0, 1),
-            constraints=[one_each, small_enough],
+        solution = milp(
+            cost, integrality=np.ones(len(choices)), bounds=Bounds(0, 1), constraints=[one_scheme_each, small_enough],
             options={"mip_rel_gap": 0.0},
-        )
-        if solved.x is None:
-            raise PlanError(f"no plan of {budget_bytes} bytes was found: {solved.message}")
-        taken = choices[solved.x > 0.5]
-        over = int(taken.bytes.sum()) - budget_bytes
-        if over <= 0:
-            return _plan(name, taken)
-        allowed -= over  # the solver's tolerance let some bytes through
+        )  # fmt: skip
+        if solution.x is None:
+            raise PlanError(f"the solver found no plan of {budget_bytes} bytes: {solution.message}; change the budget")
+        chosen = choices[solution.x > 0.5]
+        excess = int(chosen.bytes.sum()) - budget_bytes
+        if excess <= 0:
+            return Plan(name=name, schemes=dict(zip(chosen.module, chosen.scheme, strict=True)))
+        allowed -= excess  # the tolerance of the solver allowed a few bytes too many
 
 
 def random_plan(choices: pd.DataFrame, budget_bytes: int, seed: int) -> Plan:
-    """Random schemes that weigh `budget_bytes` or less, by less than the smallest step between two schemes if they can.
+    """Random schemes that take at most `budget_bytes`, and if possible less than one smallest step below it.
 
-    Starts from each module's smallest scheme and gives random modules a random larger one while it fits. Where no plan
-    comes that near (everything fits, or one large matrix leaves a gap), it is the largest of a hundred.
+    Starts with the smallest scheme of each module. Then random modules get a random larger scheme while it fits. If
+    no draw comes that near to the budget, the result is the largest of a hundred draws. Raises PlanError as above.
     """
     _check_budget(choices, budget_bytes)
     options = {
@@ -106,27 +107,23 @@ def random_plan(choices: pd.DataFrame, budget_bytes: int, seed: int) -> Plan:
     budget_bytes = min(budget_bytes, sum(sizes[-1][0] for sizes in options.values()))
     draw, least_left, largest = random.Random(seed), float("inf"), {}
     for _ in range(100):
-        taken = {module: sizes[0] for module, sizes in options.items()}
-        left = budget_bytes - sum(size for size, _ in taken.values())
+        chosen = {module: sizes[0] for module, sizes in options.items()}
+        left = budget_bytes - sum(size for size, _ in chosen.values())
         while fitting := [
-            (m, o) for m, sizes in options.items() for o in sizes if taken[m][0] < o[0] <= taken[m][0] + left
+            (m, o) for m, sizes in options.items() for o in sizes if chosen[m][0] < o[0] <= chosen[m][0] + left
         ]:
             module = draw.choice(sorted({m for m, _ in fitting}))
             option = draw.choice([o for m, o in fitting if m == module])
-            left -= option[0] - taken[module][0]
-            taken[module] = option
+            left -= option[0] - chosen[module][0]
+            chosen[module] = option
         if left < least_left:
-            least_left, largest = left, taken
+            least_left, largest = left, chosen
         if left < smallest_step:
             break
     return Plan(name=f"random_{seed}", schemes={m: scheme for m, (_, scheme) in largest.items()})
 
 
-def _plan(name: str, taken: pd.DataFrame) -> Plan:
-    return Plan(name=name, schemes=dict(zip(taken.module, taken.scheme, strict=True)))
-
-
 def _check_budget(choices: pd.DataFrame, budget_bytes: int) -> None:
-    least = int(choices.groupby("module").bytes.min().sum())
-    if least > budget_bytes:
-        raise PlanError(f"a budget of {budget_bytes} bytes: the smallest plan weighs {least}; raise the budget")
+    smallest = int(choices.groupby("module").bytes.min().sum())
+    if smallest > budget_bytes:
+        raise PlanError(f"a budget of {budget_bytes} bytes: the smallest plan takes {smallest} bytes; raise the budget")

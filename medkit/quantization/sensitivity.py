@@ -1,12 +1,12 @@
-"""What quantising each module alone does to a model, on questions that may be learned from.
+"""Sensitivity: how much the predictions change when one module is quantized alone.
 
-Damage is the mean KL(reference ‖ quantised) of next-token distributions at the predicted positions, in nats. For small
-changes it is half the mean squared slope of the log-probability of tokens that the model itself draws, along the change
-of the weights (the Fisher information): one forward and one backward pass tell it for every module of the layers at
-once, where a run per module would take hours. Embeddings and head have runs of their own: what is changed there is no
-small change (the estimate for tied ones in NF4 was 0.026 nats, a run found 0.045), and they are few and the largest.
-Nothing here chooses a plan (`plans` does), and damages that were measured alone add up only approximately:
-`measure_plans` puts their sum beside the joint damage of whole runs.
+Sensitivity is the mean KL(unquantized ‖ quantized) of the next-token distributions at the predicted positions, in nats.
+For a small change of the weights, KL is half the mean squared slope of the log-probability of tokens drawn from the
+model, along the change (Fisher information). So one forward and one backward pass estimate all modules of the decoder
+layers at once; one run per module would take hours. Embeddings and head are measured by whole runs, because their
+change is not small: for tied embeddings in NF4 the estimate was 0.026 nats, and a run measured 0.045.
+
+KLs of single modules add up only approximately. `measure_plans` compares their sum with the KL of a whole plan.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from tqdm.auto import tqdm
 from medkit.modeling import batches as batching
 from medkit.modeling.batches import Example
 from medkit.quantization import gptq, memory_ledger, quantize, rowwise
-from medkit.quantization.plans import Plan, Scheme, layer_of
+from medkit.quantization.plans import SCHEMES, Plan, Scheme, layer_of
 
 
 @contextmanager
 def fake_quantized(
     model: nn.Module, schemes: Mapping[str, Scheme], double_quant: bool, calibration: Sequence[Example] = ()
 ) -> Iterator[None]:
-    """Within the block the named modules multiply with weights that went through their scheme; bytes do not change.
+    """Inside the block the modules multiply with quantized and decoded weights; the memory does not change.
 
-    NF4 is rounded to the nearest level, or to fit the examples of `calibration`.
+    NF4 is rounded to the nearest level, or, with `calibration`, by GPTQ for these examples.
     """
-    fitted = gptq.calibrate(model, schemes, calibration, double_quant) if calibration else {}
+    calibrated = gptq.calibrate(model, schemes, calibration, double_quant) if calibration else {}
     modules = {name: model.get_submodule(name) for name in schemes}
     exact = {name: module.weight.data for name, module in modules.items()}
     try:
         for name, module in modules.items():
-            if name in fitted:
-                module.weight.data = rowwise.dequantize_nf4(fitted[name])
+            if name in calibrated:
+                module.weight.data = rowwise.dequantize_nf4(calibrated[name])
             else:
                 module.weight.data = rowwise.fake_quantize(exact[name], schemes[name], double_quant)
         yield
@@ -50,47 +50,40 @@ def fake_quantized(
 
 
 def measure_sensitivity(
-    model: nn.Module,
-    examples: Sequence[Example],
-    pad_token_id: int,
-    double_quant: bool,
-    schemes: Sequence[Scheme] = ("int8", "nf4"),
-    batch_tokens: int = 1024,
-    seed: int = 0,
+    model: nn.Module, examples: Sequence[Example], double_quant: bool, batch_tokens: int = 1024, seed: int = 0
 ) -> pd.DataFrame:
-    """One row per module and scheme: `module`, `layer` (<NA> at the ends), `kind`, `scheme`, `kl_nats`, `bytes`.
+    """One row per module and scheme: `module`, `layer` (<NA> for embeddings and head), `kind`, `scheme`, `kl_nats`,
+    `bytes`.
 
-    `keep` is among the rows, with no damage and the bytes of bf16, so that the table holds all choices of a budget; a
-    scheme that a module's shape does not allow is not. Rounding is to the nearest level. At the ends it is measured by
-    whole runs, in the layers estimated: of n examples that are alike the standard error is √(2 / n) of the estimate,
-    and damages above some 0.1 nats come out too large or small.
+    The scheme "unquantized" is included, with a KL of 0 and the bytes of bf16, so the table holds every choice of a
+    budget. A scheme that the shape of a module does not allow is left out. With n examples the relative standard error
+    of an estimate is about √(2 / n); estimates above 0.1 nats are inaccurate.
     """
     shapes = quantize.weight_shapes(model)
-    choices = [(m, s) for m in shapes for s in schemes if s != "nf4" or quantize.can_be_nf4(shapes[m])]
+    choices = [(m, s) for m in shapes for s in SCHEMES if s != "nf4" or quantize.can_be_nf4(shapes[m])]
+    estimated = [(m, s) for m, s in choices if s != "unquantized" and layer_of(m) is not None]
     generator = torch.Generator(model.device).manual_seed(seed)
-    inside = [(module, scheme) for module, scheme in choices if layer_of(module) is not None]
-    squares, positions = dict.fromkeys(inside, 0.0), 0
-    batches = list(_batches(model, examples, pad_token_id, batch_tokens))
-    with _frozen(model):
+    squares, positions = dict.fromkeys(estimated, 0.0), 0
+    batches = list(gptq.iterate_batches(model, examples, batch_tokens))
+    with _without_weight_gradients(model):
         for batch in tqdm(batches, desc="sensitivity", unit="batch", delay=2, mininterval=10):
-            for choice, slopes in _slopes(model, batch, inside, double_quant, generator).items():
+            for choice, slopes in _slopes(model, batch, estimated, double_quant, generator).items():
                 squares[choice] += slopes.square().sum().item()
             positions += len(batch["labels"])
-    damages = {choice: square / (2 * positions) for choice, square in squares.items()}
+    kl_nats = {choice: square / (2 * positions) for choice, square in squares.items()}
     exact = batching.collect_logits(model, examples)
-    for module, scheme in [choice for choice in choices if choice not in damages]:
-        with fake_quantized(model, {module: scheme}, double_quant):
-            found = batching.measure_drift(exact, batching.collect_logits(model, examples))
-        damages[module, scheme] = found["kl_nats"]
     weights = {weight.module: weight for weight in memory_ledger.model_shapes(model.config) if len(weight.shape) == 2}
     rows = []
-    for module, scheme in [
-        (m, s) for m in shapes for s in ("unquantized", *schemes) if s == "unquantized" or (m, s) in damages
-    ]:
-        damage = damages.get((module, scheme), 0.0)
-        alone = memory_ledger.plan_bytes([weights[module]], {module: scheme}, double_quant=double_quant)
-        size = int(alone.bytes.sum())
-        rows.append((module, layer_of(module), module.rsplit(".", 1)[-1], scheme, damage, size))
+    for module, scheme in choices:
+        if scheme == "unquantized":
+            kl_nats[module, scheme] = 0.0
+        elif (module, scheme) not in kl_nats:
+            with fake_quantized(model, {module: scheme}, double_quant):
+                drift = batching.measure_drift(exact, batching.collect_logits(model, examples))
+            kl_nats[module, scheme] = drift["kl_nats"]
+        table = memory_ledger.plan_bytes([weights[module]], {module: scheme}, double_quant=double_quant)
+        size, kind = int(table.bytes.sum()), module.rsplit(".", 1)[-1]
+        rows.append((module, layer_of(module), kind, scheme, kl_nats[module, scheme], size))
     table = pd.DataFrame(rows, columns=["module", "layer", "kind", "scheme", "kl_nats", "bytes"])
     return table.astype({"layer": "Int64"})
 
@@ -100,30 +93,23 @@ def measure_plans(
     model: nn.Module,
     examples: Sequence[Example],
     double_quant: bool,
-    candidates: Sequence[Plan],
+    plans: Sequence[Plan],
     sensitivity: pd.DataFrame,
     calibration: Sequence[Example] = (),
 ) -> pd.DataFrame:
-    """One row per plan: `plan`, `kl_nats` of the whole plan (simulated), `top1_changed`, `summed_kl_nats`, `bytes`.
+    """One row per plan: `plan`, `kl_nats` of the whole plan, `top1_changed`, `summed_kl_nats`, `bytes`.
 
-    `summed_kl_nats` adds up what its modules did alone, by a table of `measure_sensitivity`. On the examples of that
-    table the two columns show how additive damage is; on others, whether a choice carries over. With `calibration`,
-    NF4 is rounded to fit its examples, and the sum, which is of plain rounding, says what that is worth.
+    `summed_kl_nats` is the sum of the plan's rows in `sensitivity`, a table of `measure_sensitivity`. With
+    `calibration`, NF4 is rounded by GPTQ for these examples; the sum is always that of plain rounding.
     """
-    alone = sensitivity.set_index(["module", "scheme"])
+    single = sensitivity.set_index(["module", "scheme"])
     exact, rows = batching.collect_logits(model, examples), []
-    for plan in tqdm(candidates, desc="plans", unit="plan", delay=2, mininterval=10):
+    for plan in tqdm(plans, desc="plans", unit="plan", delay=2, mininterval=10):
         with fake_quantized(model, plan.schemes, double_quant, calibration):
             drift = batching.measure_drift(exact, batching.collect_logits(model, examples))
-        taken = alone.loc[list(plan.schemes.items())]
-        rows.append((plan.name, drift["kl_nats"], drift["top1_changed"], taken.kl_nats.sum(), int(taken.bytes.sum())))
+        chosen = single.loc[list(plan.schemes.items())]
+        rows.append((plan.name, drift["kl_nats"], drift["top1_changed"], chosen.kl_nats.sum(), int(chosen.bytes.sum())))
     return pd.DataFrame(rows, columns=["plan", "kl_nats", "top1_changed", "summed_kl_nats", "bytes"])
-
-
-def _batches(model, examples, pad_token_id, batch_tokens) -> Iterator[dict[str, torch.Tensor]]:
-    for rows in batching.bucket_by_length([len(e.input_ids) for e in examples], batch_tokens):
-        batch = batching.collate([examples[i] for i in rows], pad_token_id)
-        yield {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 def _slopes(
@@ -133,27 +119,26 @@ def _slopes(
     double_quant: bool,
     generator: torch.Generator,
 ) -> dict[tuple[str, Scheme], torch.Tensor]:
-    """(module, scheme) → (examples,): slope of the log-probability of drawn tokens along what the scheme changes.
+    """(module, scheme) → (examples,): slope of the log-probability of drawn tokens along the scheme's weight change.
 
-    For linear layers of the decoder: gradients are followed no further back than to its embedded input.
-    Tokens are drawn at each predicted position of an example on its own, so slopes of two positions are uncorrelated:
-    the square of their sum is, on average, the sum of their squares.
+    For linear layers of the decoder. A token is drawn independently at each predicted position, so the slopes of two
+    positions are uncorrelated, and the expected square of their sum is the sum of their expected squares.
     """
     slopes: dict[tuple[str, Scheme], torch.Tensor] = {}
 
-    def begin(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        output.requires_grad_()
+    def start_gradients(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        output.requires_grad_()  # gradients stop at the embedded input
 
     def watch(name: str, module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        output.register_hook(lambda gradient: measure(name, module.weight.detach(), args[0].detach(), gradient))
+        output.register_hook(lambda gradient: add_slopes(name, module.weight.detach(), args[0].detach(), gradient))
 
-    def measure(name: str, weight: torch.Tensor, read: torch.Tensor, gradient: torch.Tensor) -> None:
-        for scheme in [scheme for choice, scheme in choices if choice == name]:
-            moved = nn.functional.linear(read, rowwise.fake_quantize(weight, scheme, double_quant) - weight)
-            slopes[name, scheme] = (gradient * moved).sum(-1).float().sum(1)  # (B, L, rows) → (B,)
+    def add_slopes(name: str, weight: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor) -> None:
+        for scheme in [scheme for module, scheme in choices if module == name]:
+            change = nn.functional.linear(x, rowwise.fake_quantize(weight, scheme, double_quant) - weight)
+            slopes[name, scheme] = (gradient * change).sum(-1).float().sum(1)  # (B, L, rows) → (B,)
 
     with ExitStack() as hooks, torch.enable_grad():
-        hooks.callback(model.get_input_embeddings().register_forward_hook(begin).remove)
+        hooks.callback(model.get_input_embeddings().register_forward_hook(start_gradients).remove)
         for name in dict.fromkeys(name for name, _ in choices):
             hooks.callback(model.get_submodule(name).register_forward_hook(partial(watch, name)).remove)
         logits, _ = batching.predicted_logits(model, batch)
@@ -164,12 +149,11 @@ def _slopes(
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Within the block no gradient of a weight is computed: only what passes through them is wanted."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         model.requires_grad_(False)
         yield
     finally:
-        for parameter in learning:
+        for parameter in trainable:
             parameter.requires_grad_()

@@ -216,18 +216,18 @@ def ablation_table(benchmarks: Sequence[dict]) -> str:
 def plans_table(estimates: Mapping[str, Sequence]) -> str:
     """Markdown: how much memory each quantization plan needs, from shapes alone.
 
-    `estimates`: model → what `memory_budget.estimate` gives. One row per plan, with the key-value cache in bf16.
+    `estimates`: model → what `memory_budget.estimate_presets` gives. One row per plan, with the key-value cache in bf16.
     """
     headers, columns = ["plan"], []
     for model, of_model in estimates.items():
         headers += [f"{model}:<br>stored, GiB", "total, GiB", "below bf16"]
-        columns.append({e.recipe: e for e in of_model if e.kv_format == "bf16"})
+        columns.append({e.plan: e for e in of_model})
     rows = []
     for plan in columns[0]:
         cells = []
         for column in columns:
             e, bf16 = column[plan], column["bf16"]
             below = "–" if plan == "bf16" else f"{100 * (1 - e.total / bf16.total):.1f} %"
-            cells += [f"{(e.weights + e.state) / 2**30:.2f}", f"{e.total / 2**30:.2f}", below]
+            cells += [f"{(e.weights + e.scales) / 2**30:.2f}", f"{e.total / 2**30:.2f}", below]
         rows.append([f"`{plan}`", *cells])
     return markdown(headers, rows)

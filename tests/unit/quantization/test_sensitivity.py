@@ -1,8 +1,7 @@
-"""Slopes are those of finite differences, damage is what whole runs find, and what changes nothing damages nothing."""
+"""Slopes agree with finite differences, sensitivities with whole runs, and the model is left as it was."""
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GemmaConfig
 
 from medkit.modeling import batches
 from medkit.quantization import memory_ledger, plans, quantize, rowwise, sensitivity
@@ -23,7 +22,7 @@ def examples(make_examples):
 
 
 def measure(model, examples, **settings):
-    return sensitivity.measure_sensitivity(model, examples, PAD, True, **settings)
+    return sensitivity.measure_sensitivity(model, examples, True, **settings)
 
 
 def brute_force(model, examples, module, scheme):
@@ -72,24 +71,12 @@ def test_one_module_at_a_time_is_about_what_brute_force_finds(model, make_exampl
             assert table[name, scheme] == pytest.approx(found, rel=0.4), (name, scheme)  # three standard errors
 
 
-def test_the_ends_are_what_whole_runs_find(model, examples):
+def test_embeddings_and_head_are_what_whole_runs_find(model, examples):
     table = measure(model, examples)
     ends = table[table.layer.isna() & (table.scheme != "unquantized")]
     assert len(ends) == (2 if model.config.tie_word_embeddings else 4)
     for row in ends.itertuples():
         assert row.kl_nats == pytest.approx(brute_force(model, examples, row.module, row.scheme), rel=1e-5)
-
-
-@pytest.mark.parametrize("config", [GemmaConfig, Gemma2Config, Gemma3TextConfig])
-def test_a_factor_of_the_embeddings_is_part_of_their_damage(config, examples):
-    sizes = {"vocab_size": 300, "hidden_size": 128, "intermediate_size": MLP, "num_hidden_layers": 2, "head_dim": 32}
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
-    table = measure(model, examples).set_index(["module", "scheme"]).kl_nats
-    for scheme in ("int8", "nf4"):
-        assert table["model.embed_tokens", scheme] == pytest.approx(
-            brute_force(model, examples, "model.embed_tokens", scheme), rel=1e-4
-        )
 
 
 def test_batches_do_not_matter(model, examples, monkeypatch):
@@ -99,16 +86,16 @@ def test_batches_do_not_matter(model, examples, monkeypatch):
     assert together.tolist() == pytest.approx(alone.tolist(), rel=1e-3, abs=1e-9)
 
 
-def test_damage_is_zero_iff_the_scheme_is_exact(model, examples):
+def test_sensitivity_is_zero_iff_the_scheme_is_exact(model, examples):
     table = measure(model, examples)
-    kept = table.scheme == "unquantized"
-    assert (table.kl_nats[kept] == 0).all()
-    assert (table.kl_nats[~kept] > 0).all()
+    unquantized = table.scheme == "unquantized"
+    assert (table.kl_nats[unquantized] == 0).all()
+    assert (table.kl_nats[~unquantized] > 0).all()
     name = "model.layers.1.mlp.up_proj"
     with torch.no_grad():  # weights that int8 stores exactly
         weight = model.get_submodule(name).weight
         weight.copy_(weight.sign() * 127 / 1024)
-    again = measure(model, examples, schemes=["int8"]).set_index(["module", "scheme"]).kl_nats
+    again = measure(model, examples).set_index(["module", "scheme"]).kl_nats
     assert again[name, "int8"] == 0
     assert (again.drop((name, "int8")).xs("int8", level="scheme") > 0).all()
 

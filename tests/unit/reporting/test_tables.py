@@ -314,7 +314,7 @@ def test_an_ablation_says_what_the_whole_has_over_each_part(tmp_path):
 
 def test_recipes_of_the_papers_models_have_their_bytes_and_their_distance_from_bf16():
     names = ("DeepSeek-R1-Distill-Qwen-7B", "DeepSeek-R1-Distill-Llama-70B")
-    estimates = {name: memory_budget.estimate(memory_budget.read_config(name), batch=1, context=4096) for name in names}
+    estimates = {name: memory_budget.estimate_presets(memory_budget.read_config(name), 1, 4096) for name in names}
     header, *rows = cells(report.recipes_table(estimates))
     assert header[1::3] == [f"{name}:<br>stored, GiB" for name in names]
     found = {row[0].strip("`"): row[1:] for row in rows}
