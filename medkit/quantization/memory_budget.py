@@ -24,7 +24,6 @@ from medkit.quantization.memory_ledger import Weight, kv_cache_bytes, model_shap
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 BF16_BYTES = 2
 DENSE_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
-EXTENDING = ("linear", "dynamic", "yarn")  # kinds of rotary embeddings whose factor lengthens the context
 KNOWN_MODELS = yaml.safe_load(Path(__file__).with_name("known_models.yaml").read_text(encoding="utf-8"))
 
 
@@ -94,18 +93,13 @@ def preset_schemes(shapes: list[Weight]) -> dict[str, dict[str, str]]:
     return {"bf16": {}, "int8": dict.fromkeys(matrices, "int8"), **quantized}
 
 
-def last_position(config: PreTrainedConfig) -> int:
-    """How many positions the model can use, with the factor of its rotary embeddings."""
-    rope, trained = config.rope_parameters or {}, config.max_position_embeddings
-    if rope.get("rope_type") not in EXTENDING:
-        return trained
-    return max(trained, int(rope["factor"] * rope.get("original_max_position_embeddings", trained)))
-
-
 def estimate_presets(config: PreTrainedConfig, batch: int, context: int) -> list[Estimate]:
     """The memory of every preset plan, most bits first. Raises ParamsError if the context is too long."""
-    if context > last_position(config):
-        raise ParamsError(f"--context {context}: the positions of the model end at {last_position(config)}; lower it")
+    rope, last = config.rope_parameters or {}, config.max_position_embeddings
+    if rope.get("rope_type") in ("linear", "dynamic", "yarn"):  # their factor lengthens the context
+        last = max(last, int(rope["factor"] * rope.get("original_max_position_embeddings", last)))
+    if context > last:
+        raise ParamsError(f"--context {context}: the positions of the model end at {last}; lower it")
     shapes = model_shapes(config)
     estimates = [
         estimate_plan(config, name, schemes, batch, context, shapes) for name, schemes in preset_schemes(shapes).items()

@@ -119,12 +119,11 @@ def _replace(
         new.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
     elif old is model.get_input_embeddings():
         new = QuantizedEmbedding(stored)
+        if tied_head:
+            model.set_submodule(tied_head, QuantizedLinear(stored, None))
     else:
         new = QuantizedLinear(stored, bias)
-    embeddings = old is model.get_input_embeddings()
     model.set_submodule(name, new)
-    if embeddings and tied_head:
-        model.set_submodule(tied_head, QuantizedLinear(stored, None))
 
 
 def save_quantized(model: nn.Module, tokenizer, plan: Plan, folder: Path) -> Path:

@@ -216,7 +216,7 @@ def ablation_table(benchmarks: Sequence[dict]) -> str:
 def plans_table(estimates: Mapping[str, Sequence]) -> str:
     """Markdown: how much memory each quantization plan needs, from shapes alone.
 
-    `estimates`: model → what `memory_budget.estimate_presets` gives. One row per plan, with the key-value cache in bf16.
+    `estimates`: model → what `memory_budget.estimate_presets` gives. One row per plan, with the cache in bf16.
     """
     headers, columns = ["plan"], []
     for model, of_model in estimates.items():

@@ -1,7 +1,6 @@
 """The GGUF file, read back by transformers: the same logits, the same token ids, the same chat template."""
 
 import copy
-import json
 
 import gguf
 import numpy as np
@@ -15,7 +14,6 @@ from medkit.lora import adapters
 from medkit.quantization import gguf_export, gguf_tokenizer, plans
 from medkit.quantization import quantize as quantization
 from medkit.quantization.gguf_export import ExportError
-from medkit.stage import DISCLAIMER
 
 BYTES_PER_BLOCK = {"F16": 64, "Q8_0": 34, "Q4_1": 20, "Q4_0": 18}  # of 32 weights
 TYPES = list(gguf_export.WEIGHT_TYPES)
@@ -26,10 +24,6 @@ TEXTS = [
     "naïve β-blocker\n\n  two  spaces, it's",
     "<|im_start|>user\nDoes aspirin reduce fever?<|im_end|>\n<|im_start|>assistant\n",
 ]
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @pytest.fixture(scope="module")
@@ -124,44 +118,20 @@ def test_the_file_holds_the_model(make_llama, tokenizer, tmp_path, weight_type):
     assert again.lm_head.weight is again.get_input_embeddings().weight
 
 
-def test_half_precision_is_the_only_loss_of_an_f16_file(make_llama, tokenizer, tmp_path):
-    model = make_llama()
-    again = read_back(gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16"))
-    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=5e-3)
-    assert logits(model).std() > 0.3  # against which 0.005 is little
-
-
 @pytest.mark.parametrize(
     "changes",
     [
         {"tie_word_embeddings": False},
-        {"num_key_value_heads": 4},
-        {"num_attention_heads": 2, "num_key_value_heads": 1},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0}},
         {"hidden_size": 48, "head_dim": 16, "num_attention_heads": 3, "num_key_value_heads": 1},
         {"head_dim": 32},
-        {"rms_norm_eps": 1e-3},
     ],
-    ids=["untied", "one key per head", "two heads", "rope base", "odd width", "wide heads", "epsilon"],
+    ids=["untied", "rope base", "odd width", "wide heads"],
 )
 def test_the_file_holds_every_shape_of_llama(make_llama, tokenizer, tmp_path, changes):
     model = make_llama(**changes)
     again = read_back(gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "Q8_0"))
     torch.testing.assert_close(logits(again), logits(rounded(model, "Q8_0")), rtol=0, atol=1e-4)
-
-
-def test_the_file_tells_the_configuration(make_llama, tokenizer, tmp_path):
-    model = make_llama()
-    config = read_back(gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16")).config
-    for name in (
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "max_position_embeddings",
-        "rms_norm_eps",
-        "eos_token_id",
-    ):
-        assert getattr(config, name) == pytest.approx(getattr(model.config, name)), name
 
 
 def test_the_file_holds_the_tokenizer(make_llama, tokenizer, tmp_path):
@@ -187,13 +157,6 @@ def test_the_file_holds_a_qwen2_model(make_qwen2, qwen2_tokenizer, tmp_path, tie
     biases = [t for t in gguf.GGUFReader(path).tensors if t.name.endswith(".bias")]
     assert len(biases) == 2 * 3
     assert all(t.tensor_type == gguf.GGMLQuantizationType.F32 for t in biases)
-
-
-def test_only_llama_rows_change_their_order(make_llama, make_qwen2, tokenizer, qwen2_tokenizer, tmp_path):
-    for model, words, same in ((make_llama(), tokenizer, False), (make_qwen2(), qwen2_tokenizer, True)):
-        path = gguf_export.export_gguf(model, words, tmp_path / "student.gguf", "F16")
-        stored = {t.name: t.data for t in gguf.GGUFReader(path).tensors}["blk.0.attn_q.weight"]
-        assert np.allclose(stored, model.model.layers[0].self_attn.q_proj.weight.detach(), atol=1e-3) == same
 
 
 def test_the_file_holds_qwen2s_tokenizer(make_qwen2, qwen2_tokenizer, tmp_path):
@@ -248,19 +211,6 @@ def test_an_added_token_that_is_not_special_stays_in_the_answer(make_llama, make
     assert again.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_added_tokens_beyond_ascii_are_written_as_they_are(make_llama, make_tokenizer, tmp_path):
-    """R1-Distill's turns: one token each in the file, under their own numbers."""
-    tokenizer = make_tokenizer()
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ("<｜User｜>", "<｜Assistant｜>")])
-    path = gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "F16")
-    reader = gguf.GGUFReader(path)
-    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
-    types = reader.get_field("tokenizer.ggml.token_type").contents()
-    for token in ("<｜User｜>", "<｜Assistant｜>"):
-        number = tokenizer.convert_tokens_to_ids(token)
-        assert (tokens[number], types[number]) == (token, gguf.TokenType.USER_DEFINED)
-
-
 def test_a_tokenizer_without_a_start_token(make_llama, make_tokenizer, tmp_path):
     tokenizer = make_tokenizer(bos_token=None)
     gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "F16")
@@ -277,18 +227,6 @@ def test_smollm2_as_transformers_reads_it(make_llama, make_tokenizer, tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf")
     for text in TEXTS:
         assert again(text, add_special_tokens=False).input_ids == make_tokenizer()(text).input_ids
-
-
-def test_a_tokenizer_that_splits_otherwise_is_refused_or_written_right(make_llama, make_tokenizer, tmp_path):
-    """Llama 3 keeps up to three digits together: read with SmolLM2's rule, its numbers are other tokens."""
-    tokenizer = make_tokenizer(split=pre_tokenizers.Split(Regex(LLAMA3_SPLIT), behavior="isolated"))
-    path = tmp_path / "student.gguf"
-    try:
-        gguf_export.export_gguf(make_llama(), tokenizer, path, "F16")
-    except ExportError:
-        return
-    said = gguf.GGUFReader(path).get_field("tokenizer.ggml.pre").contents()
-    assert said == "llama-bpe"
 
 
 @pytest.mark.parametrize(
@@ -370,7 +308,7 @@ def test_a_missing_weight_is_an_error(make_llama, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("ends", ["unquantized", "int8"])
-def test_a_quantised_model_is_refused_with_the_cure(make_llama, tokenizer, tmp_path, ends):
+def test_a_quantized_model_is_refused_with_the_cure(make_llama, tokenizer, tmp_path, ends):
     model = make_llama(intermediate_size=128)
     quantization.apply_plan(model, plans.nf4_plan(quantization.weight_shapes(model), ends), True)
     with pytest.raises(ExportError, match="is quantized already: export the model from before"):
@@ -391,7 +329,7 @@ def test_another_architecture_is_refused(make_llama, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("weight_type", ["Q4_K_M", "Q5_0", "f16"])
-def test_a_weight_type_that_nothing_here_quantises_to_is_refused(make_llama, tokenizer, tmp_path, weight_type):
+def test_a_weight_type_that_cannot_be_written_is_refused(make_llama, tokenizer, tmp_path, weight_type):
     with pytest.raises(ExportError, match=f"'{weight_type}' cannot be written; choose one of F16, Q8_0"):
         gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", weight_type)
 
@@ -445,29 +383,6 @@ def test_an_export_that_fails_leaves_the_old_file_and_nothing_else(make_llama, t
     assert gguf_export.check_manifest(path) == manifest
 
 
-def test_the_manifest_tells_what_the_file_is(make_llama, make_qwen2, tokenizer, qwen2_tokenizer, tmp_path):
-    model = make_llama()
-    model.config.name_or_path = "somewhere/03_lora/merged"
-    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "Q4_0")
-    manifest = gguf_export.check_manifest(path)
-    assert manifest == json.loads((tmp_path / "student.manifest.json").read_text())
-    assert manifest.pop("sha256").isalnum()
-    assert manifest == {
-        "file": "student.gguf",
-        "bytes": path.stat().st_size,
-        "architecture": "llama",
-        "weight_type": "Q4_0",
-        "context_length": model.config.max_position_embeddings,
-        "vocab_size": model.config.vocab_size,
-        "source": "merged",
-        "disclaimer": DISCLAIMER,
-    }
-    other = gguf_export.check_manifest(
-        gguf_export.export_gguf(make_qwen2(), qwen2_tokenizer, tmp_path / "other.gguf", "F16")
-    )
-    assert (other["architecture"], other["source"]) == ("qwen2", None)
-
-
 def test_the_same_model_makes_the_same_file(make_llama, tokenizer, tmp_path):
     digests = {
         gguf_export.check_manifest(gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / f"{i}.gguf", "Q8_0"))[
@@ -508,7 +423,7 @@ def test_a_new_file_under_the_old_manifest_is_noticed(make_llama, tokenizer, tmp
         gguf_export.check_manifest(path)
 
 
-def test_rounding_to_the_grid_that_weights_came_on_takes_a_small_update_back():
+def test_rounding_to_the_published_type_removes_a_small_update():
     torch.manual_seed(0)
     kind = gguf.GGMLQuantizationType.Q4_1
     published = torch.from_numpy(gguf.dequantize(gguf.quantize(torch.randn(64, 256).numpy(), kind), kind).copy())
@@ -516,7 +431,7 @@ def test_rounding_to_the_grid_that_weights_came_on_takes_a_small_update_back():
     kept = {t: gguf_export.measure_rounding(published, taught, t) for t in TYPES}
     assert [kept[t][0] for t in TYPES] == [16, 8.5, 5, 4.5]
     assert kept["Q4_1"][2] < 0.2 < 0.8 < kept["Q4_0"][2] < 1.2
-    assert kept["Q4_1"][1] < kept["Q4_0"][1]  # less error, and yet it is the one that unteaches
+    assert kept["Q4_1"][1] < kept["Q4_0"][1]  # less error, and yet it removes the update
     assert kept["F16"][2] == pytest.approx(1, abs=0.01)
     with torch.no_grad():
         bits, error, _ = gguf_export.measure_rounding(published, 2 * published, "Q4_1")  # a grid scales with its block

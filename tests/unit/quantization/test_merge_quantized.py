@@ -123,15 +123,6 @@ def test_a_strong_update_is_kept_and_a_weak_one_falls_back(make_llama, save, dou
     assert merge_quantized.surviving_share(before, update, before + update) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_dequantised_and_merged_says_what_the_adapter_beside_the_codes_said(make_llama, save):
-    folder, beside = save(nf4_llama(make_llama), strength=0.1)
-    base = nf4_llama(make_llama)
-    assert len(merge_quantized.dequantize(base, ["q_proj", "down_proj"])) == 4
-    assert len(merge_quantized.dequantize(base)) == 10, "the rest of them"
-    assert not merge_quantized.dequantize(base)
-    torch.testing.assert_close(logits(adapters.load_merged(base, folder)), logits(beside), rtol=0, atol=1e-4)
-
-
 @EXACT
 def test_the_merged_model_is_saved_and_loaded_like_any_quantised_one(
     make_llama, save, tokenizer, models_params, tmp_path, double_quant
@@ -167,15 +158,6 @@ def test_an_adapter_learns_over_4_bits_and_most_of_it_survives_merging(
     assert merge_quantized.compare_predictions(beside, after, range(8), 0.95)["kl_nats"] > 1e-4, (
         "and something was lost"
     )
-
-
-def test_a_tied_head_stays_tied(make_llama, save):
-    folder, _ = save(nf4_llama(make_llama, ends="int8"))
-    merged = merge_quantized.merge_into_quantized(nf4_llama(make_llama, ends="int8"), folder)
-    assert merged.lm_head.rows is merged.get_input_embeddings().rows
-    folder, _ = save(nf4_llama(make_llama))
-    merged = merge_quantized.merge_into_quantized(nf4_llama(make_llama), folder)
-    assert merged.lm_head.weight is merged.get_input_embeddings().weight
 
 
 def test_dense_targets_of_a_mixed_plan_stay_dense(make_llama, save):

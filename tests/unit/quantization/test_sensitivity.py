@@ -133,17 +133,6 @@ def test_it_is_as_it_was_after_a_failure_too(model, examples, monkeypatch):
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_one_pass_tells_all_layers(model, examples):
-    runs = []
-    hook = model.register_forward_hook(lambda *_: runs.append(1))
-    measure(model, examples, batch_tokens=64)
-    hook.remove()
-    passes = len(batches.bucket_by_length([len(e.input_ids) for e in examples], 64))
-    ends = 1 if model.config.tie_word_embeddings else 2  # each in two schemes; all examples fit one batch of a run
-    assert len(runs) == passes + 1 + 2 * ends
-    assert passes > 1
-
-
 def test_columns_are_what_a_budget_needs(model, examples):
     table = measure(model, examples)
     ends = ~table.module.str.contains("layers")
