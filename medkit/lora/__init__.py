@@ -11,3 +11,4 @@ from medkit.lora.adapters import (
     train_adapter,
     truncate,
 )
+from medkit.lora.plots import plot_changes, plot_spectrum, tabulate_spectrum

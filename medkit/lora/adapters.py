@@ -1,15 +1,14 @@
-"""Adapters: attach, save, merge, and take the learned update apart. PEFT does the work.
+"""Low-rank adapters with PEFT: attach, train, merge, and measure the learned update.
 
-LoRA (arXiv 2106.09685): W' = W + s·B·A with s = alpha / rank, A (rank, in) drawn at random and B (out, rank) zero, so
-an untrained adapter changes nothing. Variants, each merged into W' as well:
+LoRA (arXiv 2106.09685): W' = W + s·B·A with s = alpha / rank. A (rank, in) starts at random and B (out, rank) at zero,
+so an untrained adapter changes nothing. Variants:
 
-- `rslora` (arXiv 2312.03732): s = alpha / √rank, so that a higher rank does not learn more slowly.
-- `dora` (arXiv 2402.09353): W' = m · (W + s·B·A) / ‖W + s·B·A‖, norms by row, with m (out) learned, starting as ‖W‖.
-- `pissa` (arXiv 2404.02948): B·A starts as the largest singular directions of W, and W keeps the rest. It is saved as
-  the plain adapter of twice the rank that says the same on the original W: s·(B·A − B₀·A₀).
+- `rslora` (arXiv 2312.03732): s = alpha / √rank, so a higher rank does not learn more slowly.
+- `dora` (arXiv 2402.09353): W' = m · (W + s·B·A) / ‖W + s·B·A‖, norms by row; m (out) is learned and starts as ‖W‖.
+- `pissa` (arXiv 2404.02948): B·A starts as the largest singular directions of W, and W keeps the rest.
 - `lora_plus` (arXiv 2402.12354): LoRA whose B learns `LORA_PLUS_RATIO` times as fast as A.
 
-A base that is stored in 4 bits can be trained on (QLoRA, arXiv 2305.14314); `merging` brings the two together.
+The base may be stored in 4 bits (QLoRA, arXiv 2305.14314).
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from medkit.modeling.train_once import changes_base, load_for_training, open_sta
 from medkit.params import AdapterParams, Params
 from medkit.stage import MedkitError, Stage
 
-LORA_PLUS_RATIO = 16  # the paper's own advice, 2⁴
+LORA_PLUS_RATIO = 16  # the paper's advice, 2⁴
 SETTINGS = {
     "lora": {},
     "lora_plus": {},
@@ -50,11 +49,12 @@ class AdapterError(MedkitError):
 # --- attach and train ---
 
 
+@loading.quiet_transformers()
 def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
     """The model with a fresh adapter; only the adapter's weights require gradients.
 
-    Raises AdapterError if a target module is no linear layer of the model, or its head where that is tied to the
-    embeddings: merging would change both ends. Over NF4 layers, attach before the model runs.
+    Raises AdapterError if a target module is not a linear layer of the model, or is tied to the embeddings, which
+    merging would change as well. If layers are in NF4, attach before the first forward pass.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     known = {_last(name) for name in linear}
@@ -86,21 +86,21 @@ def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
 
 
 def _keep_differentiable(name: str, layer: bnb.nn.Linear4bit) -> None:
-    """Bar the kernel that bitsandbytes switches to on CPUs with AVX512-BF16: it rounds to bf16 and has no gradient."""
+    """Disable the kernel that bitsandbytes uses on CPUs with AVX512-BF16: it rounds to bf16 and has no gradient."""
     if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-        raise AdapterError(f"{name!r} was repacked by its first forward pass: no gradient; load the model again")
+        raise AdapterError(f"{name!r} was repacked by a forward pass and has no gradient; load the model again")
     layer.support_avx512bf16_for_cpu = False
 
 
 def make_optimizer(model: nn.Module, section: AdapterParams, learning_rate: float) -> torch.optim.Optimizer | None:
-    """LoRA+'s AdamW, in which B learns faster than A; None for the variants that any optimiser trains."""
+    """The AdamW of LoRA+, in which B learns faster than A; None for the other variants."""
     if section.variant != "lora_plus":
         return None
     return create_loraplus_optimizer(model, torch.optim.AdamW, lr=learning_rate, loraplus_lr_ratio=LORA_PLUS_RATIO)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable and total numbers of weights; tied weights count once, weights in 4 bits as what they stand for."""
+    """Numbers of trainable and of all weights. Tied weights count once, weights in 4 bits by their decoded shape."""
     sizes = {}
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
@@ -142,13 +142,14 @@ def train_stage(run: str, params: Params) -> pd.DataFrame:
 # --- merge ---
 
 
+@loading.quiet_transformers()
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     """A base model with the adapter in `folder` beside its weights, for inference."""
     return PeftModel.from_pretrained(model, folder).eval()
 
 
 def merge(model: PeftModel) -> nn.Module:
-    """The plain model with W' in place of W; raises ValueError if a merged weight is not finite."""
+    """The model with W' in place of W, without an adapter. Raises ValueError if a merged weight is not finite."""
     return model.merge_and_unload(safe_merge=True).eval()
 
 
@@ -162,32 +163,33 @@ def load_merged(model: nn.Module, folder: Path) -> nn.Module:
 
 @torch.no_grad()
 def singular_values(model: PeftModel) -> dict[str, torch.Tensor]:
-    """Module → the singular values (≤ rank) of its update s·B·A, falling; a dense (out, in) matrix is never formed.
+    """Module → the singular values (≤ rank) of its update s·B·A, largest first; no (out, in) matrix is formed.
 
-    With B = Q_B·R_B and Aᵀ = Q_A·R_A they are those of the small s·R_B·R_Aᵀ. For DoRA: before it is rescaled by row.
-    Raises AdapterError for a PiSSA adapter in training, whose B·A holds a part of W; load it as it was saved.
+    With B = Q_B·R_B and Aᵀ = Q_A·R_A they are those of the small s·R_B·R_Aᵀ. For DoRA: before the rescaling by row.
+    Raises AdapterError for a PiSSA adapter in training, whose B·A holds a part of W: load the saved one.
     """
     return {name: torch.linalg.svdvals(_core(layer)[1]) for name, layer in _adapted(model).items()}
 
 
 @torch.no_grad()
 def truncate(model: PeftModel, ranks: Mapping[str, int]) -> None:
-    """Keep of each module's update its `ranks[module]` largest singular directions, in place: the best update of that
-    rank (Eckart and Young). What was cut is gone; a smaller rank may follow a larger one. Raises as `singular_values`.
+    """Keep the `ranks[module]` largest singular directions of each module's update, in place.
+
+    It is the best update of that rank (Eckart and Young). Raises as `singular_values`.
     """
     for name, layer in _adapted(model).items():
         scale, core, left, right = _core(layer)
         u, values, v = torch.linalg.svd(core, full_matrices=False)
-        kept, half = min(ranks[name], len(values)), (values / scale).sqrt()
+        rank, half = min(ranks[name], len(values)), (values / scale).sqrt()
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
         a.zero_()
         b.zero_()
-        a[:kept] = half[:kept, None] * (v[:kept] @ right.T)
-        b[:, :kept] = left @ u[:, :kept] * half[:kept]
+        a[:rank] = half[:rank, None] * (v[:rank] @ right.T)
+        b[:, :rank] = left @ u[:, :rank] * half[:rank]
 
 
 def rank_of_energy(values: torch.Tensor, share: float) -> int:
-    """The fewest of some falling singular values whose squares sum to this share of all squares; 0 if all are zero."""
+    """The smallest rank whose singular values (largest first) hold this share of all squares; 0 if all are zero."""
     energy = values.double().square().cumsum(0)
     return int((energy < share * energy[-1] * (1 - 1e-12)).sum()) + 1 if energy[-1] > 0 else 0
 
@@ -202,7 +204,7 @@ def _core(layer: LoraLayer) -> tuple[float, torch.Tensor, torch.Tensor, torch.Te
 def _adapted(model: PeftModel) -> dict[str, LoraLayer]:
     """Adapted layers by their names in the plain model."""
     if changes_base(model):
-        raise AdapterError("a pissa adapter in training holds a part of the base; save it and load it on the original")
+        raise AdapterError("a pissa adapter in training holds a part of the base: save it, and load it on the original")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     return {name.removeprefix("base_model.model."): layer for name, layer in layers.items()}
 

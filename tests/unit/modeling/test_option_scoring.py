@@ -100,12 +100,6 @@ def test_a_shared_prefix_is_read_once(toys, fed, monkeypatch):
     assert shapes == [(1, 10), (4, 1), (2, 1)]
 
 
-def test_little_that_is_shared_is_not_worth_a_pass(toys, fed):
-    shapes = fed(toys["llama"])
-    option_scoring.score_options(toys["llama"], [Item([5, 6, 20 + i], [[7], [9]]) for i in range(6)], 1000, PAD)
-    assert shapes == [(6, 3)]
-
-
 def test_equal_beginnings_of_options_are_read_once_and_last_tokens_never(toys, fed):
     item = Item([5, 6], [[10, 11, 12], [10, 11, 13, 14], [10, 15], [16], [10, 11, 12]])
     expected = plain_scores(toys["llama"], item)
@@ -191,10 +185,3 @@ def test_no_other_way_to_cut_is_better(lengths, limit):
     allowed = [w for w in ways if all(len(b) == 1 or lengths[b[0]] * len(b) <= limit for b in w)]
     best = min(cost(way, lengths, limit) for way in allowed)
     assert cost(option_scoring.cut_batches(lengths, limit), lengths, limit) == pytest.approx(best)
-
-
-def test_a_long_question_is_not_padded_to():
-    lengths = [100, 20, 20, 20, 20]
-    assert option_scoring.cut_batches(lengths, 1024) == [[0], [1, 2, 3, 4]]
-    assert bucket_by_length(lengths, 1024) == [[0, 1, 2, 3, 4]]
-    assert option_scoring.cut_batches([21, 20, 20, 20], 1024) == [[0, 1, 2, 3]]  # a pass of its own would cost more
