@@ -33,7 +33,7 @@ def add_confidence(judged: pd.DataFrame) -> pd.DataFrame:
     if (again := scored.duplicated([*KEYS, "id"])).any():
         row = scored[again].iloc[0]
         raise CalibrationError(
-            f"{row.variant} answers {row.id} twice by {row.scoring}; measure one robustness test and condition at a time"
+            f"{row.variant} answers {row.id} twice by {row.scoring}; measure one condition of a robustness test at a time"
         )
     confidence = []
     for row in scored.itertuples():
@@ -82,7 +82,9 @@ def ece(confidence: Sequence[float], correct: Sequence[bool], bins: int) -> floa
     return _ece(*_tally(confidence, correct), bins)
 
 
-def ece_if_calibrated(confidence: Sequence[float], groups: Sequence, bins: int, draws: int, seed: int = 0) -> np.ndarray:
+def ece_if_calibrated(
+    confidence: Sequence[float], groups: Sequence, bins: int, draws: int, seed: int = 0
+) -> np.ndarray:
     """The ECE, (draws,), of simulated calibrated models: each answer is right with the probability `confidence`.
 
     One random number serves a whole group of near-duplicates, so that they are right and wrong together as far as their
@@ -147,8 +149,8 @@ def measure_calibration(
     Columns variant, source, scoring, metric (ece, brier, aurc, accuracy_at_80), value, ci_low, ci_high, n,
     ece_if_calibrated (mean of that function; NaN but for ece). n: answers that count, of accuracy_at_80 those given.
     Intervals are percentiles over resamples of whole near-duplicate groups (`judged.group`), with three exceptions:
-    ece: 2·value − the upper percentile … the upper percentile, since a resample's bias comes on top of the value's; from
-    0 if a calibrated model would show as much, so that ci_low > 0 says that a miscalibration was detected.
+    ece: from 2·value − the upper percentile to the upper percentile, since a resample adds its own bias to the value's;
+    from 0 if a calibrated model would show as much, so that ci_low > 0 says that a miscalibration was detected.
     aurc: Wilson's interval of the error rate, if all answers are right or all are wrong.
     accuracy_at_80: Wilson's, of the number of answers that explains the variance of the resamples, at most those given.
     """
