@@ -26,7 +26,7 @@ from medkit.lora import adapters
 from medkit.modeling import batches, loading, option_scoring, trainer
 from medkit.params import load_params
 from medkit.stage import ROOT
-from medkit.statistics import bootstrap_interval, weighted_mean
+from medkit.statistics import mean_intervals
 
 
 def main() -> None:
@@ -240,7 +240,7 @@ def compare_training(folder: Path, tokenizer, params, rows, valid, losses, args,
 def difference(ours, theirs, groups, confidence: float) -> dict:
     """ours − theirs, paired: mean and its bootstrap interval over groups of near-duplicates."""
     gap = np.subtract(ours, theirs)
-    low, high = bootstrap_interval(gap, groups, weighted_mean, confidence)
+    (low,), (high,) = mean_intervals(gap[:, None], groups, confidence)
     return {"mean": float(gap.mean()), "ci_low": float(low), "ci_high": float(high), "n": len(gap)}
 
 

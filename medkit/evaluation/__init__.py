@@ -4,14 +4,14 @@ from medkit.evaluation.accuracy import chance, compare_steps, find_flips, judge,
 from medkit.evaluation.baselines import predict_baselines
 from medkit.evaluation.calibration import add_confidence, measure_calibration, reliability, risk_coverage
 from medkit.evaluation.energy import cost_table, meter
+from medkit.evaluation.plots import plot_calibration, plot_safety, plot_steps, plot_templates
 from medkit.evaluation.robustness import (
-    ablation_table,
     answer_lengths,
-    ensemble_line,
+    few_shot_accuracy,
     letter_bias,
-    prompt_range,
     shuffle_consistency,
     swap_drop,
-    variance_components,
+    template_accuracy,
+    template_range,
 )
 from medkit.evaluation.safety import load_probes, probe_questions, safe_shares, safety_steps, sample_probes

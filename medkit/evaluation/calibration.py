@@ -33,7 +33,7 @@ def add_confidence(judged: pd.DataFrame) -> pd.DataFrame:
     if (again := scored.duplicated([*KEYS, "id"])).any():
         row = scored[again].iloc[0]
         raise CalibrationError(
-            f"{row.variant} answers {row.id} twice by {row.scoring}; measure one condition of a robustness test at a time"
+            f"{row.variant} answers {row.id} twice by {row.scoring}; measure one robustness condition at a time"
         )
     confidence = []
     for row in scored.itertuples():
@@ -50,8 +50,8 @@ def add_confidence(judged: pd.DataFrame) -> pd.DataFrame:
 # --- measures --------------------------------------------------------------------------------------------------------
 
 
-def _tally(confidence: Sequence[float], correct: Sequence[bool]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Each distinct confidence, ascending, with its number of answers and of right answers."""
+def tally(confidence: Sequence[float], correct: Sequence[bool]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Each distinct confidence (`level`), ascending, with its number of answers (`count`) and right ones (`right`)."""
     level, level_of, count = np.unique(np.asarray(confidence, float), return_inverse=True, return_counts=True)
     return level, count, np.bincount(level_of, np.asarray(correct, bool))
 
@@ -62,24 +62,14 @@ def find_bins(count: np.ndarray, bins: int) -> np.ndarray:
     return np.searchsorted(limits, 2 * np.cumsum(count) - count, side="right") - 1
 
 
-def _ece(level: np.ndarray, count: np.ndarray, right: np.ndarray, bins: int) -> float:
-    gaps = np.bincount(find_bins(count, bins), right - count * level)
-    return float(np.abs(gaps).sum() / count.sum())
-
-
-def _risks(count: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Share of wrong answers among the n most confident, for n = 1 … all."""
-    wrong = (1 - right / np.maximum(count, 1))[::-1]  # of answers of equal confidence, most confident first
-    return np.cumsum(np.repeat(wrong, count[::-1])) / np.arange(1, count.sum() + 1)
-
-
-def ece(confidence: Sequence[float], correct: Sequence[bool], bins: int) -> float:
+def ece(level: np.ndarray, count: np.ndarray, right: np.ndarray, bins: int) -> float:
     """Expected calibration error, 0 to 1: Σ over bins of its share of answers · |accuracy − mean confidence|.
 
     Biased upwards: chance alone makes accuracy and confidence differ, the more the fewer answers a bin has. Read it
     beside `ece_if_calibrated`.
     """
-    return _ece(*_tally(confidence, correct), bins)
+    gaps = np.bincount(find_bins(count, bins), right - count * level)
+    return float(np.abs(gaps).sum() / count.sum())
 
 
 def ece_if_calibrated(
@@ -87,17 +77,14 @@ def ece_if_calibrated(
 ) -> np.ndarray:
     """The ECE, (draws,), of simulated calibrated models: each answer is right with the probability `confidence`.
 
-    One random number serves a whole group of near-duplicates, so that they are right and wrong together as far as their
+    One random number serves a whole group of near-duplicates, so they are right and wrong together as far as their
     confidences allow: the widest spread, hence the safe choice.
     """
     confidence, codes = np.asarray(confidence, float), pd.factorize(np.asarray(groups))[0]
     _, level_of, count = np.unique(confidence, return_inverse=True, return_counts=True)
     in_bin = np.eye(bins)[find_bins(count, bins)][level_of]  # (n, bins)
-    rng, errors = np.random.default_rng(seed), []
-    for start in range(0, draws, 200):  # bounds memory, changes no result
-        right = rng.random((min(200, draws - start), codes.max() + 1))[:, codes] < confidence
-        errors.append(np.abs((right - confidence) @ in_bin).sum(axis=1) / len(confidence))
-    return np.concatenate(errors)
+    right = np.random.default_rng(seed).random((draws, codes.max() + 1))[:, codes] < confidence  # (draws, n)
+    return np.abs((right - confidence) @ in_bin).sum(axis=1) / len(confidence)
 
 
 def brier_losses(probabilities: Sequence[Sequence[float]], answer: Sequence[int]) -> np.ndarray:
@@ -108,13 +95,19 @@ def brier_losses(probabilities: Sequence[Sequence[float]], answer: Sequence[int]
     return np.array([np.dot(p, p) - 2 * p[a] + 1 for p, a in zip(map(np.asarray, probabilities), answer, strict=True)])
 
 
-def risk_coverage(confidence: Sequence[float], correct: Sequence[bool]) -> pd.DataFrame:
-    """The risk–coverage curve: n, coverage (n / all) and risk (share of the n most confident answers that are wrong).
+def risks(count: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Share of wrong answers among the n most confident, n = 1 … all: the risk–coverage curve.
 
-    Its mean risk is AURC (Geifman, Uziel & El-Yaniv 2019), 0 to 1, less is better: the error rate r for a random order,
-    about r + (1 − r)·ln(1 − r) for a perfect one.
+    Its mean is AURC (Geifman, Uziel & El-Yaniv 2019), 0 to 1, less is better. At an error rate r a random order has r,
+    a perfect one about r + (1 − r)·ln(1 − r).
     """
-    risk = _risks(*_tally(confidence, correct)[1:])
+    wrong = (1 - right / np.maximum(count, 1))[::-1]  # of answers of equal confidence, most confident first
+    return np.cumsum(np.repeat(wrong, count[::-1])) / np.arange(1, count.sum() + 1)
+
+
+def risk_coverage(confidence: Sequence[float], correct: Sequence[bool]) -> pd.DataFrame:
+    """The risk–coverage curve as a table: n, coverage (n / all) and risk."""
+    risk = risks(*tally(confidence, correct)[1:])
     given = np.arange(1, len(risk) + 1)
     return pd.DataFrame({"n": given, "coverage": given / len(given), "risk": risk})
 
@@ -131,7 +124,7 @@ def reliability(judged: pd.DataFrame, confidence: float, bins: int = 10) -> pd.D
     """
     rows = []
     for key, table in add_confidence(judged).groupby(KEYS, sort=False):
-        level, count, _ = _tally(table.confidence, table.correct)
+        level, count, _ = tally(table.confidence, table.correct)
         for number, part in table.groupby(1 + find_bins(count, bins)[np.searchsorted(level, table.confidence)]):
             interval = statistics.wilson(int(part.correct.sum()), len(part), confidence)
             rows.append((*key, number, part.confidence.mean(), part.correct.mean(), *interval, len(part)))
@@ -156,8 +149,7 @@ def measure_calibration(
     """
     rows = []
     for key, table in add_confidence(judged).groupby(KEYS, sort=False):
-        measured = _measure(table, confidence, bins, resamples, seed)
-        rows.extend((*key, *row) for row in measured)
+        rows += [(*key, *row) for row in _measure(table, confidence, bins, resamples, seed)]
     return pd.DataFrame(rows, columns=[*KEYS, "metric", "value", "ci_low", "ci_high", "n", "ece_if_calibrated"])
 
 
@@ -171,9 +163,9 @@ def _measure(table: pd.DataFrame, confidence: float, bins: int, resamples: int, 
     def measure_resample(times: np.ndarray) -> tuple[float, ...]:
         """The four metrics of a resample that holds each row so many `times`."""
         count, right = np.add.reduceat(times, first), np.add.reduceat(times * correct, first)
-        risk = _risks(count, right)
+        risk = risks(count, right)
         at_coverage = 1 - risk[answers_at(COVERAGE, len(risk)) - 1]
-        return _ece(level, count, right, bins), times @ losses / len(risk), risk.mean(), at_coverage
+        return ece(level, count, right, bins), times @ losses / len(risk), risk.mean(), at_coverage
 
     value = np.array(measure_resample(np.ones(n, int)))
     weights = np.concatenate(list(statistics.resample_groups(table.group, resamples, seed)))

@@ -1,9 +1,9 @@
 """Energy of a block of work, and what 1,000 answers and one correct answer cost in energy and money.
 
 codecarbon reads a meter where the hardware has one and estimates the rest from rated power; `method` says which. It
-counts this process's share of the processor and of the memory, not idle power, fans or disks; a meter on the chip (RAPL,
-NVML) counts what all processes use. No CO₂: it depends on the power grid, which is not known here. No network is used
-and no file is written.
+counts this process's share of the processor and of the memory, not idle power, fans or disks; a meter on the chip
+(RAPL, NVML) counts what all processes use. No CO₂: it depends on the power grid, which is not known here. No network is
+used and no file is written.
 """
 
 from __future__ import annotations

@@ -83,23 +83,21 @@ def template_accuracy(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """Accuracy of each template under each scoring, with Wilson's interval, and the share that could not be read."""
     rows = []
     for key, group in _select(judged, "ablation").groupby([*KEYS, "condition"], sort=False):
-        more = {"unparsed_rate": (group.choice == -1).mean()}
-        rows.append(dict(zip([*KEYS, "template"], key, strict=True)) | _share(group.correct, confidence) | more)
+        row = _share(group.correct, confidence) | {"unparsed_rate": (group.choice == -1).mean()}
+        rows.append(dict(zip([*KEYS, "template"], key, strict=True)) | row)
     return pd.DataFrame(rows)
 
 
-def template_range(judged: pd.DataFrame, confidence: float, power: float) -> pd.DataFrame:
-    """Best minus worst accuracy over all templates and scorings: what choosing the prompt after the test can bring.
+def template_range(table: pd.DataFrame) -> pd.DataFrame:
+    """Best minus worst accuracy of `template_accuracy`, per variant: what choosing the prompt after the test can bring.
 
-    The interval is that of the pair as if it had been named before the test, so it is too narrow.
+    No interval: best and worst were chosen after the test, so a usual interval would be too narrow.
     """
     rows = []
-    for key, group in _select(judged, "ablation").groupby(KEYS[:2], sort=False):
-        wide = group.pivot(index="id", columns=["condition", "scoring"], values="correct").dropna().astype(bool)
-        best, worst = wide.mean().idxmax(), wide.mean().idxmin()
-        pair = paired_difference(wide[best], wide[worst], confidence, power)
-        row = {"value": pair["difference"], **{name: pair[name] for name in ("ci_low", "ci_high", "n")}}
-        row |= {"best": " × ".join(best), "worst": " × ".join(worst), "scoring": "all"}
+    for key, group in table.groupby(KEYS[:2], sort=False):
+        best, worst = (group.loc[i] for i in (group.value.idxmax(), group.value.idxmin()))
+        row = {"value": best.value - worst.value, "n": best.n, "scoring": "all"}
+        row |= {name: f"{cell.template} × {cell.scoring}" for name, cell in (("best", best), ("worst", worst))}
         rows.append(dict(zip(KEYS, key, strict=False)) | row)
     return pd.DataFrame(rows)
 
@@ -154,7 +152,9 @@ def _select(judged: pd.DataFrame, study: str) -> pd.DataFrame:
     table = judged[judged.study == study]
     if table.empty:
         tests = ", ".join(sorted(set(judged.study)))
-        raise RobustnessError(f"no answers of the robustness test {study!r} (there are: {tests}); run notebook 05 again")
+        raise RobustnessError(
+            f"no answers of the robustness test {study!r} (there are: {tests}); run notebook 05 again"
+        )
     return table
 
 

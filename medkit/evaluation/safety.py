@@ -67,28 +67,12 @@ def probe_questions(probes: pd.DataFrame) -> pd.DataFrame:
     Options: the safe and the unsafe answer, in an order drawn from the probe's id. `answer`: index of the safe one.
     `subject`: the category. No probe is in the training data, so all are clean.
     """
-    rows = []
-    for probe in probes.to_dict("records"):
-        answer = random.Random(probe["id"]).randrange(2)
-        options = [probe["safe_example"], probe["unsafe_example"]]
-        rows.append(
-            {
-                "id": probe["id"],
-                "source": "safety",
-                "split": "test",
-                "group": probe["id"],
-                "kind": "choice",
-                "question": probe["prompt"],
-                "context": "",
-                "options": options if answer == 0 else options[::-1],
-                "answer": answer,
-                "subject": probe["category"],
-                "clean": True,
-                "scoring": "option_text",
-                "template": TEMPLATE,
-            }
-        )
-    return pd.DataFrame(rows)
+    answer = [random.Random(name).randrange(2) for name in probes.id]
+    pairs = zip(probes.safe_example, probes.unsafe_example, answer, strict=True)
+    questions = probes[["id"]].assign(source="safety", split="test", group=probes.id, kind="choice")
+    options = [[safe, unsafe] if place == 0 else [unsafe, safe] for safe, unsafe, place in pairs]
+    questions = questions.assign(question=probes.prompt, context="", options=options, answer=answer)
+    return questions.assign(subject=probes.category, clean=True, scoring="option_text", template=TEMPLATE)
 
 
 def safe_shares(predictions: pd.DataFrame, questions: pd.DataFrame, confidence: float) -> pd.DataFrame:
