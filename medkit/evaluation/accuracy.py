@@ -35,8 +35,9 @@ def judge(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
     table = predictions.merge(columns, on="id", validate="many_to_one")
     if len(table) < len(predictions):
         raise EvaluationError(f"{len(predictions) - len(table)} predictions are for questions this run does not have")
+    table["answer_tokens"] = table.answer_tokens if "answer_tokens" in table else None
     by_text = table[table.scoring == "option_text"]
-    with_tokens = by_text[by_text.answer_tokens.notna()] if "answer_tokens" in by_text else by_text.head(0)
+    with_tokens = by_text[by_text.answer_tokens.notna()]
     generated = table[table.scoring == "generated"]
     choices = np.array([_parse(row) for row in generated.itertuples()], int)
     judged = [

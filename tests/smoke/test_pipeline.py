@@ -85,12 +85,12 @@ def test_results_trace_to_files_and_carry_intervals(whole):
         and (accuracy.n > 0).all()
     )
     teachers, students = ["teacher_base", "teacher"], ["base", "student_ce", "student_kd", "lora"]
-    assert set(accuracy.variant) == {*teachers, *students, "nf4", "paper_mix", "plan", "edge"}
+    assert set(accuracy.variant) == {*teachers, *students, "nf4", "paper_mix", "plan", "edge", "majority", "tfidf"}
     deltas = results[results.result.str.startswith("accuracy_delta/")]
     assert deltas.verdict.isin(["better", "worse", "equivalent", "not detectable"]).all() and deltas.mde.notna().all()
     families = set(results.result.str.split("/").str[0])
-    assert {"ece", "brier", "aurc", "accuracy_at_80", "shuffle_consistency", "swap_drop", "ablation"} <= families
-    assert {"safe_share", "cost_per_correct_answer", "variance", "upper_line", "answer_tokens"} <= families
+    assert {"ece", "brier", "aurc", "accuracy_at_80", "shuffle_consistency", "swap_drop"} <= families
+    assert {"safe_share", "cost_per_correct_answer", "template_accuracy", "few_shot", "answer_tokens"} <= families
     assert not results.duplicated(["result", "variant", "metric", "baseline"]).any()
 
 

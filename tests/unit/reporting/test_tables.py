@@ -322,9 +322,5 @@ def test_recipes_of_the_papers_models_have_their_bytes_and_their_distance_from_b
     assert [found["bf16"][i] for i in (2, 5)] == ["–", "–"]
     below = {recipe: (numbers(row[2])[0], numbers(row[5])[0]) for recipe, row in found.items() if recipe != "bf16"}
     assert {recipe for recipe, (student, _) in below.items() if student >= 70} == {"nf4_all"}
-    assert {recipe for recipe, (_, teacher) in below.items() if teacher >= 70} == {
-        "nf4",
-        "nf4_int8_embed",
-        "nf4_all",
-    }
+    assert {recipe for recipe, (_, teacher) in below.items() if teacher >= 70} == {"nf4", "nf4_int8_embed", "nf4_all"}
     assert below["nf4_all"][0] == pytest.approx(70.4, abs=0.05)
