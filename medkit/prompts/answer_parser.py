@@ -1,9 +1,9 @@
-"""Generated text → the choice it declares, or the record it holds: the other half of every template in `prompts`.
+"""Generated text → the option that it declares, or the record that it holds: the inverse of `templates`.
 
-Pure text. A small grammar: a letter or an option's text is an answer only where the text *declares* it: alone at the
-start, after a lead ("the answer is", "final answer:", "I choose"), before a verdict ("is correct") or in a box; and
-after it comes an end: nothing, a new line or sentence, or a reason. No fuzzy match, no first letter found in a
-sentence, no digits: what cannot be read so stays None.
+A small grammar on plain text. A letter or an option's text is an answer only where the text *declares* it: alone at the
+start, after a lead ("the answer is", "final answer:", "I choose"), before a verdict ("is correct") or in a box. After
+it must come an end: nothing, a new line or sentence, or a reason. There is no fuzzy match and no guess: a text that
+declares nothing gives None.
 """
 
 from __future__ import annotations
@@ -20,43 +20,42 @@ from pydantic import BaseModel
 from medkit.prompts.templates import LETTERS, Template
 
 ABSTAINED = -2
-Kind = Literal["boxed", "final", "declared", "denied", "doubted"]  # in what way a text names a choice
+Kind = Literal["boxed", "final", "declared", "denied", "doubted"]  # how a text names a choice
 
 
 def normalise(text: str) -> str:
-    """Case, width, surrounding marks and runs of white space removed: the form in which texts are compared."""
+    """The form in which texts are compared: one case and width, single spaces, no surrounding marks."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return re.sub(r"\s+", " ", text).strip(" \t\n.*\"'`")
 
 
 def parse(text: str, options: list[str], template: Template) -> int | None:
-    """Index of the option that `text` gives as its answer, ABSTAINED, or None when it does not say so plainly.
+    """Index of the option that `text` gives as its answer, ABSTAINED, or None if it does not say so plainly.
 
-    An option's own text counts under every template, a letter only where the prompt listed letters, "not sure" only
-    where `template.abstains`. What stands before `</think>` is no answer, and what is said in an "if", a "not" or a
-    "might" is not declared; "not A but B" declares B. Two different declared choices, one that is also denied, or a
-    letter beyond the options: None. A box, or else a "final answer", counts alone whatever was declared before it.
+    An option's own text counts under every template, a letter only if the prompt listed letters, "not sure" only if
+    `template.abstains`. Text before `</think>` does not count, nor what follows "if", "not" or "might"; "not A but B"
+    declares B. Two different declared choices, a choice that is also denied, or a letter beyond the options give None.
+    A box, or else a "final answer", overrides all that was declared before it.
     """
     text = _after_thinking(text)
-    said, exact = normalise(text), [normalise(option) for option in options]
-    letter = template.lists_options and said.upper() in tuple(LETTERS)  # asked for before an option that is a letter
-    if said and exact.count(said) == 1 and not letter:
-        return exact.index(said)
+    whole, exact = normalise(text), [normalise(option) for option in options]
+    is_letter = template.lists_options and whole.upper() in tuple(LETTERS)  # then the letter counts, not an option "A"
+    if whole and exact.count(whole) == 1 and not is_letter:
+        return exact.index(whole)
     plain = tuple(_plain(option).strip(" .\"'`") for option in options)
     statements = list(_Reading(_plain(text), plain, template.lists_options, template.abstains).statements())
-    found = {kind: {choice for choice, how in statements if how == kind} for kind in get_args(Kind)}
-    counted = found["boxed"] or found["final"] or found["declared"]
-    if len(counted) != 1 or counted & (found["denied"] if counted is found["declared"] else {None}):
+    choices = {kind: {choice for choice, its_kind in statements if its_kind == kind} for kind in get_args(Kind)}
+    counted = choices["boxed"] or choices["final"] or choices["declared"]
+    if len(counted) != 1 or counted & (choices["denied"] if counted is choices["declared"] else {None}):
         return None
     choice = counted.pop()
     return choice if choice < len(options) else None
 
 
 def parse_record(text: str, schema: type[BaseModel]) -> BaseModel | None:
-    """The one JSON object of the text, bare, in a fence or between prose, checked against `schema`, or None.
+    """The one JSON object in the text, alone, in a fence or between prose, checked against `schema`; else None.
 
-    Strict: a second object, a stray brace, an array around it, a key twice, a key that the schema does not have or a
-    value of another type: None.
+    A second object, a stray brace, an array around it, a repeated or unknown key, or a wrong type gives None.
     """
     text = _after_thinking(text)
     start = text.find("{")
@@ -73,15 +72,15 @@ def parse_record(text: str, schema: type[BaseModel]) -> BaseModel | None:
 
 def _unique(pairs: list[tuple]) -> dict:
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key is repeated")
     return dict(pairs)
 
 
-def _constant(name: str) -> None:
+def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
+_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
 
 
 def _after_thinking(text: str) -> str:
@@ -89,17 +88,16 @@ def _after_thinking(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Without Markdown, emoji and runs of white space; full-width letters become plain, numerals no letters."""
-    text = unicodedata.normalize(
-        "NFKC", re.sub("[\u2160\u216d\u216e\u2170\u217d\u217e]", "0", text)
-    )  # Roman 1, 100, 500
+    """Without Markdown, emoji and runs of white space; full-width letters become plain, Roman numerals no letters."""
+    text = re.sub("[\u2160\u216d\u216e\u2170\u217d\u217e]", "0", text)  # the signs for 1, 100 and 500
+    text = unicodedata.normalize("NFKC", text)
     text = re.sub("</?answer>|[\u2600-\u27bf\ufe0f\u200d\U0001f000-\U0001faff]", " ", text)
     text = re.sub(r"(?m)^ *#+ +", "", text)
     text = re.sub(r"(?<![^\W_])[*_`]+|[*_`]+(?![^\W_])", "", text)  # around words only: "HLA-B*27" keeps its star
     return re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", "\n", text)).strip()
 
 
-# --- the grammar. Every repetition is bounded and white space single, so time is linear in the text ----------------
+# --- the grammar. Every repetition is bounded and white space is single, so time is linear in the text -------------
 
 _FIT = r"(?:best|correct|right|(?:single )?most (?:likely|appropriate|accurate|suitable))"
 _NOUN = r"(?:answer|option|choice|one|step|diagnosis|cause|explanation|treatment|therapy|management|drug|agent|test)"
@@ -140,7 +138,7 @@ _RIGHT = re.compile(
     r"(?= ?[.!:;。]*(?:\n|\Z)|[.!;:] |,? (?:because|since)\b|, (?!but|however|though|although|only|if|unless|when|or))",
     re.IGNORECASE,
 )
-_WRONG = re.compile(  # "C is not a symptom" is no denial: it may be why C is the answer
+_WRONG = re.compile(  # "C is not a symptom" does not deny C: it may be why C is the answer
     rf" (?:isn['’]t|(?:is|would be|seems) not) (?:the )?(?:{_FIT}|answer)\b"
     r"| (?:is|would be|seems) (?:the )?(?:incorrect|wrong)\b",
     re.IGNORECASE,
@@ -174,62 +172,62 @@ class _Reading:
     abstains: bool
 
     def statements(self) -> Iterator[tuple[int | None, Kind]]:
-        """Every choice that the text names in one way or another; None for a box or final answer that names not one."""
+        """Every choice that the text names, and how; None for a box or a final answer that names no single choice."""
         for box in _BOX.finditer(self.text):
-            yield replace(self, text=box[1].strip()).said_at(0), "boxed"
-        found = [(self.bare(), "declared"), *self.led(), *self.judged(), *self.denied()]
-        yield from ((choice, kind) for choice, kind in found if choice is not None or kind == "final")
+            yield replace(self, text=box[1].strip()).declared_at(0), "boxed"
+        named = [(self.at_beginning(), "declared"), *self.after_leads(), *self.before_verdicts(), *self.denials()]
+        yield from ((choice, kind) for choice, kind in named if choice is not None or kind == "final")
 
-    def bare(self) -> int | None:
-        """The choice that the text begins with. "Yes, it does" is one too where no other verdict begins a sentence."""
+    def at_beginning(self) -> int | None:
+        """The choice that the text begins with; "Yes, it does" counts if no other verdict begins a sentence."""
         start = _NAMED.match(self.text).end()
         choice, end = self.choice_at(start)
         labels = [LETTERS.index(label) for label in _LABEL.findall(self.text)] if self.letters else []
         if choice is not None and choice + 1 in labels and labels.count(choice) < 2:
-            return None  # the options one after another
+            return None  # a list of the options
         verdict = "" if choice is None or choice >= len(self.options) else self.options[choice].casefold()
         if verdict in _VERDICTS and verdict in self.text[start:end].casefold():
             others = {word.casefold() for word in _FIRST.findall(self.text)} & _VERDICTS - {verdict}
             if others or _COMMA.match(self.text, end):
                 return None if others else choice
-        return self.said_at(start)
+        return self.declared_at(start)
 
-    def led(self) -> Iterator[tuple[int | None, Kind]]:
+    def after_leads(self) -> Iterator[tuple[int | None, Kind]]:
         for lead in _LEAD.finditer(self.text):
-            said = self.said_at(_NAMED.match(self.text, lead.end()).end())
+            choice = self.declared_at(_NAMED.match(self.text, lead.end()).end())
             kind = "final" if "final" in lead[0].casefold() else "declared"
-            if said is not None or kind == "final":
-                yield said, self.doubt(lead.start(), lead[0]) or kind
+            if choice is not None or kind == "final":
+                yield choice, self.doubt(lead.start(), lead[0]) or kind
 
-    def judged(self) -> Iterator[tuple[int, Kind]]:
-        judging = _RIGHT.search(self.text) or _WRONG.search(self.text)
-        for clause in _CLAUSE.finditer(self.text) if judging else ():
+    def before_verdicts(self) -> Iterator[tuple[int, Kind]]:
+        has_verdict = _RIGHT.search(self.text) or _WRONG.search(self.text)
+        for clause in _CLAUSE.finditer(self.text) if has_verdict else ():
             choice, end = self.choice_at(clause.end(), prose=True)
             if choice is not None and _WRONG.match(self.text, end):
                 yield choice, "denied"
             elif choice is not None and _RIGHT.match(self.text, end):
                 yield choice, self.doubt(clause.end()) or "declared"
 
-    def denied(self) -> Iterator[tuple[int, Kind]]:
+    def denials(self) -> Iterator[tuple[int, Kind]]:
         """ "not A" denies A; "not A but B" also declares B."""
         for denial in _NOT.finditer(self.text):
             choice, _ = self.choice_at(denial.end(), prose=True)
             if choice is not None and not self.option_at(denial.start())[0]:  # "not pure" may be an option
                 yield choice, "denied"
-                but = self.said_at(denial.start())
+                but = self.declared_at(denial.start())
                 if but is not None:
                     yield but, self.doubt(denial.start()) or "declared"
 
-    def doubt(self, start: int, said: str = "") -> Literal["", "doubted", "denied"]:
-        """Whether the words of the same sentence before `start`, or those `said` there, take the statement back."""
+    def doubt(self, start: int, lead: str = "") -> Literal["", "doubted", "denied"]:
+        """Whether the `lead`, or words before `start` in the same sentence, take the statement back."""
         sentence = _SENTENCE_BREAK.split(self.text[max(0, start - 200) : start])[-1]
-        clause = _CLAUSE_BREAK.split(sentence)[-1] + said
-        if _IF.search(sentence + said) or _DOUBTED.search(clause):
+        clause = _CLAUSE_BREAK.split(sentence)[-1] + lead
+        if _IF.search(sentence + lead) or _DOUBTED.search(clause):
             return "doubted"
         return "denied" if _DENIED.search(clause) else ""
 
-    def said_at(self, start: int) -> int | None:
-        """The one choice that stands at `start` and comes to an end there."""
+    def declared_at(self, start: int) -> int | None:
+        """The one choice whose letter or text is at `start` with an end behind it."""
         unsure = self.abstains and _UNSURE.match(self.text, _OPEN.match(self.text, start).end())
         if unsure and not self.option_at(start)[0]:
             return ABSTAINED
@@ -251,9 +249,9 @@ class _Reading:
         return choice
 
     def choice_at(self, start: int, prose: bool = False) -> tuple[int | None, int]:
-        """The choice whose letter or text stands at `start`, and where it ends; the longer reading wins."""
+        """The choice whose letter or text is at `start`, and where it ends; the longer reading counts."""
         named, text_end = self.option_at(start)
-        if self.letters:  # an option that is itself a letter is meant by its place
+        if self.letters:  # an option that is itself a letter is named by its place
             named = {i for i in named if self.options[i].upper() not in tuple(LETTERS)}
         choice, end = self.letter_at(start, prose) if self.letters else (None, start)
         if named and text_end >= end:
@@ -262,7 +260,7 @@ class _Reading:
         return choice, end
 
     def letter_at(self, start: int, prose: bool) -> tuple[int | None, int]:
-        """A letter with or without its option's text; none where the words after it name another option."""
+        """The choice of a letter at `start`, and where it ends; none if the words after it name another option."""
         given = _LETTER.match(self.text, start)
         if given is None:
             return None, start
@@ -291,7 +289,7 @@ class _Reading:
         return choice, end
 
     def option_at(self, start: int) -> tuple[set[int], int]:
-        """The options, most often one, whose text stands at `start`, the longest, and where it ends."""
+        """The options (mostly one) with the longest text at `start`, and where it ends."""
         ends = {}
         for begin in {start, _OPEN.match(self.text, start).end()}:
             first = self.text[begin : begin + 1].casefold()

@@ -1,7 +1,7 @@
-"""Question → messages and token ids: a registry of named, hashed templates, one per way of asking.
+"""Question → chat messages and token ids: a registry of named, hashed templates, one for each way of asking.
 
-Pure text, no torch. A template renders a question row (see `data.COLUMNS`) to chat messages and names the text of each
-choice; `parsing` reads a generated answer back. Scoring and training both use `encode`, so prefix and answer are
+A template renders a question row (`data.COLUMNS`) to chat messages and names the answer text of each option;
+`answer_parser` reads a generated answer back. Scoring and training both use `encode`, so prompt and answer are
 tokenised in one way only.
 """
 
@@ -17,12 +17,12 @@ from pydantic import BaseModel, ConfigDict
 from medkit.params import digest
 
 LETTERS = "ABCDEFGHIJ"
-SYSTEM = "Answer briefly."  # without one, some chat templates put in a longer one of their own
+SYSTEM = "Answer briefly."  # without a system turn, some chat templates add a longer one of their own
 NOT_SURE = "not sure"
 
 
 class PatientRecord(BaseModel):
-    """What a structured extraction returns of a vignette; null or an empty list where the text is silent."""
+    """What a structured extraction returns for a vignette; null or an empty list for what the text does not say."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -35,22 +35,18 @@ class PatientRecord(BaseModel):
 
 @dataclass(frozen=True)
 class Template:
-    """How one kind of prompt is written and what a full answer to it looks like."""
+    """How one kind of prompt is written, and what a full answer to it looks like."""
 
     name: str
     instruction: str
-    lists_options: bool = False
-    """Whether the prompt shows the options; then the answer is a letter, else the option's own text."""
-    lead: str = ""
-    """What stands before the letter in a full answer."""
-    abstains: bool = False
-    """Whether "not sure" is a proper answer."""
-    record: type[BaseModel] | None = None
-    """The schema of an answer that is one JSON object."""
+    lists_options: bool = False  # the prompt shows the options; then the answer is a letter, else an option's text
+    lead: str = ""  # the text before the letter in a full answer
+    abstains: bool = False  # "not sure" is a valid answer
+    record: type[BaseModel] | None = None  # the schema of an answer that is one JSON object
 
     @property
     def hash(self) -> str:
-        """Changes with any word of the prompt; recorded with cached signals and predictions."""
+        """Changes with any word of the prompt; stored with predictions and with cached log-probabilities."""
         return digest([asdict(self) | {"record": self.record and self.record.model_json_schema()}, SYSTEM])
 
 
@@ -76,7 +72,7 @@ RECORD = Template(
     record=PatientRecord,
 )
 
-# The paper's templates (arXiv 2505.00025): one base, one suffix per type of problem. It prints neither; these are ours.
+# As in the paper (arXiv 2505.00025): one base and one suffix per problem type. It prints neither; these are ours.
 OPEN_BASE = "Answer the question of a patient in plain words. Say what is not known."
 OPEN_SUFFIXES = {
     "medication": "Name what the drug is for, how it is taken, and what must not be taken with it. Give no dose that "
@@ -99,10 +95,10 @@ def pick_template(kind: str, scoring: str) -> Template:
 
 
 def render(question: dict, template: Template, shots: Sequence[dict] = ()) -> list[dict]:
-    """Chat messages for one question row; the assistant's turn comes next.
+    """Chat messages for one question row, ending with the user's turn.
 
-    `shots` are solved question rows (`answer` ≥ 0) that come before it as turns of their own, in the order given: put
-    the most similar last, next to the question.
+    `shots` are solved question rows (`answer` ≥ 0) that come first, each as two turns, in the order given: put the most
+    similar one last, next to the question.
     """
     turns = [{"role": "system", "content": SYSTEM}]
     for shot in shots:
@@ -119,16 +115,16 @@ def _ask(question: dict, template: Template) -> str:
 
 
 def answers(question: dict, template: Template) -> list[str]:
-    """The answer text that stands for each option of the question."""
+    """The answer text for each option of the question."""
     options = list(question["options"])
     return [template.lead + letter for letter in LETTERS[: len(options)]] if template.lists_options else options
 
 
 def encode(tokenizer, messages: list[dict], answer: str | None = None) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the answer with its end token (no answer: an empty list).
+    """Token ids of the prompt, and of the answer with its end token (an empty list without an answer).
 
     Uses the model's chat template; a base model without one gets "Question: … Answer: …" turns. Prompt and answer are
-    tokenised apart, so the border between what is given and what is predicted is exact.
+    tokenised separately, so the border between given and predicted tokens is exact.
     """
     if tokenizer.chat_template:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
