@@ -67,11 +67,6 @@ def test_shared_runs_are_found_inside_other_text(disguise):
     assert rules(inside, {"question": VIGNETTE}) == {"ngram13"}
 
 
-def test_misprints_are_no_disguise():
-    misprinted = VIGNETTE.replace("tuberculosis", "tubercolosis").replace("farmer", "farmmer")
-    assert "fuzzy" in rules({"question": VIGNETTE}, {"question": misprinted})
-
-
 def test_a_paraphrase_is_found_by_its_options():
     paraphrase = "the drug of choice against scabies is"
     assert rules({"question": SHORT, "options": DRUGS}, {"question": paraphrase, "options": DRUGS[::-1]}) == {"options"}
@@ -129,22 +124,10 @@ def test_short_questions_without_a_common_option_are_no_copies(one, other):
     assert rules({"question": one}, {"question": other}) == set()
 
 
-def test_a_part_of_a_question_is_not_the_question():
-    words = VIGNETTE.split()
-    assert "fuzzy" not in rules({"question": VIGNETTE}, {"question": " ".join(words[:20])})
-
-
 def test_a_few_stock_sentences_make_no_copy():
     sentence = "his temperature is 37 c pulse is 80 per min and blood pressure is 120 over 80"
     one, other = (" ".join(f"{name}{i}" for i in range(60)) for name in "ab")
     assert rules({"question": f"{one} {sentence}"}, {"question": f"{other} {sentence}"}) == set()
-
-
-def test_runs_in_many_strange_texts_are_stock():
-    stock = "which of the following is the most appropriate next step in the management of this patient"
-    rows = strangers(contamination.COMMON + 5, "{} " + stock, words=20)
-    questions = table({"split": "test", "question": "fever " + stock}, *rows)
-    assert "ngram13" not in {rule for *_, rule in joined(questions)}
 
 
 def test_a_template_is_no_copy_but_what_fills_it_is():
@@ -158,14 +141,6 @@ def test_a_template_is_no_copy_but_what_fills_it_is():
         assert joined(near) == set()
     copied = table(test | {"question": ask.format(filled)}, {"id": "copy", "question": ask.format(filled)}, *rows)
     assert ("test", "copy", "fuzzy") in joined(copied)
-
-
-def test_the_words_of_a_template_make_no_likeness():
-    ask = "in which chapter of the international classification of diseases is the diagnosis called {} listed"
-    rows = strangers(60, ask, words=8)
-    one, other = ({"question": ask.format(text), "options": DRUGS} for text in ("gout of toe", "gout of hip"))
-    assert "fuzzy" in rules(one, other)  # one letter in forty, and the same options: without the template's sisters
-    assert "fuzzy" not in rules(one, other, *rows)
 
 
 @pytest.mark.parametrize("unusual, found", [(2, set()), (3, {"options"})])
@@ -233,17 +208,6 @@ def test_pairs_are_of_a_test_row_and_another_with_a_score(rows):
     assert not pairs.duplicated(["id_test", "id_train", "rule"]).any()
 
 
-def test_equal_items_are_found_among_hundreds():
-    rng = np.random.default_rng(0)
-    rows = [
-        {"question": " ".join(rng.choice(["a", "b", "c", "d"], rng.integers(1, 30))), "options": ["yes", "no"]}
-        for _ in range(300)
-    ]
-    rows = [row | {"split": split} for row in rows for split in ("test", "train")]
-    found = {(tested, learned) for tested, learned, rule in joined(table(*rows)) if rule == "fuzzy"}
-    assert {(f"q{n}", f"q{n + 1}") for n in range(0, 600, 2)} <= found
-
-
 # --- what is done with the pairs -----------------------------------------------------------------------------------
 
 
@@ -267,11 +231,6 @@ def test_clean_rows_are_those_no_rule_touched(leaking):
     assert set(leaking.id[~clean]) == {"t0", "t2"}
     assert (clean.index == leaking.index).all() and clean.dtype == bool
     assert clean_mask(leaking, pairs.iloc[:0]).all()
-
-
-def test_what_is_left_is_clean(leaking):
-    clean = leaking[clean_mask(leaking, find_contamination(leaking))]
-    assert find_contamination(clean).empty
 
 
 def test_the_table_counts_every_pair_of_sources(leaking):

@@ -56,10 +56,3 @@ def test_the_card_is_plain_json_and_says_what_it_is_for(card):
     assert json.loads(json.dumps(card))["disclaimer"] == DISCLAIMER
     assert card["rejected"] == [{"source": "medqa", "reason": "empty question", "count": 3}]
     assert card["contamination"][0]["pairs"] == 1
-
-
-@pytest.mark.parametrize(
-    ("source", "licence"), [("icd_hard", "public domain"), ("pubmedqa_a", "MIT"), ("mine", "ask whoever made")]
-)
-def test_every_source_has_a_licence_or_says_so(source, licence):
-    assert licence in data_card.licence_of(source)

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from medkit.data import icd10_questions, splits
+from medkit.data.records import DataError
 from medkit.data.splits import assign_pools, take_splits
 from medkit.params import DatasetParams, Local
 
@@ -103,6 +104,12 @@ def test_icd_gives_all_it_has_and_no_more(concepts):
     hard = list(icd10_questions.make_icd_questions(concepts, "icd_hard", -1, seed=0))
     assert len(hard) == 6 * 3 * 4 * 3  # a section of three codes has no hard question
     assert list(icd10_questions.make_icd_questions(concepts, "icd_easy", 0, seed=0)) == []
+
+
+def test_a_file_that_is_not_xml_is_named(tmp_path):
+    (tmp_path / "codes.csv").write_text("A00,Cholera")
+    with pytest.raises(DataError, match=r"codes\.csv: not xml"):
+        icd10_questions.read_icd_concepts(tmp_path / "codes.csv")
 
 
 @pytest.mark.parametrize("seed", range(3))

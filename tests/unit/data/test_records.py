@@ -153,11 +153,6 @@ def test_no_answer_is_minus_one(answer, form):
     assert answer_index(answer, OPTIONS, form) == -1
 
 
-def test_an_option_that_looks_like_a_letter_is_found_by_its_text():
-    assert answer_index("B", ["A", "AB", "B"], "text") == 2
-    assert answer_index("B", ["A", "AB", "B"], "letter") == 1
-
-
 @pytest.mark.parametrize("answer", ["B) two", "two"])
 def test_the_answer_is_found_with_and_without_the_letters_of_the_options(answer):
     record = make_record("which?", ["A) one", "B) two"], answer, answer_form="text", pool="test")

@@ -46,39 +46,11 @@ BAD = [
 ]
 
 
-def test_a_source_has_the_schema_of_all(tmp_path):
-    table, rejected = load(tmp_path, [GOOD])
-    assert set(splits.COLUMNS) - {"split"} <= set(table.columns)
-    assert rejected.empty
-    assert list(rejected.columns) == ["source", "reason", "count", "example"]
-
-
 def test_ids_depend_on_content_alone(tmp_path):
     before = load(tmp_path, [asked(f"q{i}?") for i in range(5)])[0]
     after = load(tmp_path, [asked(f"q{i}?") for i in (9, 3, 0, 4)])[0].set_index("question").id
     assert all(after[q] == i for q, i in zip(before.question, before.id, strict=True) if q in after)
     assert after["q9?"] not in set(before.id)
-
-
-def test_what_is_no_question_is_counted_and_shown_by_its_first_example(tmp_path):
-    table, rejected = load(tmp_path, [asked(f"Too few? {'long ' * 40}", "a"), GOOD, asked("Again?", "b"), asked("")])
-    assert list(table.question) == ["good?"]
-    few, empty = rejected.to_dict("records")
-    assert few == {
-        "source": "mine",
-        "reason": "fewer than two options",
-        "count": 2,
-        "example": f"Too few? {'long ' * 40}"[:80],
-    }
-    assert empty == {"source": "mine", "reason": "empty question", "count": 1, "example": ""}
-
-
-def test_a_repeated_question_is_counted_not_kept(tmp_path):
-    table, rejected = load(tmp_path, [GOOD, asked("other?"), GOOD, GOOD])
-    assert len(table) == 2
-    assert rejected.to_dict("records") == [
-        {"source": "mine", "reason": "the same question again", "count": 2, "example": "good?"}
-    ]
 
 
 def test_nothing_is_lost_in_silence(tmp_path):
@@ -201,11 +173,6 @@ def test_another_seed_gives_other_pools_of_about_the_same_size():
         assert all(abs(shares[pool] - share) < 0.04 for pool, share in splits.POOL_SHARES.items())
 
 
-def test_a_group_goes_to_one_pool_in_every_source():
-    both = pd.concat([free_rows(200), free_rows(200).assign(source="two", id=lambda t: "x" + t.id)], ignore_index=True)
-    assert assign_pools(both, 0).groupby("group").pool.nunique().eq(1).all()
-
-
 def test_a_free_near_duplicate_of_a_test_question_is_tested_and_an_official_one_dropped():
     table = pooled_input(
         [
@@ -240,16 +207,13 @@ def test_yes_no_maybe_does_not_tell_abstracts_apart_or_join_them():
     assert list(assign_pools(table, 0).id) == ["q0", "q2"]
 
 
-def test_pools_need_no_free_text():
-    """A profile of ICD questions alone: every row brings its group."""
-    assert len(assign_pools(free_rows(30), 0)) == 30
-
-
-def test_assign_pools_changes_no_input():
-    table = pooled_input([(STEMS[0], "", None, "one", None, "choice")])
-    before = table.copy(deep=True)
-    assign_pools(table, 0)
-    pd.testing.assert_frame_equal(table, before)
+def test_drug_pairs_count_as_test_questions_and_are_not_returned():
+    table = pooled_input(
+        [(STEMS[0], "", "train", "one", None, "choice"), (STEMS[1], "", "train", "one", None, "choice")]
+    )
+    pairs = pd.DataFrame({"id": ["p"], "question": [STEMS[0]], "options": [["x", "y"]], "answer": [0]})
+    assert list(assign_pools(table, 0, pairs).id) == ["q1"]
+    assert list(assign_pools(table, 0, pairs.head(0)).id) == ["q0", "q1"]
 
 
 # --- splits --------------------------------------------------------------------------------------------------------
@@ -296,13 +260,6 @@ def test_splits_take_the_numbers_asked_for_from_their_own_pool():
     assert (table.split == table.id.str.extract(r"_(\w+)-")[0]).all()
 
 
-def test_all_takes_all():
-    table = take_splits(
-        pooled(one_train=9, one_test=7, one_transfer=3), {"one": wanted("all", 0, "all", "all")}, seed=0
-    )
-    assert counted(table) == {("one", "train"): 9, ("one", "test"): 7, ("one", "transfer"): 3}
-
-
 def test_the_draw_depends_on_the_seed_alone():
     questions, asked = pooled(one_train=50, one_test=50), {"one": wanted(10, 0, 10)}
     draw = lambda seed: set(take_splits(questions, asked, seed).id)  # noqa: E731
@@ -321,17 +278,6 @@ def test_a_pool_that_is_too_small_names_the_key(split):
     questions = pooled(one_train=3, one_valid=3, one_test=3, one_transfer=3)
     with pytest.raises(DataError, match=rf"4 .*{split}.*3.*data\.datasets\.one\.{split}"):
         take_splits(questions, {"one": wanted(**{split: 4})}, seed=0)
-
-
-def test_an_empty_pool_names_the_key():
-    with pytest.raises(DataError, match=r"data\.datasets\.one\.test"):
-        take_splits(pooled(one_train=3), {"one": wanted(test=1)}, seed=0)
-
-
-def test_valid_is_lent_by_train_where_there_is_no_pool_of_its_own():
-    table = take_splits(pooled(one_train=10), {"one": wanted(6, 4)}, seed=0)
-    assert counted(table) == {("one", "train"): 6, ("one", "valid"): 4}
-    assert table.id.is_unique
 
 
 @pytest.mark.parametrize("train", [8, "all"])
@@ -390,3 +336,13 @@ def test_long_prompts_are_dropped_at_the_limit():
 def test_a_split_that_loses_every_row_is_named():
     with pytest.raises(DataError, match=r"'one', 'valid'.*max_prompt_tokens=6"):
         drop_long(SPLIT, lambda row: 7 if row["split"] == "valid" else 6, 6)
+
+
+def test_examples_come_from_an_exam_that_is_tested_and_trained_on():
+    rows = [("icd_easy", "train", 9), ("icd_easy", "test", 9), ("exam", "train", 1), ("exam", "test", 1)]
+    rows += [("other", "test", 5), ("bank", "train", 7)]
+    table = pd.DataFrame([row[:2] for row in rows for _ in range(row[2])], columns=["source", "split"])
+    table["kind"] = table.source.where(table.source == "icd_easy", "choice")
+    assert splits.pick_example_source(table) == "exam"
+    assert splits.pick_example_source(table[table.source == "icd_easy"]) == "icd_easy"
+    assert splits.pick_example_source(table[table.source == "other"]) == "other"
