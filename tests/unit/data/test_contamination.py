@@ -100,11 +100,6 @@ def test_embeddings_are_compared_piece_by_piece(monkeypatch):
 # --- and nothing else ----------------------------------------------------------------------------------------------
 
 
-def test_options_alone_are_no_copy():
-    other = {"question": "which cream stains the skin of a farmer", "options": DRUGS}
-    assert rules({"question": SHORT, "options": DRUGS}, other) == set()
-
-
 @pytest.mark.parametrize("options", [["yes", "no", "maybe"], ["All of the above", "None of the above", "Both", "x"]])
 def test_usual_options_are_no_copy_even_of_a_like_question(options):
     usual = [row | {"options": options} for row in strangers(contamination.COMMON + 5, "{} usual")]
@@ -122,12 +117,6 @@ def test_usual_options_are_no_copy_even_of_a_like_question(options):
 )
 def test_short_questions_without_a_common_option_are_no_copies(one, other):
     assert rules({"question": one}, {"question": other}) == set()
-
-
-def test_a_few_stock_sentences_make_no_copy():
-    sentence = "his temperature is 37 c pulse is 80 per min and blood pressure is 120 over 80"
-    one, other = (" ".join(f"{name}{i}" for i in range(60)) for name in "ab")
-    assert rules({"question": f"{one} {sentence}"}, {"question": f"{other} {sentence}"}) == set()
 
 
 def test_a_template_is_no_copy_but_what_fills_it_is():
@@ -244,13 +233,6 @@ def test_the_table_counts_every_pair_of_sources(leaking):
     assert (counts.loc["book"].loc["exam"].pairs == 0).all()
     shown = contamination_table(pairs, leaking, contamination.RULES)
     assert set(shown.rule) == {*contamination.RULES, "any"}
-
-
-def test_a_pair_stands_once_under_a_rule():
-    same = {"question": VIGNETTE, "options": DRUGS}
-    pairs = find_contamination(table({"split": "test"} | same, same))
-    assert sorted(pairs.rule) == ["fuzzy", "ngram13", "options"]
-    assert pairs.score.tolist() == pytest.approx([1, 1, 1])
 
 
 @pytest.mark.parametrize("split", ["test", "train"])

@@ -9,7 +9,7 @@ from sklearn.metrics import f1_score
 
 from medkit import sources
 from medkit.data import problem_types, readers
-from medkit.data.problem_types import LABELS, OTHER, PROBLEMS
+from medkit.data.problem_types import LABELS, OTHER
 from medkit.data.records import DataError
 from medkit.params import load_params
 from medkit.prompts import templates
@@ -66,13 +66,9 @@ def test_every_id_resolves_in_the_pinned_wheel():
 @pytest.mark.parametrize(
     "question, expected",
     [
-        ("Can I take metoprolol at night?", "medication"),
-        ("What are the SYMPTOMS of lupus?", "diagnosis"),
-        ("How do you get rid of warts?", "treatment"),
-        ("How can cataracts be prevented?", "prevention"),
-        ("When should I worry about a nosebleed?", "emergency"),
-        ("What is a hernia?", OTHER),
-        ("", OTHER),
+        ("Can I take metoprolol at night?", "medication"), ("What are the SYMPTOMS of lupus?", "diagnosis"),
+        ("How do you get rid of warts?", "treatment"), ("How can cataracts be prevented?", "prevention"),
+        ("When should I worry about a nosebleed?", "emergency"), ("What is a hernia?", OTHER), ("", OTHER),
         ("?! 123", OTHER),
         ("symptoms and treatment of gout", "treatment"),  # one keyword each: the order of the labelling rules
         ("symptoms, causes and treatment of gout", "diagnosis"),  # two against one
@@ -80,7 +76,7 @@ def test_every_id_resolves_in_the_pinned_wheel():
         ("Is it worse in April?", OTHER),  # -pril, and yet no drug
         ("Is rotavirus contagious?", OTHER),  # -vir in the middle
     ],
-)
+)  # fmt: skip
 def test_keywords_answer(question, expected):
     assert problem_types.classify_by_keywords(question) == expected
 
@@ -90,13 +86,6 @@ def test_drug_names_are_known_by_their_stem():
         "amoxicillin ceftriaxone doxycycline omeprazole metoprolol lisinopril losartan amlodipine rituximab acyclovir"
     )
     assert problem_types.count_keywords(drugs)["medication"] == 10
-
-
-def test_a_repeated_word_counts_again():
-    assert problem_types.count_keywords("metformin")["medication"] == 1  # in the list and by its stem: one word
-    counts = problem_types.count_keywords("pill pill symptom")
-    assert counts == {"medication": 2, "diagnosis": 1, "treatment": 0, "prevention": 0, "emergency": 0}
-    assert tuple(counts) == PROBLEMS
 
 
 def test_keywords_can_match():
@@ -152,12 +141,6 @@ def test_copies_are_grouped_by_words_and_by_cosine():
     vectors[2] = [0.95, 0, np.sqrt(1 - 0.95**2), 0]
     group = problem_types.group_questions(questions, vectors)
     assert group[0] == group[1] == group[2] != group[3]
-
-
-def test_rows_must_belong_together():
-    embeddings, labels = clouds(60)
-    with pytest.raises(DataError, match="59 embeddings, 60 labels"):
-        problem_types.cross_validate(embeddings[:-1], labels, np.arange(60), seed=0)
 
 
 def test_the_table_of_classifiers_agrees_with_their_predictions():

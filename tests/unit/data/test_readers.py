@@ -64,12 +64,6 @@ def test_medqa_has_five_options_and_is_test(wheel_data):
     assert (row["pool"], row["kind"], row["context"]) == ("test", "choice", "")
 
 
-def test_mmlu_is_test(wheel_data):
-    (row,) = readers.READERS["mmlu"](wheel_data)
-    assert (row["options"][row["answer"]], row["pool"]) == ("radius", "test")
-    assert row["subject"] == ""  # the wheel's file does not say; one that does is believed
-
-
 def test_medmcqa_is_split_here_and_its_unlabelled_part_transfers(wheel_data):
     rows = list(readers.READERS["medmcqa"](wheel_data))
     assert Counter(row["pool"] for row in rows) == {None: 2, "transfer": 2}
@@ -119,16 +113,14 @@ GOOD = lettered("good?", "a", "b", "c", "d")
         ({"question": "no options?", "answer": "A. x"}, "fewer than two options"),
         ({"question": "prose?", "options": "yes or no", "answer": "A. x"}, "fewer than two options"),
         (lettered("twice?", "a  b", "c", "a b", "d"), "two options alike"),
-        (lettered("empty?", "a", "", "c", "d"), "empty option"),
-        (lettered("  \n", "a", "b"), "empty question"),
+        (lettered("empty?", "a", "", "c", "d"), "empty option"), (lettered("  \n", "a", "b"), "empty question"),
         ({"options": GOOD["options"], "answer": "A. a"}, "empty question"),
         (lettered("unanswered?", "a", "b", answer=None), "no answer"),
         ({**GOOD, "answer": "E. e"}, "answer is none of the options"),
         ({**GOOD, "answer": "B. a"}, "answer is none of the options"),
-        ({**GOOD, "answer": 1}, "answer is none of the options"),
-        ({}, "empty question"),
+        ({**GOOD, "answer": 1}, "answer is none of the options"), ({}, "empty question"),
     ],
-)
+)  # fmt: skip
 def test_malformed_record_gets_a_reason_not_a_crash(wheel_data, record, reason):
     write_jsonl(wheel_data / "MedQA" / "test.jsonl", [record, GOOD])
     bad, good = readers.READERS["medqa"](wheel_data)
@@ -172,22 +164,9 @@ def write_as(ending: str, folder: Path, rows: list[dict]) -> Path:
 def test_one_question_in_every_form(tmp_path, ending, columns, row):
     path = write_as(ending, tmp_path, [{"q": "Which?", "note": "not asked for", **row}])
     (record,) = readers.read_table(path, table(**columns))
-    assert record == {
-        "question": "Which?",
-        "context": "",
-        "options": ["one", "two", "three"],
-        "answer": 1,
-        "subject": "",
-        "kind": "choice",
-        "pool": "test",
-    }
+    texts = {"question": "Which?", "context": "", "subject": ""}
+    assert record == {**texts, "options": ["one", "two", "three"], "answer": 1, "kind": "choice", "pool": "test"}
     assert rejection_reason(record) is None
-
-
-def test_context_and_subject_are_read_where_declared(tmp_path):
-    rows = [{"q": "Which?", "options": ["a", "b"], "answer": "A", "story": " One\nday", "topic": None}]
-    (record,) = readers.read_table(write_jsonl(tmp_path / "m.jsonl", rows), table(context="story", subject="topic"))
-    assert (record["context"], record["subject"]) == ("One day", "")
 
 
 def test_a_table_without_answers_is_for_transfer(tmp_path):
@@ -202,11 +181,10 @@ def test_a_table_without_answers_is_for_transfer(tmp_path):
     [
         ({"options": {"A": "one", "C": "two"}}, "options are not a list"),
         ({"options": ["one", None, "two"]}, "an option is not text"),
-        ({"answer": "C"}, "answer is none of the options"),
-        ({"answer": "one"}, "answer is none of the options"),
+        ({"answer": "C"}, "answer is none of the options"), ({"answer": "one"}, "answer is none of the options"),
         ({"q": 7}, "question is not text"),
     ],
-)
+)  # fmt: skip
 def test_a_row_that_does_not_fit_gets_a_reason(tmp_path, row, reason):
     good = {"q": "Which?", "options": ["one", "two"], "answer": "A"}
     first, second = readers.read_table(write_jsonl(tmp_path / "m.jsonl", [{**good, **row}, good]), table())
@@ -254,18 +232,8 @@ def from_hub(name: str, folder: Path, subset: str = "") -> tuple[pd.DataFrame, p
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet"])
 def test_medmcqa_of_the_hub_keeps_its_official_splits(hub, ending):
-    record = {
-        "id": "x",
-        "opa": " w",
-        "opb": "x\n",
-        "opc": "y",
-        "opd": "z",
-        "cop": 2,
-        "choice_type": "single",
-        "exp": None,
-        "subject_name": "Anatomy",
-        "topic_name": "Bones",
-    }
+    answer = {"opa": " w", "opb": "x\n", "opc": "y", "opd": "z", "cop": 2}
+    record = {"id": "x", **answer, "choice_type": "single", "exp": None, "subject_name": "Anatomy"}
     (hub / "data").mkdir(parents=True)
     for split, answers in (("train", [2, 0]), ("validation", [3]), ("test", [-1])):
         rows = pd.DataFrame([{**record, "question": f"{split}  {i}?", "cop": cop} for i, cop in enumerate(answers)])
@@ -414,22 +382,11 @@ def test_a_drug_pair_is_one_question_under_two_names(tmp_path):
     )
     pairs, refused = read_pairs(tmp_path, long, pair(brands=("aspirin", "coumadin")))
     assert list(pairs.columns) == readers.PAIR_COLUMNS
-    assert pairs.drop(columns="id").to_dict("records") == [
-        {
-            "question": "He takes aspirin. Labs: A: high What now?",
-            "question_swapped": "He takes bayer. Labs: A: high What now?",
-            "options": ["aspirin", "warfarin"],
-            "options_swapped": ["bayer", "coumadin"],
-            "answer": 0,
-        },
-        {
-            "question": "Which drug?",
-            "question_swapped": "Which drug?",
-            "options": ["aspirin", "warfarin"],
-            "options_swapped": ["aspirin", "coumadin"],
-            "answer": 1,
-        },
-    ]
+    assert list(pairs.question) == ["He takes aspirin. Labs: A: high What now?", "Which drug?"]
+    assert list(pairs.question_swapped) == ["He takes bayer. Labs: A: high What now?", "Which drug?"]
+    assert list(pairs.options) == [["aspirin", "warfarin"]] * 2
+    assert list(pairs.options_swapped) == [["bayer", "coumadin"], ["aspirin", "coumadin"]]
+    assert list(pairs.answer) == [0, 1]
     assert pairs.id.is_unique
     assert refused.empty
 
@@ -448,7 +405,7 @@ def test_a_drug_pair_is_one_question_under_two_names(tmp_path):
         (pair(perturbed_question="Question:\nq\nOptions:\nA: a\nB: coumadin\nC: c"), "options are not one to one"),
         ({}, "empty question"),
     ],
-)
+)  # fmt: skip
 def test_a_malformed_pair_is_refused_with_its_reason(tmp_path, told, reason):
     pairs, refused = read_pairs(tmp_path, pair(), told)
     assert len(pairs) == 1
