@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab report lint format notebooks readme llama bench ablation doctor
+.PHONY: help run test lab report lint format notebooks readme bench ablation doctor size
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -24,7 +24,7 @@ run: .venv/done  ## weights and data, all six notebooks, results (PARAMS=… RUN
 	$(PY) -m medkit run --params $(PARAMS) --run $(RUN)
 
 test: .venv/done  ## unit, contract and smoke tests, then every notebook through nbval
-	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder tests  # in order: the smoke runs start early
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder tests  # in order: the smoke run starts early
 	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
 
 lab: .venv/done  ## JupyterLab on the notebooks
@@ -52,17 +52,17 @@ readme: .venv/done  ## figure and tables of README and docs from a run's results
 	$(PY) -m medkit.reporting.readme outputs/$(RUN)/results.json
 	$(PY) -m cogapp -r README.md docs/results.md docs/benchmarks.md
 
-.llama/done: .venv/done
-	$(PYTHON) -m venv .llama
-	.llama/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python xllamacpp
-	$(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $$(.llama/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/after.pth
-	touch $@
-
-llama: .llama/done  ## llama.cpp for the benchmarks, in an environment of its own; compiles for ten minutes and more
-
 bench: .venv/done  ## measurements beside their peers; results under benchmarks/results
-	for script in benchmarks/[a-z0-9]*.py; do $(PY) $$script || failed="$$failed $$script"; done; \
+	for script in benchmarks/*/[a-z0-9]*.py; do $(PY) $$script || failed="$$failed $$script"; done; \
 	[ -z "$$failed" ] || { echo "not measured here:$$failed"; exit 1; }
 
 ablation: .venv/done  ## what each part of distillation gives, three seeds, on a finished run (RUN=…); under 90 minutes
-	$(PY) benchmarks/ablation.py --run outputs/$(RUN) --params $(PARAMS)
+	$(PY) benchmarks/distillation/ablation.py --run outputs/$(RUN) --params $(PARAMS)
+
+size:  ## lines of the package by room, of tests and benchmarks, bytes of README, each with its goal
+	@for room in medkit/*/; do printf '%6d  %s\n' $$(cat $$room*.py | wc -l) $$room; done
+	@printf '%6d  %s\n' $$(cat medkit/*.py | wc -l) 'medkit/*.py'
+	@printf '%6d  %s\n' $$(find medkit -name '*.py' -exec cat {} + | wc -l) 'medkit: at most 9500'
+	@printf '%6d  %s\n' $$(find tests conftest.py -name '*.py' -exec cat {} + | wc -l) 'tests: at most 14000'
+	@printf '%6d  %s\n' $$(find benchmarks -name '*.py' -exec cat {} + | wc -l) 'benchmarks: at most 2800'
+	@printf '%6d  %s\n' $$(wc -c < README.md) 'bytes of README.md: at most 6000'
