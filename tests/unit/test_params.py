@@ -1,15 +1,10 @@
 """A profile is complete and exact: every wrong key, value or file is one sentence that names the key and the file."""
 
 import copy
-import json
-import random
 from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from medkit.params import Params, ParamsError, digest, load_params
 from medkit.stage import ROOT
@@ -91,22 +86,6 @@ def test_profiles_have_the_same_keys(path):
     assert ours == theirs, f"differ in {sorted(ours ^ theirs)}"
 
 
-@pytest.mark.parametrize("path", PROFILES, ids=lambda p: p.stem)
-def test_profile_asks_only_for_what_it_has(path):
-    params = load_params(path)
-    for scoring, wanted in params.inference.questions.items():
-        for source, count in wanted.items():
-            there = params.data.datasets[source].test
-            assert "all" in (there, count) or count <= there, f"{scoring}.{source}: {count} of {there}"
-    assert params.evaluation.headline_source in params.inference.questions["option_text"]
-
-
-def test_params_are_immutable():
-    params = load_params(SMOKE)
-    with pytest.raises(ValidationError):
-        params.lora.adapter.rank = 8
-
-
 # --- keys ----------------------------------------------------------------------------------------------------------
 
 LEAVES = sorted(".".join(path) for path in key_paths(RAW) if not any(path[: len(o)] == o for o in OPEN))
@@ -130,28 +109,6 @@ def test_missing_key_is_named(key, tmp_path):
     assert all(part in message for part in key.split("."))
 
 
-@pytest.mark.parametrize(
-    "section",
-    [
-        "",
-        "models.",
-        "models.teacher.",
-        "models.teacher.source.",
-        "data.",
-        "data.datasets.mmlu.",
-        "distillation.correction.",
-        "lora.train.",
-        "quantization.",
-        "inference.bench.",
-        "evaluation.",
-    ],
-)
-def test_unknown_key_is_named(section, tmp_path):
-    message = refusal(write(tmp_path, changed(f"{section}rnak", 4)))
-    assert "unknown key" in message
-    assert "rnak" in message
-
-
 def test_all_wrong_keys_are_told_at_once(tmp_path):
     raw = changed("lora.adapter.rnak", 4)
     del raw["lora"]["adapter"]["rank"], raw["seed"]
@@ -161,49 +118,22 @@ def test_all_wrong_keys_are_told_at_once(tmp_path):
 
 MISTYPED = [
     ("seed", "0"),
-    ("seed", -1),
     ("seed", 1.5),
     ("seed", True),
-    ("seed", None),
     ("models.device", "gpu"),
-    ("lora.adapter.variant", "qlora"),
-    ("models.dtype", "float16"),
-    ("models.attention", "flash"),
     ("models.student", "pruned"),
-    ("models.teacher.keep_layers", 4),
     ("models.teacher.keep_layers", [-1]),
     ("models.teacher.source.kind", "ftp"),
     ("models.teacher.source.sha256", "abc"),
-    ("models.teacher.source.sha256", RAW["models"]["teacher"]["source"]["sha256"].upper()),
-    ("data.max_prompt_tokens", 0),
-    ("data.datasets", []),
     ("data.datasets.mmlu.test", "every"),
-    ("data.datasets.mmlu.test", -1),
     ("data.datasets.mmlu", None),
-    ("distillation.temperature", 0.0),
-    ("distillation.top_k", "16"),
     ("distillation.ce_weight", float("nan")),
-    ("distillation.kl_weight", float("inf")),
-    ("distillation.divergence", "kl"),
-    ("distillation.jsd_beta", 1.0),
-    ("distillation.hidden_weight", -0.5),
-    ("distillation.hidden_layers", [1, 2]),
-    ("distillation.order", "easy"),
-    ("distillation.alignment", "bytes"),
-    ("distillation.alignment", None),
     ("lora", None),
-    ("lora.adapter.rank", "16"),
     ("lora.adapter.rank", 0),
     ("lora.adapter.dropout", 1.5),
-    ("lora.adapter.target_modules", "q_proj"),
     ("lora.train.learning_rate", "1e-3"),
-    ("lora.train.learning_rate", float("inf")),
-    ("quantization.double_quant", "yes"),
-    ("quantization.gguf_type", "Q3_K"),
     ("inference.questions.option_txt", {"mmlu": 4}),
-    ("inference.bench.repeats", 2.5),
     ("evaluation.confidence", 95),
-    ("evaluation.headline_scoring", "letter"),
 ]
 
 
@@ -211,13 +141,6 @@ MISTYPED = [
 def test_mistyped_value_is_refused_by_name(key, value, tmp_path):
     message = refusal(write(tmp_path, changed(key, value)))
     assert key.removesuffix(".kind") in message.replace("source.wheel.", "source.")  # pydantic puts the chosen kind in
-
-
-@pytest.mark.parametrize(("key", "value"), [m for m in MISTYPED if "option_txt" not in m[0]], ids=lambda v: str(v)[:60])
-def test_mistyped_override_is_refused_like_a_key(key, value, tmp_path):
-    assert refusal(SMOKE, {key: value}).removeprefix(str(SMOKE)) == refusal(
-        write(tmp_path, changed(key, value))
-    ).removeprefix(str(tmp_path / "profile.yaml"))
 
 
 # --- values that contradict each other -----------------------------------------------------------------------------
@@ -270,26 +193,13 @@ TABLE = {"kind": "table", "path": "mine.jsonl", "pool": "test", "columns": COLUM
 ORIGIN = "data.datasets.mmlu.origin"
 
 
-@pytest.mark.parametrize("pool", ["test", "train", "transfer", None])
-@pytest.mark.parametrize("answer_is", ["index0", "index1", "letter", "text"])
+@pytest.mark.parametrize("pool", ["test", None])
+@pytest.mark.parametrize("answer_is", ["index0", "text"])
 @pytest.mark.parametrize("options", ["choices", ["opa", "opb"]])
 def test_a_table_is_an_origin_of_questions(pool, answer_is, options):
     table = {**TABLE, "pool": pool, "answer_is": answer_is, "columns": {**COLUMNS, "options": options}}
     origin = load_params(SMOKE, {ORIGIN: table}).data.datasets["mmlu"].origin
     assert origin.model_dump() == table
-
-
-@pytest.mark.parametrize("key", [*TABLE, *(f"columns.{name}" for name in COLUMNS)])
-def test_every_key_of_a_table_is_wanted(key, tmp_path):
-    raw = changed(ORIGIN, copy.deepcopy(TABLE))
-    *parents, leaf = [*ORIGIN.split("."), *key.split(".")]
-    node = raw
-    for parent in parents:
-        node = node[parent]
-    del node[leaf]
-    message = refusal(write(tmp_path, raw))
-    assert leaf in message
-    assert ORIGIN in message
 
 
 @pytest.mark.parametrize(
@@ -325,11 +235,6 @@ def test_only_questions_with_options_come_from_a_table(key):
     assert "table" in message
 
 
-@pytest.mark.parametrize("key", ["open_questions", "drug_pairs"])
-def test_questions_of_other_forms_may_be_left_out(key):
-    assert getattr(load_params(SMOKE, {f"data.{key}": None}).data, key) is None
-
-
 # --- overrides -----------------------------------------------------------------------------------------------------
 
 
@@ -338,12 +243,6 @@ def test_override_changes_that_key_and_no_other():
     assert other["lora"]["adapter"].pop("rank") == 5
     plain["lora"]["adapter"].pop("rank")
     assert other == plain
-
-
-def test_override_may_replace_a_section_but_is_checked_like_one():
-    rest = {**RAW["quantization"], "gguf_type": "F16"}
-    assert load_params(SMOKE, {"quantization": rest}).quantization.gguf_type == "F16"
-    assert "quantization.double_quant" in refusal(SMOKE, {"quantization": {"gguf_type": "F16", "drift_examples": 4}})
 
 
 @pytest.mark.parametrize(
@@ -373,11 +272,6 @@ def test_unknown_override_is_refused(dotted):
     assert "no such parameter" in message
 
 
-def test_far_miss_lists_the_known_keys():
-    message = refusal(SMOKE, {"lora.zzzzzz": 1})
-    assert all(key in message for key in RAW["lora"])
-
-
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
@@ -399,52 +293,17 @@ def test_unusable_yaml_is_refused(content, said, tmp_path):
     assert said in refusal(write(tmp_path, content))
 
 
-def test_file_that_is_no_text_is_refused(tmp_path):
-    path = tmp_path / "profile.yaml"
-    path.write_bytes(b"seed: \xff\xfe\x00")
-    assert "not valid yaml" in refusal(path)
-
-
 def test_missing_file_lists_its_neighbours(tmp_path):
     assert "smoke.yaml" in refusal(ROOT / "params" / "smok.yaml")
     assert "none" in refusal(tmp_path / "there.yaml")
     assert "none" in refusal(tmp_path / "no" / "folder" / "there.yaml")
 
 
-def test_a_folder_is_no_params_file(tmp_path):
-    assert "no such params file" in refusal(tmp_path)
-
-
 # --- digest --------------------------------------------------------------------------------------------------------
 
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
-    max_leaves=12,
-)
 
-
-def reordered(value, rng: random.Random):
-    """The same value with the keys of every mapping in another order."""
-    if isinstance(value, dict):
-        return {key: reordered(value[key], rng) for key in rng.sample(list(value), len(value))}
-    return [reordered(item, rng) for item in value] if isinstance(value, list) else value
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(JSON, st.integers(0, 9))
-def test_digest_does_not_see_the_order_of_keys(value, seed):
-    assert digest(value) == digest(reordered(value, random.Random(seed)))
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(JSON, JSON)
-def test_digest_tells_different_values_apart(one, other):
-    same = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
-    assert (digest(one) == digest(other)) == same
-
-
-def test_digest_sees_order_in_lists_and_type():
+def test_digest_sees_order_in_lists_and_type_but_not_the_order_of_keys():
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
     assert digest([1, 2]) != digest([2, 1])
     assert digest(1) != digest("1")
 
