@@ -53,11 +53,11 @@ readme: .venv/done  ## figure and tables of README and docs from a run's results
 	$(PY) -m cogapp -r README.md docs/results.md docs/benchmarks.md
 
 bench: .venv/done  ## measurements beside their peers; results under benchmarks/results
-	for script in benchmarks/*/[a-z0-9]*.py; do $(PY) $$script || failed="$$failed $$script"; done; \
+	for script in benchmarks/[a-z0-9]*.py; do $(PY) $$script || failed="$$failed $$script"; done; \
 	[ -z "$$failed" ] || { echo "not measured here:$$failed"; exit 1; }
 
 ablation: .venv/done  ## what each part of distillation gives, three seeds, on a finished run (RUN=…); under 90 minutes
-	$(PY) benchmarks/distillation/ablation.py --run outputs/$(RUN) --params $(PARAMS)
+	$(PY) benchmarks/ablation.py --run outputs/$(RUN) --params $(PARAMS)
 
 size:  ## lines of the package by room, of tests and benchmarks, bytes of README, each with its goal
 	@for room in medkit/*/; do printf '%6d  %s\n' $$(cat $$room*.py | wc -l) $$room; done

@@ -261,7 +261,7 @@ def main() -> None:
         "cells": [{key: cell[key] for key in cell.keys() - {"nll", "correct"}} for cell in cells],
         "sequence": corrected.written[1] if "sequence" in (args.row or ROWS) else None,
     }
-    write("ablation", setup, ratios, raw, args.output)
+    write("ablation", setup, ratios, raw, args.output, summary={"table": raw["table"]})
     print(result_path("ablation", args.output))
 
 

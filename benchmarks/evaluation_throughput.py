@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from exams import EXAMS, read_questions
-from record import RESULTS, Ratio, result_path, versions, write
+from record import RESULTS, Ratio, raw_path, result_path, versions, write
 
 from medkit import reporting
 from medkit.evaluation import accuracy as evaluation
@@ -94,7 +94,7 @@ def time_model(
 
 def earlier(setup: dict, output: Path) -> dict[str, dict]:
     """Seconds per set of an earlier run with the same settings."""
-    path = result_path("evaluation_throughput_model", output)
+    path = raw_path("evaluation_throughput_model", output)
     if not path.is_file():
         return {}
     record = json.loads(path.read_text())

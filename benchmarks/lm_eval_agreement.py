@@ -25,7 +25,7 @@ import pandas as pd
 import torch
 import yaml
 from exams import read_questions
-from record import RESULTS, Ratio, result_path, versions, write
+from record import RESULTS, Ratio, raw_path, result_path, versions, write
 from torch import nn
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -291,7 +291,7 @@ def ratios(found: dict[str, dict]) -> dict[str, Ratio]:
 
 def earlier(directory: Path, model: str) -> dict[str, dict]:
     """What an earlier run with the same model and versions found per task: all of it at full size takes hours."""
-    path = result_path("lm_eval_agreement", directory)
+    path = raw_path("lm_eval_agreement", directory)
     if not path.is_file():
         return {}
     record = json.loads(path.read_text())

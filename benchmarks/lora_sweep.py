@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from record import RESULTS, Ratio, result_path, versions, write
+from record import RESULTS, Ratio, raw_path, versions, write
 
 from medkit import sources
 from medkit.data import splits
@@ -162,7 +162,7 @@ def summarise(found: dict[str, dict], confidence: float, power: float) -> tuple[
 
 def earlier(setup: dict, directory: Path) -> dict[str, dict]:
     """What an earlier run with the same settings found per contender."""
-    path = result_path("lora_sweep", directory)
+    path = raw_path("lora_sweep", directory)
     if not path.is_file():
         return {}
     record = json.loads(path.read_text())

@@ -1,4 +1,8 @@
-"""One json file per benchmark and device: what was measured, against which goal, and how."""
+"""One json file per benchmark and device: what was measured, against which goal, and how.
+
+Git keeps ratios, device and setup, and of the raw measurements only what a table reads. The whole record, by which an
+interrupted benchmark goes on, is beside the runs in outputs/benchmarks.
+"""
 
 import json
 import os
@@ -14,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+RAW = Path(__file__).parents[1] / "outputs" / "benchmarks"
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,20 @@ def result_path(name: str, directory: Path = RESULTS) -> Path:
     return directory / f"{name}.{slug(device_name())}.json"
 
 
+def raw_path(name: str, directory: Path = RESULTS) -> Path:
+    """Where the whole record is; beside the result if that is not the one that git keeps."""
+    folder = RAW if directory == RESULTS else directory / "raw"
+    return folder / result_path(name, directory).name
+
+
 def write(
-    name: str, setup: dict[str, Any], ratios: dict[str, Ratio], raw: dict[str, Any], directory: Path = RESULTS
-) -> Path:
-    """Write `<directory>/<name>.<device>.json`, replacing an earlier run on the same device."""
+    name: str, setup: dict[str, Any], ratios: dict[str, Ratio], raw: dict[str, Any],
+    directory: Path = RESULTS, summary: dict[str, Any] | None = None,
+) -> Path:  # fmt: skip
+    """Write `<directory>/<name>.<device>.json`, replacing an earlier run on the same device; `raw` goes to RAW.
+
+    summary: what a table reads of the raw measurements; it is kept with the ratios.
+    """
     record = {
         "name": name,
         "device": device_name(),
@@ -78,7 +93,10 @@ def write(
         "ratios": {what: asdict(ratio) for what, ratio in ratios.items()},
         "raw": raw,
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    path = result_path(name, directory)
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    for path in (raw_path(name, directory), result_path(name, directory)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        record = {key: value for key, value in record.items() if key != "raw"}
+        if summary:
+            record["raw"] = summary
     return path

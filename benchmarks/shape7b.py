@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from contenders import BF16, CONTENDERS, DEVICE, Contender, build, release, shape_7b
 from decode_loops import GenerateLoop, GraphLoop, now
-from record import RESULTS, Ratio, result_path, versions, write
+from record import RESULTS, Ratio, raw_path, versions, write
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import DynamicCache, Qwen2Config
@@ -237,7 +237,7 @@ def main() -> None:
     config, name = shape_7b(args.layers), "shape7b"
     name += f"-{args.layers}-layers" if args.layers != 28 else ""
     name += f"-prompt-{args.prompt}" if args.prompt != PROMPT else ""
-    path = result_path(name, args.output)
+    path = raw_path(name, args.output)
     if args.resume and path.exists():
         raw, resumed = resume(path)
     else:
@@ -265,7 +265,7 @@ def main() -> None:
         if "error" not in verdict:
             result = attempt(measure, config, contender, args.prompt, args.repeats, bandwidth)
         results[contender.name] = result | {"check": verdict}
-        write(name, setup, ratios(results, attention, args.repeats), raw, args.output)
+        write(name, setup, ratios(results, attention, args.repeats), raw, args.output, summary=raw)
         print(contender.name, {k: v for k, v in results[contender.name].items() if "runs" not in k}, flush=True)
     print(path.read_text().partition('"raw"')[0])
 
