@@ -60,5 +60,6 @@ STEPS = [
 
 
 def list_variants(students: Sequence[str]) -> dict[str, Variant]:
-    """The variants of a run with these trained students (`distillation.list_students`), in the registry's order."""
-    return {name: v for name, v in VARIANTS.items() if not name.startswith("student_") or name in students}
+    """The language models of a run with these trained students (`distillation.list_students`), in registry order."""
+    models = {name: v for name, v in VARIANTS.items() if v.folder is not None}
+    return {name: v for name, v in models.items() if not name.startswith("student_") or name in students}
