@@ -155,7 +155,7 @@ def compare(
     from medkit import reporting
 
     folder = run_dir(run_a) / f"compare_{run_b}"
-    typer.echo(reporting.write_comparison(reporting.compare_runs(run_dir(run_a), run_dir(run_b)), folder))
+    typer.echo(reporting.write_comparison(reporting.compare(run_dir(run_a), run_dir(run_b)), folder))
     typer.echo(f"figure and tables: {folder}")
 
 

@@ -1,6 +1,6 @@
 """What a run shows in the end: `results.json`, tables, the paper's numbers beside ours, model card, report page."""
 
-from medkit.reporting.compare_runs import compare_runs, write_comparison
+from medkit.reporting.compare_runs import compare, write_comparison
 from medkit.reporting.model_card import write_card
 from medkit.reporting.paper_claims import change_per_token, paper_table, tokens_per_problem
 from medkit.reporting.report_page import write_report

@@ -47,7 +47,7 @@ class Comparison(NamedTuple):
     differing: pd.DataFrame
 
 
-def compare_runs(folder_a: Path, folder_b: Path) -> Comparison:
+def compare(folder_a: Path, folder_b: Path) -> Comparison:
     """Compare two runs' folders, with the confidence, power and margin of A's params.
 
     Raises StageError if a run lacks results or judged answers, or if no question was answered in both runs.

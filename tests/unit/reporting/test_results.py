@@ -7,6 +7,7 @@ import pytest
 
 from medkit.evaluation import accuracy as evaluation
 from medkit.reporting import results
+from medkit.stage import DISCLAIMER, StageError
 
 
 @pytest.fixture
@@ -55,23 +56,23 @@ def rows(accuracy, steps, ledger, bench):
     return [*found, *results.ratios(found), *results.from_manifests(manifests)]
 
 
-def named(rows, claim, variant=None):
-    return [r for r in rows if r["claim"] == claim and variant in (None, r["variant"])]
+def named(rows, result, variant=None):
+    return [r for r in rows if r["result"] == result and variant in (None, r["variant"])]
 
 
 def test_every_row_has_every_column_and_is_plain_json(rows):
     assert json.loads(json.dumps(rows, allow_nan=False)) == rows
     for row in rows:
         assert list(row)[: len(results.COLUMNS)] == results.COLUMNS
-        assert row["claim"] and row["unit"] and row["stage"] and row["file"]
+        assert row["result"] and row["unit"] and row["stage"] and row["file"]
         assert type(row["value"]) is float
         assert (row["ci_low"] is None) == (row["ci_high"] is None)
         if row["ci_low"] is not None:
             assert row["ci_low"] <= row["value"] <= row["ci_high"]
 
 
-def test_a_claim_is_made_once(rows):
-    keys = [(r["claim"], r["variant"], r["metric"], r["baseline"]) for r in rows]
+def test_a_result_is_there_once(rows):
+    keys = [(r["result"], r["variant"], r["metric"], r["baseline"]) for r in rows]
     assert len(keys) == len(set(keys))
 
 
@@ -111,7 +112,7 @@ def test_timings_are_medians_of_the_repeats(rows):
 
 def test_accuracy_on_a_subset_has_a_name_of_its_own(accuracy):
     rows = list(results.from_accuracy(accuracy, "accuracy_clean"))
-    assert {r["claim"] for r in rows} == {"accuracy_clean/exam"}
+    assert {r["result"] for r in rows} == {"accuracy_clean/exam"}
     assert len(rows) == len(accuracy)
 
 
@@ -126,14 +127,14 @@ def test_ratios_divide_the_variant_by_its_baseline(rows):
     })  # fmt: skip
 
 
-def test_any_tidy_table_becomes_claims():
+def test_any_tidy_table_becomes_rows():
     columns = ["variant", "metric", "value", "ci_low", "ci_high", "bins", "ignored"]
     rows = [("lora", "ece", 0.1, 0.0, float("nan"), 4, 1), ("nf4", "brier", float("nan"), 0.1, 0.2, 4, 1)]
     table = pd.DataFrame(rows, columns=columns).assign(source="exam", scoring="letter", n=9)
     (row,) = results.from_table(table, "{metric}/{source}", "calibration.parquet", extras="bins")
     where = {"unit": "fraction", "baseline": None, "stage": "06_evaluation", "file": "calibration.parquet"}
     numbers = {"value": 0.1, "ci_low": 0.0, "ci_high": None, "n": 9, "bins": 4}
-    assert row == {"claim": "ece/exam", "variant": "lora", "metric": "letter", **numbers, **where}
+    assert row == {"result": "ece/exam", "variant": "lora", "metric": "letter", **numbers, **where}
 
 
 def test_a_variant_that_was_not_measured_has_no_ratio(ledger):
@@ -142,8 +143,45 @@ def test_a_variant_that_was_not_measured_has_no_ratio(ledger):
 
 
 def test_manifests_of_finished_stages_alone(rows):
-    assert {r["claim"]: r["value"] for r in rows if r["claim"].startswith("duration_s/")} == {
+    assert {r["result"]: r["value"] for r in rows if r["result"].startswith("duration_s/")} == {
         "duration_s/01_data": 3.0, "duration_s/02_distillation": 60.5
     }  # fmt: skip
     (signals,) = named(rows, "signal_bytes_per_token")
     assert (signals["value"], signals["unit"], signals["variant"]) == (97.25, "bytes", "teacher")
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+FACTS = {"run": "toy", "headline_source": "exam", "headline_scoring": "option_text"}
+
+
+def test_results_come_back_as_they_were_written(rows, tmp_path):
+    path = results.write_results(tmp_path, rows, FACTS)
+    table, facts = results.load_results(path)
+    assert json.loads(path.read_text())["results"] == rows
+    assert len(table) == len(rows) and set(results.COLUMNS) <= set(table.columns)
+    assert FACTS.items() <= facts.items() and facts["disclaimer"] == DISCLAIMER
+    assert {"date", "device", "git_commit", "versions"} <= set(facts)
+
+
+def test_results_of_older_runs_are_read(tmp_path):
+    (tmp_path / "results.json").write_text(
+        json.dumps({"run": "old", "claims": [{"claim": "accuracy/exam", "value": 1}]})
+    )
+    table, facts = results.load_results(tmp_path / "results.json")
+    assert table.result.tolist() == ["accuracy/exam"] and facts == {"run": "old"}
+
+
+def test_missing_or_damaged_results_are_one_sentence_with_a_cure(tmp_path):
+    with pytest.raises(StageError, match="medkit run"):
+        results.load_results(tmp_path / "results.json")
+    (tmp_path / "results.json").write_text('{"results": [')
+    with pytest.raises(StageError, match="run notebook 06 again"):
+        results.load_results(tmp_path / "results.json")
+
+
+def test_an_infinite_number_is_refused_and_the_old_file_stays(rows, tmp_path):
+    before = results.write_results(tmp_path, rows, FACTS).read_text()
+    with pytest.raises(ValueError, match="JSON"):
+        results.write_results(tmp_path, [{**rows[0], "value": float("inf")}], FACTS)
+    assert (tmp_path / "results.json").read_text() == before and len(list(tmp_path.iterdir())) == 1
