@@ -44,8 +44,8 @@ def invented_rows() -> list[dict]:
     for variant, num_bytes, seconds, engine in costs:
         rows.append(row("memory_bytes/weights", variant, num_bytes, "as stored", unit="bytes"))
         rows.append(row("latency_s_per_token", variant, seconds, engine, 0.002, 5, unit="s", **timed))
-    rows += [row(f"{name}/icd_chapter", "nf4", value, "option_text", 0.011, 240)
-             for name, value in (("ece", 0.1234), ("brier", 0.6543), ("aurc", 0.4321), ("accuracy_at_80", 0.7219))]  # fmt: skip
+    for name, value in (("ece", 0.1234), ("brier", 0.6543), ("aurc", 0.4321), ("accuracy_at_80", 0.7219)):
+        rows.append(row(f"{name}/icd_chapter", "nf4", value, "option_text", 0.011, 240))
     rows.append(row("safe_share/all", "lora", 0.61, "option_text_norm", 0.1, 96))
     return [*rows, row(f"of_a_later_notebook/{SCRIPT}", "another", 1.5e-7, SCRIPT, some_column="as it is")]
 

@@ -1,4 +1,4 @@
-"""What README and docs read of a run: a small selection, from which tables and figure are the same as from the whole."""
+"""What README and docs read of a run: a small selection that gives the same tables and figure as the whole."""
 
 import matplotlib as mpl
 import pandas as pd
