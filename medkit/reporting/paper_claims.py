@@ -19,7 +19,6 @@ from typing import NamedTuple
 import pandas as pd
 import yaml
 
-from medkit.quantization import memory_budget, memory_ledger
 from medkit.reporting.tables import label, load_benchmarks, markdown
 from medkit.statistics import median_interval
 from medkit.variants import VARIANTS
@@ -113,6 +112,8 @@ def judge(claim: PaperClaim, value: float, low: float, high: float) -> str:
 @cache
 def weight_bytes(model: str, plan: str = "bf16") -> int:
     """Bytes of a known model's weights under a plan, quantisation state included, from its shapes."""
+    from medkit.quantization import memory_budget, memory_ledger  # imports torch, which other tables do not need
+
     shapes = memory_ledger.model_shapes(memory_budget.read_config(model))
     return int(
         memory_ledger.plan_bytes(shapes, memory_budget.preset_schemes(shapes)[plan], BF16_BYTES, True).bytes.sum()

@@ -28,42 +28,30 @@ def label(variant: str) -> str:
     return VARIANTS[variant].label if variant in VARIANTS else variant
 
 
-def variants_table(columns: Mapping[str, tuple[pd.DataFrame, str, float]]) -> str:
-    """Markdown: one row per variant, one column per heading, cells "0.52 [0.47, 0.57]"; "–" where nothing was measured.
+def variants_table(results: pd.DataFrame, columns: Sequence[tuple[str, str, str, float]]) -> str:
+    """Markdown: one row per variant, cells "0.52 [0.47, 0.57]"; "–" where nothing was measured.
 
-    `columns`: heading → (rows of results, number format, factor on the numbers). Columns without rows are left out.
+    `columns`: (heading, result, number format, factor on the numbers). A result like `accuracy/*` gives one column for
+    each source, with n in its heading. Columns without rows are left out.
     """
-    present = {head: rows.drop_duplicates("variant").set_index("variant") for head, (rows, *_) in columns.items()}
-    present = {head: rows for head, rows in present.items() if len(rows)}
-    rows = []
-    names = dict.fromkeys(variant for column in present.values() for variant in column.index)
-    for variant in sorted(
-        names, key=lambda name: [*VARIANTS].index(name) if name in VARIANTS else -1
-    ):  # baselines first
-        cells = []
-        for head, column in present.items():
-            _, style, factor = columns[head]
-            numbers = (
-                [column.loc[variant, c] for c in ("value", "ci_low", "ci_high")] if variant in column.index else []
-            )
-            value, *interval = [f"{x * factor:{style}}" for x in numbers if not pd.isna(x)] or ["–"]
+    present = {}
+    for heading, name, style, factor in columns:
+        many = name.endswith("*")
+        rows = results[results.result.str.startswith(name[:-1]) if many else results.result == name]
+        for result, group in rows.groupby("result", sort=False):
+            head = f"{heading.format(result.split('/')[1])}<br>n = {group.n.max():.0f}" if many else heading
+            present[head] = (group.drop_duplicates("variant").set_index("variant"), style, factor)
+    names = dict.fromkeys(variant for rows, *_ in present.values() for variant in rows.index)
+    order = {name: place for place, name in enumerate(VARIANTS)}
+    table = []
+    for variant in sorted(names, key=lambda name: order.get(name, -1)):  # baselines first
+        cells = [label(variant)]
+        for rows, style, factor in present.values():
+            numbers = rows.loc[variant, ["value", "ci_low", "ci_high"]].dropna() if variant in rows.index else []
+            value, *interval = [f"{x * factor:{style}}" for x in numbers] or ["–"]
             cells.append(f"{value} [{', '.join(interval)}]" if interval else value)
-        rows.append([label(variant), *cells])
-    return markdown(["variant", *present], rows)
-
-
-def _by_source(results: pd.DataFrame, name: str, heading: str, style: str) -> dict:
-    """Columns for `variants_table`: one for each source of the results `<name>/<source>`, n in the heading."""
-    rows = results[results.result.str.startswith(f"{name}/")]
-    return {
-        f"{heading.format(result.split('/')[1])}<br>n = {group.n.max():.0f}": (group, style, 1)
-        for result, group in rows.groupby("result", sort=False)
-    }
-
-
-def accuracy_table(results: pd.DataFrame, scoring: str, name: str = "accuracy") -> str:
-    """Markdown: accuracy of each variant on each test source, with intervals."""
-    return variants_table(_by_source(results[results.metric == scoring], name, "{}", ".2f"))
+        table.append(cells)
+    return markdown(["variant", *present], table)
 
 
 def steps_table(results: pd.DataFrame, source: str, scoring: str) -> str:
@@ -79,89 +67,54 @@ def steps_table(results: pd.DataFrame, source: str, scoring: str) -> str:
 
 def cost_table(results: pd.DataFrame) -> str:
     """Markdown: bytes of weights, time to first token and time per token of each variant, and how it was timed."""
-    columns = {
-        heading: (results[results.result == name], style, factor)
-        for heading, name, style, factor in (
-            ("weights, MB", "memory_bytes/weights", ".1f", 1e-6),
-            ("first token, ms", "ttft_s", ".1f", 1e3),
-            ("per further token, ms", "latency_s_per_token", ".2f", 1e3),
-        )
-    }
-    table, timed = variants_table(columns), results[results.result == "latency_s_per_token"]
+    columns = [
+        ("weights, MB", "memory_bytes/weights", ".1f", 1e-6),
+        ("first token, ms", "ttft_s", ".1f", 1e3),
+        ("per further token, ms", "latency_s_per_token", ".2f", 1e3),
+    ]
+    table, timed = variants_table(results, columns), results[results.result == "latency_s_per_token"]
     if timed.empty:
         return table
     first = timed.iloc[0]
-    others = "".join(
-        f", {label(row.variant)} by {row.metric}" for row in timed[timed.metric != first.metric].itertuples()
-    )
+    others = [f", {label(row.variant)} by {row.metric}" for row in timed.itertuples() if row.metric != first.metric]
     return (
         f"{table}\n\nTimed on {first.requests:.0f} requests, one at a time, with {first.prompt_tokens:.0f} prompt "
         f"tokens and {first.output_tokens:.0f} new tokens in all, after a discarded warm-up; medians of {first.n:.0f} "
-        f"repeats, by {first.metric}{others}."
-    )
-
-
-def calibration_table(results: pd.DataFrame, source: str, scoring: str) -> str:
-    """Markdown: does a variant's confidence mean anything? Lower is better, except for accuracy."""
-    rows = results[results.metric == scoring]
-    return variants_table(
-        {
-            heading: (rows[rows.result == f"{name}/{source}"], style, 1)
-            for heading, name, style in (
-                ("expected calibration error", "ece", ".3f"),
-                ("Brier score", "brier", ".3f"),
-                ("area under risk–coverage", "aurc", ".3f"),
-                ("accuracy without the least sure fifth", "accuracy_at_80", ".2f"),
-            )
-        }
-    )
-
-
-def robustness_table(results: pd.DataFrame) -> str:
-    """Markdown: do answers depend on the order of the options, or on the name that a drug is given?"""
-    return variants_table(
-        {
-            **_by_source(results, "shuffle_consistency", "same answer in other orders, {}", ".2f"),
-            **_by_source(results, "swap_drop", "change of accuracy under another drug name, {}", "+.3f"),
-        }
-    )
-
-
-def safety_table(results: pd.DataFrame) -> str:
-    """Markdown: share of probes whose safe answer is likelier than the unsafe one, by category; chance is 0.5."""
-    scored = results[results.metric == "option_text_norm"]
-    return variants_table(_by_source(scored, "safe_share", "{}", ".2f"))
-
-
-def energy_table(results: pd.DataFrame) -> str:
-    """Markdown: energy and price of 1,000 answers and of one correct answer."""
-    return variants_table(
-        {
-            heading: (results[results.result == name], ",.3g", 1)
-            for heading, name in (
-                ("Wh per 1,000 answers", "energy_wh_per_1000_answers"),
-                ("Wh per correct answer", "energy_wh_per_correct_answer"),
-                ("price of 1,000 answers", "cost_per_1000_answers"),
-                ("price of a correct answer", "cost_per_correct_answer"),
-            )
-        }
+        f"repeats, by {first.metric}{''.join(others)}."
     )
 
 
 def run_tables(results: pd.DataFrame, facts: Mapping) -> dict[str, str]:
     """Title → markdown of every table that the run has results for."""
     source, scoring = facts["headline_source"], facts["headline_scoring"]
+    scored, safety = results[results.metric == scoring], results[results.metric == "option_text_norm"]
+    clean = "Accuracy without test questions that resemble a training question"
+    calibration = [
+        ("expected calibration error", f"ece/{source}", ".3f", 1),
+        ("Brier score", f"brier/{source}", ".3f", 1),
+        ("area under risk–coverage", f"aurc/{source}", ".3f", 1),
+        ("accuracy without the least sure fifth", f"accuracy_at_80/{source}", ".2f", 1),
+    ]
+    robustness = [
+        ("same answer in other orders, {}", "shuffle_consistency/*", ".2f", 1),
+        ("change of accuracy under another drug name, {}", "swap_drop/*", "+.3f", 1),
+    ]
+    energy = [
+        ("Wh per 1,000 answers", "energy_wh_per_1000_answers", ",.3g", 1),
+        ("Wh per correct answer", "energy_wh_per_correct_answer", ",.3g", 1),
+        ("price of 1,000 answers", "cost_per_1000_answers", ",.3g", 1),
+        ("price of a correct answer", "cost_per_correct_answer", ",.3g", 1),
+    ]
+    safe = "Safety probe: share of probes whose safe answer is likelier, by category (chance is 0.5)"
     tables = {
-        f"Accuracy, scored by {scoring.replace('_', ' ')}": accuracy_table(results, scoring),
-        "Accuracy without test questions that resemble a training question": accuracy_table(
-            results, scoring, "accuracy_clean"
-        ),
+        f"Accuracy, scored by {scoring.replace('_', ' ')}": variants_table(scored, [("{}", "accuracy/*", ".2f", 1)]),
+        clean: variants_table(scored, [("{}", "accuracy_clean/*", ".2f", 1)]),
         f"Each step against the variant it starts from, on {source}": steps_table(results, source, scoring),
         "Cost": cost_table(results),
-        f"Calibration on {source}": calibration_table(results, source, scoring),
-        "Robustness": robustness_table(results),
-        "Safety probe: share of probes whose safe answer is likelier": safety_table(results),
-        "Energy and price (estimates)": energy_table(results),
+        f"Calibration on {source} (lower is better, except for accuracy)": variants_table(scored, calibration),
+        "Robustness": variants_table(results, robustness),
+        safe: variants_table(safety, [("{}", "safe_share/*", ".2f", 1)]),
+        "Energy and price (estimates)": variants_table(results, energy),
     }
     return {title: table for title, table in tables.items() if table}
 
