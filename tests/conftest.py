@@ -80,10 +80,8 @@ def make_run():
         v4 = nbformat.v4
         outputs = [v4.new_output("execute_result", {"text/html": f"<b>0.25</b>{SCRIPT}", "text/plain": "frame"}),
                    v4.new_output("display_data", {"application/javascript": "window.attacked = true"})]  # fmt: skip
-        prose = (
-            f"# 1 · Data\n\nA weight $W_0 < 1$:\n\n$$L = \\sum_v \\frac{{p(v)}}{{2}}$$\n\n{SCRIPT} [2](02_lora.ipynb)"
-        )
-        prose += "\n\n![picture](https://example.org/picture.png)"
+        prose = "# 1 · Data\n\nA weight $W_0 < 1$:\n\n$$L = \\sum_v \\frac{p(v)}{2}$$\n\n[2](02_lora.ipynb)"
+        prose += f"\n\n{SCRIPT}\n\n![picture](https://example.org/picture.png)"
         cells = [v4.new_markdown_cell(prose), v4.new_code_cell("x = 1  # long " * 30, outputs=outputs)]
         notebook = v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
         nbformat.write(notebook, folder / "notebooks" / "01_data.ipynb")

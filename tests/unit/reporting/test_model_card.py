@@ -47,6 +47,6 @@ def test_a_hub_teacher_brings_its_own_licence(toy_results):
 def test_fewer_results_make_a_card_without_their_sections(toy_results):
     results, facts = toy_results
     least = {key: facts[key] for key in ("run", "headline_source", "headline_scoring", "date", "device")}
-    text = str(model_card.build_card(results[results.result.str.startswith("accuracy")], least))
+    text = str(model_card.build_card(results[results.result.str.startswith("accuracy/")], least))
     assert "Calibration" not in text and "Training data" not in text and "Cost" not in text
     assert "## Accuracy" in text and DISCLAIMER in text
