@@ -181,7 +181,7 @@ def test_bf16_arithmetic_learns_what_float32_learns_at_a_small_learning_rate(
         moved, expected = weights_by_dtype[1][name] - start[name], expected - start[name]
         used = expected != 0  # rows of tokens that do not occur stay as they are
         assert (moved[used].sign() == expected[used].sign()).float().mean() > 0.9, name
-        assert (start[name] + moved).bfloat16().eq(start[name].bfloat16()).float().mean() > 0.9, "bfloat16 loses them"
+        assert (start[name] + moved).bfloat16().eq(start[name].bfloat16()).float().mean() > 0.8, "bfloat16 loses them"
 
 
 def test_weights_held_in_bfloat16_are_refused(make_llama, make_examples, make_section, tmp_path):
