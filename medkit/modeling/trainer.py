@@ -236,4 +236,8 @@ def _gather_weights(trainer: Trainer, model: nn.Module, dtypes: dict[str, torch.
             module, tensor = model.get_submodule(owner), tensor.to(dtypes.get(name, tensor.dtype))
             is_parameter = leaf in dict(module.named_parameters(recurse=False))
             setattr(module, leaf, nn.Parameter(tensor) if is_parameter else tensor)
+        for name, module in list(model.named_modules()):  # PEFT finds an adapter's weights by the names without these
+            if hasattr(module, "_checkpoint_wrapped_module"):
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, module._checkpoint_wrapped_module)
         model.tie_weights()

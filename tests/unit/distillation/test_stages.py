@@ -322,10 +322,10 @@ def test_every_student_that_a_profile_asks_for_is_evaluated(load):
     assert students == ["student_ce", "student_kd", "student_seq", "student_onpolicy"]
     assert ("teacher", *students) == stages.STAGES
     folders = {name: variant.folder for name, variant in list_variants(students).items()}
-    assert folders.keys() == VARIANTS.keys()
+    assert folders.keys() == {name for name, variant in VARIANTS.items() if variant.folder is not None}
     assert [folders[name] for name in students] == [f"02_distillation/{name}" for name in students]
     fewer = list_variants(stages.list_students(load()))
-    assert VARIANTS.keys() - fewer.keys() == {"student_seq", "student_onpolicy"}
+    assert folders.keys() - fewer.keys() == {"student_seq", "student_onpolicy"}
     assert "list_variants(distillation.list_students(params))" in (ROOT / "notebooks/04_quantization.ipynb").read_text()
 
 

@@ -104,12 +104,12 @@ def test_multiply_adds_are_counted_by_hand(benchmark, make_llama):
     config, head = model.config, model.lm_head.weight.numel()
     layers = sum(p.numel() for name, p in model.named_parameters() if name.endswith("proj.weight"))
     pair = 2 * 2 * config.num_attention_heads * config.head_dim
-    found = benchmark.multiply_adds(model, [benchmark.scoring.Item([5] * 10, [[7], [8], [9]])])
+    found = benchmark.multiply_adds(model, [benchmark.option_scoring.Item([5] * 10, [[7], [8], [9]])])
     assert found["lm_eval"] == pytest.approx((10 * (layers + head) + 55 * pair) / 1e9)
     assert found["medkit"] == pytest.approx((10 * layers + head + 55 * pair) / 1e9)
     assert found["ratio"] == pytest.approx(found["lm_eval"] / found["medkit"])
     assert 1 < found["ratio"] < 1 / (1 - found["head_share"])
-    found = benchmark.multiply_adds(model, [benchmark.scoring.Item([5] * 10, [[7, 8, 9], [7, 6], [4]])])
+    found = benchmark.multiply_adds(model, [benchmark.option_scoring.Item([5] * 10, [[7, 8, 9], [7, 6], [4]])])
     assert found["lm_eval"] == pytest.approx(((12 + 11 + 10) * (layers + head) + (78 + 66 + 55) * pair) / 1e9)
     assert found["medkit"] == pytest.approx((12 * layers + 3 * head + (55 + 11 + 12) * pair) / 1e9)
 

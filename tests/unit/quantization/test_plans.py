@@ -142,7 +142,7 @@ def test_a_budget_that_nothing_meets_is_an_error(choices):
     least, _ = least_and_most(choices)
     assert totals(choices, plans.budget_plan(choices, least))[1] == least
     for choose in (lambda b: plans.budget_plan(choices, b), lambda b: plans.random_plan(choices, b, 0)):
-        with pytest.raises(PlanError, match=f"{least - 1} bytes: the smallest plan weighs {least}"):
+        with pytest.raises(PlanError, match=f"{least - 1} bytes: the smallest plan takes {least}"):
             choose(least - 1)
 
 

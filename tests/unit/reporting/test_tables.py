@@ -104,7 +104,7 @@ def test_an_ablation_says_what_the_full_recipe_has_over_each_part():
 
 def test_plans_of_the_papers_model_have_their_bytes():
     name = "DeepSeek-R1-Distill-Qwen-7B"
-    estimates = {name: memory_budget.estimate(memory_budget.read_config(name), batch=1, context=4096)}
+    estimates = {name: memory_budget.estimate_presets(memory_budget.read_config(name), batch=1, context=4096)}
     header, *rows = cells(tables.plans_table(estimates))
     assert header[1] == f"{name}:<br>stored, GiB"
     found = {row[0].strip("`"): row[1:] for row in rows}
