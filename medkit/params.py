@@ -425,8 +425,10 @@ def load_params(path: str | Path, overrides: dict | None = None) -> Params:
 def save_run_params(params: Params, run: str) -> Path:
     """Write the checked params of a run to its folder, overrides included; they replace those of an earlier start."""
     path = run_dir(run) / RUN_PARAMS
-    with atomic_path(path) as scratch:
-        scratch.write_text(yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    text = yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    if not path.is_file() or path.read_text() != text:  # a run that is up to date changes no file
+        with atomic_path(path) as scratch:
+            scratch.write_text(text)
     return path
 
 
