@@ -22,7 +22,8 @@ Symbol = tuple[str, str]  # a module's dotted name and a name in it; an empty na
 
 def digest_code(source: str) -> str:
     """Digest of a piece of source, such as a notebook's cells, and of all that it reaches in this package."""
-    return digest([[ast.dump(_without_docstrings(ast.parse(source)))], _flat(reached_by_code(source))])
+    tree = _without_docstrings(ast.parse(source))
+    return digest([[ast.dump(tree)], _flat(_reached_from(tree))])
 
 
 def digest_functions(*functions: Callable) -> str:
@@ -32,7 +33,11 @@ def digest_functions(*functions: Callable) -> str:
 
 def reached_by_code(source: str) -> dict[Symbol, list[str]]:
     """The definitions of this package that a piece of source reaches, each as its code and the files that it names."""
-    return _reached(_named_in(list(ast.walk(_without_docstrings(ast.parse(source)))), {}))
+    return _reached_from(_without_docstrings(ast.parse(source)))
+
+
+def _reached_from(tree: ast.Module) -> dict[Symbol, list[str]]:
+    return _reached(_named_in(list(ast.walk(tree)), {}))
 
 
 def _flat(definitions: dict[Symbol, list[str]]) -> list:

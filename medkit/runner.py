@@ -94,18 +94,18 @@ def fingerprints(params: Params) -> dict[str, str]:
 
 def status(params: Params, run: str) -> list[StageStatus]:
     """What each stage of a run is worth under these params."""
-    stages = []
-    for name, wanted in fingerprints(params).items():
-        stage = Stage(run, name)
-        manifest = stage.manifest()
-        if not manifest:
-            state = "missing"
-        elif not stage.is_whole():
-            state = "damaged"
-        else:
-            state = "done" if manifest["fingerprint"] == wanted else "stale"
-        stages.append(StageStatus(name, state, manifest.get("duration_s")))
-    return stages
+    stages = [(Stage(run, name), wanted) for name, wanted in fingerprints(params).items()]
+    return [StageStatus(s.name, _state(s, wanted), s.manifest().get("duration_s")) for s, wanted in stages]
+
+
+def _state(stage: Stage, wanted: str) -> str:
+    """A state of `StageStatus`, for a stage and its wanted fingerprint."""
+    manifest = stage.manifest()
+    if not manifest:
+        return "missing"
+    if not stage.is_whole():
+        return "damaged"
+    return "done" if manifest["fingerprint"] == wanted else "stale"
 
 
 def run_all(params_file: str | Path, run: str, overrides: dict | None = None, first: str | None = None) -> list[str]:
@@ -134,7 +134,7 @@ def _run_stages(wanted: dict[str, str], parameters: dict, first: str | None) -> 
     with _Display(len(wanted)) as display:
         for notebook in notebooks():
             stage = Stage(parameters["run"], notebook.stem)
-            done = stage.is_whole() and stage.manifest()["fingerprint"] == wanted[stage.name]
+            done = _state(stage, wanted[stage.name]) == "done"
             if done and (first is None or stage.name < first):
                 display.skip(stage.name)
                 continue

@@ -133,7 +133,9 @@ def train_student(
             densities = entities.mark_entities(tokenizer, examples).densities()
             options["difficulty"] = pruning.order_by_difficulty(cache.mean_nll(), densities)
         if name == "student_kd":
-            loss, options["add_extras"] = distillation_loss(stage, params, rows, teacher_tokenizer, tokenizer, cache)
+            loss, options["add_extras"] = distillation_loss(
+                stage, params, rows, examples, (teacher_tokenizer, tokenizer), cache
+            )
     student = load_for_training(folder, params.models)
     if getattr(loss, "hidden_layers", ()):
         size = AutoConfig.from_pretrained(_part(stage, "teacher")).get_text_config().hidden_size
@@ -144,13 +146,19 @@ def train_student(
 
 
 def distillation_loss(
-    stage: Stage, params: Params, rows: pd.DataFrame, teacher_tokenizer, tokenizer, cache: TeacherCache
+    stage: Stage,
+    params: Params,
+    rows: pd.DataFrame,
+    examples: Sequence[Example],
+    tokenizers: tuple,
+    cache: TeacherCache,
 ) -> tuple[Loss, Callable[[list[int]], dict]]:
     """The loss of `student_kd`, and the function that returns its extras for row numbers.
 
+    examples: the rows as the student reads them; tokenizers: the teacher's and the student's.
     Raises MedkitError for a row that two tokenizers read as different texts, and if option scores are missing.
     """
-    section, examples = params.distillation, batches.encode_questions(tokenizer, rows)
+    section, (teacher_tokenizer, tokenizer) = params.distillation, tokenizers
     match section.alignment:
         case "tokens":
             marked = entities.mark_entities(tokenizer, examples)

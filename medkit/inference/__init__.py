@@ -1,8 +1,8 @@
 """Every variant of the model answers the test questions and is timed; the edge file runs on llama.cpp's own server."""
 
 from medkit.inference.figures import plot_similar_answers, plot_throughput, plot_timelines
-from medkit.inference.predictions import choose_questions, predict, write_answers
-from medkit.inference.question_variants import ensemble, option_orders, pair_questions, shuffled, swapped, template_grid
+from medkit.inference.predictions import choose_questions, predict
+from medkit.inference.question_variants import ensemble, pair_questions, shuffled, swapped, template_grid
 from medkit.inference.server_engine import ServerEngine, llama_server
 from medkit.inference.similar_answers import (
     ALL_EDITS,

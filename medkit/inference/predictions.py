@@ -6,7 +6,7 @@ text, `evaluation` judges it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -86,14 +86,6 @@ def predict(
         for row in its_rows:
             row |= {"text": text, "answer_tokens": [length]}
     return pd.DataFrame(rows)
-
-
-def write_answers(
-    model: nn.Module, tokenizer, conversations: Iterable[list[dict]], batch_tokens: int, max_new_tokens: int
-) -> list[str]:
-    """The model's greedy answers to chat messages, in their order: for questions without options."""
-    prompts = [templates.encode(tokenizer, messages)[0] for messages in conversations]
-    return [text for text, _ in _generate(model, tokenizer, prompts, batch_tokens, max_new_tokens)]
 
 
 def _is_nan(value) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -21,7 +21,7 @@ from medkit.stage import MedkitError
 
 Scheme = Literal["unquantized", "int8", "nf4"]
 """As loaded · 8-bit integers, one scale per row · 4-bit NormalFloat (arXiv 2305.14314), one scale per block of 64."""
-SCHEMES = ("unquantized", "int8", "nf4")
+SCHEMES = get_args(Scheme)
 Shapes = dict[str, tuple[int, int]]
 """module → (rows, columns) of its weight. An embedding has one row per token, a linear layer one row per output."""
 

@@ -70,7 +70,7 @@ def compare_with_paper(results: pd.DataFrame, facts: Mapping, benchmarks: Sequen
     for claim in CLAIMS.values():
         numbers = [*_from_arithmetic(claim), *_from_benchmark(claim, benchmarks), *_from_run(claim, results, facts)]
         for ours in numbers or [Ours(None, None, None, "–", "no model of this size was run here", "not measured")]:
-            verdict = ours.verdict or judge(claim, ours.value, ours.low, ours.high)
+            verdict = ours.verdict or judge(claim, ours.low, ours.high)
             paper = "no number given" if claim.value is None else show(claim, claim.value)
             what = f"{claim.what} ({claim.where})"
             texts = (claim.id, what, paper, _show_ours(claim, ours), ours.measured_on, verdict, ours.why)
@@ -92,7 +92,7 @@ def paper_table(results: pd.DataFrame, facts: Mapping, benchmarks: Sequence[dict
     return f"{markdown(headers, rows)}\n\n{criteria[0].upper()}{criteria[1:]} {unit}"
 
 
-def judge(claim: PaperClaim, value: float, low: float, high: float) -> str:
+def judge(claim: PaperClaim, low: float, high: float) -> str:
     """reproduced, beaten or not reproduced (module docstring). A change whose interval holds 0 reproduces nothing."""
     slack = TOLERANCE * abs(claim.value)
     if claim.success == "near":

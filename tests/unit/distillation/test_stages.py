@@ -211,8 +211,9 @@ def test_with_another_teacher_or_loss_it_is_trained_again(
 def test_a_teacher_that_is_its_own_student_has_no_divergence(stage, load, rows, capture, tokenizer, folders):
     params = load()
     cache = capture(params)
-    loss, add_extras = stages.distillation_loss(stage, params, rows, tokenizer, tokenizer, cache)
-    extras, examples = add_extras([1, 3]), batches.encode_questions(tokenizer, rows)
+    examples = batches.encode_questions(tokenizer, rows)
+    loss, add_extras = stages.distillation_loss(stage, params, rows, examples, (tokenizer, tokenizer), cache)
+    extras = add_extras([1, 3])
     assert {"teacher_ids", "teacher_logprobs", "entity", "entity_weights"} <= set(extras)
     model = loading.load_model(folders / "teacher", params.models)
     with torch.no_grad():
@@ -224,8 +225,9 @@ def test_over_options_the_transfer_row_is_text_and_the_others_have_all_their_opt
     stage, load, rows, capture, tokenizer
 ):
     params = load("options")
-    _, add_extras = stages.distillation_loss(stage, params, rows, None, tokenizer, capture(params))
-    batch, examples = add_extras([7, 8]), batches.encode_questions(tokenizer, rows)
+    examples = batches.encode_questions(tokenizer, rows)
+    _, add_extras = stages.distillation_loss(stage, params, rows, examples, (None, tokenizer), capture(params))
+    batch = add_extras([7, 8])
     assert batch["num_options"].tolist() == [len(rows.options[7]), 1]
     assert batch["option_is_right"].sum() == 2
     assert batch["option_lengths"][-1] == examples[8].num_predicted
