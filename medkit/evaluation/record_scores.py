@@ -1,0 +1,179 @@
+"""Answers that are records → each field judged; field F1, exact records, invented and missing values, with intervals.
+
+A record is one JSON object of the form of its kind (`prompts.FORMS`). An answer that is no such object holds no values.
+Texts are compared without case and extra spaces, numbers by their value.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from medkit.evaluation.accuracy import EvaluationError, compare_steps
+from medkit.prompts import answer_parser, templates
+from medkit.statistics import mean_intervals, resample_groups
+from medkit.variants import STEPS
+
+# metric → the columns of `score_records` whose sums over records are divided
+METRICS = {
+    "field_f1": ("found_twice", "given_and_required"),
+    "field_accuracy": ("correct", "fields"),
+    "exact": ("exact", "records"),
+    "valid": ("valid", "records"),
+    "invented": ("invented", "given"),
+    "missing": ("missing", "required"),
+    "tokens": ("tokens", "records"),
+}
+NOTHING = re.compile(r"\b(?:no|none|not|nkda|denies|denied|negative)\b", re.IGNORECASE)
+
+
+def score_records(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
+    """One row per variant, record and field of the predictions that are for records.
+
+    predictions: rows of `inference.predict` with a column `variant`. questions: the table of notebook 01; the first
+    option is the true record. Columns: variant, source, id, group, field, gold and answer (text, or None);
+    `required` (gold has a value), `given` (the answer has one), `correct` (both are equal, or both have none),
+    `missing` (required, not given), `invented` (given, but gold has no value, or it is wrong and not in the dialogue);
+    and of the whole record `valid` (it has the form), `exact` (all fields correct) and `tokens` (of the answer).
+    """
+    truths = questions[questions.kind.isin(list(templates.FORMS))]
+    table = predictions.merge(truths[["id", "source", "group", "kind", "question", "options"]], on="id")
+    rows = []
+    for row in table.to_dict("records"):
+        gold = json.loads(row["options"][0])
+        record = answer_parser.parse_record(row["text"], templates.FORMS[row["kind"]])
+        answer = {} if record is None else record.model_dump(mode="json", by_alias=True)
+        tokens = row.get("answer_tokens")
+        whole = {name: row[name] for name in ("variant", "source", "id", "group")} | {"valid": record is not None}
+        fields = [
+            {"field": name} | _judge(value, answer.get(name), record is not None, row["question"])
+            for name, value in gold.items()
+        ]
+        whole |= {"exact": all(field["correct"] for field in fields)}
+        whole |= {"tokens": tokens[0] if tokens is not None and len(tokens) else None}
+        rows += [whole | field for field in fields]
+    if not rows:
+        raise EvaluationError("no prediction is for a record: ask questions of kind 'record' as generated text")
+    return pd.DataFrame(rows).astype({"tokens": float})
+
+
+def _judge(gold, answer, valid: bool, dialogue: str) -> dict:
+    correct, required, given = valid and same_value(gold, answer), gold is not None, answer is not None
+    return {
+        "gold": None if gold is None else str(gold),
+        "answer": None if answer is None else str(answer),
+        "required": required,
+        "given": given,
+        "correct": correct,
+        "missing": required and not given,
+        "invented": given and not correct and (not required or not occurs_in(answer, dialogue)),
+    }
+
+
+def same_value(left, right) -> bool:
+    """Whether two values of a field are equal: no value, the same number, or the same text."""
+    if left is None or right is None:
+        return left is right
+    if (number := _number(left)) is not None:
+        return number == _number(right)
+    return answer_parser.normalise(str(left)) == answer_parser.normalise(str(right))
+
+
+def _number(value) -> float | None:
+    try:
+        return float(value)
+    except ValueError:
+        return None
+
+
+def occurs_in(value, text: str) -> bool:
+    """Whether the value stands in the text as whole words; a number as digits."""
+    number = _number(value)
+    words = answer_parser.normalise(str(value) if number is None else f"{number:g}")
+    return bool(re.search(rf"(?<![\w.]){re.escape(words)}(?!\w|\.\d)", answer_parser.normalise(text)))
+
+
+def measure_records(scores: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    """Rows variant, source, metric, value, ci_low, ci_high, n (records), from the table of `score_records`.
+
+    field_f1: 2 · (right values) / (values given + values required), over all records. field_accuracy: share of fields
+    that are correct, empty ones included. exact, valid: shares of records. invented: share of the given values.
+    missing: share of the required ones. tokens: mean per record. The intervals are a bootstrap over groups of records;
+    with two perfect and two failed records added, so that none has width 0. NaN where nothing is to be divided by.
+    """
+    right = scores.correct & scores.given
+    counts = scores.assign(fields=1, found_twice=2 * right, given_and_required=1 * scores.given + scores.required)
+    sums = [name for pair in METRICS.values() for name in pair if name not in ("exact", "valid", "tokens", "records")]
+    keys, tables = ["variant", "id"], []
+    for source, part in counts.groupby("source", sort=False):
+        by_record = part.groupby(keys, sort=False)
+        records = by_record[sorted(set(sums))].sum().join(by_record[["group", "exact", "valid", "tokens"]].first())
+        records = records.assign(records=1)
+        groups = records.group.groupby("id").first()
+        for metric, names in METRICS.items():
+            above, below = (records[name].astype(float).unstack("variant").loc[groups.index] for name in names)
+            tables.append(
+                _ratio(above, below, groups, confidence, metric != "tokens").assign(source=source, metric=metric)
+            )
+    order = ["variant", "source", "metric", "value", "ci_low", "ci_high", "n"]
+    return pd.concat(tables, ignore_index=True)[order]
+
+
+def _ratio(
+    above: pd.DataFrame, below: pd.DataFrame, groups: pd.Series, confidence: float, is_share: bool
+) -> pd.DataFrame:
+    """Sum of `above` over sum of `below`, (records, variants) each, with percentile intervals."""
+    n, names = above.notna().sum(), list(above)
+    above, below, codes = above.fillna(0).to_numpy(), below.fillna(0).to_numpy(), pd.factorize(groups)[0]
+    with np.errstate(invalid="ignore"):
+        value = above.sum(0) / below.sum(0)
+        if is_share:
+            mean = np.tile(below.mean(0), (4, 1))
+            above, below = np.vstack([above, mean * [[0], [0], [1], [1]]]), np.vstack([below, mean])
+            codes = np.append(codes, codes.max() + 1 + np.arange(4))
+        drawn = np.vstack([(weights @ above) / (weights @ below) for weights in resample_groups(codes)])
+    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    intervals = {"ci_low": np.fmin(low, value), "ci_high": np.fmax(high, value)}
+    return pd.DataFrame({"variant": names, "value": value, **intervals, "n": n.to_numpy()})
+
+
+def compare_records(
+    scores: pd.DataFrame, confidence: float, power: float, margin: float, steps: Sequence[tuple] = STEPS
+) -> pd.DataFrame:
+    """`accuracy.compare_steps` on the share of correct fields, paired by field, with records in groups."""
+    fields = scores.assign(id=scores.id + "/" + scores.field, scoring="generated")
+    return compare_steps(fields, confidence, power, margin, steps)
+
+
+def score_dialogues(
+    answers: pd.DataFrame, dialogues: pd.DataFrame, kind: str, confidence: float, sections: dict[str, str]
+) -> pd.DataFrame:
+    """Rows variant, metric, value, ci_low, ci_high, n: records of real dialogues, for which there is no true record.
+
+    answers: `variant`, `id` and `text` of the records of this kind. dialogues: `01_data/dialogues.parquet`. valid:
+    share of records that have the form. grounded: share of the given values that stand in the dialogue. sections: a
+    field → the section header that a doctor wrote about it; `<field>_in_section` is the share of dialogues with that
+    header where the value stands in the section's text, or where there is no value and the text says "no" or "none".
+    """
+    rows = []
+    for row in answers[["variant", "id", "text"]].merge(dialogues, on="id").itertuples():
+        record = answer_parser.parse_record(row.text, templates.FORMS[kind])
+        values = {} if record is None else record.model_dump(mode="json", by_alias=True)
+        rows.append((row.variant, row.id, "valid", record is not None))
+        given = [value for value in values.values() if value is not None]
+        rows += [(row.variant, row.id, "grounded", occurs_in(value, row.dialogue)) for value in given]
+        for field, header in sections.items():
+            if row.section_header == header:
+                value, text = values.get(field), row.section_text
+                agrees = occurs_in(value, text) if value is not None else bool(values) and bool(NOTHING.search(text))
+                rows.append((row.variant, row.id, f"{field}_in_section", agrees))
+    table, results = pd.DataFrame(rows, columns=["variant", "id", "metric", "holds"]), []
+    for (variant, metric), part in table.groupby(["variant", "metric"], sort=False):
+        holds = part.holds.to_numpy(float)[:, None]
+        low, high = mean_intervals(holds, part.id, confidence, imagined=(0, 0, 1, 1))
+        results.append((variant, metric, holds.mean(), low[0], high[0], len(part)))
+    return pd.DataFrame(results, columns=["variant", "metric", "value", "ci_low", "ci_high", "n"])
