@@ -79,7 +79,7 @@ class Lesson:
 
     @cached_property
     def examples(self) -> list[batches.Example]:
-        return batches.encode_questions(self.tokenizer, self.rows("train", "transfer"))
+        return batches.encode_questions(self.tokenizer, self.rows("labelled", "transfer"))
 
     def teacher(self) -> torch.nn.Module:
         if self.corrected:
@@ -116,7 +116,7 @@ class Lesson:
     @cached_property
     def written(self) -> tuple[list[batches.Example], dict]:
         """The teacher's own answers that were found right, again and again until they have as many tokens."""
-        rows, wanted = self.rows("train"), sum(e.num_predicted for e in self.examples)
+        rows, wanted = self.rows("labelled"), sum(e.num_predicted for e in self.examples)
 
         def make_engine() -> TorchEngine:
             torch.manual_seed(0)

@@ -53,7 +53,7 @@ def read_run(run: Path, number: int) -> tuple[pd.DataFrame, list[dict]]:
     """`number` questions that no training saw, and SHOTS solved training questions."""
     questions = pd.read_parquet(run / "01_data" / "questions.parquet")
     unseen = questions[questions.split.isin(["valid", "test"])].sample(number, random_state=0)
-    shots = splits.training_rows(questions, "train").sample(SHOTS, random_state=0)
+    shots = splits.training_rows(questions, "labelled").sample(SHOTS, random_state=0)
     return unseen, shots.to_dict("records")
 
 

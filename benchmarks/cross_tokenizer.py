@@ -50,8 +50,8 @@ def main() -> None:
     tokenizers = [loading.load_tokenizer(folder) for folder in folders]
     aligner = cross_tokenizer.TokenAligner.from_tokenizers(*tokenizers)
     questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
-    rows = {split: splits.training_rows(questions, split) for split in ("train", "valid")}
-    shuffled = rows["train"].sample(frac=1, random_state=params.seed)
+    rows = {split: splits.training_rows(questions, split) for split in ("labelled", "valid")}
+    shuffled = rows["labelled"].sample(frac=1, random_state=params.seed)
     raw = {"spans": describe_spans(aligner, tokenizers, pd.concat(rows.values()))}
     print(json.dumps(raw["spans"]), flush=True)
 

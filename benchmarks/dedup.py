@@ -106,9 +106,9 @@ def make_table(rows: int, seed: int) -> pd.DataFrame:
     questions, _ = splits.load_questions(chosen, paths, params.seed)
     test = questions[questions.source.isin(TESTED)].reset_index(drop=True)
     planted = edited_copies(test, 2 * len(test), seed)
-    planted = planted[planted.edit != "none"].assign(source="planted", split="train")
+    planted = planted[planted.edit != "none"].assign(source="planted", split="labelled")
     real = questions[(questions.source == "medmcqa") & (questions.pool != "transfer")].reset_index(drop=True)
-    copies = edited_copies(real, rows - len(planted), seed + 1).assign(source="medmcqa", split="train")
+    copies = edited_copies(real, rows - len(planted), seed + 1).assign(source="medmcqa", split="labelled")
     test = test.assign(origin=np.arange(len(test)), edit="none", split="test")
     return pd.concat([copies, planted, test])[[*copies.columns]].reset_index(drop=True)
 
@@ -123,7 +123,7 @@ def measure(folder: Path) -> None:
     """In a process of its own: group the rows to learn from, find what is contaminated, leave both in the folder."""
     questions = pd.read_parquet(folder / "questions.parquet")
     loaded, start = peak_bytes(), time.perf_counter()
-    learned = questions[questions.split == "train"]
+    learned = questions[questions.split == "labelled"]
     groups = near_duplicates.group_near_duplicates(near_duplicates.grouping_texts(learned))
     middle = time.perf_counter()
     pairs = contamination.find_contamination(questions)

@@ -74,7 +74,7 @@ def measure(name: str, run: Path, profile: Path, limit: int | None, threads: int
     questions = pd.read_parquet(run / "01_data" / "questions.parquet")
     result = {"date": datetime.now(UTC).date().isoformat(), "loadavg_before": before}
     if name != START:
-        rows = splits.training_rows(questions, "train").head(limit or len(questions))
+        rows = splits.training_rows(questions, "labelled").head(limit or len(questions))
         examples = batches.encode_questions(tokenizer, rows)
         model, found = adapt(model, examples, params, CONTENDERS[name])
         result |= found

@@ -35,7 +35,7 @@ def read(args) -> tuple:
     folder = loading.local_folder(params.models.teacher)
     tokenizer = loading.load_tokenizer(folder)
     questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
-    rows = questions[(questions.source == args.source) & (questions.split == "train")]
+    rows = questions[(questions.source == args.source) & (questions.split == "labelled")]
     examples = batches.encode_questions(tokenizer, rows.head(args.batch * args.batches))
     model = adapters.attach(loading.load_model(folder, params.models), params.lora.adapter, seed=0)
     return tokenizer, params, examples, model

@@ -52,9 +52,11 @@ def main() -> None:
     section, folder = params.quantization, args.run / "03_lora" / "merged"
     tokenizer, model = loading.load_tokenizer(folder), loading.load_model(folder, params.models)
     questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
-    rows = {s: splits.training_rows(questions, s).sample(frac=1, random_state=params.seed) for s in ("train", "valid")}
+    rows = {
+        s: splits.training_rows(questions, s).sample(frac=1, random_state=params.seed) for s in ("labelled", "valid")
+    }
     encoded = {split: batches.encode_questions(tokenizer, table) for split, table in rows.items()}
-    calibration, valid = encoded["train"][: section.calibration_examples], encoded["valid"][: args.valid_rows]
+    calibration, valid = encoded["labelled"][: section.calibration_examples], encoded["valid"][: args.valid_rows]
 
     load, began, cpu = os.getloadavg(), time.perf_counter(), time.process_time()
     damage = sensitivity.measure_sensitivity(model, calibration, section.double_quant)

@@ -53,7 +53,7 @@ def main() -> None:
     source = judging.headline_source
     wanted = {"option_text": {source: params.inference.questions["option_text"][source]}}
     asked = predictions.choose_questions(questions, wanted, params.seed).head(args.limit or len(questions))
-    train = splits.training_rows(questions, "train").sample(frac=1, random_state=params.seed)
+    train = splits.training_rows(questions, "labelled").sample(frac=1, random_state=params.seed)
     rows = batches.encode_questions(tokenizer, train.head(section.calibration_examples))
 
     damage = pd.read_parquet(args.run / "04_quantization" / "sensitivity.parquet")

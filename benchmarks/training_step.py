@@ -40,7 +40,7 @@ def read_rows(args) -> tuple:
     params = load_params(args.params)
     tokenizer = loading.load_tokenizer(args.run / "02_distillation" / "teacher")
     questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
-    rows = questions[(questions.source == args.source) & (questions.split == "train")]
+    rows = questions[(questions.source == args.source) & (questions.split == "labelled")]
     examples = batches.encode_questions(tokenizer, rows.head(args.batch * (args.repeats + 2)))
     return tokenizer, params, examples
 

@@ -87,7 +87,7 @@ class Local(Section):
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Device = Literal["auto", "cpu", "cuda"]
 Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
-SPLITS = ("train", "valid", "test", "transfer")
+SPLITS = ("private", "labelled", "transfer", "valid", "test")
 Scoring = Literal["option_text", "letter", "generated"]
 AnswerForm = Literal["index0", "index1", "letter", "text"]
 Source = Annotated[Wheel | Wheels | Hub | Local, Field(discriminator="kind")]
@@ -148,11 +148,14 @@ class Table(Section):
 
 class DatasetParams(Section):
     origin: Annotated[Wheel | Hub | Local | Table, Field(discriminator="kind")]
-    train: Count
+    private: Count
+    """Questions of the teacher alone."""
+    labelled: Count
+    """The few questions whose answers the students see too."""
+    transfer: Count
+    """Questions whose answers no student sees; the teacher answers them. `all`: those without a published answer."""
     valid: Count
     test: Count
-    transfer: Count
-    """Questions per split. `transfer` rows are unlabelled: a teacher may speak about them, nobody is graded on them."""
 
 
 class DataParams(Section):

@@ -8,6 +8,14 @@ from medkit.data.data_card import build_card
 from medkit.data.near_duplicates import group_near_duplicates
 from medkit.data.plots import plot_confusions, plot_places_and_subjects, plot_sizes_and_lengths
 from medkit.data.problem_types import agreement, classify, join_labels, measure_classifiers
+from medkit.data.raw_questions import DataError
 from medkit.data.readers import read_drug_pairs, read_open_questions
-from medkit.data.records import DataError
-from medkit.data.splits import assign_pools, drop_long, load_questions, pick_example_source, take_splits, training_rows
+from medkit.data.splits import (
+    assign_pools,
+    drop_long,
+    load_questions,
+    pick_example_source,
+    take_splits,
+    training_rows,
+    transfer_answers,
+)

@@ -23,7 +23,7 @@ from medkit.data.near_duplicates import (
     normalise,
     word_runs,
 )
-from medkit.data.records import DataError
+from medkit.data.raw_questions import DataError
 
 RUN_WORDS = 13
 SHARED_RUNS = 0.25  # of the shorter text's; in real exam questions copies share 0.36 or more, others 0.20 or less

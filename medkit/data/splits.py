@@ -10,13 +10,14 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 
 from medkit.data import icd10_questions, readers
 from medkit.data.near_duplicates import group_near_duplicates, grouping_texts
-from medkit.data.records import DataError, count_rejected, rejection_reason
+from medkit.data.raw_questions import DataError, Pool, count_rejected, rejection_reason
 from medkit.params import SPLITS, DatasetParams, digest
 
 COLUMNS = ["id", "source", "split", "group", "kind", "question", "context", "options", "answer", "subject"]
@@ -53,14 +54,17 @@ def load_questions(
 def _read_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> Iterator[dict]:
     if dataset.origin.kind == "table":
         return readers.read_table(path, dataset.origin)
-    if name in icd10_questions.ICD_KINDS:
+    if name == "icd_chapter":
         concepts = icd10_questions.read_icd_concepts(path)
-        wanted = {split: getattr(dataset, split) for split in POOL_SHARES}
-        # a fifth more than the fullest pool needs: pools are drawn by group, so their sizes vary
-        count = -1 if "all" in wanted.values() else 40 + max(int(1.2 * n / POOL_SHARES[s]) for s, n in wanted.items())
-        return icd10_questions.make_icd_questions(concepts, name, count, seed)
+        wanted = [getattr(dataset, split) for split in SPLITS]
+        # a quarter more than the fullest pool needs: pools are drawn by group, so their sizes vary
+        count = -1
+        if "all" not in wanted:
+            needs = {"train": sum(wanted[:3]), "valid": dataset.valid, "test": dataset.test}
+            count = 40 + max(int(1.25 * n / POOL_SHARES[pool]) for pool, n in needs.items())
+        return icd10_questions.make_icd_questions(concepts, count, seed)
     if name not in readers.READERS:
-        known = sorted([*readers.READERS, *icd10_questions.ICD_KINDS])
+        known = sorted([*readers.READERS, "icd_chapter"])
         raise DataError(f"{name}: no reader for this dataset; known: {known}; your own file is of kind `table`")
     if dataset.origin.kind == "hub":
         return readers.read_hub(name, path, dataset.origin.subset)
@@ -106,23 +110,31 @@ def assign_pools(questions: pd.DataFrame, seed: int, drug_pairs: pd.DataFrame | 
 def take_splits(questions: pd.DataFrame, datasets: dict[str, DatasetParams], seed: int) -> pd.DataFrame:
     """Draw each dataset's number of questions per split from its pools; returns the final table (COLUMNS).
 
-    If a source has no `valid` pool, whole groups of its `train` pool are used. Raises DataError if a pool is too small.
+    The pool `train` serves three splits, and valid too where a source has no pool for it: no group is in two of them.
+    `transfer` begins with the rows that have no published answer; `all` means these alone. Raises DataError if too few
+    questions are left for a split.
     """
     drawn = []
     for name, dataset in datasets.items():
         rows = questions[questions.source == name].sample(frac=1, random_state=seed)
-        train = rows[rows.pool == "train"]
-        if dataset.valid != "all" and not (rows.pool == "valid").any():
-            moved = train.group.isin(train.group.tail(dataset.valid))
-            rows.loc[train.index[moved], "pool"] = "valid"
-        for split in SPLITS:
-            wanted, pool = getattr(dataset, split), rows[rows.pool == split]
-            if wanted != "all" and wanted > len(pool):
+        pools = {pool: rows[rows.pool == pool] for pool in get_args(Pool)}
+        if pools["valid"].empty and dataset.valid != "all":
+            pools["valid"] = _take_groups(pools["train"], dataset.valid, seed)
+        left = pools["train"][~pools["train"].group.isin(pools["valid"].group)]
+        for split in ("test", "valid", "labelled", "transfer", "private"):
+            wanted, pool = getattr(dataset, split), pools.get(split, left)
+            taken = pool if wanted == "all" else pool.head(wanted)
+            if wanted != "all" and split in ("labelled", "private"):
+                taken = _take_groups(left, wanted, seed, spread=split == "labelled")
+            elif wanted != "all" and split == "transfer":
+                taken = pd.concat([taken, _take_groups(left, wanted - len(taken), seed)])
+            if wanted != "all" and wanted > len(taken):
                 raise DataError(
-                    f"{name}: {wanted} questions asked for {split}, {len(pool)} are there; "
+                    f"{name}: {wanted} questions asked for {split}, {len(taken)} are there; "
                     f"lower data.datasets.{name}.{split} or write `all`"
                 )
-            drawn.append((pool if wanted == "all" else pool.head(wanted)).assign(split=split))
+            drawn.append(taken.assign(split=split))
+            left = left[~left.group.isin(taken.group)]
     table = pd.concat(drawn)[COLUMNS].sort_values(["source", "split", "id"], ignore_index=True)
     leaking = set(table.group[table.split == "test"]) & set(table.group[table.split != "test"])
     if leaking:
@@ -130,14 +142,38 @@ def take_splits(questions: pd.DataFrame, datasets: dict[str, DatasetParams], see
     return table
 
 
+def _take_groups(rows: pd.DataFrame, count: int, seed: int, spread: bool = False) -> pd.DataFrame:
+    """`count` rows of as many groups, drawn at random, as hold so many; fewer rows if there are fewer.
+
+    With `spread` of one group each, if a quarter of the groups is enough for that: sixty labels from twenty ICD
+    categories would teach less than sixty from sixty.
+    """
+    last_row = rows.groupby("group").size().sample(frac=1, random_state=seed).cumsum()
+    groups = int((last_row < count).sum()) + 1 if count else 0
+    if spread:
+        groups = max(groups, min(count, len(last_row) // 4))
+    rows = rows[rows.group.isin(last_row.index[:groups])]
+    return rows.iloc[rows.groupby("group").cumcount().argsort(kind="stable")].head(count)
+
+
 def training_rows(questions: pd.DataFrame, split: str) -> pd.DataFrame:
-    """The rows of a split that a model may train on. Raises DataError for `test` and for an empty split."""
+    """The rows of a split that a model may train on; those of `transfer` without options and answer (−1).
+
+    Raises DataError for `test` and for an empty split.
+    """
     if split == "test":
-        raise DataError("split 'test' is for notebooks 05 and 06 alone; train on 'train', choose on 'valid'")
-    rows = questions[questions.split == split]
+        raise DataError("split 'test' is for notebooks 05 and 06 alone; train on 'labelled', choose on 'valid'")
+    rows = questions[questions.split == split].reset_index(drop=True)
     if rows.empty:
         raise DataError(f"split {split!r} is empty; raise data.datasets.*.{split} in the params")
-    return rows.reset_index(drop=True)
+    if split == "transfer":
+        rows = rows.assign(answer=-1, options=[[] for _ in range(len(rows))])
+    return rows
+
+
+def transfer_answers(questions: pd.DataFrame) -> pd.DataFrame:
+    """The transfer rows whose answer is known, with it: for the ceiling alone, a student that is told everything."""
+    return questions[(questions.split == "transfer") & (questions.answer >= 0)].reset_index(drop=True)
 
 
 def drop_long(questions: pd.DataFrame, count_tokens: Callable[[dict], int], max_prompt_tokens: int) -> pd.DataFrame:
@@ -152,13 +188,13 @@ def drop_long(questions: pd.DataFrame, count_tokens: Callable[[dict], int], max_
 
 
 def pick_example_source(table: pd.DataFrame) -> str:
-    """The source whose questions serve as examples: exams before ICD-10, then the one with the most training rows.
+    """The source whose questions serve as examples: exams before ICD-10, then the one with the most labelled rows.
 
     Only sources with test questions count, so every table of a run has one.
     """
     by_source = table.groupby("source").agg(
         exam=("kind", lambda kind: (kind == "choice").all()),
-        train=("split", lambda split: (split == "train").sum()),
+        train=("split", lambda split: (split == "labelled").sum()),
         test=("split", lambda split: (split == "test").sum()),
     )
     return by_source[by_source.test > 0].sort_values(["exam", "train"], kind="stable").index[-1]

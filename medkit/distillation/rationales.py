@@ -67,7 +67,7 @@ def sample_rationales(
     if len(refused):
         raise MedkitError(
             f"{len(refused)} of {len(questions)} questions (e.g. {refused.id.iloc[0]}) have no known answer or are for "
-            f"testing; give rows of data.training_rows(…, 'train')"
+            f"testing; give rows of data.training_rows(…, 'labelled')"
         )
     records = [record for record in questions.to_dict("records") for _ in range(num_samples)]
     end = tokenizer.eos_token_id

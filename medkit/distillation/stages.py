@@ -246,7 +246,8 @@ def train_stage(name: str, run: str, params: Params, make_engine: Callable[..., 
         raise StageError(f"no trained stage {name!r}; choose one of {', '.join(STAGES)}")
     with open_stage(run, "02_distillation", params) as stage:
         questions = pd.read_parquet(stage.require("01_data", "questions.parquet"))
-        present = [split for split in ("train", "transfer") if (questions.split == split).any()]
+        wanted = ("private", "labelled") if name == "teacher" else ("labelled", "transfer")
+        present = [split for split in wanted if (questions.split == split).any()]
         rows = pd.concat([splits.training_rows(questions, split) for split in present])
         if name == "teacher":
             tokenizer, _ = load_tokenizers(params)

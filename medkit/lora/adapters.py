@@ -132,7 +132,7 @@ def train_stage(run: str, params: Params) -> pd.DataFrame:
     with open_stage(run, "03_lora", params) as stage:
         questions = pd.read_parquet(stage.require("01_data", "questions.parquet"))
         tokenizer = loading.load_tokenizer(stage.require("02_distillation", "student_kd"))
-        examples = batches.encode_questions(tokenizer, splits.training_rows(questions, "train"))
+        examples = batches.encode_questions(tokenizer, splits.training_rows(questions, "labelled"))
         model, log = train_adapter(stage, params, examples)
         if PartialState().is_main_process:
             loading.save_model(merge(model), tokenizer, stage.path("merged"))

@@ -13,6 +13,7 @@ import pandas as pd
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from medkit.data.data_card import licence_of
+from medkit.params import SPLITS
 from medkit.reporting import tables
 from medkit.reporting.results import load_results
 from medkit.stage import DISCLAIMER, atomic_path
@@ -41,7 +42,7 @@ def build_card(results: pd.DataFrame, facts: Mapping) -> ModelCard:
     settings = pd.json_normalize({key: params[key] for key in SETTINGS if key in params})
     counts = params.get("data", {}).get("datasets", {})
     data = [
-        [source, *(str(of_split.get(split, 0)) for split in ("train", "transfer", "valid", "test")), licence_of(source)]
+        [source, *(str(of_split.get(split, 0)) for split in SPLITS), licence_of(source)]
         for source, of_split in counts.items()
     ]
     versions = facts.get("versions", {})
@@ -54,7 +55,7 @@ def build_card(results: pd.DataFrame, facts: Mapping) -> ModelCard:
         settings=tables.markdown(["setting", "value"], [[f"`{k}`", str(v)] for k, v in settings.iloc[0].items()])
         if len(settings.columns)
         else "",
-        data=tables.markdown(["source", "train", "unlabelled", "validation", "test", "licence"], data),
+        data=tables.markdown(["source", *SPLITS, "licence"], data),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
     )
     card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from medkit.data import contamination
 from medkit.data.contamination import clean_mask, contamination_table, find_contamination
-from medkit.data.records import DataError
+from medkit.data.raw_questions import DataError
 
 VIGNETTE = (
     "a 47 year old farmer from the hills has had night sweats and a cough with rusty sputum for three weeks and his "

@@ -15,7 +15,7 @@ def table():
         ("medqa", "test", "g0", "medicine", ["a", "b", "c"], 0, 10, True),
         ("medqa", "test", "g1", "surgery", ["a", "b", "c"], 2, 20, False),
         ("medqa", "test", "g1", "surgery", ["a", "b", "c"], 2, 30, True),
-        ("mine", "train", "g2", "", ["a", "b"], 1, 40, True),
+        ("mine", "labelled", "g2", "", ["a", "b"], 1, 40, True),
         ("mine", "transfer", "g3", "", ["a", "b"], -1, 50, True),
         ("later", "transfer", "g4", "", ["a", "b"], -1, 60, True),
     ]
@@ -26,7 +26,7 @@ def table():
 @pytest.fixture
 def card(table):
     rejected = pd.DataFrame([("medqa", "empty question", 3)], columns=["source", "reason", "count"])
-    contamination = pd.DataFrame([("mine", "medqa", "fuzzy", 1)], columns=["train", "test", "rule", "pairs"])
+    contamination = pd.DataFrame([("mine", "medqa", "fuzzy", 1)], columns=["labelled", "test", "rule", "pairs"])
     return data_card.build_card(table, rejected, contamination)
 
 
@@ -38,7 +38,7 @@ def test_counts_can_be_counted_again(card, table):
     )
     assert card["groups"] == 5
     medqa = card["sources"]["medqa"]
-    assert (medqa["test"], medqa["train"], medqa["groups"], medqa["subjects"]) == (3, 0, 2, 2)
+    assert (medqa["test"], medqa["labelled"], medqa["groups"], medqa["subjects"]) == (3, 0, 2, 2)
     assert medqa["commonest_place"] == pytest.approx(2 / 3)
     assert medqa["clean_test"] == pytest.approx(2 / 3)
     assert card["subjects"]["medqa"] == {"surgery": 2, "medicine": 1}

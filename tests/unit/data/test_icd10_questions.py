@@ -1,6 +1,5 @@
 """Questions made from ICD-10-CM: sound, spread evenly, the same for the same seed, and as hard as their name says."""
 
-import re
 from collections import Counter
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pandas as pd
 import pytest
 
 from medkit.data import icd10_questions, splits
-from medkit.data.records import DataError
+from medkit.data.raw_questions import DataError
 from medkit.data.splits import assign_pools, take_splits
 from medkit.params import DatasetParams, Local
 
@@ -58,52 +57,34 @@ def test_concepts_are_leaves_with_their_places(concepts):
     assert "A90" in set(concepts.code)  # a category that is a code itself
 
 
-@pytest.mark.parametrize("kind", icd10_questions.ICD_KINDS)
-def test_icd_questions_are_sound(concepts, kind):
-    by_text, by_code = concepts.set_index("description"), concepts.set_index("code")
-    rows = list(icd10_questions.make_icd_questions(concepts, kind, 100, seed=3))
-    assert len(rows) == 100
+def test_icd_questions_are_sound(concepts):
+    by_text = concepts.set_index("description")
+    rows = list(icd10_questions.make_icd_questions(concepts, 100, seed=3))
     assert len({row["question"] for row in rows}) == 100
     for row in rows:
         assert len(set(row["options"])) == 4
-        assert row["pool"] is None
-        assert row["kind"] == kind
-        right, wrong = row["options"][row["answer"]], [o for i, o in enumerate(row["options"]) if i != row["answer"]]
-        if kind == "icd_chapter":
-            concept = by_text.loc[row["question"].split("“")[1].split("”")[0]]
-            assert right == concept.chapter
-        else:
-            concept = by_code.loc[re.search(r"\b[A-F]\d\d(?:\.\d)?\b", row["question"])[0]]
-            assert right == concept.description
-            places = by_text.loc[wrong]
-            assert (
-                (places.section == concept.section).all()
-                if kind == "icd_hard"
-                else (places.chapter != concept.chapter).all()
-            )
+        assert (row["pool"], row["kind"]) == (None, "icd_chapter")
+        concept = by_text.loc[row["question"].split("“")[1].split("”")[0]]
+        assert row["options"][row["answer"]] == row["subject"] == concept.chapter
         assert row["group"] == f"icd:{concept.category}"
-        assert row["subject"] == concept.chapter
 
 
-@pytest.mark.parametrize("kind", icd10_questions.ICD_KINDS)
-def test_icd_questions_depend_on_the_seed_alone(concepts, kind):
-    make = lambda seed, count=40: list(icd10_questions.make_icd_questions(concepts, kind, count, seed))  # noqa: E731
+def test_icd_questions_depend_on_the_seed_alone(concepts):
+    make = lambda seed, count=40: list(icd10_questions.make_icd_questions(concepts, count, seed))  # noqa: E731
     assert make(1) == make(1)
     assert make(1) != make(2)
     assert make(1)[:20] == make(1, 20)
 
 
 def test_icd_questions_spread_over_chapters_and_places(concepts):
-    rows = list(icd10_questions.make_icd_questions(concepts, "icd_chapter", 120, seed=0))
+    rows = list(icd10_questions.make_icd_questions(concepts, 120, seed=0))
     assert set(Counter(row["subject"] for row in rows).values()) == {20}
     assert min(Counter(row["answer"] for row in rows).values()) > 15
 
 
 def test_icd_gives_all_it_has_and_no_more(concepts):
-    assert len(list(icd10_questions.make_icd_questions(concepts, "icd_chapter", -1, seed=0))) == len(concepts)
-    hard = list(icd10_questions.make_icd_questions(concepts, "icd_hard", -1, seed=0))
-    assert len(hard) == 6 * 3 * 4 * 3  # a section of three codes has no hard question
-    assert list(icd10_questions.make_icd_questions(concepts, "icd_easy", 0, seed=0)) == []
+    assert len(list(icd10_questions.make_icd_questions(concepts, -1, seed=0))) == len(concepts)
+    assert list(icd10_questions.make_icd_questions(concepts, 0, seed=0)) == []
 
 
 def test_a_file_that_is_not_xml_is_named(tmp_path):
@@ -113,15 +94,13 @@ def test_a_file_that_is_not_xml_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_category_is_never_learned_in_one_kind_and_tested_in_another(tmp_path, seed):
+def test_a_category_is_in_one_split_alone(tmp_path, seed):
     path = icd_xml(tmp_path / "tabular.xml")
     here = Local(kind="local", path="unused")
-    datasets = dict.fromkeys(
-        icd10_questions.ICD_KINDS, DatasetParams(origin=here, train=20, valid=1, test=10, transfer=0)
-    )
-    questions, _ = splits.load_questions(datasets, dict.fromkeys(datasets, path), seed)
-    after = assign_pools(questions, seed)
-    assert after.groupby("group").pool.nunique().max() == 1
-    assert after.groupby("group").kind.nunique().max() == 3  # the kinds do share categories
-    table = take_splits(after, datasets, seed)
-    assert not set(table.group[table.split == "test"]) & set(table.group[table.split != "test"])
+    counts = {"private": 20, "labelled": 4, "transfer": 10, "valid": 1, "test": 10}
+    datasets = {"icd_chapter": DatasetParams(origin=here, **counts)}
+    questions, _ = splits.load_questions(datasets, {"icd_chapter": path}, seed)
+    table = take_splits(assign_pools(questions, seed), datasets, seed)
+    assert table.split.value_counts().to_dict() == counts
+    assert table.groupby("group").split.nunique().max() == 1
+    assert table[table.split == "labelled"].group.is_unique

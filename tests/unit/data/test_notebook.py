@@ -15,7 +15,14 @@ def test_runs_on_a_users_own_table_without_the_optional_files(tmp_path, monkeypa
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     columns = {"question": "q", "options": "o", "answer": "a", "context": "", "subject": ""}
     table = {"kind": "table", "path": str(tmp_path / "mine.jsonl"), "pool": None, "columns": columns}
-    mine = {"origin": {**table, "answer_is": "index0"}, "train": 10, "valid": 1, "test": 8, "transfer": 0}
+    mine = {
+        "origin": {**table, "answer_is": "index0"},
+        "private": 6,
+        "labelled": 2,
+        "transfer": 2,
+        "valid": 1,
+        "test": 8,
+    }
     studies = {"shuffle.questions": {"mine": 2}, "swap_pairs": 0, "ablation": {"mine": 2}}
     overrides = {
         "data.datasets": {"mine": mine},

@@ -10,7 +10,7 @@ from sklearn.metrics import f1_score
 from medkit import sources
 from medkit.data import problem_types, readers
 from medkit.data.problem_types import LABELS, OTHER
-from medkit.data.records import DataError
+from medkit.data.raw_questions import DataError
 from medkit.params import load_params
 from medkit.prompts import templates
 from medkit.stage import ROOT

@@ -9,14 +9,14 @@ import pytest
 
 from medkit.data import readers
 from medkit.data import splits as data
-from medkit.data.records import DataError, rejection_reason
-from medkit.params import DatasetParams, Hub, Local, Table
+from medkit.data.raw_questions import DataError, rejection_reason
+from medkit.params import SPLITS, DatasetParams, Hub, Local, Table
 
 HERE = Local(kind="local", path="unused")
 
 
 def wanted(origin=HERE) -> DatasetParams:
-    return DatasetParams(origin=origin, train=0, valid=0, test=0, transfer=0)
+    return DatasetParams(origin=origin, **dict.fromkeys(SPLITS, 0))
 
 
 def write_jsonl(path: Path, records: list) -> Path:

@@ -9,16 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medkit.data import splits
-from medkit.data.splits import DataError, assign_pools, drop_long, take_splits, training_rows
-from medkit.params import DatasetParams, Local, Table
+from medkit.data.splits import DataError, assign_pools, drop_long, take_splits, training_rows, transfer_answers
+from medkit.params import SPLITS, DatasetParams, Local, Table
 
 HERE = Local(kind="local", path="unused")
 COLUMNS = {"question": "question", "options": "options", "answer": "answer", "context": "", "subject": ""}
 MINE = Table(kind="table", path="unused", pool="test", columns=COLUMNS, answer_is="index0")
 
 
-def wanted(train=0, valid=0, test=0, transfer=0, origin=HERE) -> DatasetParams:
-    return DatasetParams(origin=origin, train=train, valid=valid, test=test, transfer=transfer)
+def wanted(private=0, labelled=0, transfer=0, valid=0, test=0, origin=HERE) -> DatasetParams:
+    counts = {"private": private, "labelled": labelled, "transfer": transfer, "valid": valid, "test": test}
+    return DatasetParams(origin=origin, **counts)
 
 
 def asked(question: str, *options: str, answer=0) -> dict:
@@ -204,72 +205,101 @@ def counted(table: pd.DataFrame) -> dict:
     return table.groupby(["source", "split"]).size().to_dict()
 
 
-def test_splits_take_the_numbers_asked_for_from_their_own_pool():
-    questions = pooled(one_train=9, one_valid=5, one_test=7, one_transfer=3, two_test=4)
-    table = take_splits(questions, {"one": wanted(4, 2, 7, 1), "two": wanted(test=3)}, seed=0)
-    assert counted(table) == {
-        ("one", "train"): 4,
-        ("one", "valid"): 2,
-        ("one", "test"): 7,
-        ("one", "transfer"): 1,
-        ("two", "test"): 3,
-    }
+def test_splits_take_the_numbers_asked_for():
+    questions = pooled(one_train=19, one_valid=5, one_test=7, one_transfer=3, two_test=4)
+    table = take_splits(questions, {"one": wanted(8, 5, 6, 2, 7), "two": wanted(test=3)}, seed=0)
+    wanted_counts = {"private": 8, "labelled": 5, "transfer": 6, "valid": 2, "test": 7}
+    assert counted(table) == {("one", split): n for split, n in wanted_counts.items()} | {("two", "test"): 3}
     assert list(table.columns) == splits.COLUMNS
     assert table.id.is_unique
-    assert (table.split == table.id.str.extract(r"_(\w+)-")[0]).all()
+    pools = table.id.str.extract(r"_(\w+)-")[0]
+    assert (table.split == pools)[table.split.isin(["valid", "test"])].all()
+    assert set(pools[table.split.isin(["private", "labelled"])]) == {"train"}
+    assert (pools[table.split == "transfer"] == "transfer").sum() == 3, "what has no published answer comes first"
 
 
-@pytest.mark.parametrize("split", ["train", "valid", "test", "transfer"])
+def test_all_transfer_rows_are_those_without_a_published_answer():
+    table = take_splits(pooled(one_train=9, one_transfer=3), {"one": wanted("all", 2, "all")}, seed=0)
+    assert counted(table) == {("one", "transfer"): 3, ("one", "labelled"): 2, ("one", "private"): 7}
+
+
+@pytest.mark.parametrize("split", SPLITS)
 def test_a_pool_that_is_too_small_names_the_key(split):
-    questions = pooled(one_train=3, one_valid=3, one_test=3, one_transfer=3)
+    questions = pooled(one_train=3, one_valid=3, one_test=3)
     with pytest.raises(DataError, match=rf"4 .*{split}.*3.*data\.datasets\.one\.{split}"):
         take_splits(questions, {"one": wanted(**{split: 4})}, seed=0)
 
 
-@pytest.mark.parametrize("train", [8, "all"])
-def test_no_row_is_lent_twice(train):
+@pytest.mark.parametrize("private", [4, "all"])
+def test_no_row_is_lent_twice(private):
     try:
-        table = take_splits(pooled(one_train=10), {"one": wanted(train, 4)}, seed=0)
+        table = take_splits(pooled(one_train=10), {"one": wanted(private, 2, 1, 4)}, seed=0)
     except DataError as error:
-        assert train == 8 and "data.datasets.one.train" in str(error)
+        assert private == 4 and "data.datasets.one.private" in str(error)
     else:
         assert table.id.is_unique
-        assert counted(table) == {("one", "train"): 6, ("one", "valid"): 4}
+        assert table.split.value_counts().to_dict() == {"private": 3, "labelled": 2, "transfer": 1, "valid": 4}
 
 
-def test_what_is_lent_to_valid_takes_its_near_duplicates_along():
-    questions = pooled(one_train=40)
-    questions["group"] = [f"g{i // 2}" for i in range(40)]
-    table = take_splits(questions, {"one": wanted(20, 7)}, seed=0)
-    assert counted(table) == {("one", "train"): 20, ("one", "valid"): 7}
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 12), min_size=60, max_size=60), st.integers(0, 9))
+def test_no_group_is_in_two_splits(groups, seed):
+    questions = pooled(one_train=60)
+    questions["group"] = [f"g{number}" for number in groups]
+    try:
+        table = take_splits(questions, {"one": wanted(12, 3, 8, 7)}, seed)
+    except DataError:  # a large group can leave too little for the next split
+        return
+    assert counted(table) == {
+        ("one", "private"): 12,
+        ("one", "labelled"): 3,
+        ("one", "transfer"): 8,
+        ("one", "valid"): 7,
+    }
+    assert table.groupby("group").split.nunique().max() == 1
+
+
+def test_labels_come_from_as_many_groups_as_there_are_labels():
+    questions = pooled(one_train=200)
+    questions["group"] = [f"g{i // 4}" for i in range(200)]
+    table = take_splits(questions, {"one": wanted(100, 10)}, seed=0)
+    assert table[table.split == "labelled"].group.is_unique
     assert table.groupby("group").split.nunique().max() == 1
 
 
 def test_a_leak_that_comes_in_does_not_go_out():
-    questions = pooled(one_train=3, one_test=3)
+    questions = pooled(two_train=3, one_test=3)
     questions["group"] = "g"
     with pytest.raises(DataError, match="test and in another"):
-        take_splits(questions, {"one": wanted(1, 0, 1)}, seed=0)
+        take_splits(questions, {"one": wanted(test=1), "two": wanted(private=1)}, seed=0)
 
 
 # --- what may be learned from --------------------------------------------------------------------------------------
 
-SPLIT = take_splits(pooled(one_train=3, one_valid=2, one_test=3, one_transfer=1), {"one": wanted(3, 2, 3, 1)}, seed=0)
+SPLIT = take_splits(pooled(one_train=4, one_valid=2, one_test=3), {"one": wanted(2, 1, 1, 2, 3)}, seed=0)
 
 
 def test_test_rows_are_never_training_rows():
     with pytest.raises(DataError, match="'test'"):
         training_rows(SPLIT, "test")
-    for split in ("train", "valid", "transfer"):
+    for split in ("private", "labelled", "transfer", "valid"):
         rows = training_rows(SPLIT, split)
         assert set(rows.split) == {split}
         assert list(rows.index) == list(range(len(rows)))
 
 
-@pytest.mark.parametrize("split", ["valid", "transfer", "trian"])
+def test_the_answers_of_transfer_rows_are_for_the_ceiling_alone():
+    known, hidden = transfer_answers(SPLIT), training_rows(SPLIT, "transfer")
+    assert list(known.id) == list(hidden.id)
+    assert known.answer.tolist() == [0] and known.options.map(list).tolist() == [["a", "b"]]
+    assert hidden.answer.tolist() == [-1] and hidden.options.map(list).tolist() == [[]]
+    assert transfer_answers(SPLIT.assign(answer=-1)).empty
+
+
+@pytest.mark.parametrize("split", ["valid", "transfer", "labeled"])
 def test_an_empty_split_is_refused_by_name(split):
     with pytest.raises(DataError, match=split):
-        training_rows(SPLIT[SPLIT.split == "train"], split)
+        training_rows(SPLIT[SPLIT.split == "private"], split)
 
 
 def test_long_prompts_are_dropped_at_the_limit():
@@ -285,10 +315,10 @@ def test_a_split_that_loses_every_row_is_named():
 
 
 def test_examples_come_from_an_exam_that_is_tested_and_trained_on():
-    rows = [("icd_easy", "train", 9), ("icd_easy", "test", 9), ("exam", "train", 1), ("exam", "test", 1)]
-    rows += [("other", "test", 5), ("bank", "train", 7)]
+    rows = [("icd_chapter", "labelled", 9), ("icd_chapter", "test", 9), ("exam", "labelled", 1), ("exam", "test", 1)]
+    rows += [("other", "test", 5), ("bank", "labelled", 7)]
     table = pd.DataFrame([row[:2] for row in rows for _ in range(row[2])], columns=["source", "split"])
-    table["kind"] = table.source.where(table.source == "icd_easy", "choice")
+    table["kind"] = table.source.where(table.source == "icd_chapter", "choice")
     assert splits.pick_example_source(table) == "exam"
-    assert splits.pick_example_source(table[table.source == "icd_easy"]) == "icd_easy"
+    assert splits.pick_example_source(table[table.source == "icd_chapter"]) == "icd_chapter"
     assert splits.pick_example_source(table[table.source == "other"]) == "other"

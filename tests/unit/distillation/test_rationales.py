@@ -25,7 +25,7 @@ PAD = 0
 @pytest.fixture
 def known(questions):
     """The questions whose answer is known, as training rows; the answers are B, A and A."""
-    return questions[questions.answer >= 0].assign(split="train").reset_index(drop=True)
+    return questions[questions.answer >= 0].assign(split="labelled").reset_index(drop=True)
 
 
 class Scripted:

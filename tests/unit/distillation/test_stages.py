@@ -69,7 +69,7 @@ def rows():
         for n, answer in enumerate(answers)
     ]
     questions = pd.DataFrame(table, columns=["id", "kind", "question", "context", "options", "answer"])
-    return questions.assign(split=["train"] * 8 + ["transfer"], source="exam")
+    return questions.assign(split=["labelled"] * 8 + ["transfer"], source="exam")
 
 
 @pytest.fixture

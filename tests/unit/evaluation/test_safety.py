@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from medkit import evaluation
-from medkit.data.records import rejection_reason
+from medkit.data.raw_questions import rejection_reason
 from medkit.data.splits import COLUMNS
 from medkit.evaluation.safety import CATEGORIES, SafetyError
 from medkit.prompts import templates

@@ -131,7 +131,7 @@ def test_the_grid_is_full_but_for_letters_that_are_not_shown(by_letter):
 def training():
     """Eight solved questions of the kind choice, two of the kind abstract; every third is in the group of q0."""
     rows = [
-        {"id": f"t{i}", "source": "exam", "split": "train", "kind": "choice" if i < 8 else "abstract", "context": "",
+        {"id": f"t{i}", "source": "exam", "split": "labelled", "kind": "choice" if i < 8 else "abstract", "context": "",
          "question": f"Which drug is number {i}?", "options": ["a", "b"], "answer": i % 2,
          "group": 0 if i % 3 == 0 else 100 + i}
         for i in range(10)
@@ -163,10 +163,10 @@ def test_no_example_is_a_test_row_or_in_the_questions_group_or_flagged_as_simila
     similar = pd.DataFrame({"id_test": ["q1", "q1", "q9"], "id_train": ["t1", "gone", "t2"]})
     asked, *_ = ask(by_letter[by_letter.id != "q2"], training, shots=5, similar=similar)
     for row in asked.itertuples():
-        assert all(shot["split"] == "train" and shot["group"] != row.group for shot in row.shots)
+        assert all(shot["split"] == "labelled" and shot["group"] != row.group for shot in row.shots)
         assert row.id != "q1" or "t1" not in {shot["id"] for shot in row.shots}
     with pytest.raises(MedkitError, match="must not be an example"):
-        ask(by_letter, training.assign(split=["train"] * 9 + ["test"]))
+        ask(by_letter, training.assign(split=["labelled"] * 9 + ["test"]))
 
 
 def test_too_few_examples_are_an_error_that_says_for_whom(by_letter, training):

@@ -26,7 +26,7 @@ def test_the_command_trains_and_merges_what_the_notebook_does(params, make_llama
     with pytest.raises(StageError, match=r"01_data/questions\.parquet is not there: run notebook 01_data first"):
         adapters.train_stage("toy", params)
     data, second, stage = Stage("toy", "01_data"), Stage("toy", "02_distillation"), Stage("toy", "03_lora")
-    rows = [(f"q{n}", "train", "choice", f"Which organ? {n}", "", ["liver", "heart"], n % 2) for n in range(7)]
+    rows = [(f"q{n}", "labelled", "choice", f"Which organ? {n}", "", ["liver", "heart"], n % 2) for n in range(7)]
     columns = ["id", "split", "kind", "question", "context", "options", "answer"]
     questions = pd.DataFrame(rows, columns=columns).assign(source="exam")
     data.write_table("questions.parquet", questions)

@@ -87,7 +87,7 @@ def make_run(make_llama, tokenizer):
     """make_run(name, stage): a run in which `stage` can be trained; returns the stage's folder."""
     options = ["liver", "heart", "spleen", "left kidney"]
     rows = [
-        (f"q{n}", "train", "choice", "Which organ? " + "fever " * (n % 5), "", options[: 2 + n % 3], n % 2)
+        (f"q{n}", "labelled", "choice", "Which organ? " + "fever " * (n % 5), "", options[: 2 + n % 3], n % 2)
         for n in range(13)
     ]
     questions = pd.DataFrame(rows, columns=["id", "split", "kind", "question", "context", "options", "answer"])

@@ -17,7 +17,7 @@ from medkit.params import AnswerForm
 from medkit.prompts.templates import LETTERS
 from medkit.stage import MedkitError
 
-Kind = Literal["choice", "abstract", "icd_chapter", "icd_easy", "icd_hard"]
+Kind = Literal["choice", "abstract", "icd_chapter"]
 Pool = Literal["train", "valid", "test", "transfer"]
 EXAMPLE_CHARACTERS = 80
 # Two spellings of one thing, each found in the published files: a byte order mark inside MMLU, typographic ligatures

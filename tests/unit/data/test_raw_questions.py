@@ -6,8 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medkit.data import records
-from medkit.data.records import answer_index, clean_text, make_record, rejection_reason, split_options, strip_letters
+from medkit.data import raw_questions
+from medkit.data.raw_questions import (
+    answer_index,
+    clean_text,
+    make_record,
+    rejection_reason,
+    split_options,
+    strip_letters,
+)
 
 # --- text ----------------------------------------------------------------------------------------------------------
 
@@ -171,10 +178,10 @@ def test_no_value_of_any_type_crashes(field, value):
 
 def test_rejected_records_are_counted_in_order_with_the_first_example_cut():
     rejected = [("b", "long", "x" * 200), ("a", "short", "y"), ("b", "long", "z"), ("b", "short", "")]
-    table = records.count_rejected(rejected)
+    table = raw_questions.count_rejected(rejected)
     assert list(table.itertuples(index=False, name=None)) == [
-        ("b", "long", 2, "x" * records.EXAMPLE_CHARACTERS),
+        ("b", "long", 2, "x" * raw_questions.EXAMPLE_CHARACTERS),
         ("a", "short", 1, "y"),
         ("b", "short", 1, ""),
     ]
-    assert list(records.count_rejected([]).columns) == list(table.columns)
+    assert list(raw_questions.count_rejected([]).columns) == list(table.columns)
