@@ -53,16 +53,17 @@ readme: .venv/done  ## figure and tables of README and docs from a run's results
 	$(PY) -m cogapp -r README.md docs/results.md docs/benchmarks.md
 
 bench: .venv/done  ## measurements beside their peers; results under benchmarks/results
-	for script in benchmarks/[a-z0-9]*.py; do $(PY) $$script || failed="$$failed $$script"; done; \
+	for module in $$(grep -l __main__ benchmarks/*/*.py | sed 's/\.py$$//' | tr / .); do \
+		$(PY) -m $$module || failed="$$failed $$module"; done; \
 	[ -z "$$failed" ] || { echo "not measured here:$$failed"; exit 1; }
 
 ablation: .venv/done  ## what each part of distillation gives, three seeds, on a finished run (RUN=…); under 90 minutes
-	$(PY) benchmarks/ablation.py --run outputs/$(RUN) --params $(PARAMS)
+	$(PY) -m benchmarks.training.ablation --run outputs/$(RUN) --params $(PARAMS)
 
 size:  ## lines of the package by room, of tests and benchmarks, bytes of README, each with its goal
 	@for room in medkit/*/; do printf '%6d  %s\n' $$(cat $$room*.py | wc -l) $$room; done
 	@printf '%6d  %s\n' $$(cat medkit/*.py | wc -l) 'medkit/*.py'
-	@printf '%6d  %s\n' $$(find medkit -name '*.py' -exec cat {} + | wc -l) 'medkit: at most 9500'
+	@printf '%6d  %s\n' $$(find medkit -name '*.py' -exec cat {} + | wc -l) 'medkit: at most 10500'
 	@printf '%6d  %s\n' $$(find tests conftest.py -name '*.py' -exec cat {} + | wc -l) 'tests: at most 14000'
 	@printf '%6d  %s\n' $$(find benchmarks -name '*.py' -exec cat {} + | wc -l) 'benchmarks: at most 2800'
 	@printf '%6d  %s\n' $$(wc -c < README.md) 'bytes of README.md: at most 6000'

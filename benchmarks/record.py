@@ -99,4 +99,5 @@ def write(
         record = {key: value for key, value in record.items() if key != "raw"}
         if summary:
             record["raw"] = summary
+    print(json.dumps({"device": record["device"], "ratios": record["ratios"]}, indent=1), flush=True)
     return path

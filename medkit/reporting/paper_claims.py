@@ -28,13 +28,7 @@ SAME_SCALE = 2.0
 GIB = 2**30
 BF16_BYTES = 2
 STUDENT, TEACHER = "DeepSeek-R1-Distill-Qwen-7B", "DeepSeek-R1-Distill-Llama-70B"
-OWN_KERNEL = "int4_lean_graph"
-CONTENDERS = {
-    "bf16_eager": "16 bits",
-    "bf16_graph": "16 bits in a CUDA graph",
-    "paper_mix": "the paper's mix, with the head in NF4 too",
-    OWN_KERNEL: "own 4-bit kernel in a CUDA graph, embeddings in 4 bits, head in 8",
-}
+CONTENDERS = {"bf16_eager": "16 bits", "paper_mix": "the paper's mix, with the head in NF4 too"}
 
 
 class PaperClaim(NamedTuple):
@@ -160,21 +154,19 @@ def _from_benchmark(claim: PaperClaim, benchmarks: Sequence[dict]) -> Iterator[O
         for content in [c for c in files if all("generation_peak_bytes" in c.get(name, {}) for name in names)][:1]:
             measured = [content[name] for name in names]
             times = [median_interval(m["latency_s_per_token_runs"], 0.95) for m in measured]
-            peaks, verdict = [m["generation_peak_bytes"] for m in measured], None
+            peaks = [m["generation_peak_bytes"] for m in measured]
             why = ", against ".join(CONTENDERS[name] for name in names)
             if quantity == "memory":
                 numbers, why = [peaks[0] / peaks[1] - 1 if len(peaks) > 1 else peaks[0] / GIB] * 3, f"{why}; peak"
             elif len(names) > 1:
                 numbers, why = quotient(*times), f"{why}; time per token at equal length"
-            else:  # the paper has no kernel of its own
-                verdict = "not comparable" if OWN_KERNEL in names else None
-                if quantity == "rate":
-                    numbers = [1 / times[0][place] for place in (0, 2, 1)]
-                else:
-                    tokens = tokens_per_problem(claim.id.split("_")[0])
-                    numbers = [measured[0]["time_to_first_token_s"] + (tokens - 1) * each for each in times[0]]
-                    why += f"; at the {tokens:.1f} tokens of the paper's own table"
-            yield Ours(*numbers, f"7B shapes, random weights, {content['device']}", why, verdict)
+            elif quantity == "rate":
+                numbers = [1 / times[0][place] for place in (0, 2, 1)]
+            else:
+                tokens = tokens_per_problem(claim.id.split("_")[0])
+                numbers = [measured[0]["time_to_first_token_s"] + (tokens - 1) * each for each in times[0]]
+                why += f"; at the {tokens:.1f} tokens of the paper's own table"
+            yield Ours(*numbers, f"7B shapes, random weights, {content['device']}", why)
 
 
 def _from_run(claim: PaperClaim, results: pd.DataFrame, facts: Mapping) -> Iterator[Ours]:

@@ -10,16 +10,7 @@ from medkit.stage import ROOT
 STUDENT = "DeepSeek-R1-Distill-Qwen-7B"
 TOLERANCE = 0.05
 STATIC = "a static cache, whole from the start, beside a CUDA graph's own pool"
-KERNEL = "group-wise int4 by kernels of its own, a format that the ledger does not know"
-NOT_COVERED = {
-    "bf16_eager": "eager attention holds its scores",
-    "bf16_static_compiled": STATIC,
-    "bf16_graph": STATIC,
-    "int4_lean_graph": KERNEL,
-    "nf4_lean_graph": KERNEL,
-    "int4_fast": KERNEL,
-    "int4_fast_int8_ends": KERNEL,
-}
+NOT_COVERED = {"bf16_eager": "eager attention holds its scores", "bf16_static_compiled": STATIC}
 
 
 def covered(shapes):
@@ -28,9 +19,7 @@ def covered(shapes):
     return {
         "bf16_sdpa": {},
         "nf4_library": plans.nf4_plan(matrices).schemes,
-        "nf4_int8_ends": plans.nf4_plan(matrices, "int8").schemes,
         "paper_mix": plans.paper_plan(matrices, "nf4").schemes,  # LLM.int8() stores what int8 does
-        "plan": plans.nf4_plan(matrices, "nf4").schemes,
     }
 
 
@@ -61,7 +50,7 @@ def test_whatever_was_measured_is_covered_or_has_a_reason(model):
     known = set(covered(model[1]))
     assert names <= known | set(NOT_COVERED)
     assert not known & set(NOT_COVERED)
-    assert {"bf16_sdpa", "nf4_library", "nf4_int8_ends", "paper_mix"} <= names
+    assert {"bf16_sdpa", "nf4_library", "paper_mix"} <= names
 
 
 @pytest.mark.parametrize(("run", "name"), SDPA, ids=[f"{name} of {run.partition('/')[0]}" for run, name in SDPA])

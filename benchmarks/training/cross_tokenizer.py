@@ -7,7 +7,6 @@ judged by paired −log p per answer token of validation rows, and by −log p o
 options. Units: nats, bytes, fractions.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -17,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from record import RESULTS, Ratio, result_path, versions, write
 
-from medkit.data import splits
+from benchmarks.inputs import make_parser, read_rows
+from benchmarks.record import Ratio, versions, write
 from medkit.distillation import cross_tokenizer, option_kl
 from medkit.distillation.teacher_cache import capture_teacher
 from medkit.lora import adapters
@@ -30,17 +29,14 @@ from medkit.statistics import mean_intervals
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
-    parser.add_argument("--params", type=Path, default=ROOT / "params" / "cross.yaml")
+    parser = make_parser(__doc__)
+    parser.set_defaults(params=ROOT / "params" / "cross.yaml")
     parser.add_argument("--signal-rows", type=int, default=240, help="rows of the teacher cache")
     parser.add_argument("--correct-rows", type=int, default=128, help="other rows that correct the teacher; 0: none")
     parser.add_argument("--train-rows", type=int, default=96, help="of the first, rows to train on; 0: no training")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--valid-rows", type=int, default=105)
     parser.add_argument("--option-questions", type=int, default=40, help="of them, asked by option text too")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -49,10 +45,8 @@ def main() -> None:
     folders = [loading.local_folder(section) for section in (params.models.student, params.models.teacher)]
     tokenizers = [loading.load_tokenizer(folder) for folder in folders]
     aligner = cross_tokenizer.TokenAligner.from_tokenizers(*tokenizers)
-    questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
-    rows = {split: splits.training_rows(questions, split) for split in ("labelled", "valid")}
-    shuffled = rows["labelled"].sample(frac=1, random_state=params.seed)
-    raw = {"spans": describe_spans(aligner, tokenizers, pd.concat(rows.values()))}
+    shuffled, judged = read_rows(args, params, "private", "labelled"), read_rows(args, params, "valid")
+    raw = {"spans": describe_spans(aligner, tokenizers, pd.concat([shuffled, judged]))}
     print(json.dumps(raw["spans"]), flush=True)
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -65,8 +59,7 @@ def main() -> None:
         raw["signals"] = losses.pop("record")
         print(json.dumps(raw["signals"]), flush=True)
         if args.train_rows:
-            valid = rows["valid"].sample(frac=1, random_state=params.seed).head(args.valid_rows)
-            taught = shuffled.head(args.train_rows)
+            taught, valid = shuffled.head(args.train_rows), judged.head(args.valid_rows)
             raw["training"] = compare_training(folders[0], tokenizers[0], params, taught, valid, losses, args, scratch)
     raw |= {"loadavg_before": before, "loadavg_after": os.getloadavg()}
     ratios = {
@@ -85,8 +78,7 @@ def main() -> None:
         "weights": {"ce": params.distillation.ce_weight, "kl": params.distillation.kl_weight},
         "teacher": params.models.teacher.source.file, "student": params.models.student.source.member,
     }  # fmt: skip
-    print(write("cross_tokenizer", setup, ratios, raw, args.output))
-    print(json.dumps(json.loads(result_path("cross_tokenizer", args.output).read_text())["ratios"], indent=1))
+    write("cross_tokenizer", setup, ratios, raw, args.output)
 
 
 def answers_of(examples: list[batches.Example]) -> list[list[int]]:

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from record import Ratio, result_path, versions, write
-from step_clock import Racer, StepClock, racing_parser
 
+from benchmarks.record import Ratio, versions, write
+from benchmarks.training.step_clock import Racer, StepClock, racing_parser
 from medkit.lora import adapters
 from medkit.modeling import batches, loading, samplers, trainer
 from medkit.params import load_params
 
+MODULE = "benchmarks.training.lora_training"
 SPEED = 1.5  # goal
 
 
@@ -94,7 +95,7 @@ def measure(args, options: list[str]) -> dict:
     """After the warm-up's epoch is over, `repeats` whole epochs of each, in turns."""
     raw = {"loadavg_before": os.getloadavg(), "contenders": {}}
     with ExitStack() as stack:
-        racers = [stack.enter_context(Racer(__file__, name, options)) for name in CONTENDERS]
+        racers = [stack.enter_context(Racer(MODULE, name, options)) for name in CONTENDERS]
         for _ in range(args.batches * args.repeats - 1):
             for racer in racers:
                 racer.step()
@@ -108,9 +109,8 @@ def measure(args, options: list[str]) -> dict:
 
 
 def main() -> None:
-    parser = racing_parser(__doc__, CONTENDERS)
+    parser = racing_parser(__doc__, CONTENDERS, repeats=3)
     parser.add_argument("--batches", type=int, default=4, help="optimiser steps of an epoch")
-    parser.add_argument("--repeats", type=int, default=3, help="epochs per contender; the first lacks its first step")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
@@ -142,7 +142,6 @@ def main() -> None:
         "versions": versions("torch", "transformers", "peft"),
     }  # fmt: skip
     write("lora_training", setup, ratios, raw, args.output)
-    print(result_path("lora_training", args.output).read_text().partition('"raw"')[0])
     print(raw["loadavg_before"], raw["loadavg_after"])
 
 

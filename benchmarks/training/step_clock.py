@@ -10,15 +10,15 @@ import os
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 
-from record import RESULTS
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from benchmarks.inputs import make_parser
 from medkit.stage import ROOT
 
 MARK = "step: "
@@ -73,16 +73,12 @@ class StepClock:
         self.began, self.began_cpu = time.perf_counter(), time.process_time()
 
 
-def racing_parser(description: str, contenders: Iterable[str]) -> ArgumentParser:
+def racing_parser(description: str, contenders: Iterable[str], repeats: int) -> ArgumentParser:
     """What every such benchmark can be told; `--contender` is for its children."""
-    parser = ArgumentParser(description=description, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
-    parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
+    parser = make_parser(description, repeats)
     parser.add_argument("--source", default="icd_chapter", help="whose training questions are learned")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--slice-tokens", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--contender", choices=list(contenders), help="run as one of them, for a parent")
     return parser
 
@@ -90,14 +86,11 @@ def racing_parser(description: str, contenders: Iterable[str]) -> ArgumentParser
 class Racer:
     """The parent's end: a child that has loaded and made its first step, which is the warm-up."""
 
-    def __init__(self, script: str, name: str, arguments: list[str]):
+    def __init__(self, module: str, name: str, arguments: list[str]):
         self.name = name
-        command = [sys.executable, script, "--contender", name, *arguments]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            command,
-            env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+        command = [sys.executable, "-m", module, "--contender", name, *arguments]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self.process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
         self.steps = [self._listen()]
 
     def __enter__(self):

@@ -5,21 +5,17 @@ rows; no test question is read. Weights are simulated: what a quantised module m
 Beside it: how far estimated sensitivities are from one whole run per module. Units: nats, seconds.
 """
 
-import argparse
 import os
 import time
-from pathlib import Path
 
 import pandas as pd
 import torch
-from record import RESULTS, Ratio, result_path, versions, write
 from scipy.stats import spearmanr
 
-from medkit.data import splits
-from medkit.modeling import batches, loading
-from medkit.params import load_params
+from benchmarks.inputs import STUDENT, load_student, make_parser, read_rows
+from benchmarks.record import Ratio, versions, write
+from medkit.modeling import batches
 from medkit.quantization import memory_ledger, plans, quantize, sensitivity
-from medkit.stage import ROOT
 
 GOAL_SHARE = 0.30  # of the student's bf16 bytes
 CHECKED = 8  # modules whose sensitivity is also measured by a run of its own, evenly spread over the estimates
@@ -38,25 +34,18 @@ def check_estimates(model, examples, double_quant: bool, estimated: pd.DataFrame
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
-    parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
+    parser = make_parser(__doc__)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.28, GOAL_SHARE, 0.33])
     parser.add_argument("--random", type=int, default=5, help="random plans of the goal's size")
     parser.add_argument("--random-calibrated", type=int, default=2, help="of these, how many are calibrated as well")
     parser.add_argument("--valid-rows", type=int, default=64)
-    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
 
-    params = load_params(args.params)
-    section, folder = params.quantization, args.run / "03_lora" / "merged"
-    tokenizer, model = loading.load_tokenizer(folder), loading.load_model(folder, params.models)
-    questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
-    rows = {
-        s: splits.training_rows(questions, s).sample(frac=1, random_state=params.seed) for s in ("labelled", "valid")
-    }
-    encoded = {split: batches.encode_questions(tokenizer, table) for split, table in rows.items()}
-    calibration, valid = encoded["labelled"][: section.calibration_examples], encoded["valid"][: args.valid_rows]
+    tokenizer, model, params = load_student(args)
+    section = params.quantization
+    training, judged = (read_rows(args, params, split) for split in ("labelled", "valid"))
+    calibration = batches.encode_questions(tokenizer, training.head(section.calibration_examples))
+    valid = batches.encode_questions(tokenizer, judged.head(args.valid_rows))
 
     load, began, cpu = os.getloadavg(), time.perf_counter(), time.process_time()
     damage = sensitivity.measure_sensitivity(model, calibration, section.double_quant)
@@ -104,7 +93,7 @@ def main() -> None:
     agree = float(spearmanr(checked.estimated, checked.measured).statistic)
     ratios["sensitivity/rank_correlation_with_runs"] = Ratio(agree, None, "higher", len(checked))
     setup = {
-        "student": "03_lora/merged of a tiny run", "validation_rows": len(valid), "calibration_rows": len(calibration),
+        "student": f"{STUDENT} of a tiny run", "validation_rows": len(valid), "calibration_rows": len(calibration),
         "validation_positions": sum(e.num_predicted for e in valid),
         "calibration_tokens": sum(len(e.input_ids) for e in calibration),
         "threads": torch.get_num_threads(), "load_at_start": load, "bf16_bytes": bf16,
@@ -112,7 +101,6 @@ def main() -> None:
     }  # fmt: skip
     raw = {"sensitivity_s": sensitivity_s, "checked": checked.to_dict("records"), "plans": found.to_dict("records")}
     write("plans", setup, ratios, raw, args.output)
-    print(result_path("plans", args.output).read_text().partition('"raw"')[0])
 
 
 if __name__ == "__main__":

@@ -18,9 +18,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from record import Ratio, result_path, versions, write
-from step_clock import Racer, StepClock, racing_parser
 
+from benchmarks.record import Ratio, versions, write
+from benchmarks.training.step_clock import Racer, StepClock, racing_parser
 from medkit.distillation import teacher_cache
 from medkit.distillation.losses import DistillationLoss
 from medkit.modeling import batches, loading, samplers
@@ -29,6 +29,7 @@ from medkit.params import load_params
 from medkit.stage import ROOT
 
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # a TRL trainer reports to its maker otherwise
+MODULE = "benchmarks.training.training_step"
 SPEED, MEMORY = 1.8, 0.7  # goals
 KEY = "benchmark"
 
@@ -130,7 +131,7 @@ CONTENDERS = {f.__name__: f for f in (cached, gkd, gkd_slices)}
 def measure(args, options: list[str]) -> dict:
     raw = {"loadavg_before": os.getloadavg(), "contenders": {}}
     with ExitStack() as stack:
-        racers = [stack.enter_context(Racer(__file__, name, options)) for name in args.among]
+        racers = [stack.enter_context(Racer(MODULE, name, options)) for name in args.among]
         for _ in range(args.repeats):
             for racer in racers:
                 racer.step()
@@ -144,9 +145,8 @@ def measure(args, options: list[str]) -> dict:
 
 
 def main() -> None:
-    parser = racing_parser(__doc__, CONTENDERS)
+    parser = racing_parser(__doc__, CONTENDERS, repeats=5)
     parser.add_argument("--top-k", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5, help="timed steps per contender, after a warm-up")
     parser.add_argument("--among", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who takes part")
     parser.add_argument("--cache", type=Path, help="where the teacher cache is, or goes")
     parser.add_argument("--capture", action="store_true", help="write the cache and end")
@@ -161,8 +161,7 @@ def main() -> None:
         names = ("run", "params", "source", "batch", "slice_tokens", "top_k", "repeats", "threads")
         options = [text for n in names for text in (f"--{n.replace('_', '-')}", str(getattr(args, n)))]
         options += ["--cache", f"{scratch}/cache"]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, __file__, "--capture", *options], env=environment, check=True)
+        subprocess.run([sys.executable, "-m", MODULE, "--capture", *options], cwd=ROOT, check=True)
         raw = measure(args, options)
     timed = {name: statistics.median(s["step_s"] for s in steps[1:]) for name, steps in raw["contenders"].items()}
     peaks = {name: steps[-1]["rss_peak"] for name, steps in raw["contenders"].items()}
@@ -184,7 +183,6 @@ def main() -> None:
         "versions": versions("torch", "transformers", "trl", "accelerate"),
     }  # fmt: skip
     write("training_step", setup, ratios, raw, args.output)
-    print(result_path("training_step", args.output).read_text().partition('"raw"')[0])
     print(timed, peaks, raw["loadavg_before"], raw["loadavg_after"])
 
 

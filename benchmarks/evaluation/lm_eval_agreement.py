@@ -4,8 +4,7 @@ The test questions are written to json files with the columns that lm-eval's own
 render them (`include:` of the package's yaml, with the local file as dataset). What had to be adapted is in TASKS.
 lm-eval scores through its `HFLM`, one sequence at a time; ours scores the same context and continuation tokens with
 `score_options`. Both take turns on parts of each set. Units: nats, and seconds, by the clock and of this process's
-processor time; the ratio is of the latter, since other programs stretch the former. Beside it stands what arithmetic
-alone would give: the multiply-adds of both, at one speed (`raw`, `multiply_adds`).
+processor time; the ratio is of the latter, since other programs stretch the former.
 """
 
 import argparse
@@ -24,9 +23,8 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from exams import read_questions
-from record import RESULTS, Ratio, raw_path, result_path, versions, write
-from torch import nn
+
+from benchmarks.record import RESULTS, Ratio, versions, write
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 try:
@@ -36,6 +34,8 @@ try:
 except ImportError:
     sys.exit("lm_eval_agreement: lm_eval is not installed; install the extra `dev` (pip install -e '.[dev]') first")
 
+from medkit import sources
+from medkit.data import splits
 from medkit.modeling import loading, option_scoring
 from medkit.params import load_params
 from medkit.stage import ROOT
@@ -99,6 +99,16 @@ TASKS = {
         why="six medical subjects under the description of one, since our file does not say which is which",
     ),
 }  # fmt: skip
+
+
+def read_questions() -> dict[str, pd.DataFrame]:
+    """Per exam every usable question that has an answer and may be tested on, from the tiny profile's files."""
+    params = load_params(ROOT / "params" / "tiny.yaml")
+    datasets = {name: params.data.datasets[name] for name in sorted({task.source for task in TASKS.values()})}
+    paths = {name: sources.fetch(dataset.origin) for name, dataset in datasets.items()}
+    table, _ = splits.load_questions(datasets, paths, params.seed)
+    table = table[(table.answer >= 0) & ~table.pool.isin(["train", "transfer"])]
+    return {name: table[table.source == name].reset_index(drop=True) for name in datasets}
 
 
 def write_tasks(questions: dict[str, pd.DataFrame], folder: Path) -> None:
@@ -178,30 +188,6 @@ def score_by_ours(
     return scores, watch, items
 
 
-def multiply_adds(model: nn.Module, items: list[option_scoring.Item]) -> dict[str, float]:
-    """Multiply-adds (10⁹) that either needs for these items, padding and shared beginnings apart, and their ratio.
-
-    lm-eval reads a sequence per option (letters: one for all of them) and puts every position through the head; we read
-    each token once, and the head sees the positions that predict something. For letters the head is all there is to
-    save: a ratio just below 1 / (1 − `head_share`), the head's share of lm-eval's. Attention counts the pairs of tokens
-    of which one sees the other.
-    """
-    config, head = model.config, model.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
-    per_pair = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    counts = np.zeros((2, 3))  # lm-eval's and our tokens, pairs of tokens, positions that the head sees
-    for item in items:
-        size = len(item.prompt_ids)
-        read = [size + len(beginning) for beginning in {tuple(answer[:-1]) for answer in item.answer_ids}]
-        branches = {tuple(answer[:n]) for answer in item.answer_ids for n in range(1, len(answer))}
-        counts[0] += [sum(read), sum(n * (n + 1) / 2 for n in read), sum(read)]
-        seen = size * (size + 1) / 2 + sum(size + len(branch) for branch in branches)
-        counts[1] += [size + len(branches), seen, 1 + len(branches)]
-    theirs, ours = counts @ [linear, per_pair, head.weight.numel()] / 1e9
-    share = counts[0, 2] * head.weight.numel() / 1e9 / theirs
-    return {"lm_eval": theirs, "medkit": ours, "ratio": theirs / ours, "head_share": share}
-
-
 def compare(
     model, tokenizer, questions: dict[str, pd.DataFrame], rounds: int, tasks: Collection[str]
 ) -> dict[str, dict]:
@@ -231,7 +217,6 @@ def compare(
                     }
                 )
             found[name] = summarise(samples, ours, list(questions[task.source].answer)) | {"rounds_s": rounds_s}
-            found[name]["multiply_adds"] = multiply_adds(model, items)
             print(name, json.dumps(found[name]), flush=True)
     return found
 
@@ -289,21 +274,11 @@ def ratios(found: dict[str, dict]) -> dict[str, Ratio]:
     return rows
 
 
-def earlier(directory: Path, model: str) -> dict[str, dict]:
-    """What an earlier run with the same model and versions found per task: all of it at full size takes hours."""
-    path = raw_path("lm_eval_agreement", directory)
-    if not path.is_file():
-        return {}
-    record = json.loads(path.read_text())
-    same = record["setup"]["model"] == model and record["setup"]["versions"] == versions(*VERSIONS)
-    return record["raw"]["tasks"] if same else {}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="a model on this machine; default the tiny profile's")
     parser.add_argument("--limit", type=int, help="questions per set, drawn at random; default all")
-    parser.add_argument("--task", choices=TASKS, action="append", help="default all; what others gave earlier is kept")
+    parser.add_argument("--task", choices=TASKS, action="append", help="default all")
     parser.add_argument("--rounds", type=int, default=3, help="parts of each set, on which both take turns")
     parser.add_argument("--threads", type=int, default=1, help="more only on an idle machine")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -325,9 +300,6 @@ def main() -> None:
     now = {"date": datetime.now(UTC).date().isoformat(), "limit": args.limit, "loadavg_before": before}
     now |= {"loadavg_after": os.getloadavg(), "threads": args.threads}
     found = {name: result | now for name, result in found.items()}
-    if args.task:
-        found = earlier(args.output, folder.name) | found
-    found = {name: found[name] for name in TASKS if name in found}
     setup = {
         "model": folder.name, "dtype": "float32",
         "items": {name: result["items"] for name, result in found.items()},
@@ -339,7 +311,6 @@ def main() -> None:
         "versions": versions(*VERSIONS),
     }  # fmt: skip
     write("lm_eval_agreement", setup, ratios(found), {"tasks": found}, args.output)
-    print(result_path("lm_eval_agreement", args.output).read_text().partition('"raw"')[0])
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """Which request waits for which: sequential, static and continuous batching, and llama.cpp's slots, on one student.
 
-Prompts are validation and test questions of a finished run, all there at once. `skewed`: log-normal lengths of answers.
-`equal`: 64 questions, answers of one length. `shared_prefix`: solved training questions before every question, with and
-without sharing the pages of the prefix. transformers runs float32; llama.cpp reads the same weights as F16 and the
+Prompts are questions of a finished run that no training saw, all there at once. `skewed`: log-normal lengths of
+answers. `equal`: answers of one length. `shared_prefix`: solved training questions before every question, with and
+without sharing the memory of the prefix. transformers runs float32; llama.cpp reads the same weights as F16 and the
 run's edge file. All engines in turns after a warm-up of two requests. Units: seconds, tokens/s.
 """
 
-import argparse
-import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -15,18 +13,14 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pandas as pd
-import torch
-from record import RESULTS, Ratio, result_path, versions, write
 
-from medkit.data import splits
+from benchmarks.inputs import STUDENT, load_student, make_parser, read_rows
+from benchmarks.record import Ratio, versions, write
 from medkit.inference import workloads
 from medkit.inference.server_engine import ServerEngine, llama_server
 from medkit.inference.torch_engine import SCHEDULERS, TorchEngine
-from medkit.modeling import loading
 from medkit.modeling.engine import Engine, Generation, Request
-from medkit.params import load_params
 from medkit.quantization import gguf_export
-from medkit.stage import ROOT
 
 OVER_STATIC, OVER_SEQUENTIAL = 2.0, 4.0  # goals: throughput of continuous batching at skewed requests
 BATCH = 8  # rows of a static batch that is smaller than the workload, and llama.cpp's slots
@@ -49,14 +43,6 @@ class InBatches:
         return answers
 
 
-def read_run(run: Path, number: int) -> tuple[pd.DataFrame, list[dict]]:
-    """`number` questions that no training saw, and SHOTS solved training questions."""
-    questions = pd.read_parquet(run / "01_data" / "questions.parquet")
-    unseen = questions[questions.split.isin(["valid", "test"])].sample(number, random_state=0)
-    shots = splits.training_rows(questions, "labelled").sample(SHOTS, random_state=0)
-    return unseen, shots.to_dict("records")
-
-
 def time_part(engines: dict[str, Engine], requests: Sequence[Request], repeats: int) -> tuple[pd.Series, dict]:
     """Median throughput of each engine, and its share of answers that are equal to the first engine's."""
     table, answers = workloads.time_in_turns(engines, requests, repeats, warm_up=2)
@@ -67,36 +53,27 @@ def time_part(engines: dict[str, Engine], requests: Sequence[Request], repeats: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
-    parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
+    parser = make_parser(__doc__)
     parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--equal", type=int, default=64, help="requests of the part with equal lengths")
     parser.add_argument("--median", type=int, default=16, help="tokens of the middle answer")
     parser.add_argument("--longest", type=int, default=128, help="tokens of the longest answer")
-    parser.add_argument("--repeats", type=int, default=5, help="timed passes per engine, after a warm-up")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
 
-    torch.set_num_threads(args.threads)
-    params, folder = load_params(args.params), args.run / "03_lora" / "merged"
-    tokenizer, model = loading.load_tokenizer(folder), loading.load_model(folder, params.models)
-    questions, shots = read_run(args.run, max(args.requests, args.equal))
+    tokenizer, model, params = load_student(args)
+    questions = read_rows(args, params, "valid", "test", number=args.requests)
+    shots = read_rows(args, params, "labelled", number=SHOTS).to_dict("records")
     prompts = workloads.encode_prompts(tokenizer, questions)
     helped = workloads.encode_prompts(tokenizer, questions.head(args.requests // 2), shots)
     parts = {
-        "skewed": workloads.skewed(prompts[: args.requests], args.median, args.longest, seed=0),
-        "equal": workloads.equal(prompts[: args.equal], args.median),
+        "skewed": workloads.skewed(prompts, args.median, args.longest, seed=0),
+        "equal": workloads.equal(prompts, args.median),
         "shared_prefix": workloads.equal(helped, args.median),
     }
     with ExitStack() as stack:
 
         def in_torch(scheduler: str, **settings) -> TorchEngine:
-            engine = TorchEngine(
-                model, tokenizer.pad_token_id, scheduler=scheduler, batch_tokens=BATCH_TOKENS, **settings
-            )
-            return stack.enter_context(closing(engine))
+            settings |= {"scheduler": scheduler, "batch_tokens": BATCH_TOKENS}
+            return stack.enter_context(closing(TorchEngine(model, tokenizer.pad_token_id, **settings)))
 
         engines = {scheduler: in_torch(scheduler) for scheduler in SCHEDULERS}
         unshared = in_torch("continuous", prefix_sharing=False)
@@ -134,18 +111,17 @@ def main() -> None:
     gain = Ratio(shared["continuous"] / shared["not shared"], None, "higher", args.repeats)
     ratios["shared_prefix/continuous/throughput_with_over_without"] = gain
     setup = {
-        "student": "03_lora/merged of a finished run, float32; llama.cpp: the same weights in F16, and the edge file",
-        "threads": args.threads,
-        "slots": BATCH,
+        "student": f"{STUDENT} of a finished run, float32; llama.cpp: the same weights in F16, and the edge file",
+        "threads": args.threads, "slots": BATCH,
         "decoding": "greedy, no end token: exactly as many tokens as asked",
-        "answers": {name: [r.max_new_tokens for r in requests] for name, requests in parts.items()},
-        "prompts": {name: [len(r.prompt_ids) for r in requests] for name, requests in parts.items()},
+        "requests": {name: len(requests) for name, requests in parts.items()},
+        "answer_tokens": {name: sum(r.max_new_tokens for r in requests) for name, requests in parts.items()},
+        "prompt_tokens": {name: sum(len(r.prompt_ids) for r in requests) for name, requests in parts.items()},
         "statistic": "median over repeats",
         "versions": versions("torch", "transformers", "xllamacpp"),
-    }
+    }  # fmt: skip
     medians = {part: speed.to_dict() for part, speed in speeds.items()}
     write("batching", setup, ratios, {"tokens_per_s": medians, "answers_equal": agreements}, args.output)
-    print(result_path("batching", args.output).read_text())
 
 
 if __name__ == "__main__":

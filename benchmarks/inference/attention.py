@@ -5,7 +5,6 @@ takes beyond it is attention's own time, scores, softmax and mask included. Rand
 The next step after a prefill reads its whole cache. All contenders in turns, in one process. Units: seconds.
 """
 
-import argparse
 import importlib.util
 import os
 import time
@@ -14,10 +13,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
-from record import RESULTS, Ratio, result_path, versions, write
 from torch import nn
 from transformers import AttentionInterface, DynamicCache
 
+from benchmarks.inputs import STUDENT, make_parser
+from benchmarks.record import Ratio, versions, write
 from medkit import plotting
 from medkit.modeling import loading
 from medkit.params import load_params
@@ -104,14 +104,9 @@ def draw(found: pd.DataFrame, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
-    parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
+    parser = make_parser(__doc__)
     parser.add_argument("--max-context", type=int, default=CONTEXTS[-1])
     parser.add_argument("--longest-eager", type=int, default=CONTEXTS[-1], help="eager holds S² scores per head")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--figure", type=Path, default=ROOT / "docs" / "figures" / "attention.png")
     args = parser.parse_args()
 
@@ -121,7 +116,7 @@ def main() -> None:
     params = load_params(args.params).models
     if loading.pick_device(params.device).type == "cuda":  # FlashAttention takes 16 bits only
         params = params.model_copy(update={"dtype": "bfloat16"})
-    model = loading.load_model(args.run / "03_lora" / "merged", params)
+    model = loading.load_model(args.run / STUDENT, params)
     contexts = [c for c in CONTEXTS if c <= min(args.max_context, model.config.max_position_embeddings)]
     table = time_contexts(model, contexts, args.repeats, args.longest_eager)
     found = shares(table)
@@ -137,7 +132,7 @@ def main() -> None:
                     ratio = by[f"{phase}_s"][context, backend] / by[f"{phase}_s"][context, "sdpa"]
                     ratios[f"{phase}/{context}/{backend}_over_sdpa"] = Ratio(ratio, None, "lower", args.repeats)
     setup = {
-        "model": "03_lora/merged of a tiny run", "dtype": str(model.dtype), "batch": 1, "threads": args.threads,
+        "model": f"{STUDENT} of a tiny run", "dtype": str(model.dtype), "batch": 1, "threads": args.threads,
         "decode": f"median of {STEPS} steps after the prefill", "without": "attention replaced by its query",
         "statistic": "median over repeats, backends in turns", "load_before": load, "load_after": os.getloadavg(),
         "versions": versions("torch", "transformers", "flash-attn"),
@@ -145,7 +140,6 @@ def main() -> None:
     raw = {"passes": table.to_dict("records"), "medians": found.to_dict("records")}
     write("attention", setup, ratios, raw, args.output)
     draw(found, args.figure)
-    print(result_path("attention", args.output).read_text().partition('"raw"')[0])
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from record import RESULTS, Ratio, result_path, versions, write
 
+from benchmarks.record import RESULTS, Ratio, result_path, versions, write
 from medkit.data import splits as data
 from medkit.distillation import entities, losses, rationales, teacher_cache
 from medkit.distillation.pruning import order_by_difficulty

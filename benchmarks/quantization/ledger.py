@@ -9,7 +9,6 @@ on the CPU and bfloat16 on CUDA. A quantised model on the CPU holds more than a 
 from stays mapped (`checkpoint_mapped`), and at the first pass bitsandbytes repacks NF4 layers beside it. Units: bytes.
 """
 
-import argparse
 import gc
 import itertools
 import json
@@ -22,9 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from record import RESULTS, Ratio, result_path, versions, write
 from transformers import AutoConfig, DynamicCache
 
+from benchmarks.inputs import STUDENT, make_parser
+from benchmarks.record import Ratio, versions, write
 from medkit.modeling import loading
 from medkit.params import Params, load_params
 from medkit.quantization import activation_memory, memory_ledger, plans, quantize
@@ -120,25 +120,31 @@ def mapped_bytes() -> int:
 
 
 def in_a_process(form: str, folder: Path, batch: int, context: int, settings: dict[str, str]) -> dict[str, int]:
-    command = [sys.executable, __file__, "--one", form, str(folder), str(batch), str(context)]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.quantization.ledger",
+        "--one",
+        form,
+        str(folder),
+        str(batch),
+        str(context),
+    ]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    done = subprocess.run(command, capture_output=True, text=True, env=inherited | settings)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=inherited | settings, cwd=ROOT)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__, repeats=3)
     parser.add_argument("--folder", type=Path, help="a model on this machine; default the tiny profile's")
-    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument(
         "--one", nargs=4, metavar=("FORM", "FOLDER", "BATCH", "CONTEXT"), help="measure once, print json"
     )
     args = parser.parse_args()
-    params = load_params(ROOT / "params" / "tiny.yaml")
+    params = load_params(args.params)
     if args.one:
         form, folder, batch, context = args.one
         print(json.dumps(measured(form, Path(folder), params, int(batch), int(context))))
@@ -147,7 +153,7 @@ def main() -> None:
     folders = {
         UNQUANTISED: args.folder or loading.local_folder(params.models.teacher),
         PLAN: args.run / "04_quantization" / "plan",
-        NF4: args.run / "03_lora" / "merged",
+        NF4: args.run / STUDENT,
     }
     rows = []
     for form, (batch, context) in itertools.product(folders, SHAPES):
@@ -171,7 +177,7 @@ def main() -> None:
         name = name if form == UNQUANTISED else f"{form}/{name}"
         ratios[name] = Ratio(max(errors), goal, "lower", args.repeats)
     setup = {
-        "model": folders[UNQUANTISED].name, "quantised": "plan and merged student of a tiny run",
+        "model": folders[UNQUANTISED].name, "quantised": "plan and student of a tiny run",
         "dtype": str(DTYPE).removeprefix("torch."), "attention": "sdpa", "logits_to_keep": 1,
         "shapes": SHAPES, "repeats": args.repeats, "statistic": "median over processes, largest error over shapes",
         "measured": "peak above the libraries' own memory; resident set on the CPU, allocator on CUDA",
@@ -179,7 +185,6 @@ def main() -> None:
         "versions": versions("torch", "transformers", "bitsandbytes"),
     }  # fmt: skip
     write("ledger", setup, ratios, {"shapes": rows}, args.output)
-    print(result_path("ledger", args.output).read_text().partition('"raw"')[0])
 
 
 if __name__ == "__main__":

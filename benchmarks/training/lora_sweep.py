@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from record import RESULTS, Ratio, raw_path, versions, write
 
+from benchmarks.record import RESULTS, Ratio, raw_path, versions, write
 from medkit import sources
 from medkit.data import splits
 from medkit.evaluation import accuracy
