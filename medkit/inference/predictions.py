@@ -19,6 +19,8 @@ from medkit.modeling.option_scoring import Item, score_options
 from medkit.prompts import templates
 from medkit.stage import MedkitError
 
+WRITE_TOKENS = 4096  # at least, for a batch that writes: each step reads all weights, for 20 rows as for 70
+
 
 def choose_questions(
     questions: pd.DataFrame,
@@ -97,6 +99,7 @@ def _generate(
     model: nn.Module, tokenizer, prompts: Sequence[Sequence[int]], batch_tokens: int, max_new_tokens: int
 ) -> list[tuple[str, int]]:
     """Text and length in tokens (end token included) of the greedy answer to each prompt."""
+    batch_tokens = max(batch_tokens, WRITE_TOKENS)
     engine = TorchEngine(model, tokenizer.pad_token_id, scheduler="static", batch_tokens=batch_tokens)
     answers = engine.generate([Request(prompt, max_new_tokens, (tokenizer.eos_token_id,)) for prompt in prompts])
     return [(tokenizer.decode(a.token_ids, skip_special_tokens=True), len(a.token_ids)) for a in answers]

@@ -7,16 +7,13 @@ so an untrained adapter changes nothing. Variants:
 - `dora` (arXiv 2402.09353): W' = m · (W + s·B·A) / ‖W + s·B·A‖, norms by row; m (out) is learned and starts as ‖W‖.
 - `pissa` (arXiv 2404.02948): B·A starts as the largest singular directions of W, and W keeps the rest.
 - `lora_plus` (arXiv 2402.12354): LoRA whose B learns `LORA_PLUS_RATIO` times as fast as A.
-
-The base may be stored in 4 bits (QLoRA, arXiv 2305.14314).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import bitsandbytes as bnb
 import pandas as pd
 import torch
 from accelerate import PartialState
@@ -46,7 +43,7 @@ class AdapterError(MedkitError):
     """An adapter that does not fit its model; the message names the module."""
 
 
-# --- attach and train ---
+# --- attach ---
 
 
 @loading.quiet_transformers()
@@ -54,7 +51,7 @@ def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
     """The model with a fresh adapter; only the adapter's weights require gradients.
 
     Raises AdapterError if a target module is not a linear layer of the model, or is tied to the embeddings, which
-    merging would change as well. If layers are in NF4, attach before the first forward pass.
+    merging would change as well.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     known = {_last(name) for name in linear}
@@ -64,11 +61,6 @@ def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
     tied = [name for name, module in linear.items() if module.weight is shared]
     if {_last(name) for name in tied} & set(section.target_modules):
         raise AdapterError(f"target_modules {tied}: tied to the embeddings, which merging would change as well")
-    in_4_bits = [name for name, module in linear.items() if isinstance(module, bnb.nn.Linear4bit)]
-    if section.variant == "pissa" and (fixed := [n for n in in_4_bits if _last(n) in section.target_modules]):
-        raise AdapterError(f"{fixed[0]!r} is in 4 bits, and pissa changes base weights; use another variant")
-    for name in in_4_bits:
-        _keep_differentiable(name, linear[name])
     torch.manual_seed(seed)
     config = LoraConfig(
         r=section.rank,
@@ -85,13 +77,6 @@ def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
     return adapted
 
 
-def _keep_differentiable(name: str, layer: bnb.nn.Linear4bit) -> None:
-    """Disable the kernel that bitsandbytes uses on CPUs with AVX512-BF16: it rounds to bf16 and has no gradient."""
-    if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-        raise AdapterError(f"{name!r} was repacked by a forward pass and has no gradient; load the model again")
-    layer.support_avx512bf16_for_cpu = False
-
-
 def make_optimizer(model: nn.Module, section: AdapterParams, learning_rate: float) -> torch.optim.Optimizer | None:
     """The AdamW of LoRA+, in which B learns faster than A; None for the other variants."""
     if section.variant != "lora_plus":
@@ -100,15 +85,18 @@ def make_optimizer(model: nn.Module, section: AdapterParams, learning_rate: floa
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Numbers of trainable and of all weights. Tied weights count once, weights in 4 bits by their decoded shape."""
-    sizes = {}
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)
-        sizes[parameter.data_ptr()] = (state.shape if state else parameter.shape).numel(), parameter.requires_grad
+    """Numbers of trainable and of all weights; tied weights count once."""
+    sizes = {p.data_ptr(): (p.numel(), p.requires_grad) for p in model.parameters()}
     return sum(n for n, trains in sizes.values() if trains), sum(n for n, _ in sizes.values())
 
 
 # --- train ---
+
+
+def adapter_rows(questions: pd.DataFrame, params: Params) -> pd.DataFrame:
+    """The labelled rows of `lora.source`, the new form that the adapter learns."""
+    rows = splits.training_rows(questions, "labelled")
+    return rows[rows.source == params.lora.source]
 
 
 def train_adapter(stage: Stage, params: Params, examples: Sequence[Example]) -> tuple[PeftModel, pd.DataFrame]:
@@ -132,8 +120,7 @@ def train_stage(run: str, params: Params) -> pd.DataFrame:
     with open_stage(run, "03_lora", params) as stage:
         questions = pd.read_parquet(stage.require("01_data", "questions.parquet"))
         tokenizer = loading.load_tokenizer(stage.require("02_distillation", "student_kd"))
-        examples = batches.encode_questions(tokenizer, splits.training_rows(questions, "labelled"))
-        model, log = train_adapter(stage, params, examples)
+        model, log = train_adapter(stage, params, batches.encode_questions(tokenizer, adapter_rows(questions, params)))
         if PartialState().is_main_process:
             loading.save_model(merge(model), tokenizer, stage.path("merged"))
     return log
@@ -168,37 +155,12 @@ def singular_values(model: PeftModel) -> dict[str, torch.Tensor]:
     With B = Q_B·R_B and Aᵀ = Q_A·R_A they are those of the small s·R_B·R_Aᵀ. For DoRA: before the rescaling by row.
     Raises AdapterError for a PiSSA adapter in training, whose B·A holds a part of W: load the saved one.
     """
-    return {name: torch.linalg.svdvals(_core(layer)[1]) for name, layer in _adapted(model).items()}
-
-
-@torch.no_grad()
-def truncate(model: PeftModel, ranks: Mapping[str, int]) -> None:
-    """Keep the `ranks[module]` largest singular directions of each module's update, in place.
-
-    It is the best update of that rank (Eckart and Young). Raises as `singular_values`.
-    """
+    values = {}
     for name, layer in _adapted(model).items():
-        scale, core, left, right = _core(layer)
-        u, values, v = torch.linalg.svd(core, full_matrices=False)
-        rank, half = min(ranks[name], len(values)), (values / scale).sqrt()
-        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        a.zero_()
-        b.zero_()
-        a[:rank] = half[:rank, None] * (v[:rank] @ right.T)
-        b[:, :rank] = left @ u[:, :rank] * half[:rank]
-
-
-def rank_of_energy(values: torch.Tensor, share: float) -> int:
-    """The smallest rank whose singular values (largest first) hold this share of all squares; 0 if all are zero."""
-    energy = values.double().square().cumsum(0)
-    return int((energy < share * energy[-1] * (1 - 1e-12)).sum()) + 1 if energy[-1] > 0 else 0
-
-
-def _core(layer: LoraLayer) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """s, s·R_B·R_Aᵀ, Q_B (out, ·) and Q_A (in, ·)."""
-    left, r_b = torch.linalg.qr(layer.lora_B["default"].weight.float())
-    right, r_a = torch.linalg.qr(layer.lora_A["default"].weight.float().T)
-    return layer.scaling["default"], layer.scaling["default"] * r_b @ r_a.T, left, right
+        r_b = torch.linalg.qr(layer.lora_B["default"].weight.float()).R
+        r_a = torch.linalg.qr(layer.lora_A["default"].weight.float().T).R
+        values[name] = layer.scaling["default"] * torch.linalg.svdvals(r_b @ r_a.T)
+    return values
 
 
 def _adapted(model: PeftModel) -> dict[str, LoraLayer]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -11,6 +11,23 @@ import torch
 from matplotlib.figure import Figure
 
 from medkit import plotting
+from medkit.variants import VARIANTS
+
+
+def plot_rates(rates: pd.DataFrame, title: str) -> Figure:
+    """`evaluation.measure_records` of one source: a group of bars per metric, a bar with its interval per variant."""
+    figure, ax = plt.subplots()
+    metrics, variants = rates.metric.unique(), rates.variant.unique()
+    width = 0.8 / len(variants)
+    for i, name in enumerate(variants):
+        part = rates[rates.variant == name].set_index("metric").loc[metrics].fillna(0)
+        at, spread = np.arange(len(metrics)) + i * width, [part.value - part.ci_low, part.ci_high - part.value]
+        look = VARIANTS[name]
+        ax.bar(at, part.value, width, yerr=spread, color=look.colour, label=look.label, error_kw={"lw": 1.5})
+    ax.set_xticks(np.arange(len(metrics)) + 0.4 - width / 2, [metric.replace("_", " ") for metric in metrics])
+    ax.set(ylabel="share", ylim=(0, 1.02), title=title)
+    ax.legend()
+    return figure
 
 
 def tabulate_spectrum(values_by_module: Mapping[str, torch.Tensor]) -> pd.DataFrame:
@@ -26,31 +43,26 @@ def tabulate_spectrum(values_by_module: Mapping[str, torch.Tensor]) -> pd.DataFr
 
 
 def plot_spectrum(spectrum: pd.DataFrame) -> Figure:
-    """Energy in the largest directions by kind of module: the median over layers, and a band from 10 to 90 %."""
+    """Energy in the largest directions by kind of module, median over layers."""
     energy = spectrum.assign(energy=spectrum.groupby(["layer", "kind"]).share.cumsum())
-    quantiles = energy.groupby(["kind", "direction"], sort=False).energy.quantile([0.1, 0.5, 0.9]).unstack()
     figure, ax = plt.subplots()
-    kinds = spectrum.kind.unique()
-    for kind, colour in zip(kinds, plt.cm.viridis(np.linspace(0, 0.85, len(kinds))), strict=True):
-        band = quantiles.loc[kind]
-        ax.plot(band.index, band[0.5], "o-", ms=4, color=colour, label=kind)
-        ax.fill_between(band.index, band[0.1], band[0.9], color=colour, alpha=0.12)
-    ranks = np.arange(1, spectrum.direction.max() + 1)
-    ax.plot(ranks, ranks / len(ranks), "--", color="grey", label="all equal")
-    title = "Energy of the update in its largest directions, median of layers (band: 10 to 90 %)"
+    kinds = energy.pivot_table("energy", "direction", "kind", "median", sort=False)
+    kinds.plot(ax=ax, style="o-", ms=4, colormap="viridis")
+    ax.plot(kinds.index, kinds.index / len(kinds), "--", color="grey", label="all equal")
+    title = "Energy of the update in its largest directions, median of layers"
     ax.set(xlabel="directions kept", ylabel="share of the squared singular values", title=title, ylim=(0, 1.02))
     ax.legend()
     return figure
 
 
-def plot_changes(table: pd.DataFrame, value: str, labels: Sequence[str], colours: Sequence[str], title: str) -> Figure:
-    """Paired differences of the loss with their intervals (`ci_low`, `ci_high`), one row of the table below another."""
-    figure, ax = plt.subplots(figsize=(plotting.SIZE[0], 0.8 + 0.42 * len(table)))
-    spread = [table[value] - table.ci_low, table.ci_high - table[value]]
-    ax.errorbar(table[value], table.index, xerr=spread, fmt="none", ecolor=colours, lw=2.5)
-    ax.scatter(table[value], table.index, color=colours, zorder=3)
+def plot_changes(changes: pd.DataFrame, title: str) -> Figure:
+    """Changes of the loss (`nll_change`) of NF4 models with their intervals, one row of the table below another."""
+    figure, ax = plt.subplots(figsize=(plotting.SIZE[0], 0.8 + 0.42 * len(changes)))
+    spread = [changes.nll_change - changes.ci_low, changes.ci_high - changes.nll_change]
+    ax.errorbar(changes.nll_change, changes.index, xerr=spread, fmt="o", color=VARIANTS["nf4"].colour, lw=2.5)
     ax.axvline(0, color="grey", lw=1)
-    ax.set_yticks(table.index, labels)
-    ax.set_ylim(len(table) - 0.4, -0.6)
+    labels = [f"{row.model} ({row.top1_changed:.1%} of top tokens changed)" for row in changes.itertuples()]
+    ax.set_yticks(changes.index, labels)
+    ax.set_ylim(len(changes) - 0.4, -0.6)
     ax.set(xlabel="nats per token, paired, 95 % interval", title=title)
     return figure

@@ -8,7 +8,6 @@ from medkit.lora import adapters
 from medkit.lora.adapters import AdapterError
 from medkit.modeling import loading, train_once
 from medkit.params import AdapterParams
-from medkit.quantization import plans, quantize, rowwise
 
 IDS = torch.tensor([[5, 9, 17, 33, 4, 8]])
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -225,82 +224,13 @@ def test_singular_values_are_those_of_the_dense_update(make_llama, variant):
         torch.testing.assert_close(values, torch.linalg.svdvals(dense[name])[:4], rtol=1e-5, atol=1e-6)
 
 
-def test_truncation_is_the_best_update_of_its_rank(make_llama):
-    model = attached(make_llama)
-    dense = updates(model)
-    for ranks in ([4, 4, 4, 4], [3, 2, 1, 0], [1, 1, 1, 0]):  # smaller ones may follow
-        kept = {name: ranks[i % 4] for i, name in enumerate(dense)}
-        adapters.truncate(model, kept)
-        for name, update in updates(model).items():
-            u, values, v = torch.linalg.svd(dense[name])
-            k = kept[name]
-            torch.testing.assert_close(update, u[:, :k] * values[:k] @ v[:k], rtol=0, atol=1e-5)
-    assert torch.isfinite(logits(model)).all()
-
-
-def test_the_rank_of_an_energy():
-    values = torch.tensor([3.0, 2.0, 1.0, 0.0])  # squares 9, 4, 1, 0 of 14
-    shares = [0.0, 9 / 14, 9.01 / 14, 13 / 14, 13.01 / 14, 1.0]
-    assert [adapters.rank_of_energy(values, share) for share in shares] == [1, 1, 2, 2, 3, 3]
-    assert adapters.rank_of_energy(torch.zeros(4), 0.9) == 0
-
-
 def test_pissa_in_training_is_taken_apart_only_after_saving(make_llama, tmp_path):
     model = attached(make_llama, variant="pissa")
-    for ask in (adapters.singular_values, lambda model: adapters.truncate(model, {})):
-        with pytest.raises(AdapterError, match="save it"):
-            ask(model)
+    with pytest.raises(AdapterError, match="save it"):
+        adapters.singular_values(model)
     saved = adapters.load_adapter(make_llama(), train_once.save_adapter(model, tmp_path / "adapter"))
     change = {name: w.detach() for name, w in adapters.merge(model).named_parameters()}
     base = dict(make_llama().named_parameters())
     for name, values in adapters.singular_values(saved).items():
         dense = torch.linalg.svdvals(change[f"{name}.weight"] - base[f"{name}.weight"].detach())
         torch.testing.assert_close(values, dense[: len(values)], rtol=0, atol=1e-4)
-
-
-# --- over 4 bits ---------------------------------------------------------------------------------------------------
-
-
-def quantised(model, double_quant=True):
-    return quantize.apply_plan(model, plans.nf4_plan(quantize.weight_shapes(model)), double_quant)
-
-
-def nf4_llama(make_llama, layers=2):
-    return quantised(make_llama(layers=layers, intermediate_size=128))
-
-
-@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "lora_plus"])
-def test_gradients_over_4_bits_are_those_over_the_decoded_weights_even_after_an_evaluation(make_llama, variant):
-    """bitsandbytes' kernel for inference on CPUs has none, and a layer that has used it would stay with it."""
-
-    def gradients(model):
-        model = as_if_trained(adapters.attach(model, adapter(variant=variant), seed=0))
-        with torch.inference_mode():
-            model.eval()(IDS)
-        model.train()(IDS).logits.square().sum().backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-
-    decoded, stored = make_llama(layers=2, intermediate_size=128), nf4_llama(make_llama)
-    for name, layer in stored.named_modules():
-        if hasattr(layer, "quant_state"):
-            decoded.get_submodule(name).weight.data = rowwise.dequantize_nf4(layer.weight)
-    found, expected = gradients(stored), gradients(decoded)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.abs().max().item())
-
-
-def test_a_repacked_base_is_refused(make_llama):
-    model = nf4_llama(make_llama)
-    with torch.no_grad():
-        model(IDS)
-    packed = [
-        n for n, m in model.named_modules() if getattr(getattr(m, "quant_state", None), "packing_format_for_cpu", 0)
-    ]
-    if not packed:
-        pytest.skip("this CPU has no AVX512-BF16")
-    with pytest.raises(AdapterError, match="repacked"):
-        adapters.attach(model, adapter(), seed=0)
-
-
-def test_pissa_over_4_bits_is_refused(make_llama):
-    with pytest.raises(AdapterError, match=r"q_proj.*4 bits"):
-        adapters.attach(nf4_llama(make_llama), adapter(variant="pissa"), seed=0)
