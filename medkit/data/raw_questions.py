@@ -7,6 +7,7 @@ value that cannot be used stays in the record, and `rejection_reason` names it.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from typing import Literal
@@ -14,11 +15,12 @@ from typing import Literal
 import pandas as pd
 
 from medkit.params import AnswerForm
-from medkit.prompts.templates import LETTERS
+from medkit.prompts.templates import FORMS, LETTERS
 from medkit.stage import MedkitError
 
-Kind = Literal["choice", "abstract", "icd_chapter"]
+Kind = Literal["choice", "abstract", "icd_chapter", "record", "record_b"]
 Pool = Literal["train", "valid", "test", "transfer"]
+POOL_SHARES = {"test": 0.35, "valid": 0.05, "train": 0.60}  # of the groups of a source that has no official split
 EXAMPLE_CHARACTERS = 80
 # Two spellings of one thing, each found in the published files: a byte order mark inside MMLU, typographic ligatures
 # in MedMCQA, one-character degrees and both signs for micro in MedQA.
@@ -31,6 +33,16 @@ LETTERED_ANSWER = re.compile(r"\(?([A-Ja-j])(?:[).:]+\s*(.*))?")
 
 class DataError(MedkitError):
     """Data that cannot be used as asked; the message names the source, the value and the cure."""
+
+
+def pool_of_group(group: str, seed: int) -> Pool:
+    """The pool of a group without an official place: by a seeded hash of its name, so the same in every source."""
+    share = int(hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()[:8], 16) / 16**8
+    for pool, size in POOL_SHARES.items():
+        if share < size:
+            return pool
+        share -= size
+    return "train"
 
 
 def clean_text(text: str) -> str:
@@ -135,7 +147,7 @@ def rejection_reason(record: dict) -> str | None:
         return "an option is not text"
     if "" in options:
         return "empty option"
-    if len(options) < 2:
+    if len(options) < 2 and record["kind"] not in FORMS:
         return "fewer than two options"
     if len(options) > len(LETTERS):
         return f"more than {len(LETTERS)} options"

@@ -6,7 +6,6 @@ a question may go to. `take_splits` draws the numbers that the params ask for. N
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,13 +14,13 @@ from typing import get_args
 import numpy as np
 import pandas as pd
 
-from medkit.data import icd10_questions, readers
+from medkit.data import consultations, icd10_questions, readers
 from medkit.data.near_duplicates import group_near_duplicates, grouping_texts
-from medkit.data.raw_questions import DataError, Pool, count_rejected, rejection_reason
+from medkit.data.raw_questions import POOL_SHARES, DataError, Pool, count_rejected, pool_of_group, rejection_reason
 from medkit.params import SPLITS, DatasetParams, digest
 
+MADE = {"icd_chapter": "icd_chapter", "records": "record", "records_b": "record_b"}  # dataset → kind of question
 COLUMNS = ["id", "source", "split", "group", "kind", "question", "context", "options", "answer", "subject"]
-POOL_SHARES = {"test": 0.35, "valid": 0.05, "train": 0.60}  # of the groups of a source that has no official split
 
 
 def load_questions(
@@ -54,21 +53,29 @@ def load_questions(
 def _read_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> Iterator[dict]:
     if dataset.origin.kind == "table":
         return readers.read_table(path, dataset.origin)
-    if name == "icd_chapter":
-        concepts = icd10_questions.read_icd_concepts(path)
-        wanted = [getattr(dataset, split) for split in SPLITS]
-        # a quarter more than the fullest pool needs: pools are drawn by group, so their sizes vary
-        count = -1
-        if "all" not in wanted:
-            needs = {"train": sum(wanted[:3]), "valid": dataset.valid, "test": dataset.test}
-            count = 40 + max(int(1.25 * n / POOL_SHARES[pool]) for pool, n in needs.items())
-        return icd10_questions.make_icd_questions(concepts, count, seed)
+    if name in MADE:
+        return _make_records(name, dataset, path, seed)
     if name not in readers.READERS:
-        known = sorted([*readers.READERS, "icd_chapter"])
+        known = sorted([*readers.READERS, *MADE])
         raise DataError(f"{name}: no reader for this dataset; known: {known}; your own file is of kind `table`")
     if dataset.origin.kind == "hub":
         return readers.read_hub(name, path, dataset.origin.subset)
     return readers.READERS[name](path)
+
+
+def _make_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> Iterator[dict]:
+    """Records of a dataset that is made, a quarter more than the splits need: they are drawn by group."""
+    wanted = [getattr(dataset, split) for split in SPLITS]
+    if "all" not in wanted:
+        needs = {"train": sum(wanted[:3]), "valid": dataset.valid, "test": dataset.test}
+        counts = {pool: int(1.25 * count) + 4 for pool, count in needs.items() if count}
+    elif name != "icd_chapter":
+        raise DataError(f"{name}: consultations have no end; write numbers in data.datasets.{name}, not `all`")
+    if name == "icd_chapter":
+        concepts = icd10_questions.read_icd_concepts(path)
+        count = -1 if "all" in wanted else 40 + max(int(n / POOL_SHARES[pool]) for pool, n in counts.items())
+        return icd10_questions.make_icd_questions(concepts, count, seed)
+    return consultations.make_consultations(consultations.read_drug_names(path), MADE[name], counts, seed)
 
 
 def assign_pools(questions: pd.DataFrame, seed: int, drug_pairs: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -92,15 +99,13 @@ def assign_pools(questions: pd.DataFrame, seed: int, drug_pairs: pd.DataFrame | 
     official = questions.pool.where(questions.pool.notna(), "")
     test_groups = set(questions.group[official == "test"])
     official_groups = set(questions.group[official != ""])
-    bounds = np.cumsum([POOL_SHARES[pool] for pool in ("test", "valid")])
 
     def pick_pool(group: str, place: str) -> str:
         if group in test_groups:
             return "test" if place in ("test", "") else "leak"
         if place or group in official_groups:
             return place or "train"
-        share = int(hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()[:8], 16) / 16**8
-        return ("test", "valid", "train")[int(np.searchsorted(bounds, share, side="right"))]
+        return pool_of_group(group, seed)
 
     questions["pool"] = [pick_pool(group, place) for group, place in zip(questions.group, official, strict=True)]
     questions = questions.head(count)

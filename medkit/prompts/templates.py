@@ -7,7 +7,6 @@ tokenised in one way only.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
@@ -21,16 +20,38 @@ SYSTEM = "Answer briefly."  # without a system turn, some chat templates add a l
 NOT_SURE = "not sure"
 
 
-class PatientRecord(BaseModel):
-    """What a structured extraction returns for a vignette; null or an empty list for what the text does not say."""
+class Record(BaseModel):
+    """What the first hospital writes down after a consultation; null for what was not said."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    age_years: int | None
+    age: int | None
     sex: Literal["female", "male"] | None
-    complaints: list[str]
-    medications: list[str]
-    allergies: list[str]
+    complaint: str | None
+    duration: str | None  # "3 weeks"
+    drug: str | None  # that the patient takes now
+    dose: str | None  # "20 mg"
+    allergy: str | None
+    denies: str | None  # a symptom that is not there
+
+
+class RecordB(BaseModel):
+    """The second hospital's form: abbreviations, other units, and the drug that was stopped."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    band: str | None  # age by decade: "50-59"
+    sx: Literal["f", "m"] | None
+    cc: str | None  # chief complaint
+    days: int | None
+    rx: str | None
+    g: float | None  # dose in grams
+    alg: str | None
+    stop: str | None  # the drug that was stopped
+
+
+FORMS: dict[str, type[BaseModel]] = {"record": Record, "record_b": RecordB}
+"""The form of each kind of question (`data.COLUMNS`) whose answer is a record: one JSON object, in this order."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +63,11 @@ class Template:
     lists_options: bool = False  # the prompt shows the options; then the answer is a letter, else an option's text
     lead: str = ""  # the text before the letter in a full answer
     abstains: bool = False  # "not sure" is a valid answer
-    record: type[BaseModel] | None = None  # the schema of an answer that is one JSON object
 
     @property
     def hash(self) -> str:
         """Changes with any word of the prompt; stored with predictions and with cached log-probabilities."""
-        return digest([asdict(self) | {"record": self.record and self.record.model_json_schema()}, SYSTEM])
+        return digest([asdict(self), SYSTEM])
 
 
 TEXT = Template("text", "")
@@ -65,12 +85,8 @@ ABSTAIN = Template(
     abstains=True,
 )
 ABSTRACT = Template("abstract", "Answer yes, no or maybe.")
-RECORD = Template(
-    "record",
-    "Write this patient's record as one JSON object that follows the schema, with null or an empty list for what the "
-    f"text does not say.\n{json.dumps(PatientRecord.model_json_schema())}",
-    record=PatientRecord,
-)
+RECORD = Template("record", "Write the patient's record as JSON.")
+RECORD_B = Template("record_b", "Fill in form B as JSON.")
 
 # As in the paper (arXiv 2505.00025): one base and one suffix per problem type. It prints neither; these are ours.
 OPEN_BASE = "Answer the question of a patient in plain words. Say what is not known."
@@ -84,11 +100,13 @@ OPEN_SUFFIXES = {
     "other": "",
 }
 OPEN = {problem: Template(problem, f"{OPEN_BASE} {suffix}".strip()) for problem, suffix in OPEN_SUFFIXES.items()}
-TEMPLATES = {t.name: t for t in (TEXT, LETTER, RATIONALE, ABSTAIN, ABSTRACT, RECORD, *OPEN.values())}
+TEMPLATES = {t.name: t for t in (TEXT, LETTER, RATIONALE, ABSTAIN, ABSTRACT, RECORD, RECORD_B, *OPEN.values())}
 
 
 def pick_template(kind: str, scoring: str) -> Template:
     """The template for a kind of question (`data.COLUMNS`) under a scoring method (`params.Scoring`)."""
+    if kind in FORMS:
+        return TEMPLATES[kind]
     if scoring == "letter":
         return LETTER
     return ABSTRACT if kind == "abstract" else TEXT

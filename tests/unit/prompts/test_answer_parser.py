@@ -14,18 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from medkit.prompts.answer_parser import ABSTAINED, normalise, parse, parse_record
-from medkit.prompts.templates import (
-    ABSTAIN,
-    ABSTRACT,
-    LETTER,
-    LETTERS,
-    NOT_SURE,
-    RECORD,
-    TEMPLATES,
-    TEXT,
-    PatientRecord,
-    answers,
-)
+from medkit.prompts.templates import ABSTAIN, ABSTRACT, LETTER, LETTERS, NOT_SURE, TEMPLATES, TEXT, Record, answers
 
 DRUGS = ["aspirin", "insulin", "metformin", "warfarin"]
 GERMS = ["S. aureus", "C. difficile", "B. fragilis", "D. pneumoniae", "E. coli"]
@@ -510,13 +499,14 @@ def test_long_texts_take_no_longer_than_their_length(unit):
     start = time.process_time()
     parse(text, DRUGS, ABSTAIN)
     assert time.process_time() - start < 1
-    assert parse_record(text, PatientRecord) is None
+    assert parse_record(text, Record) is None
     assert time.process_time() - start < 2
 
 
 # --- reading records -----------------------------------------------------------------------------------------------
 
-PATIENT = {"age_years": 43, "sex": "male", "complaints": ["rash"], "medications": [], "allergies": []}
+PATIENT = {"age": 43, "sex": "male", "complaint": "rash", "duration": "2 weeks", "drug": "aspirin", "dose": "100 mg"}
+PATIENT |= {"allergy": None, "denies": "fever"}
 
 
 class Visit(BaseModel):
@@ -534,14 +524,14 @@ class Visit(BaseModel):
         "```\n{}\n```",
         "Here is the record:\n```json\n{}\n```\nAnything else?",
         "The record is {} as asked.",
-        '<think>Perhaps {{}}? Or {{"age_years": 1}}?</think>\n{}',
+        '<think>Perhaps {{}}? Or {{"age": 1}}?</think>\n{}',
         "Two sources [1] say: {}",
     ],
 )
 @pytest.mark.parametrize("indent", [None, 2])
 def test_one_object_is_the_record(form, indent):
     text = form.format(json.dumps(PATIENT, indent=indent))
-    assert parse_record(text, RECORD.record) == PatientRecord(**PATIENT)
+    assert parse_record(text, Record) == Record(**PATIENT)
 
 
 @pytest.mark.parametrize(
@@ -553,7 +543,7 @@ def test_one_object_is_the_record(form, indent):
         "{}",
         "[]",
         "{{}}",
-        '"age_years": 43',
+        '"age": 43',
         json.dumps([PATIENT]),
         json.dumps({"patient": PATIENT}),
         json.dumps(PATIENT)[:-1],
@@ -567,23 +557,23 @@ def test_one_object_is_the_record(form, indent):
         json.dumps(PATIENT).replace("43", "043"),
         json.dumps(PATIENT).replace("43", "NaN"),
         json.dumps(PATIENT).replace('"', "'"),
-        json.dumps(PATIENT).replace("[]}", "[],}"),
+        json.dumps(PATIENT).replace("}", ",}"),
         json.dumps(PATIENT).replace("}", ' // "no"\n}'),
-        json.dumps(PATIENT).replace("{", '{"age_years": 43, '),
-        json.dumps(PATIENT | {"age_years": "43"}),
-        json.dumps(PATIENT | {"age_years": 43.5}),
-        json.dumps(PATIENT | {"age_years": True}),
+        json.dumps(PATIENT).replace("{", '{"age": 43, '),
+        json.dumps(PATIENT | {"age": "43"}),
+        json.dumps(PATIENT | {"age": 43.5}),
+        json.dumps(PATIENT | {"age": True}),
         json.dumps(PATIENT | {"sex": "M"}),
-        json.dumps(PATIENT | {"complaints": "rash"}),
-        json.dumps(PATIENT | {"complaints": [1]}),
+        json.dumps(PATIENT | {"complaint": ["rash"]}),
+        json.dumps(PATIENT | {"complaint": 1}),
         json.dumps(PATIENT | {"name": "X"}),
-        json.dumps({key: value for key, value in PATIENT.items() if key != "allergies"}),
-        '{"age_years":' * 5000,
+        json.dumps({key: value for key, value in PATIENT.items() if key != "allergy"}),
+        '{"age":' * 5000,
     ],
     ids=lambda text: text[:40],
 )
 def test_what_is_not_one_proper_object_is_no_record(text):
-    assert parse_record(text, PatientRecord) is None
+    assert parse_record(text, Record) is None
 
 
 def test_a_schema_is_read_as_json_has_it():
@@ -599,18 +589,18 @@ def test_a_schema_is_read_as_json_has_it():
 @given(
     st.fixed_dictionaries(
         {
-            "age_years": st.none() | st.integers(0, 120),
+            "age": st.none() | st.integers(0, 120),
             "sex": st.sampled_from(["female", "male", None]),
-            **{key: st.lists(st.text('ab {}[]\\"é\n', max_size=8), max_size=3) for key in list(PATIENT)[2:]},
+            **{key: st.none() | st.text('ab {}[]\\"é\n', max_size=8) for key in list(PATIENT)[2:]},
         }
     ),
     st.booleans(),
 )
 def test_every_written_record_reads_back(values, ascii_only):
-    record = PatientRecord(**values)
+    record = Record(**values)
     text = json.dumps(record.model_dump(), ensure_ascii=ascii_only)
-    assert parse_record(f"Record:\n```json\n{text}\n```", PatientRecord) == record
+    assert parse_record(f"Record:\n```json\n{text}\n```", Record) == record
     keys = list(values)
     random.Random(len(text)).shuffle(keys)
-    assert parse_record(json.dumps({key: values[key] for key in keys}), PatientRecord) == record
-    assert parse_record(text + text, PatientRecord) is None
+    assert parse_record(json.dumps({key: values[key] for key in keys}), Record) == record
+    assert parse_record(text + text, Record) is None

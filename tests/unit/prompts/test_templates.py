@@ -1,6 +1,5 @@
 """What a model is asked, and where its answer begins."""
 
-import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,7 +7,19 @@ from types import SimpleNamespace
 import pytest
 
 from medkit.prompts import templates
-from medkit.prompts.templates import ABSTRACT, LETTER, LETTERS, RATIONALE, TEMPLATES, TEXT, answers, encode, render
+from medkit.prompts.templates import (
+    ABSTRACT,
+    LETTER,
+    LETTERS,
+    RATIONALE,
+    RECORD,
+    RECORD_B,
+    TEMPLATES,
+    TEXT,
+    answers,
+    encode,
+    render,
+)
 
 DRUGS = ["aspirin", "insulin", "metformin", "warfarin"]
 A, C = 0, 2
@@ -54,7 +65,9 @@ def test_letters_follow_the_options_there_are(count):
         ("choice", "letter", LETTER),
         ("abstract", "option_text", ABSTRACT),
         ("abstract", "letter", LETTER),
-        ("icd_hard", "option_text", TEXT),
+        ("record", "option_text", RECORD),
+        ("record", "generated", RECORD),
+        ("record_b", "generated", RECORD_B),
         ("icd_chapter", "letter", LETTER),
     ],
 )
@@ -91,11 +104,6 @@ def test_examples_come_before_the_question_with_their_answers():
 def test_examples_reach_a_model_without_a_chat_template():
     prompt, _ = encode(Letters(None), render(question(*DRUGS), TEXT, [{**question(*DRUGS), "answer": C}]))
     assert Letters("").read(prompt) == "Question: Which one?\nAnswer: metformin\n\nQuestion: Which one?\nAnswer:"
-
-
-def test_the_record_template_tells_its_schema():
-    content = render(question(context="A woman of 34 takes metformin."), templates.RECORD)[-1]["content"]
-    assert json.loads(content[content.index("{") :]) == templates.PatientRecord.model_json_schema()
 
 
 def test_every_problem_type_has_its_own_words():
