@@ -103,9 +103,12 @@ def plan_table(params_file: Path, overrides: dict) -> Table:
         table.add_row(
             section, f"{train.epochs:g} epochs, batches of {train.batch_size}, learning rate {train.learning_rate:g}"
         )
+    quantization = params.quantization
     table.add_row(
         "quantization",
-        f"nf4, double quantization {params.quantization.double_quant}; GGUF {params.quantization.gguf_type}",
+        f"nf4, double quantization {quantization.double_quant}; edge file {quantization.edge.layers}, embeddings "
+        f"{quantization.edge.embeddings}; the smaller {quantization.edge_small.layers}, "
+        f"{quantization.edge_small.embeddings}",
     )
     for scoring, sources in params.inference.questions.items():
         table.add_row("inference", f"{scoring}: " + ", ".join(f"{n} {s}" for s, n in sources.items()))

@@ -280,24 +280,38 @@ class LoraParams(Section):
     """Validation rows on which adapter and merged model are compared."""
 
 
-class MemoryParams(Section):
-    """Memory of the device that our plan must fit: weights, scales, a full key-value cache in bf16, activations."""
+class PlanParams(Section):
+    """Our plan: how many bytes it may take, and the context for which the memory of a whole run is computed."""
 
-    total_mb: PositiveFloat
-    """Millions of bytes."""
+    share: Annotated[float, Field(gt=0.0, le=1.0)]
+    """Bytes of all weights with their scales, over their bytes in bf16."""
     batch: PositiveInt
     context: PositiveInt
     """Tokens per sequence, prompt and answer."""
 
 
+BlockFormat = Literal["Q4_0", "Q5_0", "Q8_0"]
+
+
+class EdgeParams(Section):
+    """A GGUF file. Blocks of 32 weights take 4.5 bits per weight in Q4_0, 5.5 in Q5_0, 8.5 in Q8_0."""
+
+    layers: BlockFormat
+    """Of the matrices in the decoder layers."""
+    embeddings: BlockFormat
+    """Of the embeddings and the head."""
+    scale_steps: NonNegativeInt
+    """Optimiser steps in which the scales of the blocks learn from the unquantized student; 0 leaves GPTQ's."""
+
+
 class QuantizationParams(Section):
     double_quant: bool
     """Quantise the block scales of NF4 as well: 4.13 instead of 4.50 bits per weight."""
-    gguf_type: Literal["F16", "Q8_0", "Q4_0", "Q4_1"]
-    """Weight type of the exported GGUF file."""
-    memory: MemoryParams
+    plan: PlanParams
+    edge: EdgeParams
+    edge_small: EdgeParams
     calibration_examples: PositiveInt
-    """Training rows for calibrated rounding (GPTQ) and for the sensitivities."""
+    """Labelled rows for calibrated rounding (GPTQ), learned scales and sensitivities."""
     drift_examples: PositiveInt
     """Validation rows on which quantized models are compared with the student."""
 

@@ -1,13 +1,8 @@
 """Quantization: plans that give each weight a number format, and functions that apply, measure and save them."""
 
-from medkit.quantization.gguf_export import (
-    check_manifest,
-    export_gguf,
-    largest_relative_error,
-    measure_file_bytes,
-    measure_rounding,
-)
-from medkit.quantization.memory_budget import estimate_plan, weight_budget
+from medkit.quantization.gguf_blocks import learn_scales, quantize_blocks, round_to_blocks
+from medkit.quantization.gguf_export import check_manifest, export_gguf, measure_file_bytes
+from medkit.quantization.memory_budget import estimate_plan
 from medkit.quantization.memory_ledger import COMPONENTS, measure_bytes
 from medkit.quantization.merge_quantized import (
     compare_predictions,
@@ -17,6 +12,6 @@ from medkit.quantization.merge_quantized import (
     surviving_share,
 )
 from medkit.quantization.plans import SCHEMES, budget_plan, nf4_plan, paper_plan, random_plan
-from medkit.quantization.plots import plot_ledger, plot_plans, plot_sensitivity
+from medkit.quantization.plots import plot_certificates, plot_ledger, plot_levels, plot_plans, plot_sensitivity
 from medkit.quantization.quantize import apply_plan, load_quantized, save_quantized, weight_shapes
 from medkit.quantization.sensitivity import measure_plans, measure_sensitivity

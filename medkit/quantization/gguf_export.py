@@ -6,7 +6,7 @@ Llama (SmolLM) and Qwen2 checkpoints only. The `gguf` package quantizes the matr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,15 +22,20 @@ if TYPE_CHECKING:  # large imports, which checking a file does not need
     import pandas as pd
     from torch import nn
 
-WEIGHT_TYPES = ("F16", "Q8_0", "Q4_1", "Q4_0")  # what the gguf package writes and every reader reads
+    from medkit.quantization.gguf_blocks import Blocks
+
+WEIGHT_TYPES = ("F16", "Q8_0", "Q5_0", "Q4_0")
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 
 
-def export_gguf(model: nn.Module, tokenizer, path: Path, weight_type: str) -> Path:
+def export_gguf(
+    model: nn.Module, tokenizer, path: Path, weight_type: str = "F16", blocks: Mapping[str, Blocks] | None = None
+) -> Path:
     """Write `model` to one GGUF file, whole or not at all, and then its manifest (`check_manifest`) beside it.
 
-    Two-dimensional weights get `weight_type`, one of WEIGHT_TYPES; rows whose length is no multiple of the block (32)
-    get F16. Raises ExportError for a model or tokenizer that the file cannot hold.
+    The weights of modules in `blocks` are written with their codes and scales as they are. Other matrices are rounded
+    to the nearest of `weight_type`, one of WEIGHT_TYPES; rows that are not whole blocks (of 32) get F16. Raises
+    ExportError for a model or tokenizer that the file cannot hold.
     """
     if weight_type not in WEIGHT_TYPES:
         raise ExportError(f"weight type {weight_type!r} cannot be written; choose one of {', '.join(WEIGHT_TYPES)}")
@@ -40,8 +45,8 @@ def export_gguf(model: nn.Module, tokenizer, path: Path, weight_type: str) -> Pa
             raise ExportError(f"{name} is quantized already: export the model from before it was quantized")
         _gguf_name(name, model.config)  # raises before anything is written
     with atomic_path(path) as scratch:
-        _write_file(model, tokenizer, scratch, gguf.GGMLQuantizationType[weight_type])
-    _write_manifest(path, weight_type, model.config)
+        _write_file(model, tokenizer, scratch, gguf.GGMLQuantizationType[weight_type], blocks or {})
+    _write_manifest(path, model.config)
     return path
 
 
@@ -65,12 +70,15 @@ def _head_dim(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _write_file(model: nn.Module, tokenizer, path: Path, kind: gguf.GGMLQuantizationType) -> None:
+def _write_file(
+    model: nn.Module, tokenizer, path: Path, kind: gguf.GGMLQuantizationType, blocks: Mapping[str, Blocks]
+) -> None:
     config = model.config
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_name("medkit student")
     writer.add_description(DISCLAIMER)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
+    kinds = [gguf.GGMLQuantizationType[b.kind] for b in blocks.values()] or [kind]
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{max(kinds, key=kinds.count).name}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -85,31 +93,30 @@ def _write_file(model: nn.Module, tokenizer, path: Path, kind: gguf.GGMLQuantiza
     writer.add_key_length(_head_dim(config))
     writer.add_value_length(_head_dim(config))
     write_tokenizer(writer, tokenizer, config.vocab_size)
-    for name, values in _exported_weights(model):
-        stored = gguf.GGMLQuantizationType.F32 if values.ndim == 1 else kind
-        if values.ndim > 1 and values.shape[-1] % gguf.GGML_QUANT_SIZES[stored][0]:
-            stored = gguf.GGMLQuantizationType.F16
-        writer.add_tensor(name, gguf.quantize(values, stored), raw_dtype=stored)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        if name.removesuffix(".weight") in blocks:
+            module = blocks[name.removesuffix(".weight")]
+            values, stored = module.pack(), gguf.GGMLQuantizationType[module.kind]
+        else:
+            values, stored = tensor.detach().float().cpu().numpy(), gguf.GGMLQuantizationType.F32
+            if values.ndim > 1:
+                fits = values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
+                stored = kind if fits else gguf.GGMLQuantizationType.F16
+            values = gguf.quantize(values, stored)
+        writer.add_tensor(_gguf_name(name, config), _reorder(name, values, config), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def _exported_weights(model: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
-    """GGUF names and float32 values, rows in GGUF's order. A tied head is not stored twice."""
-    config = model.config
+def _reorder(name: str, rows: np.ndarray, config) -> np.ndarray:
+    """Rows of queries and keys in the order that llama.cpp expects: for Llama in pairs, for others as they are."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    if config.model_type != "llama":
-        heads = {}  # readers of other architectures rotate halves, as transformers does
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        values = tensor.detach().float().cpu().numpy()
-        for projection, num_heads in heads.items():
-            if projection in name:
-                values = permute_rotary(values, num_heads)
-        yield _gguf_name(name, config), values
+    number = heads.get(name.split(".")[-2]) if config.model_type == "llama" else None
+    return permute_rotary(rows, number) if number else rows
 
 
 def permute_rotary(weight: np.ndarray, num_heads: int) -> np.ndarray:
@@ -138,13 +145,12 @@ def manifest_path(path: Path) -> Path:
     return path.with_suffix(".manifest.json")
 
 
-def _write_manifest(path: Path, weight_type: str, config) -> None:
+def _write_manifest(path: Path, config) -> None:
     manifest = {
         "file": path.name,
         "bytes": path.stat().st_size,
         "sha256": sha256_of(path),
         "architecture": config.model_type,
-        "weight_type": weight_type,
         "context_length": config.max_position_embeddings,
         "vocab_size": config.vocab_size,
         "source": Path(config.name_or_path).name or None,
@@ -187,34 +193,3 @@ def measure_file_bytes(path: Path) -> pd.DataFrame:
         rows.append((component, int(tensor.n_elements), int(tensor.n_bytes), 2 * int(tensor.n_elements)))
     table = pd.DataFrame(rows, columns=["component", "weights", "bytes", "bf16_bytes"])
     return table.groupby("component", as_index=False).sum()
-
-
-def measure_rounding(before: nn.Parameter, after: nn.Parameter, weight_type: str) -> tuple[float, float, float]:
-    """Bits per weight of a GGUF type, relative error of rounding `after` to it, and surviving share of the update.
-
-    The share is the projection of the rounded update on the update after − before: 1 is all of it, 0 is nothing. If
-    `before` lies on the levels of the same type and the update is smaller than a step, rounding removes the update.
-    """
-    kind = gguf.GGMLQuantizationType[weight_type]
-    start, end = (w.detach().float().cpu().numpy() for w in (before, after))
-    rounded = gguf.dequantize(gguf.quantize(end, kind), kind).reshape(end.shape)
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    update = end - start
-    share = np.vdot(rounded - start, update) / np.vdot(update, update)
-    return 8 * size / block, float(np.linalg.norm(rounded - end) / np.linalg.norm(end)), float(share)
-
-
-def largest_relative_error(model: nn.Module, path: Path) -> float:
-    """The largest |difference| between a weight in the GGUF file and in the model, over the range of its block of 32.
-
-    Raises ExportError if a weight of the model is missing from the file.
-    """
-    stored, largest = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}, 0.0
-    for name, values in _exported_weights(model):
-        if name not in stored:
-            raise ExportError(f"{path}: {name} is missing; export the file again")
-        read = gguf.dequantize(stored[name].data, stored[name].tensor_type).reshape(values.shape)
-        error = np.abs(read - values).reshape(-1, 32 if values.size % 32 == 0 else values.size)
-        blocks = values.reshape(error.shape)
-        largest = max(largest, float((error / (blocks.max(axis=1) - blocks.min(axis=1) + 1e-12)[:, None]).max()))
-    return largest

@@ -1,7 +1,7 @@
 """Which plan fits the memory of a device: computed from the shapes of a model, without its weights.
 
 Nothing is measured here, so the cost of a plan in accuracy is unknown: the best preset plan is the one with the most
-bits per weight. `plans.budget_plan` chooses by measured sensitivity; `weight_budget` says how many bytes it may use.
+bits per weight. `plans.budget_plan` chooses by measured sensitivity.
 """
 
 from __future__ import annotations
@@ -124,21 +124,3 @@ def estimate_plan(
     cache = kv_cache_bytes(config, batch, context, BF16_BYTES)
     activations = max(activation_bytes(config, shapes, schemes, batch, context, BF16_BYTES).values())
     return Estimate(name, bits, weights, scales, cache, activations)
-
-
-def weight_budget(config: PreTrainedConfig, total_bytes: float, batch: int, context: int) -> int:
-    """Bytes that a plan may use for matrices and scales: the total without cache, activations, norms and biases.
-
-    Activations are those of the plan that needs most: all matrices in NF4, which are decoded whole before use. So a
-    plan within this budget fits the total. Raises ParamsError if not even all NF4 fits.
-    """
-    shapes = model_shapes(config)
-    all_nf4 = {weight.module: "nf4" for weight in shapes if len(weight.shape) == 2}
-    smallest = estimate_plan(config, "nf4_all", all_nf4, batch, context, shapes)
-    if smallest.total > total_bytes:
-        raise ParamsError(
-            f"quantization.memory.total_mb is {total_bytes / 1e6:g}, but with all matrices in NF4 the model takes "
-            f"{smallest.total / 1e6:.1f} MB at batch {batch} and context {context}; raise it, or lower the context"
-        )
-    vectors = sum(BF16_BYTES * weight.count for weight in shapes if weight.module not in all_nf4)
-    return int(total_bytes) - smallest.kv_cache - smallest.activations - vectors

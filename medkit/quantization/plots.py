@@ -5,10 +5,12 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
 from medkit import plotting
+from medkit.quantization.memory_ledger import COMPONENTS
 from medkit.variants import VARIANTS
 
 
@@ -42,17 +44,43 @@ def plot_plans(plans: pd.DataFrame, calibrated_kl: float, positions: int) -> Fig
     return figure
 
 
-def plot_ledger(megabytes: pd.DataFrame) -> Figure:
-    """Stacked bars of MB by component (columns), one bar per variant (rows); the dashed line is the student in bf16."""
-    total = megabytes.sum(axis=1)
+def plot_levels(block: torch.Tensor, levels: torch.Tensor) -> Figure:
+    """Histogram of a block's weights, divided by the largest, between the sixteen levels of NF4."""
+    figure, ax = plt.subplots()
+    ax.hist(block.numpy(), bins=40, color="#d9d9d9", label="the block's 64 weights, scaled")
+    ax.vlines(levels, 0, 8, color="#084594", lw=1, label="the sixteen levels of NF4")
+    ax.set(ylim=(0, 11), xlabel="weight / largest magnitude of the block", ylabel="weights")
+    ax.set_title("A real block between NF4's levels")
+    ax.legend(loc="upper center", ncols=2)
+    return figure
+
+
+def plot_ledger(ledger: pd.DataFrame) -> Figure:
+    """Stacked bars of MB by component, one bar per variant; the dashed line is the student in bf16."""
+    table = 1e-6 * ledger.pivot_table(index="variant", columns="component", values="bytes", aggfunc="sum", fill_value=0)
+    table = table.loc[ledger.variant.unique(), [c for c in COMPONENTS if c in table]]
+    total = table.sum(axis=1)
     figure, ax = plt.subplots(figsize=(plotting.SIZE[0], 3))
-    labels = megabytes.rename(index=lambda name: VARIANTS[name].label)
+    labels = table.rename(index=lambda name: VARIANTS[name].label)
     labels.plot.barh(stacked=True, ax=ax, colormap="viridis", width=0.65)
-    ax.axvline(total["lora"], color="0.4", ls="--", lw=1)
+    ax.axvline(total["student_kd"], color="0.4", ls="--", lw=1)
     for y, mb in enumerate(total):
         ax.annotate(f"{mb:.0f}", (mb, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
     ax.invert_yaxis()
     ax.set(xlabel="MB of weights, bf16 where not quantized", ylabel="", title="Memory of the weights")
     ax.set_xlim(right=1.12 * total.max())
     ax.legend(title="", fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def plot_certificates(certificates: pd.DataFrame) -> Figure:
+    """KL to the student against the share of its bf16 bytes, one point per quantized variant."""
+    figure, ax = plt.subplots()
+    for row in certificates.itertuples():
+        ax.scatter(row.share, row.kl_nats, color=VARIANTS[row.variant].colour, s=70)
+        label = f"{VARIANTS[row.variant].label}\n{row.top1_changed:.1%} of top tokens changed"
+        ax.annotate(label, (row.share, row.kl_nats), (7, -4), textcoords="offset points", fontsize=9)
+    ax.set(yscale="log", xlabel="bytes of all weights, share of the student in bf16", ylabel="KL to the student, nats")
+    ax.set_title("How far each form is from the student")
+    ax.margins(0.25)
     return figure

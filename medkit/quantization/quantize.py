@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from medkit.modeling import loading
 from medkit.modeling.batches import Example
 from medkit.params import ModelsParams
-from medkit.quantization import gptq, memory_ledger, rowwise
+from medkit.quantization import memory_ledger, rowwise
 from medkit.quantization.plans import Plan, PlanError, Shapes, layer_of
 from medkit.quantization.rowwise import Int8Rows, Nf4Rows, QuantizedEmbedding, QuantizedLinear
 from medkit.stage import atomic_path
@@ -78,7 +78,7 @@ def apply_plan(model: nn.Module, plan: Plan, double_quant: bool, calibration: Se
     """
     check_plan(plan, model)
     head = _tied_head(model)
-    calibrated = gptq.calibrate(model, plan.schemes, calibration, double_quant) if calibration else {}
+    calibrated = rowwise.calibrate_nf4(model, plan.schemes, calibration, double_quant) if calibration else {}
     for name, scheme in plan.schemes.items():
         if scheme == "unquantized":
             continue

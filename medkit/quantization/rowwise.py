@@ -8,10 +8,14 @@ multiplies with exactly the weight that `fake_quantize` returns. For inference o
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import bitsandbytes as bnb
 import torch
 from torch import nn
 
+from medkit.modeling.batches import Example
+from medkit.quantization import gptq
 from medkit.quantization.memory_ledger import DECODED_BYTES, NESTED_BLOCK, NF4_BLOCK
 from medkit.quantization.plans import Scheme
 
@@ -125,6 +129,40 @@ def quantize_nf4(weight: torch.Tensor, double_quant: bool) -> bnb.nn.Params4bit:
     if double_quant:  # bitsandbytes shares this table between weights; with a copy each, memory and file agree
         stored.quant_state.state2.code = stored.quant_state.state2.code.clone()
     return stored
+
+
+def round_nf4(weight: torch.Tensor, hessian: torch.Tensor, double_quant: bool) -> bnb.nn.Params4bit:
+    """`weight` (rows, columns) in NF4, rounded for inputs with `hessian` = Σ x xᵀ (columns, columns).
+
+    Scales are those of plain NF4. Rows must be whole blocks.
+    """
+    stored = quantize_nf4(weight, double_quant)
+    state = stored.quant_state
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    scales = absmax.float().view(len(weight), -1).repeat_interleave(NF4_BLOCK, 1)
+    codes = gptq.round_columns(weight.detach().float(), scales, state.code, hessian.float()).flatten()
+    stored.data.copy_((codes[::2] << 4 | codes[1::2]).view_as(stored.data))  # two codes in a byte, the first in front
+    return stored
+
+
+def calibrate_nf4(
+    model: nn.Module, schemes: Mapping[str, Scheme], examples: Sequence[Example], double_quant: bool
+) -> dict[str, bnb.nn.Params4bit]:
+    """Module → weight rounded by GPTQ, for every NF4 linear layer and head among `schemes`. The model stays as it is.
+
+    The other schemes round to the nearest, so that later layers are fitted to inputs that have passed through them.
+    """
+
+    def round_weight(name: str, weight: torch.Tensor, hessian: torch.Tensor | None) -> tuple:
+        if schemes[name] != "nf4" or hessian is None:
+            return None, fake_quantize(weight, schemes[name], double_quant)
+        stored = round_nf4(weight, hessian, double_quant)
+        return stored, dequantize_nf4(stored)
+
+    stored = gptq.calibrate(model, schemes, examples, round_weight)
+    return {name: nf4 for name, nf4 in stored.items() if nf4 is not None}
 
 
 def restore_nf4(tensors: dict[str, torch.Tensor], key: str) -> bnb.nn.Params4bit:

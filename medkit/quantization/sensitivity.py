@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from medkit.modeling import batches as batching
 from medkit.modeling.batches import Example
-from medkit.quantization import gptq, memory_ledger, quantize, rowwise
+from medkit.quantization import memory_ledger, quantize, rowwise
 from medkit.quantization.plans import SCHEMES, Plan, Scheme, layer_of
 
 
@@ -34,7 +34,7 @@ def fake_quantized(
 
     NF4 is rounded to the nearest level, or, with `calibration`, by GPTQ for these examples.
     """
-    calibrated = gptq.calibrate(model, schemes, calibration, double_quant) if calibration else {}
+    calibrated = rowwise.calibrate_nf4(model, schemes, calibration, double_quant) if calibration else {}
     modules = {name: model.get_submodule(name) for name in schemes}
     exact = {name: module.weight.data for name, module in modules.items()}
     try:
@@ -64,9 +64,11 @@ def measure_sensitivity(
     estimated = [(m, s) for m, s in choices if s != "unquantized" and layer_of(m) is not None]
     generator = torch.Generator(model.device).manual_seed(seed)
     squares, positions = dict.fromkeys(estimated, 0.0), 0
-    batches = list(gptq.iterate_batches(model, examples, batch_tokens))
+    batches = batching.bucket_by_length([len(example.input_ids) for example in examples], batch_tokens)
     with _without_weight_gradients(model):
-        for batch in tqdm(batches, desc="sensitivity", unit="batch", delay=2, mininterval=10):
+        for rows in tqdm(batches, desc="sensitivity", unit="batch", delay=2, mininterval=10):
+            batch = batching.collate([examples[i] for i in rows], pad_token_id=0)
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
             for choice, slopes in _slopes(model, batch, estimated, double_quant, generator).items():
                 squares[choice] += slopes.square().sum().item()
             positions += len(batch["labels"])

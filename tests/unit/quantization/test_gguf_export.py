@@ -15,7 +15,7 @@ from medkit.quantization import gguf_export, gguf_tokenizer, plans
 from medkit.quantization import quantize as quantization
 from medkit.quantization.gguf_export import ExportError
 
-BYTES_PER_BLOCK = {"F16": 64, "Q8_0": 34, "Q4_1": 20, "Q4_0": 18}  # of 32 weights
+BYTES_PER_BLOCK = {"F16": 64, "Q8_0": 34, "Q5_0": 22, "Q4_0": 18}  # of 32 weights
 TYPES = list(gguf_export.WEIGHT_TYPES)
 IDS = torch.tensor([[5, 9, 17, 33, 4, 8, 250, 299]])
 TEXTS = [
@@ -153,7 +153,6 @@ def test_the_file_holds_a_qwen2_model(make_qwen2, qwen2_tokenizer, tmp_path, tie
     assert again.config.model_type == "qwen2"
     assert again.config.rope_parameters["rope_theta"] == 1_000_000
     torch.testing.assert_close(logits(again), logits(rounded(model, weight_type)), rtol=0, atol=1e-4)
-    assert gguf_export.largest_relative_error(model, path) < 0.07
     biases = [t for t in gguf.GGUFReader(path).tensors if t.name.endswith(".bias")]
     assert len(biases) == 2 * 3
     assert all(t.tensor_type == gguf.GGMLQuantizationType.F32 for t in biases)
@@ -282,31 +281,6 @@ def test_the_ledger_of_the_file_is_the_analytic_number_of_bytes(make_llama, toke
     assert table.bytes.sum() < path.stat().st_size < table.bytes.sum() + 40_000
 
 
-@pytest.mark.parametrize(
-    ("weight_type", "low", "high"),
-    [("F16", 0.0, 1e-3), ("Q8_0", 1e-3, 0.005), ("Q4_1", 0.03, 0.036), ("Q4_0", 0.03, 0.07)],
-)
-def test_the_error_of_a_weight_is_bounded_by_its_block(make_llama, tokenizer, tmp_path, weight_type, low, high):
-    """Half a step of 255, 16 and 15 over the range of a block; Q4_0 misses one end by a whole step."""
-    model = make_llama()
-    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", weight_type)
-    assert low < gguf_export.largest_relative_error(model, path) < high
-
-
-def test_a_wrong_weight_shows_in_the_error(make_llama, tokenizer, tmp_path):
-    model = make_llama()
-    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "Q8_0")
-    with torch.no_grad():
-        model.model.layers[1].self_attn.k_proj.weight[3, 5] += 0.5
-    assert gguf_export.largest_relative_error(model, path) > 0.3
-
-
-def test_a_missing_weight_is_an_error(make_llama, tokenizer, tmp_path):
-    path = gguf_export.export_gguf(make_llama(layers=2), tokenizer, tmp_path / "student.gguf", "F16")
-    with pytest.raises(ExportError, match=r"blk\.2\..* is missing"):
-        gguf_export.largest_relative_error(make_llama(layers=3), path)
-
-
 @pytest.mark.parametrize("ends", ["unquantized", "int8"])
 def test_a_quantized_model_is_refused_with_the_cure(make_llama, tokenizer, tmp_path, ends):
     model = make_llama(intermediate_size=128)
@@ -328,7 +302,7 @@ def test_another_architecture_is_refused(make_llama, tokenizer, tmp_path):
         gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16")
 
 
-@pytest.mark.parametrize("weight_type", ["Q4_K_M", "Q5_0", "f16"])
+@pytest.mark.parametrize("weight_type", ["Q4_K_M", "Q5_1", "f16"])
 def test_a_weight_type_that_cannot_be_written_is_refused(make_llama, tokenizer, tmp_path, weight_type):
     with pytest.raises(ExportError, match=f"'{weight_type}' cannot be written; choose one of F16, Q8_0"):
         gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", weight_type)
@@ -421,18 +395,3 @@ def test_a_new_file_under_the_old_manifest_is_noticed(make_llama, tokenizer, tmp
         gguf_export.export_gguf(make_llama(layers=1, seed=1), tokenizer, path, "F16")
     with pytest.raises(ExportError, match="cut or changed"):
         gguf_export.check_manifest(path)
-
-
-def test_rounding_to_the_published_type_removes_a_small_update():
-    torch.manual_seed(0)
-    kind = gguf.GGMLQuantizationType.Q4_1
-    published = torch.from_numpy(gguf.dequantize(gguf.quantize(torch.randn(64, 256).numpy(), kind), kind).copy())
-    taught = published + 0.007 * published.std() * torch.randn(published.shape)
-    kept = {t: gguf_export.measure_rounding(published, taught, t) for t in TYPES}
-    assert [kept[t][0] for t in TYPES] == [16, 8.5, 5, 4.5]
-    assert kept["Q4_1"][2] < 0.2 < 0.8 < kept["Q4_0"][2] < 1.2
-    assert kept["Q4_1"][1] < kept["Q4_0"][1]  # less error, and yet it removes the update
-    assert kept["F16"][2] == pytest.approx(1, abs=0.01)
-    with torch.no_grad():
-        bits, error, _ = gguf_export.measure_rounding(published, 2 * published, "Q4_1")  # a grid scales with its block
-    assert bits == 5 and error < 0.01

@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from medkit.modeling import batches
-from medkit.quantization import gptq, plans, quantize, sensitivity
-from medkit.quantization.gptq import round_calibrated
-from medkit.quantization.rowwise import dequantize_nf4, quantize_nf4
+from medkit.quantization import gptq, plans, quantize, rowwise, sensitivity
+from medkit.quantization.rowwise import dequantize_nf4, quantize_nf4, round_nf4
 
-PAD, ROWS, COLUMNS = 0, 96, 192
+ROWS, COLUMNS = 96, 192
 PLANS = ["nf4", "nf4_all", "paper_mix"]
 
 
@@ -48,14 +47,14 @@ def loss(weight, rounded, inputs):
 
 
 def test_inputs_that_are_alike_and_apart_give_plain_rounding(weight):
-    stored, plain = round_calibrated(weight, 3.0 * torch.eye(COLUMNS), False), quantize_nf4(weight, False)
+    stored, plain = round_nf4(weight, 3.0 * torch.eye(COLUMNS), False), quantize_nf4(weight, False)
     assert torch.equal(stored.data, plain.data)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_without_correlation_every_weight_goes_to_the_nearest_level(weight, double_quant):
     moments = torch.diag(torch.linspace(5, 0.1, COLUMNS))
-    found = dequantize_nf4(round_calibrated(weight, moments, double_quant)).float()
+    found = dequantize_nf4(round_nf4(weight, moments, double_quant)).float()
     state = quantize_nf4(weight, double_quant).quant_state
     grid = scales_of(state)[:, None, None] * state.code  # blocks, 1, levels
     blocks = weight.float().view(-1, 64, 1)
@@ -66,7 +65,7 @@ def test_without_correlation_every_weight_goes_to_the_nearest_level(weight, doub
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_format_bytes_and_scales_are_those_of_plain_nf4(weight, inputs, double_quant):
-    stored, plain = round_calibrated(weight, inputs.T @ inputs, double_quant), quantize_nf4(weight, double_quant)
+    stored, plain = round_nf4(weight, inputs.T @ inputs, double_quant), quantize_nf4(weight, double_quant)
     assert not torch.equal(stored.data, plain.data)
     ours, theirs = (
         {k: v for k, v in s.quant_state.as_dict(packed=True).items()} | {"": s.data[:0]} for s in (stored, plain)
@@ -81,7 +80,7 @@ def test_format_bytes_and_scales_are_those_of_plain_nf4(weight, inputs, double_q
 
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_outputs_lose_less_than_by_plain_rounding(weight, inputs, double_quant):
-    stored, plain = round_calibrated(weight, inputs.T @ inputs, double_quant), quantize_nf4(weight, double_quant)
+    stored, plain = round_nf4(weight, inputs.T @ inputs, double_quant), quantize_nf4(weight, double_quant)
     assert loss(weight, dequantize_nf4(stored), inputs) < 0.5 * loss(weight, dequantize_nf4(plain), inputs)
 
 
@@ -105,7 +104,7 @@ def textbook(weight, moments, scales, levels):
 def test_it_is_the_textbook_algorithm(inputs):
     torch.manual_seed(0)
     weight, moments = torch.randn(24, COLUMNS), inputs.T @ inputs
-    stored = round_calibrated(weight, moments, True)
+    stored = round_nf4(weight, moments, True)
     scales = scales_of(stored.quant_state).view(24, -1).repeat_interleave(64, 1)
     wanted = textbook(weight, moments, scales, stored.quant_state.code)
     assert ((dequantize_nf4(stored) - wanted).abs() > 1e-5).float().mean() < 0.01  # near ties, in other precision
@@ -117,15 +116,13 @@ def test_dead_inputs_and_empty_blocks_are_no_trouble(weight):
     moments = torch.zeros(COLUMNS, COLUMNS)
     moments[5, 5] = 7.0
     for given in (moments, torch.zeros(COLUMNS, COLUMNS)):
-        found = dequantize_nf4(round_calibrated(weight, given, False))
+        found = dequantize_nf4(round_nf4(weight, given, False))
         assert torch.equal(found, dequantize_nf4(quantize_nf4(weight, False)))
 
 
 def test_a_layer_is_fitted_to_what_the_rounded_ones_before_it_give(model, make_examples):
     examples, plan = make_examples(9), plan_for(model, "nf4_all")
-    with torch.no_grad():
-        model.get_input_embeddings().weight[PAD] = 1.0  # it is all zeros in a fresh model
-    stored = gptq.calibrate(model, plan.schemes, examples, True)  # in one batch: much is padded
+    stored = rowwise.calibrate_nf4(model, plan.schemes, examples, True)
     heads = {"model.embed_tokens"} if model.config.tie_word_embeddings else {"lm_head"}
     assert set(stored) == {name for name in plan.schemes if plans.layer_of(name) is not None} | heads
     fresh = {name: module.weight.detach().clone() for name, module in model.named_modules() if name in plan.schemes}
@@ -141,11 +138,10 @@ def test_a_layer_is_fitted_to_what_the_rounded_ones_before_it_give(model, make_e
                 model.get_submodule(other).weight.copy_(rounded)
         seen = []
         model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
-        for example in examples:  # one by one: nothing is padded
-            model(torch.tensor([example.input_ids]))
+        for example in examples:  # one by one, without the last token, which is predicted and not read
+            model(torch.tensor([example.input_ids[:-1]]))
     read = torch.cat(seen)
-    assert len(read) == sum(len(example.input_ids) for example in examples)
-    wanted, found = dequantize_nf4(round_calibrated(fresh[name], read.T @ read, True)), dequantize_nf4(stored[name])
+    wanted, found = dequantize_nf4(round_nf4(fresh[name], read.T @ read, True)), dequantize_nf4(stored[name])
     assert (wanted != found).float().mean() < 0.01  # sums in another order decide ties differently
 
 
@@ -170,15 +166,15 @@ def test_the_model_is_left_as_it_was(model, make_examples, monkeypatch):
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == model.config.tie_word_embeddings
         assert not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
-    gptq.calibrate(model, plan.schemes, make_examples(3), True)
+    rowwise.calibrate_nf4(model, plan.schemes, make_examples(3), True)
     check()
 
     def fail(weight, moments, double_quant):
         if moments.shape[0] == 128:  # in the first layer, when much is rounded already
             raise MemoryError
-        return round_calibrated(weight, moments, double_quant)
+        return round_nf4(weight, moments, double_quant)
 
-    monkeypatch.setattr(gptq, "round_calibrated", fail)
+    monkeypatch.setattr(rowwise, "round_nf4", fail)
     with pytest.raises(MemoryError):
-        gptq.calibrate(model, plan.schemes, make_examples(3), True)
+        rowwise.calibrate_nf4(model, plan.schemes, make_examples(3), True)
     check()

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
 from medkit.modeling import batches, loading
-from medkit.quantization import gptq, memory_ledger, plans, quantize, rowwise
+from medkit.quantization import memory_ledger, plans, quantize, rowwise
 from medkit.quantization.plans import Plan, PlanError
 
 MLP, BLOCK = 128, 64
@@ -135,7 +135,7 @@ def test_a_calibrated_plan_weighs_the_same_and_comes_back_to_the_bit(
     model, plain, examples = make_model(tied), make_model(tied), make_examples(12)
     plan = plan_for(model, "nf4_all")
     exact = batches.collect_logits(model, examples)
-    calibrated = gptq.calibrate(model, plan.schemes, examples, True)
+    calibrated = rowwise.calibrate_nf4(model, plan.schemes, examples, True)
     quantize.apply_plan(model, plan, True, calibration=examples)
     quantize.apply_plan(plain, plan, True)
     for name, stored in calibrated.items():
