@@ -48,6 +48,8 @@ VARIANTS = {
         Variant("plan", "+ our plan", "#56b4e9", "04_quantization/plan", "lora", "What does our plan cost?"),
         Variant("edge", "edge file", "#000000", "04_quantization/edge/student.gguf", "lora",
                 "What does the edge file cost?"),
+        Variant("edge_small", "smaller edge file", "#666666", "04_quantization/edge_small/student.gguf", "student_kd",
+                "What does the smaller edge file cost?"),
     ]
 }  # fmt: skip
 # every comparison of the evaluation: the variant, its baseline, and the question that their difference answers
