@@ -5,6 +5,7 @@ from medkit.evaluation.baselines import predict_baselines
 from medkit.evaluation.calibration import add_confidence, measure_calibration, reliability, risk_coverage
 from medkit.evaluation.energy import cost_table, meter
 from medkit.evaluation.plots import plot_calibration, plot_safety, plot_steps, plot_templates
+from medkit.evaluation.record_baseline import regex_baseline
 from medkit.evaluation.record_scores import compare_records, measure_records, score_dialogues, score_records
 from medkit.evaluation.robustness import (
     answer_lengths,
