@@ -23,8 +23,9 @@ help:  ## list the targets
 run: .venv/done  ## weights and data, all six notebooks, results (PARAMS=… RUN=… to choose)
 	$(PY) -m medkit run --params $(PARAMS) --run $(RUN)
 
-test: .venv/done  ## unit, contract and smoke tests, then every notebook through nbval
-	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder tests  # in order: the smoke run starts early
+test: .venv/done  ## unit, contract and smoke tests, then every notebook through nbval on what the smoke run trained
+	export MEDKIT_SMOKE=$$(mktemp -d) && trap 'rm -rf "$$MEDKIT_SMOKE"' EXIT && \
+	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder tests && \
 	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
 
 lab: .venv/done  ## JupyterLab on the notebooks

@@ -5,8 +5,6 @@ In this repository write `.venv/bin/python -m medkit …`: `make run` puts every
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import shutil
 import sys
@@ -20,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medkit.params import SPLITS, Params, ParamsError, load_params, load_run_params
+from medkit.params import Params, ParamsError, load_params, load_run_params
 from medkit.stage import DISCLAIMER, ROOT, MedkitError, device_name, outputs_root, run_dir
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -61,13 +59,14 @@ def run(
     first: Annotated[str | None, typer.Option("--from", help="Rerun from this stage on, e.g. 03_lora")] = None,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the profile and print the plan, run nothing")
+        bool, typer.Option("--dry-run", help="Check the profile, print it with the overrides, run nothing")
     ] = False,
 ) -> None:
     """Run every notebook that is not done; the same command after a crash or kill goes on."""
     changes = parse_overrides(overrides)
     if dry_run:
-        console.print(plan_table(params, changes))
+        profile = load_params(params, changes).model_dump(mode="json")
+        typer.echo(yaml.safe_dump(profile, sort_keys=False, allow_unicode=True))
         return
     from medkit import reporting
     from medkit.runner import run_all
@@ -80,51 +79,6 @@ def run(
     console.print(f"report: {run_dir(run) / 'report.html'}")
     console.print(f"executed notebooks: {run_dir(run) / 'notebooks'}")
     console.print(DISCLAIMER)
-
-
-def plan_table(params_file: Path, overrides: dict) -> Table:
-    """What a profile would do: models, questions per split, optimiser steps, and the device it needs."""
-    params = load_params(params_file, overrides)
-    table = Table("section", "what", title=str(params_file))
-    teacher, student = params.models.teacher.source, params.models.student
-    table.add_row(
-        "models", f"teacher {_name(teacher)}; student {student if isinstance(student, str) else _name(student.source)}"
-    )
-    table.add_row("", f"{params.models.dtype} on {params.models.device}, attention {params.models.attention}")
-    for name, dataset in params.data.datasets.items():
-        counts = ", ".join(f"{getattr(dataset, s)} {s}" for s in SPLITS if getattr(dataset, s))
-        table.add_row("data", f"{name} from {_name(dataset.origin)}: {counts}")
-    for section, train in (
-        ("distillation", params.distillation.correction_train),
-        ("", params.distillation.student_train),
-        *([("", params.distillation.on_policy.train)] if params.distillation.on_policy else []),
-        ("lora", params.lora.train),
-    ):
-        table.add_row(
-            section, f"{train.epochs:g} epochs, batches of {train.batch_size}, learning rate {train.learning_rate:g}"
-        )
-    quantization = params.quantization
-    table.add_row(
-        "quantization",
-        f"nf4, double quantization {quantization.double_quant}; edge file {quantization.edge.layers}, embeddings "
-        f"{quantization.edge.embeddings}; the smaller {quantization.edge_small.layers}, "
-        f"{quantization.edge_small.embeddings}",
-    )
-    for scoring, sources in params.inference.questions.items():
-        table.add_row("inference", f"{scoring}: " + ", ".join(f"{n} {s}" for s, n in sources.items()))
-    return table
-
-
-def _name(source) -> str:
-    match source.kind:
-        case "wheel":
-            return f"{source.package}=={source.version}"
-        case "hub":
-            return f"{source.repo}@{source.revision}"
-        case "wheels":
-            return source.file
-        case _:
-            return source.path
 
 
 @app.command()
@@ -238,50 +192,31 @@ def serve(
     serving.serve(run, host, port, api_key, upstream, upstream_key, slots, context)
 
 
-OPTIONAL = {
-    "flash_attn": "FlashAttention-2 kernels (extra gpu); SDPA is used without",
-    "nbval": "notebook tests (extra dev)",
-}
-
-
 @app.command()
 def doctor() -> None:
-    """What this machine can do, and what is missing for which profile; exits 1 if the tiny profile cannot run."""
+    """What this machine can do; exits 1 if the tiny profile cannot run here."""
     import torch
 
     from medkit.modeling.loading import pick_attention, pick_device
     from medkit.sources import cache_root
 
-    cache_root().mkdir(parents=True, exist_ok=True)
-    outputs_root().mkdir(parents=True, exist_ok=True)
+    for folder in (cache_root(), outputs_root()):
+        folder.mkdir(parents=True, exist_ok=True)
     device = pick_device("auto")
     memory_gb, disk_gb = psutil.virtual_memory().available / 1e9, shutil.disk_usage(cache_root()).free / 1e9
-    problems = []
-    if memory_gb < 6:
-        problems.append(f"{memory_gb:.1f} GB of memory free, the tiny profile needs 6: close other programs")
-    if disk_gb < 8:
-        problems.append(f"{disk_gb:.1f} GB of disk free at {cache_root()}, a run needs 8: set MEDKIT_CACHE elsewhere")
+    filled = sorted(p.name for p in cache_root().glob("*/*") if p.suffix != ".lock")
     table = Table("what", "here")
     table.add_row("device", device_name())
     table.add_row("python, torch", f"{sys.version.split()[0]}, {torch.__version__}, {torch.get_num_threads()} threads")
     table.add_row("attention", "{}: {}".format(*pick_attention("auto", device)))
     table.add_row("memory, disk free", f"{memory_gb:.1f} GB, {disk_gb:.1f} GB")
-    filled = sorted(p.name for p in cache_root().glob("*/*") if p.suffix != ".lock")
     table.add_row("cache", f"{cache_root()}: " + (", ".join(filled) or "empty, the first run needs a network"))
-    for module, what in OPTIONAL.items():
-        table.add_row(
-            module,
-            f"{importlib.metadata.version(module.replace('_', '-'))}"
-            if importlib.util.find_spec(module)
-            else f"absent; {what}",
-        )
-    gpu = f"{torch.cuda.get_device_properties(0).total_memory / 1e9:.0f} GB" if device.type == "cuda" else None
-    table.add_row(
-        "profiles",
-        f"smoke, tiny: {'no' if problems else 'yes'}; gpu: {f'yes, {gpu}' if gpu else 'no CUDA device'}; "
-        f"paper: {'needs several 80 GB GPUs' if torch.cuda.device_count() < 4 else 'yes'}",
-    )
     console.print(table)
+    problems = []
+    if memory_gb < 6:
+        problems.append(f"{memory_gb:.1f} GB of memory free, the tiny profile needs 6: close other programs")
+    if disk_gb < 8:
+        problems.append(f"{disk_gb:.1f} GB of disk free at {cache_root()}, a run needs 8: set MEDKIT_CACHE elsewhere")
     for problem in problems:
         console.print(f"missing: {problem}")
     raise typer.Exit(1 if problems else 0)

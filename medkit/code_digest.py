@@ -31,11 +31,6 @@ def digest_functions(*functions: Callable) -> str:
     return digest([[], _flat(_reached({(f.__module__, f.__qualname__.split(".")[0]) for f in functions}))])
 
 
-def reached_by_code(source: str) -> dict[Symbol, list[str]]:
-    """The definitions of this package that a piece of source reaches, each as its code and the files that it names."""
-    return _reached_from(_without_docstrings(ast.parse(source)))
-
-
 def _reached_from(tree: ast.Module) -> dict[Symbol, list[str]]:
     return _reached(_named_in(list(ast.walk(tree)), {}))
 

@@ -8,6 +8,7 @@ shared keys and the versions of the libraries that compute. Prose, docstrings an
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,6 @@ import papermill
 from filelock import FileLock, Timeout
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from medkit import sources
 from medkit.code_digest import digest_code
@@ -131,22 +130,25 @@ def run_all(params_file: str | Path, run: str, overrides: dict | None = None, fi
 
 def _run_stages(wanted: dict[str, str], parameters: dict, first: str | None) -> list[str]:
     ran: list[str] = []
-    with _Display(len(wanted)) as display:
-        for notebook in notebooks():
-            stage = Stage(parameters["run"], notebook.stem)
-            done = _state(stage, wanted[stage.name]) == "done"
-            if done and (first is None or stage.name < first):
-                display.skip(stage.name)
-                continue
-            stage.reopen()
-            display.begin(notebook)
-            _execute(notebook, stage, wanted[stage.name], parameters, display)
-            display.end(time.monotonic() - stage.started)
-            ran.append(stage.name)
+    for number, notebook in enumerate(notebooks(), start=1):
+        stage, title = Stage(parameters["run"], notebook.stem), f"[{number}/{len(wanted)}] {notebook.stem}"
+        done = _state(stage, wanted[stage.name]) == "done"
+        if done and (first is None or stage.name < first):
+            _print(f"{title}: up to date")
+            continue
+        stage.reopen()
+        _print(f"{title} …")
+        _execute(notebook, stage, wanted[stage.name], parameters)
+        _print(f"{title}: done in {time.monotonic() - stage.started:.0f} s")
+        ran.append(stage.name)
     return ran
 
 
-def _execute(notebook: Path, stage: Stage, fingerprint: str, parameters: dict, display: _Display) -> None:
+def _print(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _execute(notebook: Path, stage: Stage, fingerprint: str, parameters: dict) -> None:
     declared = set(papermill.inspect_notebook(str(notebook)))
     if declared != PARAMETERS:  # papermill itself only warns
         raise RunError(
@@ -161,10 +163,9 @@ def _execute(notebook: Path, stage: Stage, fingerprint: str, parameters: dict, d
             str(notebook),
             str(executed),
             cwd=str(notebook.parent),
-            progress_bar=False,
+            progress_bar=sys.stderr.isatty(),  # papermill's own: cells, and the time that is left
             extra_arguments=["--log-level=ERROR"],
             parameters=parameters,
-            on_cell_start=lambda cell, cell_index: display.cell(cell_index),
             coalesce_streams=True,  # a progress bar leaves its last state, not a line per step
         )
     except PapermillExecutionError as error:
@@ -183,52 +184,3 @@ def _execute(notebook: Path, stage: Stage, fingerprint: str, parameters: dict, d
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     if not stage.is_whole():
         raise RunError(f"{notebook.name} ended without committing its stage")
-
-
-class _Display:
-    """Stage, cell and elapsed time: a live bar on a terminal, a line per stage elsewhere."""
-
-    def __init__(self, num_stages: int):
-        self.console = Console(stderr=True, highlight=False)
-        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()]
-        self.progress = Progress(
-            *columns,
-            TextColumn("cells"),
-            TimeElapsedColumn(),
-            console=self.console,
-            transient=True,
-            disable=not self.console.is_terminal,
-        )
-        self.num_stages, self.number, self.title, self.task = num_stages, 0, "", None
-
-    def __enter__(self) -> _Display:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.progress.stop()
-
-    def _count(self, stage: str) -> None:
-        self.number += 1
-        self.title = f"[{self.number}/{self.num_stages}] {stage}"
-
-    def _print(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
-
-    def skip(self, stage: str) -> None:
-        self._count(stage)
-        self._print(f"{self.title}: up to date")
-
-    def begin(self, notebook: Path) -> None:
-        self._count(notebook.stem)
-        num_cells = len(nbformat.read(notebook, as_version=4).cells)
-        self.task = self.progress.add_task(self.title, total=num_cells)
-        if not self.console.is_terminal:
-            self._print(f"{self.title}: {num_cells} cells …")
-
-    def cell(self, index: int) -> None:
-        self.progress.update(self.task, completed=index)
-
-    def end(self, seconds: float) -> None:
-        self.progress.remove_task(self.task)
-        self._print(f"{self.title}: done in {seconds:.0f} s")

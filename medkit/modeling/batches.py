@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -16,6 +17,8 @@ from torch import nn
 from medkit.modeling import prefix_tree
 from medkit.modeling.prefix_tree import shared_length
 from medkit.prompts import templates
+
+PASSES = 32  # so many nearly empty forward passes take as long as a full batch
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,24 @@ def _encode(tokenizer, question: dict) -> Example:
 
 
 def bucket_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Batches of indices, longest first, of at most `batch_tokens` tokens with padding; a longer item goes alone."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
-        if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= batch_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
+    """Batches of indices, longest first, of at most `batch_tokens` tokens with padding; a longer item goes alone.
+
+    The sorted items are cut so that padding is least, by dynamic programming; each batch costs batch_tokens / PASSES
+    tokens more, for its forward pass.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    least = np.full(len(order) + 1, np.inf)  # by number of items: the tokens of their best batches
+    least[0], batch_starts = 0, np.zeros(len(least), int)
+    for start, item in enumerate(order):
+        most = min(max(1, batch_tokens // lengths[item]), len(order) - start)
+        costs = least[start] + batch_tokens / PASSES + lengths[item] * np.arange(1, most + 1)
+        better = np.flatnonzero(costs <= least[start + 1 : start + 1 + most])
+        least[start + 1 + better], batch_starts[start + 1 + better] = costs[better], start
+    batches, end = [], len(order)
+    while end:
+        batches.append(order[batch_starts[end] : end])
+        end = batch_starts[end]
+    return batches[::-1]
 
 
 def letter_forms(tokenizer, letter: str) -> list[list[int]]:

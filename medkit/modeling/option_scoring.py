@@ -10,17 +10,16 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from medkit.modeling.batches import bucket_by_length
 from medkit.modeling.prefix_tree import Tree, additive_masks, build_tree, group_by_prefix, takes_branches
 
 LEAST_SAVED = 256  # tokens: a prefix of its own costs one more forward pass and one more batch that is not full
-PASSES = 32  # so many nearly empty forward passes take as long as a full batch
 
 
 @dataclass(frozen=True)
@@ -46,34 +45,13 @@ def score_options(model: nn.Module, items: Sequence[Item], batch_tokens: int, pa
     ):
         for shared, members in group_by_prefix([item.prompt_ids for item in items], LEAST_SAVED):
             prefix = _read_prefix(model, items[members[0]].prompt_ids[:shared])
-            for batch in cut_batches([len(trees[i].token_ids) - shared for i in members], batch_tokens):
+            for batch in bucket_by_length([len(trees[i].token_ids) - shared for i in members], batch_tokens):
                 rows = [members[i] for i in batch]
                 batch_scores = _score_batch(model, [trees[i] for i in rows], prefix, shared, pad_token_id)
                 for row, values in zip(rows, batch_scores, strict=True):
                     scores[row] = values
                 bar.update(len(rows))
     return scores
-
-
-def cut_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Batches of indices, longest first, of at most `batch_tokens` tokens with padding; a longer item is alone.
-
-    The sorted items are cut so that padding is least, by dynamic programming; each batch costs batch_tokens / PASSES
-    tokens more, for its forward pass.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    least = np.full(len(order) + 1, np.inf)  # by number of items: the tokens of their best batches
-    least[0], batch_starts = 0, [0] * len(least)
-    for start, item in enumerate(order):
-        most = min(max(1, batch_tokens // lengths[item]), len(order) - start)
-        costs = least[start] + batch_tokens / PASSES + lengths[item] * np.arange(1, most + 1)
-        for end in start + 1 + np.flatnonzero(costs <= least[start + 1 : start + 1 + most]):
-            least[end], batch_starts[end] = costs[end - start - 1], start
-    batches, end = [], len(order)
-    while end:
-        batches.append(order[batch_starts[end] : end])
-        end = batch_starts[end]
-    return batches[::-1]
 
 
 @contextmanager

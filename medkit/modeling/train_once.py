@@ -7,13 +7,12 @@ notebook goes on with what `accelerate launch -m medkit train` made, and a kille
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
@@ -31,9 +30,8 @@ from medkit.modeling import loading, trainer
 from medkit.modeling.batches import Example
 from medkit.modeling.trainer import Loss
 from medkit.params import ModelsParams, Params, TrainParams, digest
-from medkit.stage import Stage, StageError, atomic_path, run_dir
+from medkit.stage import Stage, StageError, atomic_path, library_versions, run_dir
 
-LIBRARIES = ("accelerate", "bitsandbytes", "peft", "torch", "transformers")
 ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
 
 
@@ -45,7 +43,7 @@ def key_of(settings, inputs, *functions: Callable) -> str:
 
     A function counts with everything in this package that it reaches. The build of a library (CPU or CUDA) is no part.
     """
-    versions = {name: importlib.metadata.version(name).split("+")[0] for name in LIBRARIES}
+    versions = {name: version and version.split("+")[0] for name, version in library_versions().items()}
     return digest([settings, inputs, digest_functions(*functions), versions])
 
 
@@ -103,17 +101,15 @@ def train_once(
     section: TrainParams,
     loss: Loss,
     seed: int,
-    around: AbstractContextManager | None = None,
     **options,
 ) -> pd.DataFrame:
     """Train the model in place and save it as the stage's folder `name`, or read that back; returns the log.
 
-    options: `add_extras`, `difficulty`, `optimizer` of `trainer.train`. `around` is entered for the training alone.
+    options: `add_extras`, `difficulty`, `optimizer` of `trainer.train`.
     """
 
     def fit(checkpoints: Path) -> pd.DataFrame:
-        with around or nullcontext():
-            return trainer.train(model, examples, section, loss, checkpoints, seed, **options)
+        return trainer.train(model, examples, section, loss, checkpoints, seed, **options)
 
     def make_key() -> str:
         return training_key(model, examples, section, loss, seed, **options)

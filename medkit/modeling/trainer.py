@@ -146,7 +146,6 @@ class _Arguments(TrainingArguments):
 
 def make_arguments(section: TrainParams, on_cpu: bool, seed: int, checkpoints: Path) -> TrainingArguments:
     """The Trainer's arguments for a section of the profile."""
-    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"  # which computes activations again by itself
     return _Arguments(
         output_dir=str(checkpoints),
         num_train_epochs=section.epochs,
@@ -161,7 +160,7 @@ def make_arguments(section: TrainParams, on_cpu: bool, seed: int, checkpoints: P
         disable_tqdm=True,
         use_cpu=on_cpu,
         bf16=section.bf16,
-        activation_checkpointing=section.gradient_checkpointing and not fsdp,
+        activation_checkpointing=section.gradient_checkpointing,
         seed=seed,
     )
 
@@ -236,8 +235,4 @@ def _gather_weights(trainer: Trainer, model: nn.Module, dtypes: dict[str, torch.
             module, tensor = model.get_submodule(owner), tensor.to(dtypes.get(name, tensor.dtype))
             is_parameter = leaf in dict(module.named_parameters(recurse=False))
             setattr(module, leaf, nn.Parameter(tensor) if is_parameter else tensor)
-        for name, module in list(model.named_modules()):  # PEFT finds an adapter's weights by the names without these
-            if hasattr(module, "_checkpoint_wrapped_module"):
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, module._checkpoint_wrapped_module)
         model.tie_weights()

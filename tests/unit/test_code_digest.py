@@ -3,7 +3,7 @@
 import pytest
 
 from medkit import code_digest
-from medkit.code_digest import digest_code, digest_functions, reached_by_code
+from medkit.code_digest import digest_code, digest_functions
 
 FILES = {
     "__init__.py": '"""The package."""\n',
@@ -149,12 +149,6 @@ def test_an_edit_counts_where_it_is_reached(edit, source, change, counts):
 
 def test_the_source_itself_counts_but_its_comments_do_not(edit):
     assert digest_code("x = 1  # one") == digest_code("x = 1") != digest_code("x = 2")
-
-
-def test_what_a_piece_of_source_reaches(edit):
-    assert set(reached_by_code(INTERVAL)) == {("medkit.stats", name) for name in ("interval", "mean", "LEVEL")}
-    assert set(reached_by_code(ATTACH)) == {("medkit.lora.adapters", name) for name in ("attach", "RANK", "")}
-    assert reached_by_code("import json\njson.dumps(1)") == {}
 
 
 def test_functions_are_followed_like_names():

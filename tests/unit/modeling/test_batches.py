@@ -1,10 +1,14 @@
 """Batches, the loss mask, and measures over rows: each example once, and as if it stood alone."""
 
+from itertools import combinations, pairwise
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from medkit.modeling import batches
-from medkit.modeling.batches import Example
+from medkit.modeling.batches import PASSES, Example, bucket_by_length
 
 PAD = 0
 
@@ -221,3 +225,34 @@ def test_drift_is_zero_iff_the_logits_are_equal():
     assert drift["top1_changed"] == pytest.approx(1 / 5)
     assert drift["kl_nats"] > 0
     assert drift["max_abs_logit"] == pytest.approx((logits[2].max() + 1 - logits[2].min()).item())
+
+
+# --- batches by length -----------------------------------------------------------------------------------------------
+
+
+def cost(batches, lengths, limit):
+    """What `bucket_by_length` keeps small: tokens read, padding included, and what the passes themselves take."""
+    return sum(lengths[batch[0]] * len(batch) + limit / PASSES for batch in batches)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 60), max_size=60), st.integers(1, 200))
+def test_batches_hold_everything_once_within_the_limit(lengths, limit):
+    batches = bucket_by_length(lengths, limit)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    shown = [lengths[i] for batch in batches for i in batch]
+    assert shown == sorted(shown, reverse=True)
+    assert all(len(batch) == 1 or lengths[batch[0]] * len(batch) <= limit for batch in batches)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=7), st.integers(1, 80))
+def test_no_other_way_to_cut_is_better(lengths, limit):
+    order, ways = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
+    for number in range(len(order)):
+        for cuts in combinations(range(1, len(order)), number):
+            edges = [0, *cuts, len(order)]
+            ways.append([order[a:b] for a, b in pairwise(edges)])
+    allowed = [w for w in ways if all(len(b) == 1 or lengths[b[0]] * len(b) <= limit for b in w)]
+    best = min(cost(way, lengths, limit) for way in allowed)
+    assert cost(bucket_by_length(lengths, limit), lengths, limit) == pytest.approx(best)

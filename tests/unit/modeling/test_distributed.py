@@ -18,6 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
+from medkit import __main__
 from medkit.modeling import loading
 from medkit.stage import ROOT, Stage
 
@@ -105,9 +106,13 @@ def make_run(make_llama, tokenizer):
     return make
 
 
-def command(stage, name, params):
-    words = ["train", "--stage", stage, "--run", f"{name}_{stage}", "--params", str(params)]
-    return [sys.executable, "-m", "medkit", *words]
+def words(stage, name, params):
+    return ["train", "--stage", stage, "--run", f"{name}_{stage}", "--params", str(params)]
+
+
+def train_here(stage, name, params):
+    """`medkit train` in this process, which has imported torch already."""
+    __main__.app(words(stage, name, params), standalone_mode=False)
 
 
 def trained(folder, name):
@@ -130,7 +135,7 @@ def folders(outputs, make_run, params_file):
     )
     try:
         for stage in ("student_ce", "lora"):
-            subprocess.run(command(stage, "alone", params), check=True, cwd=ROOT)
+            train_here(stage, "alone", params)
         _, errors = pair.communicate(timeout=500)
     finally:
         pair.terminate()
@@ -168,7 +173,8 @@ def test_an_error_is_one_sentence_of_the_main_process(folders):
 def test_a_killed_training_continues_to_the_same_bits(make_run, params_file):
     params = params_file("long", epochs=6.0, batch_size=2)
     whole, killed = make_run("uninterrupted", "student_ce"), make_run("killed", "student_ce")
-    process = subprocess.Popen(command("student_ce", "killed", params), cwd=ROOT, start_new_session=True)
+    command = [sys.executable, "-m", "medkit", *words("student_ce", "killed", params)]
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         if list(killed.glob("checkpoints/*/*/*/checkpoint-*/trainer_state.json")):
@@ -178,7 +184,7 @@ def test_a_killed_training_continues_to_the_same_bits(make_run, params_file):
     process.wait()
     assert not (killed / "student_ce.record.json").exists()
     for name in ("killed", "uninterrupted"):
-        subprocess.run(command("student_ce", name, params), check=True, cwd=ROOT)
+        train_here("student_ce", name, params)
     (weights, log), (expected, expected_log) = trained(killed, "student_ce"), trained(whole, "student_ce")
     assert [n for n in expected if not torch.equal(weights[n], expected[n])] == []
     pd.testing.assert_frame_equal(log[["step", "loss", "ce"]], expected_log[["step", "loss", "ce"]])

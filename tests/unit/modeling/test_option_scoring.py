@@ -1,7 +1,5 @@
 """One reading serves many: a shared prefix and equal beginnings of options change the work and no score."""
 
-from itertools import combinations, pairwise
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -9,7 +7,6 @@ from hypothesis import strategies as st
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
 from medkit.modeling import option_scoring
-from medkit.modeling.batches import bucket_by_length
 from medkit.modeling.option_scoring import Item
 from medkit.quantization import plans, quantize
 
@@ -153,35 +150,3 @@ def test_scores_of_a_vocabulary_sum_to_one(make_llama, dtype):
     model = make_llama(layers=2).to(dtype)
     (scores,) = option_scoring.score_options(model, [Item([5, 6, 7], [[i] for i in range(VOCAB)])], 1000, PAD)
     assert torch.tensor(scores, dtype=torch.float64).exp().sum().item() == pytest.approx(1, abs=1e-3)
-
-
-# --- batches ---------------------------------------------------------------------------------------------------------
-
-
-def cost(batches, lengths, limit):
-    """What `cut_batches` keeps small: tokens read, padding included, and what the passes themselves take."""
-    return sum(lengths[batch[0]] * len(batch) + limit / option_scoring.PASSES for batch in batches)
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 60), max_size=60), st.integers(1, 200))
-def test_batches_hold_everything_once_within_the_limit_and_pad_least(lengths, limit):
-    batches = option_scoring.cut_batches(lengths, limit)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    shown = [lengths[i] for batch in batches for i in batch]
-    assert shown == sorted(shown, reverse=True)
-    assert all(len(batch) == 1 or lengths[batch[0]] * len(batch) <= limit for batch in batches)
-    assert cost(batches, lengths, limit) <= cost(bucket_by_length(lengths, limit), lengths, limit) + 1e-6
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=7), st.integers(1, 80))
-def test_no_other_way_to_cut_is_better(lengths, limit):
-    order, ways = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []
-    for number in range(len(order)):
-        for cuts in combinations(range(1, len(order)), number):
-            edges = [0, *cuts, len(order)]
-            ways.append([order[a:b] for a, b in pairwise(edges)])
-    allowed = [w for w in ways if all(len(b) == 1 or lengths[b[0]] * len(b) <= limit for b in w)]
-    best = min(cost(way, lengths, limit) for way in allowed)
-    assert cost(option_scoring.cut_batches(lengths, limit), lengths, limit) == pytest.approx(best)

@@ -113,10 +113,11 @@ def test_the_key_covers_the_source_of_the_loss_and_the_library_versions(monkeypa
 
     assert key(trainer.train) == key(trainer.train)
     assert key(trainer.train) != key(trainer.train, DistillationLoss)
-    before, version = key(trainer.train), train_once.importlib.metadata.version
-    monkeypatch.setattr(train_once.importlib.metadata, "version", lambda name: version(name) + "+cu130")
+    monkeypatch.setattr(train_once, "library_versions", lambda: {"torch": "2.13.0+cpu", "trl": None})
+    before = key(trainer.train)
+    monkeypatch.setattr(train_once, "library_versions", lambda: {"torch": "2.13.0+cu130", "trl": None})
     assert key(trainer.train) == before, "the same release for another device"
-    monkeypatch.setattr(train_once.importlib.metadata, "version", lambda name: "0.0.1")
+    monkeypatch.setattr(train_once, "library_versions", lambda: {"torch": "2.14.0+cpu", "trl": None})
     assert key(trainer.train) != before
 
 
