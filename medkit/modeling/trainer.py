@@ -70,7 +70,7 @@ def train(
     Raises TrainingError for no examples, for trainable weights that are not float32, and for a loss that is not finite.
     """
     if not examples:
-        raise TrainingError("there are no training examples: raise the numbers of `train` in data.datasets")
+        raise TrainingError("there are no training examples: raise `labelled` or `transfer` in data.datasets")
     if low := [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]:
         raise TrainingError(
             f"{low[0]} learns but is not float32, so small updates would be lost: load the model with "

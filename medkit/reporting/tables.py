@@ -134,18 +134,17 @@ def load_benchmarks(name: str = "", folder: Path = BENCHMARKS) -> list[dict]:
     return sorted(contents, key=lambda content: content["name"])
 
 
-def benchmarks_table(benchmarks: Sequence[dict], goals_only: bool = False) -> str:
-    """Markdown: every ratio of the benchmarks beside its goal, or only the ratios that have a goal."""
+def benchmarks_table(benchmarks: Sequence[dict]) -> str:
+    """Markdown: every ratio of the benchmarks, beside its goal if one was set before the measurement."""
     rows = []
     for content in benchmarks:
         for what, ratio in content["ratios"].items():
             higher, goal, value = ratio["better"] == "higher", ratio["goal"], ratio["value"]
-            if goal is None and not goals_only:
-                rows.append([content["name"], content["device"], f"`{what}`", f"{value:.2f}", "", "–"])
-            elif goal is not None:
-                met = "yes" if (value >= goal if higher else value <= goal) else "no"
-                sign = "≥" if higher else "≤"
-                rows.append([content["name"], content["device"], f"`{what}`", f"{value:.2f}", f"{sign} {goal:g}", met])
+            cells = ["", "–"]
+            if goal is not None:
+                met = value >= goal if higher else value <= goal
+                cells = [f"{'≥' if higher else '≤'} {goal:g}", "yes" if met else "no"]
+            rows.append([content["name"], content["device"], f"`{what}`", f"{value:.2f}", *cells])
     return markdown(["benchmark", "device", "ratio", "measured", "goal", "met"], rows)
 
 
