@@ -171,7 +171,7 @@ def test_an_error_is_one_sentence_of_the_main_process(folders):
 
 
 def test_a_killed_training_continues_to_the_same_bits(make_run, params_file):
-    params = params_file("long", epochs=6.0, batch_size=2)
+    params = params_file("long", epochs=4.0, batch_size=2)
     whole, killed = make_run("uninterrupted", "student_ce"), make_run("killed", "student_ce")
     command = [sys.executable, "-m", "medkit", *words("student_ce", "killed", params)]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
