@@ -199,26 +199,15 @@ class AdapterParams(Section):
 
 
 class RationaleParams(Section):
-    """Sequence distillation: the student learns the teacher's own answers with their reasons, if they are right."""
+    """One more student, student_seq, learns the teacher's own answers with their reasons, if they are right."""
 
     questions: Count
-    """Number of training questions, drawn at random."""
+    """Number of labelled questions, drawn at random."""
     samples: PositiveInt
     max_new_tokens: PositiveInt
     temperature: PositiveFloat
     too_easy: PositiveFloat
     """A question with at least this share of right samples is left out; above 1 none is."""
-
-
-class OnPolicyParams(Section):
-    """The student learns its teacher's distribution along its own answers (arXiv 2306.13649)."""
-
-    beta: Fraction
-    """0: forward KL; 1: reverse KL; between them JSD, with this share of the teacher in the mixture."""
-    max_new_tokens: PositiveInt
-    adapter: AdapterParams | None
-    """The adapter that is trained and then merged; null: all of the student's weights are trained."""
-    train: TrainParams
 
 
 class DistillationParams(Section):
@@ -233,9 +222,9 @@ class DistillationParams(Section):
     """Decoder layers of a pruned student."""
     calibration_examples: PositiveInt
     """Validation rows that measure the importance of layers."""
-    alignment: Literal["tokens", "spans", "options"]
-    """What is compared. `tokens`: the same token ids, for one vocabulary; `spans`: spans of bytes, for two tokenizers;
-    `options`: the distributions over a question's options. Terms other than the forward KL need `tokens`."""
+    alignment: Literal["tokens", "spans"]
+    """What is compared. `tokens`: the same token ids, for one vocabulary; `spans`: spans of bytes, for two tokenizers.
+    Terms other than the forward KL need `tokens`."""
     temperature: PositiveFloat
     ce_weight: float
     """λ1 of the loss λ1·CE + λ2·T²·divergence + λ3·hidden + λ4·entity; a term of weight 0 is not computed."""
@@ -250,10 +239,14 @@ class DistillationParams(Section):
     entity_weight: NonNegativeFloat
     """λ4, of the difference in probability of whole doses, drugs, diagnoses and contraindications."""
     order: Literal["random", "progressive"]
-    """`progressive`: the first epoch goes from answers that are easy for the teacher to hard ones."""
+    """Of student_kd. `progressive`: the first epoch goes from answers that are easy for the teacher to hard ones."""
+    students: list[Literal["student_hard", "student_self", "student_ceiling"]]
+    """Trained beside student_ce and student_kd: on the teacher's answers as text, on student_ce's own answers, on true
+    labels of the transfer rows."""
+    min_teacher_lead: Fraction | None
+    """The teacher's score minus student_ce's on validation rows, below which the notebook stops; null: no limit."""
     student_train: TrainParams
     rationales: RationaleParams | None
-    on_policy: OnPolicyParams | None
 
     @model_validator(mode="after")
     def _has_layers_to_compare(self) -> DistillationParams:
@@ -264,7 +257,6 @@ class DistillationParams(Section):
     @model_validator(mode="after")
     def _needs_one_vocabulary(self) -> DistillationParams:
         plain = {"divergence": "forward_kl", "temperature": 1.0, "hidden_weight": 0.0, "entity_weight": 0.0}
-        plain |= {"on_policy": None}
         for name, value in plain.items() if self.alignment != "tokens" else ():
             if getattr(self, name) != value:
                 raise ValueError(f"{name}: with alignment {self.alignment!r} it must be {value!r}")

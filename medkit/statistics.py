@@ -91,6 +91,30 @@ def median_interval(values: Sequence[float], confidence: float, seed: int = 0) -
     return float(np.median(values)), float(low), float(high)
 
 
+def gap_closed(
+    low: Sequence[float], middle: Sequence[float], high: Sequence[float], groups: Sequence, confidence: float
+) -> dict:
+    """Share of the gap between two models that a third one closes: (middle − low) / (high − low) of their means.
+
+    low, middle, high (rows,): scores of the three models on the same rows. The intervals are percentile bootstraps over
+    whole groups. Returns gap, gap_low, gap_high, share, ci_low, ci_high and n. If the interval of the gap includes
+    zero, there is no gap to close, and share and its interval are NaN.
+    """
+    scores = np.array([low, middle, high], float)  # (3, rows)
+    means = np.vstack([drawn @ scores.T / drawn.sum(1, keepdims=True) for drawn in resample_groups(groups)])
+    ends = [(1 - confidence) / 2, (1 + confidence) / 2]
+    gaps, gap = means[:, 2] - means[:, 0], scores[2].mean() - scores[0].mean()
+    gap_low, gap_high = np.quantile(gaps, ends)
+    found = {"gap": gap, "gap_low": gap_low, "gap_high": gap_high}
+    share = ci_low = ci_high = np.nan
+    if gap_low > 0 or gap_high < 0:
+        share = (scores[1].mean() - scores[0].mean()) / gap
+        shares = np.divide(means[:, 1] - means[:, 0], gaps, out=np.full(len(gaps), np.nan), where=gaps != 0)
+        ci_low, ci_high = np.nanquantile(shares, ends)
+    found |= {"share": share, "ci_low": ci_low, "ci_high": ci_high}
+    return {name: float(value) for name, value in found.items()} | {"n": scores.shape[1]}
+
+
 # --- pairs ---------------------------------------------------------------------------------------------------------
 
 

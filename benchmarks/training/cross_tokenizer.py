@@ -2,7 +2,7 @@
 
 Three parts on a finished run's own answers. Spans: all rows, tokenizers alone. Cache: the teacher at training rows,
 and the untrained student's losses there; the teacher is first corrected (LoRA), on other rows than it is then
-read at. Training: CE alone, CE + KL over spans, CE + KL over options, each from the same weights on the same batches,
+read at. Training: CE alone, CE + KL over spans, each from the same weights on the same batches,
 judged by paired −log p per answer token of validation rows, and by −log p of the right option among a question's
 options. Units: nats, bytes, fractions.
 """
@@ -19,11 +19,12 @@ import torch
 
 from benchmarks.inputs import make_parser, read_rows
 from benchmarks.record import Ratio, versions, write
-from medkit.distillation import cross_tokenizer, option_kl
+from medkit.distillation import cross_tokenizer
 from medkit.distillation.teacher_cache import capture_teacher
 from medkit.lora import adapters
 from medkit.modeling import batches, loading, option_scoring, trainer
 from medkit.params import load_params
+from medkit.prompts import templates
 from medkit.stage import ROOT
 from medkit.statistics import mean_intervals
 
@@ -167,11 +168,11 @@ def measure_losses(
 
 def score(model, tokenizer, rows: pd.DataFrame, params) -> list[list[float]]:
     """Summed log-probability of every option's text."""
-    asked = [option_kl.encode_options(tokenizer, question) for question in rows.to_dict("records")]
-    items = [
-        option_scoring.Item(own[0].input_ids[: own[0].loss_start], [one.input_ids[one.loss_start :] for one in own])
-        for own in asked
-    ]
+    items = []
+    for question in rows.to_dict("records"):
+        messages = templates.render(question, templates.pick_template(question["kind"], "option_text"))
+        encoded = [templates.encode(tokenizer, messages, option) for option in question["options"]]
+        items.append(option_scoring.Item(encoded[0][0], [answer_ids for _, answer_ids in encoded]))
     return option_scoring.score_options(model, items, params.inference.batch_tokens, tokenizer.pad_token_id)
 
 
@@ -190,13 +191,10 @@ def compare_training(folder: Path, tokenizer, params, rows, valid, losses, args,
     """−log p of validation answers after each arm, and each arm minus CE alone, question by question."""
     weights = params.distillation.ce_weight, params.distillation.kl_weight
     examples = losses["examples"][: len(rows)]
-    every = option_kl.OptionRows(tokenizer, rows, losses["scores"][: len(rows)])
-    assert every.examples == examples
     arms = {
         "untrained": None,
         "ce": (trainer.cross_entropy, lambda numbers: {}),
         "ce_span_kl": (cross_tokenizer.SpanLoss(*weights), losses["extras"]),
-        "ce_option_kl": (option_kl.OptionLoss(*weights), every.batch),
     }
     judged = batches.encode_questions(tokenizer, valid)
     some = valid.head(args.option_questions)
@@ -207,7 +205,7 @@ def compare_training(folder: Path, tokenizer, params, rows, valid, losses, args,
             loss, extras = arm
             section = params.distillation.student_train
             log = trainer.train(model, examples, section, loss, Path(scratch) / name, params.seed, extras)
-            terms = [term for term in ("ce", "span_kl", "option_kl") if term in log]
+            terms = [term for term in ("ce", "span_kl") if term in log]
             logged = {"steps": len(log), "first": log.iloc[0][terms].to_dict(), "last": log.iloc[-1][terms].to_dict()}
         seconds = time.perf_counter() - began
         scores = score(model, tokenizer, some, params)

@@ -1,10 +1,19 @@
 """Distillation: a fine-tuned teacher, the cache of its log-probabilities, and students that learn from it."""
 
+from medkit.distillation import answers
+from medkit.distillation.answers import keep_verified
 from medkit.distillation.cross_tokenizer import TokenAligner, measure_spans, span_kl
 from medkit.distillation.entities import find_entities
 from medkit.distillation.losses import DistillationLoss, entity_gaps, hidden_error, sparse_divergence
-from medkit.distillation.option_kl import capture_option_scores
 from medkit.distillation.pruning import choose_layers, measure_layer_importance
-from medkit.distillation.rationales import keep_verified
-from medkit.distillation.stages import correct_teacher, list_students, load_tokenizers, teacher_key, train_student
+from medkit.distillation.stages import (
+    check_lead,
+    correct_teacher,
+    list_students,
+    load_tokenizers,
+    student_rows,
+    teacher_key,
+    teacher_rows,
+    train_student,
+)
 from medkit.distillation.teacher_cache import capture_teacher, top_k_logprobs

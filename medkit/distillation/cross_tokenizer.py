@@ -8,7 +8,7 @@ write are compared one by one, and the rest of the probability as one bucket. Th
 for both models. With one tokenizer each span is one token, and the result is `losses.sparse_divergence`.
 
 Limits: a probability here is that of one path of tokens, and other paths can write the same bytes. There is no
-temperature, because a bucket of paths is not a set of tokens. The comparison that needs no alignment is `option_kl`.
+temperature, because a bucket of paths is not a set of tokens.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def read_vocabulary(tokenizer) -> Vocabulary:
     if "ByteLevel" not in steps and not replaces:
         raise MedkitError(
             f"distillation.alignment 'spans' needs byte-level or SentencePiece-like tokenizers, not one with decoder "
-            f"{sorted(steps)}; set it to 'options'"
+            f"{sorted(steps)}; choose models with such tokenizers"
         )
     names = {token: name for name, token in tokenizer.get_vocab().items()}
     added = {token: content.special for token, content in tokenizer.added_tokens_decoder.items()}

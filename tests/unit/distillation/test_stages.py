@@ -7,20 +7,18 @@ import pytest
 import torch
 import yaml
 
-from medkit.distillation import entities, option_kl, pruning, rationales, stages, teacher_cache
+from medkit.distillation import answers, entities, pruning, stages, teacher_cache
 from medkit.distillation.teacher_cache import CacheError, TeacherCache
 from medkit.inference.torch_engine import TorchEngine
 from medkit.lora import adapters
 from medkit.modeling import batches, loading, trainer
 from medkit.params import load_params
-from medkit.stage import ROOT, MedkitError, Stage, StageError
+from medkit.stage import ROOT, Stage, StageError
 from medkit.variants import VARIANTS, list_variants
 
 TRAIN = {"epochs": 1.0, "batch_size": 4, "slice_tokens": 200, "learning_rate": 1e-2, "warmup_fraction": 0.1}
 TRAIN |= {"save_every_steps": 9, "bf16": False, "gradient_checkpointing": False}
-ADAPTER = {"variant": "lora_plus", "rank": 2, "alpha": 4.0, "dropout": 0.0, "target_modules": ["q_proj"]}
-ON_POLICY = {"beta": 0.5, "max_new_tokens": 4, "adapter": None, "train": TRAIN}
-RATIONALES = {"questions": 6, "samples": 2, "max_new_tokens": 12, "temperature": 1.0, "too_easy": 2.0}
+RATIONALES = {"questions": 4, "samples": 2, "max_new_tokens": 12, "temperature": 1.0, "too_easy": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,8 @@ def load(folders, tmp_path):
         student = side("student") if alignment != "tokens" else student
         raw["models"] |= {"teacher": side(teacher), "student": student, "device": "cpu", "attention": "sdpa"}
         trains = {"correction_train": TRAIN, "student_train": TRAIN}
-        raw["distillation"] |= {**trains, "alignment": alignment, "on_policy": None, "rationales": None, **changes}
+        raw["distillation"] |= {**trains, "alignment": alignment, "rationales": None, **changes}
+        raw["inference"] |= {"max_new_tokens": 12, "batch_tokens": 512}
         path = tmp_path / "toy.yaml"
         path.write_text(yaml.safe_dump({**raw, "seed": seed}))
         return load_params(path)
@@ -60,24 +59,32 @@ def load(folders, tmp_path):
 
 
 @pytest.fixture
-def rows():
-    """Eight answered questions and one of the transfer set."""
-    organs = ["liver", "heart", "5 µg", "colon"]
-    answers = [n % 2 for n in range(8)] + [-1]
+def questions():
+    """Three private rows, four labelled, six of the transfer set and two of validation."""
+    organs, splits = ["liver", "heart", "5 µg", "colon"], ["private"] * 3 + ["labelled"] * 4 + ["transfer"] * 6
     table = [
-        (f"q{n}", "choice", f"Which organ? fever {n}", "", organs[: 2 + n % 3], answer)
-        for n, answer in enumerate(answers)
+        (f"q{n}", "choice", f"Which organ? fever {n}", "", organs[: 2 + n % 3], n % 2, split, f"g{n}")
+        for n, split in enumerate([*splits, "valid", "valid"])
     ]
-    questions = pd.DataFrame(table, columns=["id", "kind", "question", "context", "options", "answer"])
-    return questions.assign(split=["labelled"] * 8 + ["transfer"], source="exam")
+    names = ["id", "kind", "question", "context", "options", "answer", "split", "group"]
+    return pd.DataFrame(table, columns=names).assign(source="exam")
 
 
 @pytest.fixture
-def stage(tmp_path, monkeypatch, folders, rows, tokenizer, load):
+def rows(questions):
+    """What student_kd reads: the labelled rows, and the transfer rows with an answer of the teacher."""
+    rows = questions[questions.split.isin(["labelled", "transfer"])].reset_index(drop=True)
+    transfer = rows.split == "transfer"
+    options = [["the liver"] if known else own for known, own in zip(transfer, rows.options, strict=True)]
+    return rows.assign(options=options, answer=rows.answer.where(~transfer, 0))
+
+
+@pytest.fixture
+def stage(tmp_path, monkeypatch, folders, questions, tokenizer, load):
     """A run with questions, a teacher and an untrained student; nothing captured or trained."""
     monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path / "outputs"))
     first, stage = Stage("toy", "01_data"), Stage("toy", "02_distillation")
-    first.write_table("questions.parquet", rows)
+    first.write_table("questions.parquet", questions)
     first.commit()
     for source, name in (("teacher", "teacher"), ("student", "base")):
         loading.save_model(loading.load_model(folders / source, load().models), tokenizer, stage.path(name))
@@ -85,20 +92,28 @@ def stage(tmp_path, monkeypatch, folders, rows, tokenizer, load):
 
 
 @pytest.fixture
-def capture(stage, rows, folders, load):
-    """capture(params): what notebook 02 writes before it trains students with a teacher."""
+def capture(stage, rows, folders, load, monkeypatch):
+    """capture(params): what notebook 02 writes before student_kd is trained: the teacher, its answers and its cache."""
 
     def capture(params):
         teacher_tokenizer, _ = stages.load_tokenizers(params)
         model = loading.load_model(loading.local_folder(params.models.teacher), params.models)
         loading.save_model(model, teacher_tokenizer, stage.path("teacher"))
+        monkeypatch.setattr(answers, "write_answers", the_liver)
         key, examples = stages.teacher_key(stage, teacher_tokenizer), batches.encode_questions(teacher_tokenizer, rows)
-        cache = teacher_cache.capture_teacher(model, examples, stage.path("teacher_cache"), 300, 4, key)
-        scores = stage.path("option_scores.json")
-        option_kl.capture_option_scores(model, teacher_tokenizer, rows, scores, key, 512)
-        return cache
+        return teacher_cache.capture_teacher(model, examples, stage.path("teacher_cache"), 300, 4, key)
 
     return capture
+
+
+class NoEngine:
+    def __init__(self, *args, **settings): ...
+    def close(self): ...
+
+
+def the_liver(engine, tokenizer, questions, *settings):
+    table = questions[["id", "source"]].assign(sample=0, text="the liver", finished=True)
+    return table.reset_index(drop=True)
 
 
 @pytest.fixture
@@ -121,67 +136,120 @@ def assert_same_weights(ours, theirs):
 # --- trained once ----------------------------------------------------------------------------------------------------
 
 
-def test_what_is_trained_already_is_read_back(stage, load, rows, trained):
+def test_what_is_trained_already_is_read_back(stage, load, questions, trained):
     params = load()
-    first, log = stages.train_student("student_ce", stage, params, rows)
+    first, log = stages.train_student("student_ce", stage, params, questions)
     stage.commit()
-    again, known = stages.train_student("student_ce", stage, params, rows)
+    again, known = stages.train_student("student_ce", stage, params, questions)
     assert len(trained) == 1 and stage.manifest(), "nothing changed"
     assert_same_weights(weights(again), weights(first))
     assert_same_weights(weights(loading.load_model(stage.dir / "student_ce", params.models)), weights(first))
     pd.testing.assert_frame_equal(known, log)
 
 
-@pytest.mark.parametrize("change", ["rows", "settings", "seed", "start", "order", "lost", "cut"])
-def test_what_was_made_from_other_things_is_made_again(
-    stage, load, rows, capture, tokenizer, trained, make_llama, change
-):
+@pytest.mark.parametrize("change", ["rows", "settings", "seed", "start", "lost", "cut"])
+def test_what_was_made_from_other_things_is_made_again(stage, load, questions, tokenizer, trained, make_llama, change):
     params = load()
-    capture(params)
-    stages.train_student("student_ce", stage, params, rows)
+    stages.train_student("student_ce", stage, params, questions)
     if change == "rows":
-        rows = rows[:-1]
+        questions = questions[questions.id != "q4"]
     elif change == "settings":
         params = load(student_train={**TRAIN, "learning_rate": 2e-2})
     elif change == "seed":
         params = load(seed=1)
     elif change == "start":
         loading.save_model(make_llama(layers=2, seed=2), tokenizer, stage.path("base"))
-    elif change == "order":
-        params = load(order="progressive")
     elif change == "lost":
         (stage.dir / "student_ce" / "config.json").unlink()
     else:
         os.truncate(stage.dir / "student_ce" / "model.safetensors", 1000)
-    stages.train_student("student_ce", stage, params, rows)
+    stages.train_student("student_ce", stage, params, questions)
     assert len(trained) == 2
     assert loading.load_model(stage.dir / "student_ce", params.models)
 
 
-def test_the_command_corrects_the_teacher_as_a_hand_made_training_does(stage, load, tokenizer, rows):
+def test_the_command_corrects_the_teacher_on_private_and_labelled_rows(stage, load, tokenizer, questions):
     params = load()
     stages.train_stage("teacher", "toy", params)
     folder = loading.local_folder(params.models.teacher)
     adapted = adapters.attach(loading.load_model(folder, params.models), params.distillation.correction, params.seed)
-    examples, section = batches.encode_questions(tokenizer, rows), params.distillation.correction_train
+    examples, section = batches.encode_questions(tokenizer, questions[:7]), params.distillation.correction_train
     trainer.train(adapted, examples, section, trainer.cross_entropy, stage.path("by_hand"), params.seed)
     by_hand = weights(adapters.merge(adapted))
     assert_same_weights(weights(loading.load_model(stage.dir / "teacher", params.models)), by_hand)
 
 
+# --- what each student reads -----------------------------------------------------------------------------------------
+
+
+def test_every_student_sees_as_many_examples_and_no_transfer_label_but_the_ceiling(
+    stage, load, questions, capture, monkeypatch, tokenizer
+):
+    params = load(students=["student_hard", "student_self", "student_ceiling"])
+    capture(params)
+    seen = {}
+    monkeypatch.setattr(
+        stages, "train_once", lambda stage, name, model, tok, examples, *a, **o: seen.update({name: examples})
+    )
+    loading.save_model(loading.load_model(stage.dir / "base", params.models), tokenizer, stage.path("student_ce"))
+    for name in stages.list_students(params):
+        stages.train_student(name, stage, params, questions, NoEngine)
+    assert list(seen) == ["student_ce", "student_hard", "student_self", "student_kd", "student_ceiling"]
+    assert {name: len(examples) for name, examples in seen.items()} == dict.fromkeys(seen, 10)
+
+    labelled = [tuple(e.input_ids) for e in batches.encode_questions(tokenizer, questions[3:7])]
+    truths = [tuple(e.input_ids) for e in batches.encode_questions(tokenizer, questions[7:13])]
+    for name, examples in seen.items():
+        read = {tuple(e.input_ids) for e in examples}
+        assert set(labelled) <= read
+        assert read == set(labelled) if name == "student_ce" else len(read) == 10
+        assert bool(read & set(truths)) == (name == "student_ceiling")
+    assert seen["student_kd"] == seen["student_hard"]
+
+
+def test_answers_without_an_end_are_left_out_and_other_rows_fill_their_place(stage, load, questions, trained):
+    params, asked = load(students=["student_hard"]), []
+    loading.save_model(
+        loading.load_model(stage.dir / "base", params.models), load_tokenizer(params), stage.path("teacher")
+    )
+
+    def make_engine(model, pad, **settings):
+        asked.append(settings)
+        return TorchEngine(model, pad, **settings)
+
+    rows = stages.student_rows("student_hard", stage, params, questions, make_engine)
+    table = pd.read_parquet(stage.dir / "teacher_answers.parquet")
+    assert len(table) == 6 and set(table.id) == {f"q{n}" for n in range(7, 13)}
+    assert len(rows) == 4 + table.finished.sum()
+    _, log = stages.train_student("student_hard", stage, params, questions)  # no engine: the answers are there
+    assert len(asked) == 1 and len(log) == 3, "ten examples in batches of four"
+
+
+def load_tokenizer(params):
+    return stages.load_tokenizers(params)[0]
+
+
+def test_a_teacher_that_does_not_lead_stops_the_notebook():
+    lead = stages.check_lead({"icd": 0.9, "records": 0.8}, {"icd": 0.7, "records": 0.5}, 0.1)
+    assert lead == pytest.approx({"icd": 0.2, "records": 0.3})
+    with pytest.raises(
+        StageError, match=r"leads student_ce by \{'records': 0.05\}.*min_teacher_lead \(0.1\).*private rows"
+    ):
+        stages.check_lead({"icd": 0.9, "records": 0.55}, {"icd": 0.7, "records": 0.5}, 0.1)
+    assert stages.check_lead({"icd": 0.1}, {"icd": 0.7}, None) == pytest.approx({"icd": -0.6})
+
+
 # --- with a teacher --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("alignment", "term"), [("tokens", "forward_kl"), ("spans", "span_kl"), ("options", "option_kl")]
-)
+@pytest.mark.parametrize(("alignment", "term"), [("tokens", "forward_kl"), ("spans", "span_kl")])
 def test_a_student_learns_from_its_teacher_once_and_keeps_its_tokenizer(
     stage, load, capture, trained, tokenizer, alignment, term
 ):
     train = {**TRAIN, "epochs": 8.0, "learning_rate": 3e-3, "save_every_steps": 99}
     params = load(alignment, ce_weight=0.0, kl_weight=1.0, student_train=train)
     capture(params)
-    log = stages.train_stage("student_kd", "toy", params)
+    log = stages.train_stage("student_kd", "toy", params, NoEngine)
     assert log[term].tail(3).mean() < 0.6 * log[term].head(3).mean()
     pd.testing.assert_frame_equal(stages.train_stage("student_kd", "toy", params), log)
     assert len(trained) == 1
@@ -189,31 +257,34 @@ def test_a_student_learns_from_its_teacher_once_and_keeps_its_tokenizer(
     assert saved.get_vocab() == tokenizer.get_vocab() and saved.chat_template == tokenizer.chat_template
 
 
-@pytest.mark.parametrize("change", ["weight", "alignment", "teacher"])
+@pytest.mark.parametrize("change", ["weight", "teacher"])
 def test_with_another_teacher_or_loss_it_is_trained_again(
     stage, load, capture, trained, folders, monkeypatch, make_llama, pieces_tokenizer, change
 ):
     params = load("spans")
     capture(params)
-    stages.train_stage("student_kd", "toy", params)
+    stages.train_stage("student_kd", "toy", params, NoEngine)
     if change == "teacher":
-        other = make_llama(seed=6, vocab_size=400)
-        monkeypatch.setattr(loading, "local_folder", lambda source: folders / "other")
-        loading.save_model(other, pieces_tokenizer, folders / "other")
-        monkeypatch.setattr(stages, "load_tokenizers", lambda params: (pieces_tokenizer, None))
+        loading.save_model(make_llama(seed=6, vocab_size=400), pieces_tokenizer, folders / "other")
+        local_folder = loading.local_folder
+        monkeypatch.setattr(
+            loading, "local_folder", lambda s: folders / "other" if s == params.models.teacher else local_folder(s)
+        )
         capture(params)
     else:
-        params = load("options") if change == "alignment" else load("spans", kl_weight=0.25)
-    stages.train_stage("student_kd", "toy", params)
+        params = load("spans", kl_weight=0.25)
+    stages.train_stage("student_kd", "toy", params, NoEngine)
     assert len(trained) == 2
 
 
-def test_a_teacher_that_is_its_own_student_has_no_divergence(stage, load, rows, capture, tokenizer, folders):
+def test_a_teacher_that_is_its_own_student_has_no_divergence_also_in_repeated_rows(
+    load, rows, capture, tokenizer, folders
+):
     params = load()
     cache = capture(params)
     examples = batches.encode_questions(tokenizer, rows)
-    loss, add_extras = stages.distillation_loss(stage, params, rows, examples, (tokenizer, tokenizer), cache)
-    extras = add_extras([1, 3])
+    loss, add_extras = stages.distillation_loss(params, rows, examples, [*range(10), 1, 3], cache)
+    extras = add_extras([1, 11])
     assert {"teacher_ids", "teacher_logprobs", "entity", "entity_weights"} <= set(extras)
     model = loading.load_model(folders / "teacher", params.models)
     with torch.no_grad():
@@ -221,131 +292,75 @@ def test_a_teacher_that_is_its_own_student_has_no_divergence(stage, load, rows, 
     assert terms["forward_kl"].abs() < 0.02
 
 
-def test_over_options_the_transfer_row_is_text_and_the_others_have_all_their_options(
-    stage, load, rows, capture, tokenizer
-):
-    params = load("options")
-    examples = batches.encode_questions(tokenizer, rows)
-    _, add_extras = stages.distillation_loss(stage, params, rows, examples, (None, tokenizer), capture(params))
-    batch = add_extras([7, 8])
-    assert batch["num_options"].tolist() == [len(rows.options[7]), 1]
-    assert batch["option_is_right"].sum() == 2
-    assert batch["option_lengths"][-1] == examples[8].num_predicted
-    assert batch["teacher_option_logprobs"][:-1].max() < 0 == batch["teacher_option_logprobs"][-1]
-
-
-def test_option_scores_are_computed_once_and_refused_for_others(stage, load, rows, capture, pieces_tokenizer):
-    cache, path = capture(load("options")), stage.dir / "option_scores.json"
-    key = cache.index["key"]
-    scores = option_kl.read_option_scores(path, rows, key)
-    assert [len(own) for own in scores] == [*map(len, rows.options[:8]), 0]
-    option_kl.capture_option_scores(None, pieces_tokenizer, rows, path, key, 512)  # no teacher is needed
-    for questions, other in ((rows, "another"), (rows[::-1], key)):
-        with pytest.raises(MedkitError, match="no option scores of this teacher for these questions; run notebook 02"):
-            option_kl.read_option_scores(path, questions, other)
-
-
 @pytest.mark.parametrize("name", ["teacher", "student_kd"])
-def test_two_vocabularies_are_refused_before_any_training(stage, load, trained, folders, name):
+def test_two_vocabularies_are_refused_before_any_training(stage, load, trained, capture, name):
     raw = load("spans").model_dump()
+    capture(load("spans"))
     raw["distillation"]["alignment"] = "tokens"
     params = type(load()).model_validate(raw)
     with pytest.raises(StageError, match=r"'tokens', but teacher and student have different.*set it to 'spans'"):
-        stages.train_stage(name, "toy", params)
+        stages.train_stage(name, "toy", params, NoEngine)
     assert trained == []
 
 
 def test_each_model_keeps_its_tokenizer_and_one_vocabulary_has_one(load, tokenizer, pieces_tokenizer):
     teacher, student = stages.load_tokenizers(load())
     assert student is teacher and student.get_vocab() == tokenizer.get_vocab()
-    for alignment in ("spans", "options"):
-        teacher, student = stages.load_tokenizers(load(alignment))
-        assert teacher.get_vocab() == pieces_tokenizer.get_vocab() and student.get_vocab() == tokenizer.get_vocab()
+    teacher, student = stages.load_tokenizers(load("spans"))
+    assert teacher.get_vocab() == pieces_tokenizer.get_vocab() and student.get_vocab() == tokenizer.get_vocab()
 
 
-def test_a_progressive_order_needs_the_cache_and_a_random_one_does_not(
-    stage, load, rows, capture, tokenizer, monkeypatch
-):
-    stages.train_stage("student_ce", "toy", load())
-    with pytest.raises(StageError, match="teacher_cache is not there"):
-        stages.train_stage("student_ce", "toy", load(order="progressive"))
+def test_a_progressive_order_is_that_of_the_cache(stage, load, questions, rows, capture, tokenizer, monkeypatch):
     cache, given = capture(load()), []
     monkeypatch.setattr(stages, "train_once", lambda *args, difficulty=None, **more: given.append(difficulty))
     for name in ("student_ce", "student_kd"):
-        stages.train_student(name, stage, load(order="progressive"), rows)
+        stages.train_student(name, stage, load(order="progressive"), questions, NoEngine)
     densities = entities.mark_entities(tokenizer, batches.encode_questions(tokenizer, rows)).densities()
-    assert given == [pruning.order_by_difficulty(cache.mean_nll(), densities)] * 2
-    (stage.dir / "teacher_cache" / "index.json").unlink()
-    with pytest.raises(CacheError, match="capture the teacher again"):
-        stages.train_stage("student_kd", "toy", load())
+    assert given == [None, pruning.order_by_difficulty(cache.mean_nll(), densities)]
 
 
-# --- rationales and the student's own answers ------------------------------------------------------------------------
+# --- answers with reasons ---------------------------------------------------------------------------------------------
 
 
-def test_a_student_learns_its_teacher_s_verified_answers(stage, load, tokenizer, monkeypatch):
+def test_a_student_learns_its_teacher_s_verified_answers(stage, load, capture, monkeypatch, tokenizer):
     params = load(rationales=RATIONALES)
-    with pytest.raises(StageError, match="none of 12 rationales was verified; raise distillation"):
-        stages.train_stage("student_seq", "toy", params, TorchEngine)
-    collect = rationales.collect_samples
-
-    def always_right(*args):
-        samples = collect(*args)  # read back: no engine is given below
-        return samples.assign(text="So. Answer: A", finished=True, right=samples["sample"] == 0)
-
-    monkeypatch.setattr(rationales, "collect_samples", always_right)
-    log = stages.train_stage("student_seq", "toy", params)
-    rows = pd.read_parquet(stage.require("01_data", "questions.parquet"))
-    others = sum(e.num_predicted for e in batches.encode_questions(tokenizer, rows))
+    capture(params)
+    with pytest.raises(StageError, match="none of 4 rationales was verified; raise distillation"):
+        stages.train_stage("student_seq", "toy", params, NoEngine)
+    (stage.dir / "teacher_rationales.parquet").unlink()
+    monkeypatch.setattr(answers, "write_answers", lambda *a: the_liver(*a).assign(text="So. Answer: A"))
+    log = stages.train_stage("student_seq", "toy", params, NoEngine)
     one = len(tokenizer("So. Answer: A", add_special_tokens=False).input_ids) + 1
-    assert others <= log.loss_tokens.sum() < others + one
+    assert log.loss_tokens.sum() == 10 * one, "as many examples as the others"
     assert loading.load_model(stage.dir / "student_seq", params.models)
-
-
-@pytest.mark.parametrize("adapter", [None, ADAPTER], ids=["all weights", "adapter"])
-def test_a_student_learns_along_its_own_answers_once(stage, load, tokenizer, monkeypatch, folders, adapter, no_network):
-    trl = pytest.importorskip("trl")
-    loading.save_model(loading.load_model(folders / "student", load().models), tokenizer, stage.path("student_kd"))
-    params = load(on_policy={**ON_POLICY, "adapter": adapter})
-    log = stages.train_stage("student_onpolicy", "toy", params)
-    assert len(log) == 2 and log["completions/max_length"].max() <= 4 and (log.loss > 0).all()
-    student = weights(loading.load_model(stage.dir / "student_onpolicy", params.models))
-    start = weights(loading.load_model(stage.dir / "student_kd", params.models))
-    changed = {name for name, tensor in student.items() if not torch.equal(tensor, start[name])}
-    assert changed == ({name for name in start if "q_proj" in name} if adapter else set(start))
-    assert no_network == [], "TRL reports nothing"
-    monkeypatch.setattr(trl, "DistillationTrainer", None)  # not called again
-    pd.testing.assert_frame_equal(stages.train_stage("student_onpolicy", "toy", params), log)
 
 
 def test_every_student_that_a_profile_asks_for_is_evaluated(load):
     """Notebook 04 writes this list of variants for notebooks 05 and 06."""
-    students = stages.list_students(load(on_policy=ON_POLICY, rationales=RATIONALES))
-    assert students == ["student_ce", "student_kd", "student_seq", "student_onpolicy"]
-    assert ("teacher", *students) == stages.STAGES
+    students = stages.list_students(
+        load(students=["student_ceiling", "student_hard", "student_self"], rationales=RATIONALES)
+    )
+    assert tuple(students) == stages.STUDENTS
     folders = {name: variant.folder for name, variant in list_variants(students).items()}
     assert folders.keys() == {name for name, variant in VARIANTS.items() if variant.folder is not None}
     assert [folders[name] for name in students] == [f"02_distillation/{name}" for name in students]
-    fewer = list_variants(stages.list_students(load()))
-    assert folders.keys() - fewer.keys() == {"student_seq", "student_onpolicy"}
-    assert "list_variants(distillation.list_students(params))" in (ROOT / "notebooks/04_quantization.ipynb").read_text()
+    assert {"student_ce", "student_kd"} == {
+        n for n in list_variants(stages.list_students(load(students=[]))) if "student" in n
+    }
 
 
 # --- what is missing -------------------------------------------------------------------------------------------------
 
 
-def test_what_is_missing_is_named_with_its_cure(stage, load, monkeypatch):
+def test_what_is_missing_is_named_with_its_cure(stage, load):
     with pytest.raises(StageError, match="no trained stage 'student'; choose one of teacher, student_ce"):
         stages.train_stage("student", "toy", load())
-    with pytest.raises(StageError, match="02_distillation/teacher_cache is not there: run notebook 02_distillation"):
+    with pytest.raises(StageError, match=r"teacher_answers\.parquet is not there: run notebook 02_distillation"):
         stages.train_stage("student_kd", "toy", load())
     with pytest.raises(StageError, match=r"01_data/questions\.parquet is not there"):
         stages.train_stage("teacher", "another", load())
-    with pytest.raises(StageError, match=r"student_onpolicy: distillation\.on_policy is null in the profile"):
-        stages.train_stage("student_onpolicy", "toy", load())
-    monkeypatch.setattr(stages.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(StageError, match=r"needs TRL: pip install 'medkit\[onpolicy\]', or set it to null"):
-        stages.list_students(load(on_policy=ON_POLICY))
+    with pytest.raises(StageError, match=r"student_seq: distillation\.rationales in the profile does not ask for it"):
+        stages.train_stage("student_seq", "toy", load())
 
 
 def test_a_run_in_use_is_left_alone(stage, load):

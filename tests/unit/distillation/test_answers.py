@@ -1,0 +1,163 @@
+"""A model's answers are written once; finished ones become rows; of answers with reasons the right ones stay."""
+
+import pandas as pd
+import pytest
+
+from medkit.distillation import answers
+from medkit.distillation.answers import answer_rows, collect_answers, encode_verified, keep_verified, write_answers
+from medkit.inference.torch_engine import TorchEngine
+from medkit.modeling import batches, trainer
+from medkit.modeling.engine import EngineError, Generation
+from medkit.prompts import templates
+from medkit.stage import MedkitError
+
+
+@pytest.fixture
+def known(questions):
+    """The questions whose answer is known, as training rows; the answers are B, A and A."""
+    return questions[questions.answer >= 0].assign(split="labelled").reset_index(drop=True)
+
+
+class Scripted:
+    """Answers, question by question, with the given texts; one that ends in … lacks the end token."""
+
+    def __init__(self, tokenizer, texts):
+        self.tokenizer, self.texts, self.asked, self.closed = tokenizer, texts, [], 0
+
+    def close(self):
+        self.closed += 1
+
+    def generate(self, requests):
+        self.asked += requests
+        ends = [[] if text.endswith("…") else [self.tokenizer.eos_token_id] for text in self.texts]
+        ids = [self.tokenizer(text.rstrip("…"), add_special_tokens=False).input_ids for text in self.texts]
+        return [Generation([*i, *end]) for i, end in zip(ids, ends, strict=True)][: len(requests)]
+
+
+TEXTS = [
+    *["It has ascorbic acid. Answer: B", "Guess. Answer: C", "It has ascorbic acid. Answer: B", "So Answer: B…"],
+    *["Answer: A", "Insulin does. Answer: A", "It is A. Answer: A", "Answer: A"],
+    *["Who knows?", "Answer: B", "Answer: A or B", "Trials say no. Answer: B"],
+]
+
+
+@pytest.fixture
+def engine(tokenizer):
+    return Scripted(tokenizer, TEXTS)
+
+
+def sample(engine, tokenizer, known):
+    return write_answers(engine, tokenizer, known, 60, 4, templates.RATIONALE)
+
+
+def test_each_question_is_asked_so_often_with_its_options(engine, tokenizer, known):
+    table = sample(engine, tokenizer, known)
+    assert table.id.tolist() == [id for id in known.id for _ in range(4)]
+    assert table["sample"].tolist() == [0, 1, 2, 3] * 3 and table.text.tolist() == [t.rstrip("…") for t in TEXTS]
+    assert {(r.max_new_tokens, r.end_ids) for r in engine.asked} == {(60, (tokenizer.eos_token_id,))}
+    asked = tokenizer.decode(engine.asked[0].prompt_ids)
+    assert "B. vitamin C" in asked and "Answer:” and the letter" in asked
+    assert table.finished.tolist() == [True, True, True, False, *[True] * 8]
+
+
+def test_what_is_right_finished_new_and_not_too_easy_is_kept(engine, tokenizer, known):
+    kept, counts = keep_verified(sample(engine, tokenizer, known), known)
+    assert kept[["id", "text"]].to_numpy().tolist() == [["q0", TEXTS[0]]]
+    assert counts.to_dict("records") == [
+        {"source": "exam", "asked": 2, "sampled": 8, "right": 7, "kept": 1, "too_easy": 1},
+        {"source": "trial", "asked": 1, "sampled": 4, "right": 0, "kept": 0, "too_easy": 0},
+    ]
+    (example,) = encode_verified(tokenizer, known, kept)
+    assert example.input_ids[: example.loss_start] == list(engine.asked[0].prompt_ids)
+    assert tokenizer.decode(example.input_ids[example.loss_start : -1]) == TEXTS[0]
+    assert example.input_ids[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("too_easy", "kept_ids"), [(2.0, ["q0", "q1", "q1", "q1"]), (1.0, ["q0"]), (0.75, []), (0.76, ["q0"])]
+)
+def test_the_bound_says_what_is_too_easy(engine, tokenizer, known, too_easy, kept_ids):
+    kept, counts = keep_verified(sample(engine, tokenizer, known), known, too_easy)
+    assert kept.id.tolist() == kept_ids
+    assert counts.too_easy.sum() == {2.0: 0, 1.0: 1, 0.76: 1, 0.75: 2}[too_easy]
+
+
+def test_test_questions_are_refused(engine, tokenizer, known):
+    with pytest.raises(MedkitError, match="must not answer test questions for training"):
+        write_answers(engine, tokenizer, known.assign(split="test"), 60)
+    assert not engine.asked
+
+
+def test_finished_answers_become_rows_that_are_asked_as_in_training(tokenizer, known):
+    engine = Scripted(tokenizer, ["lemon juice", "too long…", ""])
+    table = write_answers(engine, tokenizer, known, 60)
+    assert table.finished.tolist() == [True, False, False], "an empty answer teaches nothing"
+    (row,) = answer_rows(known, table).to_dict("records")
+    assert (row["id"], row["options"], row["answer"]) == (known.id[0], ["lemon juice"], 0)
+    (example,) = batches.encode_questions(tokenizer, pd.DataFrame([row]))
+    assert example.input_ids[: example.loss_start] == list(engine.asked[0].prompt_ids)
+    assert tokenizer.decode(example.input_ids[example.loss_start : -1]) == "lemon juice"
+
+
+def test_rows_are_repeated_by_source_and_others_fill_the_place_of_a_source_without_rows():
+    sources = ["icd", "records", "icd"]
+    assert answers.repeat_rows(sources, {"icd": 5, "records": 2}) == [0, 2, 0, 2, 0, 1, 1]
+    assert answers.repeat_rows(sources, {"icd": 2, "exam": 3}) == [0, 2, 0, 2, 0]
+    assert answers.repeat_rows(sources, {"icd": 1, "records": 1}) == [0, 1]
+    with pytest.raises(MedkitError, match="no rows to learn from"):
+        answers.repeat_rows([], {"icd": 2})
+
+
+# --- kept in a file ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def collect(engine, tokenizer, known, tmp_path):
+    """collect(**changes): the answers, from the engine or from the file."""
+
+    def run(writer="teacher", max_new_tokens=60, num_samples=4, settings=()):
+        path, more = tmp_path / "answers.parquet", (max_new_tokens, num_samples, templates.RATIONALE, settings)
+        return collect_answers(path, writer, lambda: engine, tokenizer, known, *more)
+
+    return run
+
+
+def test_what_was_written_is_read_back(collect, engine, tokenizer, known):
+    first = collect()
+    pd.testing.assert_frame_equal(first, sample(Scripted(tokenizer, TEXTS), tokenizer, known))
+    pd.testing.assert_frame_equal(collect(), first)
+    assert (engine.closed, len(engine.asked)) == (1, 12)
+
+
+@pytest.mark.parametrize(
+    "change", [{"writer": "other"}, {"settings": [0.5, 1]}, {"num_samples": 2}, {"max_new_tokens": 9}], ids=str
+)
+def test_another_writer_or_way_to_ask_is_asked_anew(collect, engine, change):
+    collect()
+    collect(**change)
+    collect(**change)
+    assert engine.closed == 2
+
+
+def test_an_engine_that_fails_is_closed_and_leaves_no_file(collect, engine, tmp_path):
+    def fail(requests):
+        raise EngineError("out of memory")
+
+    engine.generate = fail
+    with pytest.raises(EngineError, match="out of memory"):
+        collect()
+    assert engine.closed == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_student_of_verified_answers_gives_the_reason_and_the_answer(
+    make_llama, make_section, tokenizer, known, tmp_path
+):
+    """The toy learns one answer with its reason by heart; greedy writing gives it back, finished and right."""
+    taught = pd.DataFrame([("q0", "C it is. Answer: B")], columns=["id", "text"])
+    examples, student = encode_verified(tokenizer, known, taught) * 8, make_llama(seed=4)
+    section = make_section(epochs=30.0, learning_rate=1e-2, save_every_steps=1000)
+    trainer.train(student, examples, section, trainer.cross_entropy, tmp_path / "s", seed=0)
+    engine = TorchEngine(student, 0, scheduler="static", batch_tokens=1024)
+    table = write_answers(engine, tokenizer, known[known.id == "q0"], 30, 1, templates.RATIONALE)
+    assert table.text.tolist() == taught.text.tolist() and table.finished.all()
+    assert len(keep_verified(table, known, too_easy=2.0)[0]) == 1
