@@ -152,7 +152,7 @@ def plan(
 
 @app.command()
 def train(
-    stage: Annotated[str, typer.Option("--stage", help="teacher, student_ce, _hard, _self, _kd, _ceiling or _seq, or lora")],
+    stage: Annotated[str, typer.Option("--stage", help="teacher, a student such as student_kd, or lora")],
     run: RunName = "tiny",
     params: RunParamsFile = None,
     overrides: Overrides = None,
