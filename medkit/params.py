@@ -264,8 +264,6 @@ class DistillationParams(Section):
 
 
 class LoraParams(Section):
-    source: str
-    """The dataset whose labelled rows the adapter learns: a form that the student has not seen."""
     adapter: AdapterParams
     train: TrainParams
     drift_examples: PositiveInt

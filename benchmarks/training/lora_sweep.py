@@ -1,6 +1,6 @@
 """A second form from about a hundred examples: which adapter, on which layers, and how is the record written?
 
-A finished run's distilled student, its labelled rows of `lora.source`, and the settings of its params; a contender
+A finished run's distilled student, its labelled rows of the second form, and the settings of its params; a contender
 differs from `lora` in what CONTENDERS says and in nothing else. Each is trained, merged, and asked for the validation
 records by greedy generation, in a process of its own. Differences are of the share of correct fields, paired with
 `lora` field by field; intervals resample groups of records. A record is written as JSON, as a call in Python, or as
@@ -100,11 +100,11 @@ def measure(name: str, run: Path, profile: Path, limit: int | None, threads: int
     folder = run / "02_distillation" / "student_kd"
     model, tokenizer = loading.load_model(folder, params.models), loading.load_tokenizer(folder)
     questions = pd.read_parquet(run / "01_data" / "questions.parquet")
-    rows = adapters.adapter_rows(questions, params).head(limit or len(questions))
+    rows = splits.training_rows(questions, "labelled", second_form=True).head(limit or len(questions))
     written = rows.assign(options=[[write_record(options[0], contender.form)] for options in rows.options])
     model, found = adapt(model, batches.encode_questions(tokenizer, written), params, contender)
-    valid = splits.training_rows(questions, "valid")
-    asked = valid[valid.source == params.lora.source].head(limit or len(questions)).assign(scoring="generated")
+    valid = splits.training_rows(questions, "valid", second_form=True)
+    asked = valid.head(limit or len(questions)).assign(scoring="generated")
     sizes = params.inference.batch_tokens, params.inference.max_new_tokens
     answers = predictions.predict(model, tokenizer, asked, *sizes).assign(variant=name)
     answers["text"] = [read_record(text, contender.form) for text in answers.text]

@@ -20,6 +20,7 @@ from medkit.data.raw_questions import POOL_SHARES, DataError, Pool, count_reject
 from medkit.params import SPLITS, DatasetParams, digest
 
 MADE = {"icd_chapter": "icd_chapter", "records": "record", "records_b": "record_b"}  # dataset → kind of question
+SECOND_FORM = "record_b"
 COLUMNS = ["id", "source", "split", "group", "kind", "question", "context", "options", "answer", "subject"]
 
 
@@ -161,14 +162,17 @@ def _take_groups(rows: pd.DataFrame, count: int, seed: int, spread: bool = False
     return rows.iloc[rows.groupby("group").cumcount().argsort(kind="stable")].head(count)
 
 
-def training_rows(questions: pd.DataFrame, split: str) -> pd.DataFrame:
+def training_rows(questions: pd.DataFrame, split: str, second_form: bool = False) -> pd.DataFrame:
     """The rows of a split that a model may train on; those of `transfer` without options and answer (−1).
 
-    Raises DataError for `test` and for an empty split.
+    second_form: the rows of SECOND_FORM and no others. Without it they are left out: teacher, students and
+    quantization see nothing of the form that the adapter of notebook 03 learns. Raises DataError for `test` and for an
+    empty split.
     """
     if split == "test":
         raise DataError("split 'test' is for notebooks 05 and 06 alone; train on 'labelled', choose on 'valid'")
-    rows = questions[questions.split == split].reset_index(drop=True)
+    rows = questions[(questions.split == split) & ((questions.kind == SECOND_FORM) == second_form)]
+    rows = rows.reset_index(drop=True)
     if rows.empty:
         raise DataError(f"split {split!r} is empty; raise data.datasets.*.{split} in the params")
     if split == "transfer":

@@ -1,7 +1,6 @@
 """Low-rank adapters: attach, train, merge, and look at the update."""
 
 from medkit.lora.adapters import (
-    adapter_rows,
     attach,
     count_parameters,
     load_adapter,

@@ -93,12 +93,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 # --- train ---
 
 
-def adapter_rows(questions: pd.DataFrame, params: Params) -> pd.DataFrame:
-    """The labelled rows of `lora.source`, the new form that the adapter learns."""
-    rows = splits.training_rows(questions, "labelled")
-    return rows[rows.source == params.lora.source]
-
-
 def train_adapter(stage: Stage, params: Params, examples: Sequence[Example]) -> tuple[PeftModel, pd.DataFrame]:
     """The distilled student with a trained adapter beside its own weights, not merged, and the log.
 
@@ -120,7 +114,8 @@ def train_stage(run: str, params: Params) -> pd.DataFrame:
     with open_stage(run, "03_lora", params) as stage:
         questions = pd.read_parquet(stage.require("01_data", "questions.parquet"))
         tokenizer = loading.load_tokenizer(stage.require("02_distillation", "student_kd"))
-        model, log = train_adapter(stage, params, batches.encode_questions(tokenizer, adapter_rows(questions, params)))
+        rows = splits.training_rows(questions, "labelled", second_form=True)
+        model, log = train_adapter(stage, params, batches.encode_questions(tokenizer, rows))
         if PartialState().is_main_process:
             loading.save_model(merge(model), tokenizer, stage.path("merged"))
     return log

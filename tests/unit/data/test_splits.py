@@ -288,6 +288,15 @@ def test_test_rows_are_never_training_rows():
         assert list(rows.index) == list(range(len(rows)))
 
 
+def test_the_second_form_is_for_the_adapter_alone():
+    both = pd.concat([SPLIT, SPLIT.assign(kind="record_b")])
+    for split in ("private", "labelled", "valid"):
+        assert training_rows(both, split).equals(training_rows(SPLIT, split))
+        assert set(training_rows(both, split, second_form=True).kind) == {"record_b"}
+    with pytest.raises(DataError, match="labelled"):
+        training_rows(SPLIT, "labelled", second_form=True)
+
+
 def test_the_answers_of_transfer_rows_are_for_the_ceiling_alone():
     known, hidden = transfer_answers(SPLIT), training_rows(SPLIT, "transfer")
     assert list(known.id) == list(hidden.id)

@@ -26,10 +26,10 @@ def test_the_command_trains_and_merges_what_the_notebook_does(params, make_llama
     with pytest.raises(StageError, match=r"01_data/questions\.parquet is not there: run notebook 01_data first"):
         adapters.train_stage("toy", params)
     data, second, stage = Stage("toy", "01_data"), Stage("toy", "02_distillation"), Stage("toy", "03_lora")
-    rows = [(f"q{n}", "labelled", "choice", f"Which organ? {n}", "", ["liver", "heart"], n % 2) for n in range(7)]
+    rows = [(f"q{n}", "labelled", "record_b", f"Which organ? {n}", "", ["liver"], 0) for n in range(7)]
     columns = ["id", "split", "kind", "question", "context", "options", "answer"]
-    questions = pd.DataFrame(rows, columns=columns).assign(source=params.lora.source)
-    others = [questions.assign(source="exam"), questions.assign(split="private"), questions.assign(split="valid")]
+    questions = pd.DataFrame(rows, columns=columns).assign(source="records_b")
+    others = [questions.assign(kind="record"), questions.assign(split="private"), questions.assign(split="valid")]
     data.write_table("questions.parquet", pd.concat([questions, *others], ignore_index=True))
     data.commit()
     loading.save_model(make_llama(layers=2, seed=1), tokenizer, second.path("student_kd"))
