@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from medkit.stage import MedkitError, atomic_path, run_dir
+from medkit.variants import VARIANTS
 
 RUN_PARAMS = "params.yaml"  # in the folder of a run: its profile with the overrides in it
 
@@ -323,25 +324,6 @@ class ShuffleParams(Section):
     orders: Annotated[int, Field(ge=2)]
 
 
-class EnsembleParams(Section):
-    questions: dict[str, Count]
-    shots: NonNegativeInt
-    """Solved training questions before each, the most similar ones by sentence embedding."""
-    orders: PositiveInt
-    """Orders of the options whose probabilities are averaged."""
-
-
-class StudiesParams(Section):
-    """How far an answer depends on what should not matter: order of options, names of drugs, wording, scoring."""
-
-    shuffle: ShuffleParams
-    swap_pairs: Count
-    """Exam questions under two names of their drugs; 0 where `data.drug_pairs` is null."""
-    ablation: dict[str, Count]
-    """Test source → number of questions, each asked by every template and scored in every way."""
-    ensemble: EnsembleParams
-
-
 class ServerParams(Section):
     """An OpenAI-compatible server that runs the edge file, or the same student."""
 
@@ -358,8 +340,17 @@ class InferenceParams(Section):
     max_new_tokens: PositiveInt
     """For generated answers."""
     questions: dict[Scoring, dict[str, Count]]
-    """scoring → test source → number of questions, the same ones for every variant."""
-    studies: StudiesParams
+    """scoring → test source → number of questions, the same ones for every variant that carries a claim."""
+    claims: list[Literal[tuple(VARIANTS)]]
+    """The variants that carry a claim: they answer every question."""
+    few: PositiveInt
+    """So many of the questions of a source, the first ones, for the other variants."""
+    exams: dict[str, Count]
+    """Test source → number of questions, by option text, for the untrained and the distilled student alone."""
+    shuffle: ShuffleParams
+    """How far an answer depends on the order of its options; asked of two variants."""
+    swap_pairs: Count
+    """Exam questions under two names of their drugs, asked of two variants; 0 where `data.drug_pairs` is null."""
     safety_probes: Count
     """Open questions that can do harm (docs/safety.md), spread evenly over their categories."""
     bench: BenchParams
@@ -377,6 +368,8 @@ class EvaluationParams(Section):
     """How it is read: the highest summed log-probability, or the highest mean per token. Fixed before testing."""
     margin: Annotated[float, Field(gt=0.0, lt=1.0)]
     """Differences in accuracy smaller than this count as none, where a test can show that they are."""
+    margins: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]]
+    """Variant → a margin of its own, fixed before testing."""
     price_per_kwh: NonNegativeFloat
     """Of electricity, in the currency of your choice."""
     price_per_machine_hour: NonNegativeFloat
@@ -395,12 +388,10 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _asks_for_what_is_there(self) -> Params:
-        studies = self.inference.studies
         counts = {f"inference.questions.{scoring}": wanted for scoring, wanted in self.inference.questions.items()}
         counts |= {
-            "inference.studies.shuffle.questions": studies.shuffle.questions,
-            "inference.studies.ablation": studies.ablation,
-            "inference.studies.ensemble.questions": studies.ensemble.questions,
+            "inference.exams": self.inference.exams,
+            "inference.shuffle.questions": self.inference.shuffle.questions,
         }
         asked = [(key, name) for key, wanted in counts.items() for name in wanted]
         tested = sorted(name for name, dataset in self.data.datasets.items() if dataset.test != 0)

@@ -212,22 +212,24 @@ def equivalence_p(gained: int, lost: int, n: int, margin: float, design_effect: 
     return float(max(one_sided(gained, lost), one_sided(lost, gained)))
 
 
-def verdicts(table: pd.DataFrame, confidence: float, margin: float) -> pd.DataFrame:
+def verdicts(table: pd.DataFrame, confidence: float, margin: float | Sequence[float]) -> pd.DataFrame:
     """Add adjusted p values and a verdict to a table of `paired_difference` rows, which is one family of tests.
 
+    `margin`: of every row, or one for each.
     p_holm: Holm over p_clustered. p_equivalence_holm: Holm over `equivalence_p`, a family of its own; within_margin: it
     is below α = 1 − confidence. verdict: better or worse if p_holm is below α (however small the difference), else
     equivalent if within_margin, else not detectable.
     """
-    counts = zip(table.gained, table.lost, table.n, table.design_effect, strict=True)
-    equivalence = np.array([equivalence_p(b, c, n, margin, effect) for b, c, n, effect in counts])
+    margins = np.broadcast_to(margin, len(table))
+    counts = zip(table.gained, table.lost, table.n, margins, table.design_effect, strict=True)
+    equivalence = np.array([equivalence_p(*row) for row in counts])
     p_holm, equivalence_holm = (multipletests(p, method="holm")[1] for p in (table.p_clustered, equivalence))
     differs, within = p_holm < 1 - confidence, equivalence_holm < 1 - confidence
     return table.assign(
         p_holm=p_holm,
         p_equivalence=equivalence,
         p_equivalence_holm=equivalence_holm,
-        margin=margin,
+        margin=margins,
         within_margin=within,
         verdict=np.select(
             [differs & (table.difference > 0), differs & (table.difference < 0), within],

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+FINAL = "student_kd"  # the student that is adapted, compressed and shipped
+
 
 class Variant(NamedTuple):
     name: str

@@ -33,13 +33,23 @@ def invented_rows() -> list[dict]:
     for number, variant in enumerate(VARIANTS):
         rows.append(row("accuracy/icd_chapter", variant, 0.31 + 0.05 * number, "option_text", 0.05, 240))
         rows.append(row("accuracy/icd_chapter", variant, 0.111, "letter", 0.05, 40))
-    rows.append(row("accuracy/medqa", "lora", 0.2, "option_text", 0.1, 16))
+    rows.append(row("accuracy/icd_chapter", "tfidf", 0.3, "option_text", 0.05, 240))
+    rows.append(row("accuracy/medqa", "student_kd", 0.2, "option_text", 0.1, 16, chance=0.25, at_chance=True))
+    for variant, value in (("regex", 0.4), ("student_ce", 0.5), ("student_kd", 0.8), ("edge", 0.79)):
+        rows.append(row("field_f1/records", variant, value, "generated", 0.04, 60))
+    tested = {"margin": 0.02, "n_needed": 1234, "p_equivalence_holm": 0.2, "gained": 3, "lost": 5}
+    tested |= {"within_margin": False, "baseline": "student_kd"}
+    rows.append(row("certificate/icd_chapter", "edge", -0.008, "option_text", 0.03, 240, **tested))
+    rows.append(row("kl_nats", "edge", 0.0123, n=99))
+    rows.append(row("gap_closed/icd_chapter", "student_kd", 0.66, "option_text", 0.1, 240, baseline="student_ce"))
     for number, (variant, baseline, _) in enumerate(s for s in STEPS if {*s[:2]} <= set(VARIANTS)):
         verdict = ["better", "worse", "equivalent", "not detectable"][number % 4]
         tested = {"p_holm": 0.0123, "margin": 0.05, "mde": 0.0817, "verdict": verdict, "baseline": baseline}
         rows.append(row("accuracy_delta/icd_chapter", variant, 0.05, "option_text", 0.03, 240, **tested))
+    over = {"baseline": "tfidf", "p_holm": 0.5, "margin": 0.05, "mde": 0.08, "verdict": "not detectable"}
+    rows.append(row("accuracy_delta/icd_chapter", "edge", 0.03, "option_text", 0.05, 240, **over))
     timed = {"requests": 4, "prompt_tokens": 144, "output_tokens": 64}
-    costs = [("teacher_base", 269e6, 0.064, "transformers"), ("lora", 198e6, 0.051, "transformers"),
+    costs = [("teacher_base", 269e6, 0.064, "transformers"), ("student_kd", 198e6, 0.051, "transformers"),
              ("edge", 56e6, 0.008, "llama.cpp")]  # fmt: skip
     for variant, num_bytes, seconds, engine in costs:
         rows.append(row("memory_bytes/weights", variant, num_bytes, "as stored", unit="bytes"))

@@ -1,19 +1,19 @@
 """Predictions → results: accuracy, paired comparisons, calibration, robustness, safety and cost."""
 
-from medkit.evaluation.accuracy import chance, compare_steps, find_flips, judge, measure_accuracy
+from medkit.evaluation.accuracy import (
+    COMPRESSED,
+    chance,
+    compare_steps,
+    find_flips,
+    judge,
+    measure_accuracy,
+    measure_gaps,
+)
 from medkit.evaluation.baselines import predict_baselines
 from medkit.evaluation.calibration import add_confidence, measure_calibration, reliability, risk_coverage
 from medkit.evaluation.energy import cost_table, meter
-from medkit.evaluation.plots import plot_calibration, plot_safety, plot_steps, plot_templates
+from medkit.evaluation.plots import plot_accuracies, plot_calibration, plot_safety, plot_steps
 from medkit.evaluation.record_baseline import regex_baseline
 from medkit.evaluation.record_scores import compare_records, measure_records, score_dialogues, score_records
-from medkit.evaluation.robustness import (
-    answer_lengths,
-    few_shot_accuracy,
-    letter_bias,
-    shuffle_consistency,
-    swap_drop,
-    template_accuracy,
-    template_range,
-)
+from medkit.evaluation.robustness import letter_bias, shuffle_consistency, swap_drop
 from medkit.evaluation.safety import load_probes, probe_questions, safe_shares, safety_steps, sample_probes

@@ -6,16 +6,19 @@ predictions. An answer that cannot be parsed counts as wrong, and its share is r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from scipy import stats
 
 from medkit.prompts import answer_parser, templates
 from medkit.stage import MedkitError
-from medkit.statistics import mean_intervals, paired_difference, verdicts, wilson
-from medkit.variants import STEPS
+from medkit.statistics import gap_closed, mean_intervals, paired_difference, verdicts, wilson
+from medkit.variants import STEPS, VARIANTS
 
+COMPRESSED = [(v.name, v.baseline, v.question) for v in VARIANTS.values() if (v.folder or "").startswith("04_")]
+"""The steps that must lose nothing: each smaller model against the one that it was made from."""
 TEST_COLUMNS = ["study", "condition"]  # the name and the condition of a robustness test, where there is one
 
 
@@ -29,12 +32,15 @@ def judge(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
     A choice is an option's index, −1 (unparsed) or `answer_parser.ABSTAINED`. `option_text` chooses the highest summed
     log-probability, `option_text_norm` the highest mean per token; predictions without `answer_tokens` have no such
     row. `probabilities`: softmax over the options of the scores that the choice was read from; None for generated text,
-    which `answer_parser.parse` reads. TEST_COLUMNS are copied. A clean question resembles no training question.
+    which `answer_parser.parse` reads. TEST_COLUMNS are copied. A clean question resembles no training question. Records
+    have no row here: `record_scores` judges them.
     """
     columns = questions[["id", "source", "options", "answer", "clean", "group"]]
     table = predictions.merge(columns, on="id", validate="many_to_one")
     if len(table) < len(predictions):
         raise EvaluationError(f"{len(predictions) - len(table)} predictions are for questions this run does not have")
+    if "kind" in questions:
+        table = table[~table.id.isin(questions.id[questions.kind.isin(list(templates.FORMS))])]
     table["answer_tokens"] = table.answer_tokens if "answer_tokens" in table else None
     by_text = table[table.scoring == "option_text"]
     with_tokens = by_text[by_text.answer_tokens.notna()]
@@ -125,13 +131,17 @@ def chance(questions: pd.DataFrame) -> float:
 
 
 def compare_steps(
-    judged: pd.DataFrame, confidence: float, power: float, margin: float, steps: Sequence[tuple] = STEPS
+    judged: pd.DataFrame,
+    confidence: float,
+    power: float,
+    margin: float | Mapping[str, float],
+    steps: Sequence[tuple] = STEPS,
 ) -> pd.DataFrame:
     """Every step whose two variants are there, on every source and scoring, paired by question: one family of tests.
 
-    Columns: variant, baseline, question, source, scoring; those of `statistics.paired_difference`; ci_low_clustered and
-    ci_high_clustered (bootstrap over groups, with one gained and one lost question added); those of
-    `statistics.verdicts`.
+    `margin` may be one for each variant. Columns: variant, baseline, question, source, scoring; those of
+    `statistics.paired_difference`; ci_low_clustered and ci_high_clustered (bootstrap over groups, with one gained and
+    one lost question added); those of `statistics.verdicts`; n_needed (`questions_needed`).
     """
     tables = []
     for (source, scoring), answers in judged.groupby(["source", "scoring"], sort=False):
@@ -151,7 +161,37 @@ def compare_steps(
             tables.append(pd.DataFrame(rows).assign(ci_low_clustered=low, ci_high_clustered=high))
     if not tables:
         raise EvaluationError(f"no step of the method has both of its variants among {sorted(set(judged.variant))}")
-    return verdicts(pd.concat(tables, ignore_index=True), confidence, margin)
+    table = pd.concat(tables, ignore_index=True)
+    margins = table.variant.map(margin) if isinstance(margin, Mapping) else margin
+    table = verdicts(table, confidence, margins)
+    return table.assign(n_needed=questions_needed(table, confidence, power))
+
+
+def questions_needed(steps: pd.DataFrame, confidence: float, power: float) -> pd.Series:
+    """Questions that would show equivalence with this power, before Holm, at the flips seen, if nothing was lost.
+
+    The usual size of two one-sided tests of a paired difference (Chow, Shao & Wang 2008), times the design effect.
+    """
+    flips = (steps.gained + steps.lost + 2) / (steps.n + 2)  # with the pseudo-observations of `paired_difference`
+    deviations = stats.norm.ppf(confidence) + stats.norm.ppf((1 + power) / 2)
+    return np.ceil(steps.design_effect * flips * (deviations / steps.margin) ** 2).astype(int)
+
+
+def measure_gaps(judged: pd.DataFrame, low: str, middle: str, high: str, confidence: float) -> pd.DataFrame:
+    """How much of the gap between the variants low and high a third one closes; a row for each source and scoring.
+
+    Columns variant (the third), baseline (low), source, scoring, value (share of the gap), and the other columns of
+    `statistics.gap_closed`, on the questions that all three answered.
+    """
+    rows = []
+    for (source, scoring), answers in judged.groupby(["source", "scoring"], sort=False):
+        right, groups = _by_question(answers, "variant")
+        if {low, middle, high} <= set(right):
+            all_three = right[[low, middle, high]].notna().all(axis=1)
+            scores = (right[name][all_three] for name in (low, middle, high))
+            names = {"variant": middle, "baseline": low, "source": source, "scoring": scoring}
+            rows.append(names | gap_closed(*scores, groups[all_three], confidence))
+    return pd.DataFrame(rows).rename(columns={"share": "value"})
 
 
 def find_flips(judged: pd.DataFrame, steps: Sequence[tuple] = STEPS) -> pd.DataFrame:

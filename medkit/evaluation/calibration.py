@@ -141,11 +141,10 @@ def measure_calibration(
 
     Columns variant, source, scoring, metric (ece, brier, aurc, accuracy_at_80), value, ci_low, ci_high, n,
     ece_if_calibrated (mean of that function; NaN but for ece). n: answers that count, of accuracy_at_80 those given.
-    Intervals are percentiles over resamples of whole near-duplicate groups (`judged.group`), with three exceptions:
-    ece: from 2·value − the upper percentile to the upper percentile, since a resample adds its own bias to the value's;
+    Intervals are percentiles over resamples of whole near-duplicate groups (`judged.group`), with bins and order of the
+    answers as measured. ece: from 2·value − the upper percentile, since a resample adds its own bias to the value's;
     from 0 if a calibrated model would show as much, so that ci_low > 0 says that a miscalibration was detected.
-    aurc: Wilson's interval of the error rate, if all answers are right or all are wrong.
-    accuracy_at_80: Wilson's, of the number of answers that explains the variance of the resamples, at most those given.
+    accuracy_at_80: Wilson's, of the answers given; aurc: Wilson's of the error rate if all answers are right or wrong.
     """
     rows = []
     for key, table in add_confidence(judged).groupby(KEYS, sort=False):
@@ -156,29 +155,30 @@ def measure_calibration(
 def _measure(table: pd.DataFrame, confidence: float, bins: int, resamples: int, seed: int) -> list[tuple]:
     n, tails = len(table), [(1 - confidence) / 2, (1 + confidence) / 2]
     given = answers_at(COVERAGE, n)
-    order = np.argsort(table.confidence.to_numpy(), kind="stable")
-    correct, losses = table.correct.to_numpy(bool)[order], brier_losses(table.probabilities, table.answer)[order]
-    level, first = np.unique(table.confidence.to_numpy()[order], return_index=True)
+    order = np.argsort(-table.confidence.to_numpy(), kind="stable")  # most confident first
+    sure, correct = table.confidence.to_numpy()[order], table.correct.to_numpy(bool)[order]
+    losses = brier_losses(table.probabilities, table.answer)[order]
+    level, count, right = tally(sure, correct)
+    level_of = np.searchsorted(level, sure)
+    in_bin = np.eye(bins)[find_bins(count, bins)][level_of]  # (n, bins)
+    wrong = 1 - (right / count)[level_of]  # answers of equal confidence share their mean
 
-    def measure_resample(times: np.ndarray) -> tuple[float, ...]:
-        """The four metrics of a resample that holds each row so many `times`."""
-        count, right = np.add.reduceat(times, first), np.add.reduceat(times * correct, first)
-        risk = risks(count, right)
-        at_coverage = 1 - risk[answers_at(COVERAGE, len(risk)) - 1]
-        return ece(level, count, right, bins), times @ losses / len(risk), risk.mean(), at_coverage
+    def measure(times: np.ndarray) -> np.ndarray:
+        """ECE, Brier and AURC, (resamples, 3), of samples that hold each row so many `times`, (resamples, n)."""
+        size = times.sum(axis=1)
+        gaps = np.abs((times * (correct - sure)) @ in_bin).sum(axis=1)
+        risk = np.cumsum(times * wrong, axis=1) / np.maximum(np.cumsum(times, axis=1), 1)
+        return np.column_stack([gaps, times @ losses, (times * risk).sum(axis=1)]) / size[:, None]
 
-    value = np.array(measure_resample(np.ones(n, int)))
-    weights = np.concatenate(list(statistics.resample_groups(table.group, resamples, seed)))
-    resampled = np.array([measure_resample(times) for times in weights[:, order].astype(int)])
-    low, high = np.quantile(resampled, tails, axis=0)
+    value = np.append(measure(np.ones((1, n)))[0], 1 - risks(count, right)[given - 1])
+    chunks = statistics.resample_groups(table.group, resamples, seed)
+    low, high = np.quantile(np.vstack([measure(times[:, order].astype(float)) for times in chunks]), tails, axis=0)
     calibrated = ece_if_calibrated(table.confidence, table.group, bins, resamples, seed)
     low[0] = 0 if value[0] <= np.quantile(calibrated, tails[1]) else max(0, 2 * value[0] - high[0])
-    wrong = int((~correct).sum())
-    if wrong in (0, n):
-        low[2], high[2] = statistics.wilson(wrong, n, confidence)
-    share, variance = value[3], resampled[:, 3].var()
-    worth = min(given, share * (1 - share) / variance) if variance > 0 and 0 < share < 1 else given
-    low[3], high[3] = statistics.wilson(share * worth, worth, confidence)
-    low, high = np.minimum(low, value), np.maximum(high, value)
+    errors = int((~correct).sum())
+    if errors in (0, n):
+        low[2], high[2] = statistics.wilson(errors, n, confidence)
+    at_coverage = statistics.wilson(value[3] * given, given, confidence)
+    low, high = np.minimum([*low, at_coverage[0]], value), np.maximum([*high, at_coverage[1]], value)
     metrics = zip(("ece", "brier", "aurc", "accuracy_at_80"), value, low, high, (n, n, n, given), strict=True)
     return [(*row, calibrated.mean() if row[0] == "ece" else np.nan) for row in metrics]

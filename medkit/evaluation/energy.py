@@ -1,4 +1,4 @@
-"""Energy of a block of work, and what 1,000 answers and one correct answer cost in energy and money.
+"""Energy of a block of work, and what one correct answer costs in energy and money.
 
 codecarbon reads a meter where the hardware has one and estimates the rest from rated power; `method` says which. It
 counts this process's share of the processor and of the memory, not idle power, fans or disks; a meter on the chip
@@ -85,13 +85,13 @@ def _describe(data) -> str:
 def cost_table(
     measured: pd.DataFrame, price_per_kwh: float, machine_price_per_hour: float, confidence: float
 ) -> pd.DataFrame:
-    """Energy and money per 1,000 answers and per correct answer; one row per variant and metric.
+    """Energy and money per correct answer; a row for each variant and metric.
 
     `measured`: one row per variant with answers, correct, energy_kwh, duration_s and method. cost = energy_kwh ·
     price_per_kwh + duration_s / 3600 · machine_price_per_hour, in the currency of the prices; set the first to 0 where
-    the rent includes power. Columns variant, metric, value, ci_low, ci_high, n, unit, method. The interval per correct
-    answer is the cost at the two ends of the accuracy's Wilson interval; per 1,000 answers there is none (NaN). Without
-    a correct answer the value is NaN. Raises EnergyError for negative prices and impossible counts.
+    the rent includes power. Columns variant, metric, value, ci_low, ci_high, n, unit, method. The interval is the cost
+    at the two ends of the accuracy's Wilson interval. Without a correct answer all are NaN. Raises EnergyError for
+    negative prices and impossible counts.
     """
     for name, price in (("price_per_kwh", price_per_kwh), ("price_per_machine_hour", machine_price_per_hour)):
         if not 0 <= price < math.inf:
@@ -106,10 +106,9 @@ def cost_table(
             )
         cost = row.energy_kwh * price_per_kwh + row.duration_s / 3600 * machine_price_per_hour
         low, high = wilson(correct, answers, confidence)
-        more = {"variant": row.variant, "n": answers, "method": row.method}
         for name, total, unit in (("energy_wh", 1000 * row.energy_kwh, "Wh"), ("cost", cost, "currency")):
-            rows.append(more | {"metric": f"{name}_per_1000_answers", "value": 1000 * total / answers, "unit": unit})
             each = [total / correct, total / answers / high, total / answers / low] if correct else [math.nan] * 3
             values = dict(zip(("value", "ci_low", "ci_high"), each, strict=True))
-            rows.append(more | {"metric": f"{name}_per_correct_answer", "unit": unit} | values)
-    return pd.DataFrame(rows, columns=["variant", "metric", "value", "ci_low", "ci_high", "n", "unit", "method"])
+            rows.append({"variant": row.variant, "metric": f"{name}_per_correct_answer", **values, "n": answers,
+                         "unit": unit, "method": row.method})  # fmt: skip
+    return pd.DataFrame(rows)

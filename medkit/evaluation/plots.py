@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import matplotlib.pyplot as plt
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 
 from medkit.evaluation.calibration import add_confidence, reliability, risk_coverage
@@ -12,13 +11,27 @@ from medkit.plotting import SIZE, plot_intervals
 from medkit.variants import VARIANTS
 
 
-def plot_steps(steps: pd.DataFrame, margin: float, label: str) -> Figure:
-    """Difference and interval of each step; light bars: differences too small to detect, band: the margin."""
+def plot_accuracies(
+    table: pd.DataFrame, value: str, label: str, lines: dict[str, tuple[float, str]], title: str
+) -> Figure:
+    """Points with intervals, a row per variant, and vertical lines for baselines: name → (value, colour)."""
+    ax = plot_intervals(table, value, label)
+    for name, (x, colour) in lines.items():
+        ax.axvline(x, color=colour, ls="--", lw=1, label=f"{name} {x:.2f}")
+    ax.set(xlim=(0, 1), title=title)
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
+    return ax.figure
+
+
+def plot_steps(steps: pd.DataFrame, label: str) -> Figure:
+    """Difference and interval of each step; light bars: differences too small to detect, boxes: the step's margin."""
     fig, ax = plt.subplots(figsize=(SIZE[0], 0.8 + 0.42 * len(steps)))
-    ax.axvspan(-margin, margin, color="0.95", label=f"within the margin of ±{margin:g}")
     for y, row in enumerate(steps.itertuples()):
-        colour, text = VARIANTS[row.variant].colour, "" if y else "too small to detect here"
-        ax.plot([-row.mde, row.mde], [y, y], color="0.8", lw=9, solid_capstyle="butt", label=text)
+        colour, first = VARIANTS[row.variant].colour, y == 0
+        ax.plot([-row.mde, row.mde], [y, y], color="0.85", lw=9, solid_capstyle="butt",
+                label="too small to detect here" if first else "")  # fmt: skip
+        ax.plot([-row.margin, row.margin], [y, y], color="0.6", lw=9, alpha=0.5, solid_capstyle="butt",
+                label="within the margin" if first else "")  # fmt: skip
         ax.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=2.5)
         ax.plot(row.difference, y, "o", color=colour, ms=7)
     names = [f"{VARIANTS[row.baseline].label} → {VARIANTS[row.variant].label}" for row in steps.itertuples()]
@@ -47,16 +60,6 @@ def plot_calibration(judged: pd.DataFrame, confidence: float, variants: list[str
     right.set(xlim=(0, 1.02), ylim=(0, 1), xlabel="share of questions answered", ylabel="share of them wrong")
     right.set_title("Risk when the least sure answers are left out")
     right.legend(fontsize=9)
-    return fig
-
-
-def plot_templates(table: pd.DataFrame) -> Figure:
-    """Heat map of the accuracy of each template and scoring, from `template_accuracy` of one variant."""
-    cells = table.pivot(index="template", columns="scoring", values="value")
-    fig, ax = plt.subplots(figsize=(SIZE[0], 3.2))
-    sns.heatmap(cells, annot=True, fmt=".2f", vmin=0, vmax=1, cmap="viridis", cbar=False, ax=ax)
-    ax.set(title=f"Accuracy of {VARIANTS[table.variant.iloc[0]].label} by template (n = {table.n.max()} a cell)")
-    ax.tick_params(axis="y", rotation=0)
     return fig
 
 

@@ -1,4 +1,4 @@
-"""Robustness tests: how far an answer depends on what should not matter, and what better prompts would bring.
+"""Robustness tests: how far an answer depends on the order of the options and on the name of a drug.
 
 Input: judged answers of `inference`'s robustness tests. Output: tidy tables with `value`, `ci_low`, `ci_high` and `n`
 questions. Beside consistency stands what a model would get that does not read the options.
@@ -12,7 +12,7 @@ import pandas as pd
 from medkit.inference.question_variants import ORIGINAL, SWAPPED
 from medkit.prompts.templates import LETTERS
 from medkit.stage import MedkitError
-from medkit.statistics import median_interval, paired_difference, wilson
+from medkit.statistics import paired_difference, wilson
 
 KEYS = ["variant", "source", "scoring"]
 
@@ -76,75 +76,6 @@ def swap_drop(judged: pd.DataFrame, confidence: float, power: float) -> pd.DataF
         changed = (wide.choice[ORIGINAL] != wide.choice[SWAPPED]).mean()
         more = {ORIGINAL: before.mean(), SWAPPED: after.mean(), "changed": changed}
         rows.append(dict(zip(KEYS, key, strict=True)) | {"value": pair.pop("difference"), **pair} | more)
-    return pd.DataFrame(rows)
-
-
-def template_accuracy(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    """Accuracy of each template under each scoring, with Wilson's interval, and the share that could not be read."""
-    rows = []
-    for key, group in _select(judged, "ablation").groupby([*KEYS, "condition"], sort=False):
-        row = _share(group.correct, confidence) | {"unparsed_rate": (group.choice == -1).mean()}
-        rows.append(dict(zip([*KEYS, "template"], key, strict=True)) | row)
-    return pd.DataFrame(rows)
-
-
-def template_range(table: pd.DataFrame) -> pd.DataFrame:
-    """Best minus worst accuracy of `template_accuracy`, per variant: what choosing the prompt after the test can bring.
-
-    No interval: best and worst were chosen after the test, so a usual interval would be too narrow.
-    """
-    rows = []
-    for key, group in table.groupby(KEYS[:2], sort=False):
-        best, worst = (group.loc[i] for i in (group.value.idxmax(), group.value.idxmin()))
-        row = {"value": best.value - worst.value, "n": best.n, "scoring": "all"}
-        row |= {name: f"{cell.template} × {cell.scoring}" for name, cell in (("best", best), ("worst", worst))}
-        rows.append(dict(zip(KEYS, key, strict=False)) | row)
-    return pd.DataFrame(rows)
-
-
-def few_shot_accuracy(judged: pd.DataFrame, confidence: float, power: float) -> pd.DataFrame:
-    """Accuracy without examples, with solved examples, and averaged over option orders, on the same questions.
-
-    `line`: zero-shot, few-shot (one order), ensemble (the option with the highest mean probability over all orders).
-    `difference` and `p_value`: each line minus zero-shot, paired.
-    """
-    table = _select(judged, "ensemble")
-    table = table.assign(
-        shots=table.condition.str.extract(r"^shots=(\d+)", expand=False).astype(int),
-        unchanged=[list(_order(c)) == sorted(_order(c)) for c in table.condition],
-    )
-    rows = []
-    for key, group in table.groupby(KEYS, sort=False):
-        with_shots = group[group.shots == group.shots.max()]
-        zero_shot = group[(group.shots == 0) & group.unchanged].set_index("id").correct
-        mean = with_shots.groupby("id").probabilities.agg(lambda p: np.mean(np.stack(p.tolist()), axis=0).argmax())
-        answer = with_shots.drop_duplicates("id").set_index("id").answer
-        few_shot = with_shots[with_shots.unchanged].set_index("id").correct
-        lines = {"zero-shot": zero_shot, "few-shot": few_shot, "ensemble": mean == answer[mean.index]}
-        for line, correct in lines.items():
-            pair = paired_difference(correct[zero_shot.index], zero_shot, confidence, power)
-            more = {name: pair[name] for name in ("difference", "p_value")}
-            rows.append(dict(zip(KEYS, key, strict=True)) | {"line": line} | _share(correct, confidence) | more)
-    return pd.DataFrame(rows)
-
-
-def answer_lengths(
-    predictions: pd.DataFrame, questions: pd.DataFrame, max_new_tokens: int, confidence: float
-) -> pd.DataFrame:
-    """Tokens of generated answers (end token included) by template: median with bootstrap interval, p95, median words.
-
-    `at_limit`: share of answers with `max_new_tokens` tokens, most of them cut off.
-    """
-    table = predictions[predictions.scoring == "generated"].merge(questions[["id", "source"]], on="id")
-    rows = []
-    for key, group in table.groupby([*KEYS, "template"], sort=False):
-        tokens, words = group.answer_tokens.str[0], group.text.str.split().str.len()
-        if tokens.isna().any():
-            raise RobustnessError("generated answers have no lengths in tokens: run notebook 05 again")
-        value, low, high = median_interval(tokens, confidence)
-        row = {"value": value, "ci_low": low, "ci_high": high, "n": len(group), "p95": tokens.quantile(0.95)}
-        row |= {"at_limit": (tokens >= max_new_tokens).mean(), "words": words.median()}
-        rows.append(dict(zip([*KEYS, "template"], key, strict=True)) | row)
     return pd.DataFrame(rows)
 
 

@@ -1,19 +1,9 @@
 """Every variant of the model answers the test questions and is timed; the edge file runs on llama.cpp's own server."""
 
-from medkit.inference.figures import plot_similar_answers, plot_throughput, plot_timelines
+from medkit.inference.figures import plot_throughput, plot_timelines
 from medkit.inference.predictions import choose_questions, predict
-from medkit.inference.question_variants import ensemble, pair_questions, shuffled, swapped, template_grid
+from medkit.inference.question_variants import STUDIED, pair_questions, rows_for, shuffled, swapped
 from medkit.inference.server_engine import ServerEngine, llama_server
-from medkit.inference.similar_answers import (
-    ALL_EDITS,
-    ALPHAS,
-    THRESHOLDS,
-    best_thresholds,
-    load_pairs,
-    measure_pairs,
-    real_lookups,
-    serving_rates,
-)
 from medkit.inference.torch_engine import SCHEDULERS, TorchEngine
 from medkit.inference.variant_loading import edge_engine, load_variant
 from medkit.inference.workloads import agreement, encode_prompts, equal, skewed, time_in_turns, timeline

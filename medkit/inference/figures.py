@@ -7,7 +7,6 @@ import pandas as pd
 import seaborn as sns
 
 from medkit import plotting
-from medkit.inference.similar_answers import ALL_EDITS
 from medkit.inference.torch_engine import SCHEDULERS
 
 
@@ -40,24 +39,4 @@ def plot_throughput(passes: pd.DataFrame) -> plt.Figure:
     sns.stripplot(passes, dodge=True, palette=["k"] * passes.engine.nunique(), size=4, legend=False, **what)
     ax.set(xlabel="lengths of the answers", ylabel="generated tokens per second", title="Throughput by scheduling")
     ax.legend(title="")
-    return fig
-
-
-def plot_similar_answers(rates: pd.DataFrame) -> plt.Figure:
-    """Share of pairs that a cache serves over the threshold (α = ½), by kind: same answer above, other answer below."""
-    fig, axes = plt.subplots(2, figsize=(plotting.SIZE[0], 7.6), sharex=True)
-    panels = [("hit_rate", "The answer is the same: should be served", "crest"),
-              ("wrong_rate", "The answer is another one: must not be served", "flare")]  # fmt: skip
-    for ax, (measure, title, palette) in zip(axes, panels, strict=True):
-        half = rates[(rates.alpha == 0.5) & (rates.measure == measure)]
-        every = half[half.kind == ALL_EDITS]
-        ax.fill_between(every.threshold, every.ci_low, every.ci_high, color="black", alpha=0.15, lw=0)
-        kinds = half.groupby("kind").rate.sum().sort_values(ascending=False).index
-        for kind, colour in zip(kinds, sns.color_palette(palette, len(kinds)), strict=True):
-            line, bold = half[half.kind == kind], kind == ALL_EDITS
-            label = f"{kind.removeprefix('same: ')} (n={line.n.iloc[0]})"
-            ax.plot(line.threshold, line.rate, lw=3 if bold else 1.5, color="black" if bold else colour, label=label)
-        ax.set(title=title, ylabel="share of pairs served", xlim=(0.5, 1), ylim=(-0.02, 1.04))
-        ax.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
-    axes[1].set_xlabel("threshold on the similarity, α = ½ (band: interval of all edits)")
     return fig

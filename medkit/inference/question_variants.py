@@ -1,26 +1,38 @@
-"""The robustness studies: the same questions with other orders of options, drug names, templates, or with examples.
+"""Which variant answers which questions, and two robustness studies: other orders of options, other drug names.
 
-Each function returns rows for `inference.predict`: question rows with `scoring`, the name of the `study`, the
-`condition` within it, and `template`, `shots` and `order` where they differ from the plain question.
+The studies return rows for `inference.predict`: question rows with `scoring`, the name of the `study`, the `condition`
+within it, and `order` where it differs from the question's own.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Sequence
 
-import numpy as np
 import pandas as pd
 
 from medkit.data.near_duplicates import group_near_duplicates
-from medkit.modeling.embeddings import nearest
 from medkit.prompts import templates as prompts
 from medkit.stage import MedkitError
+from medkit.variants import FINAL
 
+START = "base"
+SECOND_FORM = (FINAL, "lora")
+"""Variants that answer in the second hospital's form; no other one has learned it."""
+STUDIED = (FINAL, "edge")
+"""Variants that the robustness studies and the timings are made on."""
 ORIGINAL, SWAPPED = "original", "swapped"
-TEMPLATES = ("text", "letter", "abstain", "rationale")  # ways to put a multiple choice
-SCORINGS = ("letter", "option_text", "generated")  # ways to read the answer; option_text gives its mean per token too
+
+
+def rows_for(variant: str, asked: pd.DataFrame, exams: pd.DataFrame, claims: Sequence[str], few: int) -> pd.DataFrame:
+    """The questions of one variant: all of `asked` if it is one of `claims`, else the `few` first ones of each source.
+
+    The start and the final student answer the `exams` too. Records of the second form are left out for all variants
+    but those that start from it or have learned it.
+    """
+    rows = asked if variant in claims else asked.groupby(["scoring", "source"], sort=False).head(few)
+    rows = rows[(rows.kind != "record_b") | (variant in SECOND_FORM)]
+    return pd.concat([rows, exams]) if variant in (START, FINAL) else rows
 
 
 def option_orders(question: dict, orders: int, seed: int) -> list[list[int]]:
@@ -62,7 +74,7 @@ def swapped(drug_pairs: pd.DataFrame, count: int | str, seed: int) -> pd.DataFra
     """
     count = len(drug_pairs) if count == "all" else count
     if count > len(drug_pairs):
-        raise MedkitError(f"inference.studies.swap_pairs is {count}, there are {len(drug_pairs)} pairs; lower it")
+        raise MedkitError(f"inference.swap_pairs is {count}, there are {len(drug_pairs)} pairs; lower it")
     pairs = drug_pairs.sample(frac=1, random_state=seed).head(count)
     plain = pairs[["id", "question", "options", "answer"]].assign(condition=ORIGINAL)
     renamed = pairs[["id", "question_swapped", "options_swapped", "answer"]].assign(condition=SWAPPED)
@@ -76,77 +88,3 @@ def pair_questions(drug_pairs: pd.DataFrame) -> pd.DataFrame:
     groups = pd.Series(group_near_duplicates(drug_pairs.question), drug_pairs.index).astype(str)
     known = drug_pairs[["id", "options", "answer"]].assign(group="drug_pairs:" + groups)
     return known.assign(source="drug_pairs", split="test", kind="choice", clean=True)
-
-
-def template_grid(
-    asked: pd.DataFrame, templates: Sequence[str] = TEMPLATES, scorings: Sequence[str] = SCORINGS
-) -> pd.DataFrame:
-    """Every question under every template, scored in every way; condition: the template's name.
-
-    A letter cannot be asked for where none is shown: those cells stay empty. Letters and option texts after the same
-    prompt cost one reading of it. The scoring of `asked` is of no account.
-    """
-    rows = []
-    for row in asked.drop_duplicates("id").to_dict("records"):
-        for name, scoring in itertools.product(templates, scorings):
-            if scoring != "letter" or prompts.TEMPLATES[name].lists_options:
-                rows.append({**row, "scoring": scoring, "study": "ablation", "condition": name, "template": name})
-    return pd.DataFrame(rows)
-
-
-def ensemble(
-    asked: pd.DataFrame,
-    training: pd.DataFrame,
-    asked_vectors: np.ndarray,
-    training_vectors: np.ndarray,
-    shots: int,
-    orders: int,
-    seed: int,
-    similar: pd.DataFrame | None = None,
-) -> pd.DataFrame:
-    """Medprompt's upper line (arXiv 2311.16452): nearest solved questions first, options in several orders.
-
-    `asked_vectors` and `training_vectors` hold a unit vector per row. Every question is asked plainly (condition
-    `shots=0 order=…`), then behind its `shots` nearest training rows of the same kind, nearest last, under every order;
-    one order where options are not shown. `similar` (columns id_test, id_train) are pairs that `contamination` found:
-    like rows of the question's own group they are no examples for it.
-
-    Raises MedkitError for training rows of the test split, and for a kind with fewer than `shots` examples.
-    """
-    if (training.split == "test").any():
-        raise MedkitError("a test question must not be an example: give rows of the split train alone")
-    found = _neighbours(asked, training, asked_vectors, training_vectors, shots, similar)
-    solved = training.to_dict("records")
-    rows = []
-    for row, near in zip(asked.to_dict("records"), found, strict=True):
-        listed = prompts.pick_template(row["kind"], row["scoring"]).lists_options
-        ways = option_orders(row, orders if listed else 1, seed)
-        examples = [solved[i] for i in near[::-1]]
-        cells = [(0, ways[0]), *((shots, order) for order in ways)]
-        for count, order in cells if shots else cells[1:]:
-            condition = f"shots={count} {order_label(order)}"
-            more = {"condition": condition, "order": order, "shots": examples if count else []}
-            rows.append({**row, "study": "ensemble", **more})
-    return pd.DataFrame(rows)
-
-
-def _neighbours(
-    asked: pd.DataFrame, training: pd.DataFrame, queries: np.ndarray, corpus: np.ndarray, shots: int, similar
-) -> np.ndarray:
-    """Row numbers (Q, shots) of the training rows that may stand before each question, nearest first."""
-    if not shots:
-        return np.empty((len(asked), 0), int)
-    allowed = (training.answer >= 0).to_numpy() & (asked.kind.to_numpy()[:, None] == training.kind.to_numpy())
-    allowed &= asked.group.to_numpy()[:, None] != training.group.to_numpy()
-    rows = {name: number for number, name in enumerate(training.id)}
-    banned = {} if similar is None else similar.groupby("id_test").id_train.agg(list).to_dict()
-    for number, name in enumerate(asked.id):
-        allowed[number, [rows[i] for i in banned.get(name, ()) if i in rows]] = False
-    few = allowed.sum(axis=1) < shots
-    if few.any():
-        first = asked[few].iloc[0]
-        raise MedkitError(
-            f"inference.studies.ensemble.shots is {shots}, but of the kind {first.kind!r} the split train has only "
-            f"{allowed[few].sum(axis=1)[0]} examples for {first.id}; lower it, or leave out {first.source}"
-        )
-    return nearest(queries, corpus, shots, allowed)[0]

@@ -8,12 +8,16 @@ from medkit.reporting.results import (
     STAGES,
     from_accuracy,
     from_bench,
+    from_certificates,
+    from_drift,
     from_ledger,
     from_manifests,
+    from_records,
     from_steps,
     from_table,
     load_results,
     ratios,
     write_results,
 )
-from medkit.reporting.tables import cost_table, run_tables, steps_table
+from medkit.reporting.story import plot_story, tell_story
+from medkit.reporting.tables import certificates_table, cost_table, run_tables, steps_table

@@ -17,9 +17,9 @@ from medkit.params import SPLITS
 from medkit.reporting import tables
 from medkit.reporting.results import load_results
 from medkit.stage import DISCLAIMER, atomic_path
-from medkit.variants import VARIANTS
+from medkit.variants import FINAL, VARIANTS
 
-PRODUCTS = ("lora", *(v.name for v in VARIANTS.values() if v.baseline == "lora"))
+PRODUCTS = (FINAL, *(v.name for v in VARIANTS.values() if v.baseline == FINAL))
 """Variants that a user of the run would take away: their accuracies are the card's model-index."""
 SETTINGS = ("models", "distillation", "lora", "quantization", "evaluation", "seed")
 

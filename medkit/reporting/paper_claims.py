@@ -21,7 +21,7 @@ import yaml
 
 from medkit.reporting.tables import label, load_benchmarks, markdown
 from medkit.statistics import median_interval
-from medkit.variants import VARIANTS
+from medkit.variants import FINAL, VARIANTS
 
 TOLERANCE = 0.05
 SAME_SCALE = 2.0
@@ -170,7 +170,7 @@ def _from_benchmark(claim: PaperClaim, benchmarks: Sequence[dict]) -> Iterator[O
 
 
 def _from_run(claim: PaperClaim, results: pd.DataFrame, facts: Mapping) -> Iterator[Ours]:
-    weights = results[(results.result == "memory_bytes/weights") & (results.variant == "lora")].value
+    weights = results[(results.result == "memory_bytes/weights") & (results.variant == FINAL)].value
     size = weights.iloc[0] / BF16_BYTES if len(weights) else 0  # weights that are not quantised count in bf16
     same_scale = 1 / SAME_SCALE <= size * BF16_BYTES / weight_bytes(STUDENT) <= SAME_SCALE
     verdict = None if same_scale else "other scale"
@@ -179,22 +179,22 @@ def _from_run(claim: PaperClaim, results: pd.DataFrame, facts: Mapping) -> Itera
     scored = results[results.metric == facts["headline_scoring"]]
     if claim.id == "usmle":
         exam = scored[scored.result == "accuracy/medqa"].set_index("variant")
-        for variant in [v for v in ["nf4", *reversed(VARIANTS)] if v in exam.index][:1]:
+        for variant in [v for v in reversed(VARIANTS) if v in exam.index][:1]:
             row = exam.loc[variant]
             why = f"{label(variant)} on MedQA, n = {row.n:.0f}; the paper names neither its test set nor n"
             yield Ours(row.value, row.ci_low, row.ci_high, measured_on, why, verdict)
     elif claim.id == "accuracy_kept":
         kept = {"equivalent": "reproduced", "better": "beaten"}
-        for row in scored[(scored.result == f"accuracy_delta/{source}") & (scored.baseline == "lora")].itertuples():
+        for row in scored[(scored.result == f"accuracy_delta/{source}") & (scored.baseline == FINAL)].itertuples():
             why = f"{label(row.variant)} against {label('lora')} on {source}, n = {row.n:.0f}: {row.verdict}"
             kept_or_not = verdict or kept.get(row.verdict, "not reproduced")
             yield Ours(row.value, row.ci_low, row.ci_high, measured_on, why, kept_or_not)
     elif claim.unit == "share":
         name = claim.id.replace("change", "ratio")
-        for row in results[(results.result == name) & (results.baseline == "lora")].itertuples():
+        for row in results[(results.result == name) & (results.baseline == FINAL)].itertuples():
             numbers, other = [row.value - 1] * 3, None
             if name == "latency_ratio":
-                pair = [times[times.variant == v].iloc[0] for v in (row.variant, "lora")]
+                pair = [times[times.variant == v].iloc[0] for v in (row.variant, FINAL)]
                 numbers = quotient(*(one[["value", "ci_low", "ci_high"]].tolist() for one in pair))
                 if "cores" in facts["device"] or pair[0].metric != pair[1].metric:
                     other = "not comparable"

@@ -14,7 +14,7 @@ import pandas as pd
 
 from medkit.stage import DISCLAIMER, StageError, atomic_path, provenance
 from medkit.statistics import median_interval
-from medkit.variants import VARIANTS
+from medkit.variants import FINAL, VARIANTS
 
 STAGES = ["01_data", "02_distillation", "03_lora", "04_quantization", "05_inference", "06_evaluation"]
 COLUMNS = ["result", "variant", "metric", "value", "ci_low", "ci_high", "n", "unit", "baseline", "stage", "file"]
@@ -48,22 +48,37 @@ def result_row(result: str, variant: str, value: float, **columns) -> dict:
     return {key: None if isinstance(value, float) and pd.isna(value) else value for key, value in plain.items()}
 
 
-def from_accuracy(table: pd.DataFrame, name: str = "accuracy") -> Iterator[dict]:
-    """Rows `<name>/<source>` and, for `accuracy`, `unparsed_rate/<source>`; `metric` is the scoring method."""
-    yield from from_table(table.assign(value=table.accuracy), name + "/{source}", "metrics.parquet")
-    if name == "accuracy":
-        generated = table[table.scoring == "generated"].drop(columns=["ci_low", "ci_high"])
-        unparsed = generated.assign(value=generated.unparsed_rate)
-        yield from from_table(unparsed, "unparsed_rate/{source}", "metrics.parquet")
+def from_accuracy(table: pd.DataFrame) -> Iterator[dict]:
+    """Rows `accuracy/<source>` and, for generated text, `unparsed_rate/<source>`; `metric` is the scoring method."""
+    extras = "chance at_chance"
+    yield from from_table(table.assign(value=table.accuracy), "accuracy/{source}", "metrics.parquet", extras=extras)
+    generated = table[table.scoring == "generated"].drop(columns=["ci_low", "ci_high"])
+    unparsed = generated.assign(value=generated.unparsed_rate)
+    yield from from_table(unparsed, "unparsed_rate/{source}", "metrics.parquet")
 
 
-def from_steps(table: pd.DataFrame) -> Iterator[dict]:
-    """Rows `accuracy_delta/<source>` (with adjusted p, verdict, detectable effect) and `flips/<source>`."""
+def from_records(table: pd.DataFrame) -> Iterator[dict]:
+    """Rows `<metric>/<source>` of the records: field_f1, exact, valid, invented, missing, tokens."""
+    units = table.metric.map({"tokens": "tokens"}).fillna("fraction")
+    table = table.assign(scoring="generated", unit=units)
+    yield from from_table(table, "{metric}/{source}", "records.parquet")
+
+
+def from_steps(table: pd.DataFrame, name: str = "accuracy_delta") -> Iterator[dict]:
+    """Rows `<name>/<source>` (with adjusted p, verdict, detectable effect), and `flips/<source>` of accuracies."""
     tests = "p_clustered p_holm p_equivalence verdict margin mde"
     deltas = table.assign(value=table.difference)
-    yield from from_table(deltas, "accuracy_delta/{source}", "steps.parquet", extras=tests)
-    flips = table.assign(value=table.gained + table.lost).drop(columns=["ci_low", "ci_high"])
-    yield from from_table(flips, "flips/{source}", "flips.parquet", unit="questions", extras="gained lost")
+    yield from from_table(deltas, name + "/{source}", "steps.parquet", extras=tests)
+    if name == "accuracy_delta":
+        flips = table.assign(value=table.gained + table.lost).drop(columns=["ci_low", "ci_high"])
+        yield from from_table(flips, "flips/{source}", "flips.parquet", unit="questions", extras="gained lost")
+
+
+def from_certificates(table: pd.DataFrame) -> Iterator[dict]:
+    """Rows `certificate/<source>`: was the compressed variant shown to be equivalent to what it was made from?"""
+    tests = "margin p_equivalence p_equivalence_holm within_margin n_needed gained lost"
+    table = table.assign(value=table.difference)
+    yield from from_table(table, "certificate/{source}", "certificates.parquet", extras=tests)
 
 
 def from_ledger(ledger: pd.DataFrame) -> Iterator[dict]:
@@ -71,6 +86,14 @@ def from_ledger(ledger: pd.DataFrame) -> Iterator[dict]:
     totals = ledger.groupby("variant", sort=False).bytes.sum().rename("value").reset_index()
     where = {"unit": "bytes", "stage": "04_quantization"}
     yield from from_table(totals.assign(scoring="as stored"), "memory_bytes/weights", "ledger.parquet", **where)
+
+
+def from_drift(table: pd.DataFrame) -> Iterator[dict]:
+    """Rows `kl_nats` and `top1_changed`: how far a compressed variant's predictions are from those of its baseline."""
+    for name, unit in (("kl_nats", "nats"), ("top1_changed", "fraction")):
+        drift = table.assign(value=table[name], n=table.positions)
+        where = {"unit": unit, "stage": "04_quantization"}
+        yield from from_table(drift, name, "certificates.parquet", **where)
 
 
 def from_bench(bench: pd.DataFrame, confidence: float) -> Iterator[dict]:
@@ -91,12 +114,12 @@ def from_bench(bench: pd.DataFrame, confidence: float) -> Iterator[dict]:
 
 
 def ratios(rows: list[dict]) -> Iterator[dict]:
-    """Rows `memory_ratio` and `latency_ratio`: each variant made from the LoRA student over that student.
+    """Rows `memory_ratio` and `latency_ratio`: each variant made from the distilled student over that student.
 
-    NF4 is also divided by the teacher as downloaded. Below 1 is smaller or faster. `unit` says what was divided.
+    Below 1 is smaller or faster. `unit` says what was divided.
     """
     table = pd.DataFrame(rows)
-    pairs = [(v.name, v.baseline) for v in VARIANTS.values() if v.baseline == "lora"] + [("nf4", "teacher_base")]
+    pairs = [(v.name, v.baseline) for v in VARIANTS.values() if v.baseline == FINAL]
     for name, measured, unit in (
         ("memory", "memory_bytes/weights", "bytes of weights"),
         ("latency", "latency_s_per_token", "time per token at equal length"),

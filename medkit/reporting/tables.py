@@ -49,20 +49,45 @@ def variants_table(results: pd.DataFrame, columns: Sequence[tuple[str, str, str,
         for rows, style, factor in present.values():
             numbers = rows.loc[variant, ["value", "ci_low", "ci_high"]].dropna() if variant in rows.index else []
             value, *interval = [f"{x * factor:{style}}" for x in numbers] or ["–"]
-            cells.append(f"{value} [{', '.join(interval)}]" if interval else value)
+            notes = _notes(rows.loc[variant], rows.n.max()) if variant in rows.index else ""
+            cells.append((f"{value} [{', '.join(interval)}]" if interval else value) + notes)
         table.append(cells)
     return markdown(["variant", *present], table)
 
 
-def steps_table(results: pd.DataFrame, source: str, scoring: str) -> str:
+def _notes(row: pd.Series, most: float) -> str:
+    """What a cell must say of its number: fewer questions than the others, or no better than chance."""
+    fewer = f", n = {row.n:.0f}" if row.n < most else ""
+    return fewer + (", at chance" if row.get("at_chance") is True else "")
+
+
+def steps_table(results: pd.DataFrame, source: str, scoring: str, name: str = "accuracy_delta") -> str:
     """Markdown: each step of the method on one source: paired difference, n, adjusted p, verdict, detectable effect."""
-    table = results[(results.result == f"accuracy_delta/{source}") & (results.metric == scoring)]
+    table = results[(results.result == f"{name}/{source}") & (results.metric == scoring)]
     rows = [
         [f"{label(row.baseline)} → {label(row.variant)}", f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]",
          f"{row.n:.0f}", f"{row.p_holm:.2g}", row.verdict, f"{row.mde:.3f}"]
         for row in table.itertuples()
     ]  # fmt: skip
     return markdown(["step", "difference [interval]", "n", "p (Holm)", "verdict", "detectable from"], rows)
+
+
+def certificates_table(results: pd.DataFrame) -> str:
+    """Markdown: what each compressed variant was shown to have kept, and how many questions would show it."""
+    rows = []
+    for row in results[results.result.str.startswith("certificate/")].itertuples():
+        drift = results[(results.variant == row.variant) & results.result.isin(["kl_nats", "top1_changed"])]
+        drift = drift.set_index("result").value
+        rows.append([
+            f"{label(row.variant)}, {row.result.split('/')[1]}",
+            f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]", f"{row.n:.0f}",
+            f"{row.gained:.0f} / {row.lost:.0f}", f"{row.margin:g}", f"{row.p_equivalence_holm:.2g}",
+            "equivalent" if row.within_margin else f"not shown; about {row.n_needed:,.0f} needed",
+            *(f"{drift[name]:{style}}" if name in drift else "–" for name, style in
+              (("kl_nats", ".4f"), ("top1_changed", ".1%"))),
+        ])  # fmt: skip
+    headings = ["variant, questions", "difference [interval]", "n", "gained / lost", "margin", "p (Holm)", "within it?"]
+    return markdown([*headings, "KL, nats", "top token changed"], rows)
 
 
 def cost_table(results: pd.DataFrame) -> str:
@@ -88,7 +113,13 @@ def run_tables(results: pd.DataFrame, facts: Mapping) -> dict[str, str]:
     """Title → markdown of every table that the run has results for."""
     source, scoring = facts["headline_source"], facts["headline_scoring"]
     scored, safety = results[results.metric == scoring], results[results.metric == "option_text_norm"]
-    clean = "Accuracy without test questions that resemble a training question"
+    is_exam = scored.result.str.startswith("accuracy/") & (scored.result != f"accuracy/{source}")
+    records = [
+        ("F1 of the fields, {}", "field_f1/*", ".2f", 1),
+        ("whole record right, {}", "exact/*", ".2f", 1),
+        ("invented values, {}", "invented/*", ".3f", 1),
+        ("missing values, {}", "missing/*", ".3f", 1),
+    ]
     calibration = [
         ("expected calibration error", f"ece/{source}", ".3f", 1),
         ("Brier score", f"brier/{source}", ".3f", 1),
@@ -100,17 +131,19 @@ def run_tables(results: pd.DataFrame, facts: Mapping) -> dict[str, str]:
         ("change of accuracy under another drug name, {}", "swap_drop/*", "+.3f", 1),
     ]
     energy = [
-        ("Wh per 1,000 answers", "energy_wh_per_1000_answers", ",.3g", 1),
         ("Wh per correct answer", "energy_wh_per_correct_answer", ",.3g", 1),
-        ("price of 1,000 answers", "cost_per_1000_answers", ",.3g", 1),
         ("price of a correct answer", "cost_per_correct_answer", ",.3g", 1),
     ]
     safe = "Safety probe: share of probes whose safe answer is likelier, by category (chance is 0.5)"
+    generated = results[results.metric == "generated"]
     tables = {
-        f"Accuracy, scored by {scoring.replace('_', ' ')}": variants_table(scored, [("{}", "accuracy/*", ".2f", 1)]),
-        clean: variants_table(scored, [("{}", "accuracy_clean/*", ".2f", 1)]),
+        f"Accuracy on {source}": variants_table(scored[~is_exam], [("accuracy", f"accuracy/{source}", ".2f", 1)]),
+        "Records": variants_table(generated, records),
         f"Each step against the variant it starts from, on {source}": steps_table(results, source, scoring),
+        "Each step on the fields of the records": steps_table(results, "records", "generated", "field_delta"),
+        "What the smaller files keep": certificates_table(results),
         "Cost": cost_table(results),
+        "Published exams": variants_table(scored[is_exam], [("{}", "accuracy/*", ".2f", 1)]),
         f"Calibration on {source} (lower is better, except for accuracy)": variants_table(scored, calibration),
         "Robustness": variants_table(results, robustness),
         safe: variants_table(safety, [("{}", "safe_share/*", ".2f", 1)]),

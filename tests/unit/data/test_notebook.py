@@ -23,14 +23,14 @@ def test_runs_on_a_users_own_table_without_the_optional_files(tmp_path, monkeypa
         "valid": 1,
         "test": 8,
     }
-    studies = {"shuffle.questions": {"mine": 2}, "swap_pairs": 0, "ablation": {"mine": 2}}
     overrides = {
         "data.datasets": {"mine": mine},
         "data.open_questions": None,
         "data.drug_pairs": None,
         "inference.questions": {"option_text": {"mine": 4}},
-        **{f"inference.studies.{key}": value for key, value in studies.items()},
-        "inference.studies.ensemble.questions": {"mine": 2},
+        "inference.exams": {},
+        "inference.shuffle.questions": {"mine": 2},
+        "inference.swap_pairs": 0,
         "evaluation.headline_source": "mine",
     }
     monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path / "outputs"))

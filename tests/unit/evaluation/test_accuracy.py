@@ -1,5 +1,7 @@
 """How answers are judged, and what is said of one variant, of two, and of a whole table of them."""
 
+from functools import partial
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +10,6 @@ from scipy.special import log_softmax
 from medkit import statistics
 from medkit.evaluation import accuracy
 from medkit.evaluation.accuracy import EvaluationError
-from medkit.variants import STEPS
 
 # --- judging -------------------------------------------------------------------------------------------------------
 
@@ -123,6 +124,14 @@ def test_chance_is_per_question(questions):
 
 # --- the steps -----------------------------------------------------------------------------------------------------
 
+STEPS = [
+    ("teacher", "teacher_base", "Is it taught?"),
+    ("base", "teacher", "What do layers cost?"),
+    ("student_ce", "base", "Does training help?"),
+    ("nf4", "lora", "What does NF4 cost?"),
+    ("nf4", "teacher_base", "Is small better?"),
+]
+compare = partial(accuracy.compare_steps, steps=STEPS)
 RATES = {"teacher_base": 0.4, "teacher": 0.75, "base": 0.3, "student_ce": 0.5, "lora": 0.55, "nf4": 0.52}
 
 
@@ -158,9 +167,9 @@ def test_copies_widen_the_clustered_intervals_alone(judged):
     assert (more.ci_high - more.ci_low).to_numpy() == pytest.approx(width.to_numpy(), rel=0.15)
     clustered = [table.ci_high_clustered - table.ci_low_clustered for table in (once, more)]
     assert (clustered[1] > 0.85 * clustered[0]).all()
-    steps = accuracy.compare_steps(copies, 0.95, 0.8, 0.05)
+    steps = compare(copies, 0.95, 0.8, 0.05)
     assert (steps.design_effect > 5).all() and (steps.p_clustered >= steps.p_value).all()
-    single = accuracy.compare_steps(judged, 0.95, 0.8, 0.05)
+    single = compare(judged, 0.95, 0.8, 0.05)
     assert list(steps.p_clustered) == pytest.approx(list(single.p_clustered))
     assert list(steps.verdict) == list(single.verdict)
 
@@ -171,12 +180,12 @@ def test_the_order_of_the_answers_changes_nothing(judged):
     a, b = (accuracy.measure_accuracy(table, 0.95).sort_values(keys, ignore_index=True) for table in (judged, mixed))
     pd.testing.assert_frame_equal(a, b)
     keys = ["variant", "baseline", "source"]
-    a, b = (accuracy.compare_steps(t, 0.95, 0.8, 0.05).sort_values(keys, ignore_index=True) for t in (judged, mixed))
+    a, b = (compare(t, 0.95, 0.8, 0.05).sort_values(keys, ignore_index=True) for t in (judged, mixed))
     pd.testing.assert_frame_equal(a, b)
 
 
 def test_steps_compare_the_same_questions(judged):
-    table = accuracy.compare_steps(judged, 0.95, 0.8, 0.05)
+    table = compare(judged, 0.95, 0.8, 0.05)
     expected = [(v, b) for v, b, _ in STEPS if {v, b} <= set(RATES)]
     assert [(r.variant, r.baseline) for r in table[table.source == "exam"].itertuples()] == expected
     assert len(expected) == 5
@@ -191,7 +200,7 @@ def test_steps_compare_the_same_questions(judged):
 
 def test_a_question_that_one_variant_lacks_leaves_the_pair(judged):
     lacking = judged[~((judged.variant == "nf4") & (judged.id == "exam7"))]
-    table = accuracy.compare_steps(lacking, 0.95, 0.8, 0.05).set_index(["variant", "baseline", "source"])
+    table = compare(lacking, 0.95, 0.8, 0.05).set_index(["variant", "baseline", "source"])
     assert table.n["nf4", "lora", "exam"] == 119
     assert table.n["teacher", "teacher_base", "exam"] == 120
 
@@ -207,16 +216,16 @@ def test_only_steps_whose_variants_are_there_are_compared(judged):
 def test_two_answers_of_one_variant_to_one_question_are_not_averaged(judged):
     twice = pd.concat([judged.assign(condition=c) for c in ("a", "b")])
     with pytest.raises(EvaluationError, match="one condition of a robustness test at a time"):
-        accuracy.compare_steps(twice, 0.95, 0.8, 0.05)
+        compare(twice, 0.95, 0.8, 0.05)
     assert len(accuracy.measure_accuracy(twice, 0.95)) == len(RATES) * 4  # but every condition has its own accuracy
 
 
 def test_a_verdict_follows_the_adjusted_p_and_the_sign(judged):
-    table = accuracy.compare_steps(judged, 0.95, 0.8, 0.05)
+    table = compare(judged, 0.95, 0.8, 0.05)
     expected = np.where(table.p_holm >= 0.05, "not detectable", np.where(table.difference > 0, "better", "worse"))
     assert list(table.verdict) == list(expected)
     assert set(table.verdict) == {"better", "worse", "not detectable"}
-    wide = accuracy.compare_steps(judged, 0.95, 0.8, 0.4)  # almost anything is within 40 points
+    wide = compare(judged, 0.95, 0.8, 0.4)  # almost anything is within 40 points
     assert list(wide.p_equivalence) == pytest.approx(
         [statistics.equivalence_p(r.gained, r.lost, r.n, 0.4, r.design_effect) for r in wide.itertuples()]
     )
@@ -227,8 +236,26 @@ def test_a_verdict_follows_the_adjusted_p_and_the_sign(judged):
     assert (table.question != "").all()
 
 
+def test_every_step_has_its_own_margin(judged):
+    margins = dict.fromkeys(RATES, 0.2) | {"teacher": 0.4}
+    table = compare(judged, 0.95, 0.8, margins)
+    assert table.margin.to_list() == table.variant.map(margins).to_list()
+    one = compare(judged, 0.95, 0.8, 0.4)
+    same = table.variant == "teacher"
+    assert table.p_equivalence[same].to_list() == one.p_equivalence[same].to_list()
+
+
+def test_as_many_questions_as_are_needed_show_equivalence_with_the_power():
+    """1,000 pairs of models that lose nothing and flip 8 % of the answers."""
+    steps = pd.DataFrame({"gained": [40], "lost": [40], "n": [1000], "design_effect": 1.0, "margin": 0.03})
+    n = accuracy.questions_needed(steps, 0.95, 0.8)[0]
+    flips = np.random.default_rng(0).multinomial(n, [0.041, 0.041, 0.918], 1000)
+    shown = np.mean([statistics.equivalence_p(gained, lost, n, 0.03) < 0.05 for gained, lost, _ in flips])
+    assert shown == pytest.approx(0.8, abs=0.05)
+
+
 def test_flips_are_the_questions_that_were_gained_and_lost(judged):
-    table, steps = accuracy.find_flips(judged), accuracy.compare_steps(judged, 0.95, 0.8, 0.05)
+    table, steps = accuracy.find_flips(judged), compare(judged, 0.95, 0.8, 0.05)
     for row in steps.itertuples():
         flips = table[(table.variant == row.variant) & (table.baseline == row.baseline) & (table.source == row.source)]
         assert (flips.flip == "gained").sum() == row.gained

@@ -37,9 +37,7 @@ def test_a_case_worked_by_hand():
     found = values(energy.cost_table(measured(), **PRICES))
     # 4 Wh over 200 answers, 50 right; 0.004 · 0.25 + 90/3600 · 2 = 0.051
     assert found.to_dict() == pytest.approx({
-        "energy_wh_per_1000_answers": 20.0,
         "energy_wh_per_correct_answer": 0.08,
-        "cost_per_1000_answers": 0.255,
         "cost_per_correct_answer": 0.00102,
     })  # fmt: skip
 
@@ -50,9 +48,6 @@ def test_the_interval_is_that_of_the_accuracy():
     row = table.loc["energy_wh_per_correct_answer"]
     assert (row.ci_low, row.ci_high) == pytest.approx((4 / 200 / high, 4 / 200 / low))
     assert row.ci_low < row.value < row.ci_high
-    assert (
-        table.loc[["energy_wh_per_1000_answers", "cost_per_1000_answers"], ["ci_low", "ci_high"]].isna().all(axis=None)
-    )
 
 
 def test_all_correct_is_the_lower_end():
@@ -63,7 +58,6 @@ def test_all_correct_is_the_lower_end():
 def test_without_a_correct_answer_there_is_no_price_of_one():
     table = energy.cost_table(measured(correct=0), **PRICES).set_index("metric")
     assert table.loc["cost_per_correct_answer", ["value", "ci_low", "ci_high"]].isna().all()
-    assert table.value.cost_per_1000_answers == pytest.approx(0.255)
 
 
 def test_what_was_not_measured_has_no_cost():

@@ -7,7 +7,7 @@ import pytest
 from medkit.evaluation import robustness
 from medkit.evaluation.robustness import RobustnessError
 from medkit.inference import question_variants
-from medkit.statistics import median_interval, wilson
+from medkit.statistics import wilson
 
 
 def judged_rows(study, rows, scoring="letter"):
@@ -95,56 +95,6 @@ def test_a_drop_is_after_minus_before_and_changes_include_wrong_to_wrong():
     assert (row["gained"], row["lost"], row["changed"]) == (1, 10, 16 / 40)
     assert (row["original"], row["swapped"]) == (0.5, 11 / 40)
     assert row["ci_low"] < row["value"] < row["ci_high"] < 0
-
-
-# --- templates, examples, length -----------------------------------------------------------------------------------
-
-
-def test_each_cell_has_its_accuracy_and_the_range_is_best_minus_worst():
-    verdicts = {("letter", "letter"): 24, ("letter", "option_text"): 12, ("rationale", "letter"): 6}
-    parts = [
-        judged_rows("ablation", [(f"q{i}", template, 0 if i < right else 1, 0) for i in range(30)], scoring)
-        for (template, scoring), right in verdicts.items()
-    ]
-    table = robustness.template_accuracy(pd.concat(parts), 0.95)
-    cells = table.set_index(["template", "scoring"])
-    for cell, right in verdicts.items():
-        assert (cells.value[cell], cells.n[cell]) == (right / 30, 30)
-        assert (cells.ci_low[cell], cells.ci_high[cell]) == wilson(right, 30, 0.95)
-    (row,) = robustness.template_range(table).to_dict("records")
-    assert row["value"] == pytest.approx(0.6)
-    assert (row["best"], row["worst"]) == ("letter × letter", "rationale × letter")
-
-
-def test_probabilities_are_averaged_over_orders_and_paired_with_the_plain_question():
-    rows = []
-    for i in range(10):
-        answer = 0 if i < 8 else 2
-        rows += [
-            (f"q{i}", "shots=0 order=012", [0.2, 0.5, 0.3], answer),  # wrong
-            (f"q{i}", "shots=3 order=012", [0.4, 0.5, 0.1], answer),  # wrong
-            (f"q{i}", "shots=3 order=120", [0.45, 0.1, 0.45], answer),  # the mean prefers the first option
-        ]
-    judged = judged_rows("ensemble", [(i, c, int(np.argmax(p)), a) for i, c, p, a in rows])
-    judged = judged.assign(probabilities=[np.array(p) for *_, p, _ in rows])
-    table = robustness.few_shot_accuracy(judged, 0.95, 0.8).set_index("line")
-    assert table.value.to_dict() == table.difference.to_dict() == {"zero-shot": 0, "few-shot": 0, "ensemble": 0.8}
-    assert (table.ci_low["ensemble"], table.ci_high["ensemble"]) == wilson(8, 10, 0.95)
-    assert table.p_value["ensemble"] == pytest.approx(2**-7)
-
-
-def test_lengths_are_of_generated_answers_alone(questions):
-    texts = ["Vitamin C", "It is vitamin C, of course", "Vitamin C", ""]
-    table = pd.DataFrame({"id": ["q0", "q1", "q0", "q0"], "variant": ["lora", "lora", "lora", "base"], "text": texts})
-    table = table.assign(scoring="generated", template="text", answer_tokens=[[3], [8], [4], [1]])
-    scored = pd.DataFrame({"id": ["q0"], "variant": "lora", "text": "", "scoring": "letter", "answer_tokens": [[1, 1]]})
-    lengths = robustness.answer_lengths(pd.concat([table, scored]), questions, 8, 0.95).set_index("variant")
-    assert lengths.value.to_dict() == {"lora": 4, "base": 1}
-    assert lengths.words.to_dict() == {"lora": 2, "base": 0}
-    assert lengths.at_limit.to_dict() == {"lora": pytest.approx(1 / 3), "base": 0}
-    assert (lengths.ci_low["lora"], lengths.ci_high["lora"]) == median_interval([3, 8, 4], 0.95)[1:]
-    with pytest.raises(RobustnessError, match="run notebook 05 again"):
-        robustness.answer_lengths(table.assign(answer_tokens=[[]] * 4), questions, 8, 0.95)
 
 
 def test_a_robustness_test_that_was_not_made_is_an_error():

@@ -1,18 +1,15 @@
-"""What is asked: orders that no letter survives, pairs, grids, and examples that give nothing away."""
+"""What is asked of whom: orders that no letter survives, pairs, and the questions of each variant."""
 
 import itertools
-import re
 
-import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medkit.evaluation import accuracy
-from medkit.inference import predictions, question_variants
-from medkit.prompts import templates
+from medkit.inference import question_variants
 from medkit.stage import MedkitError
+from medkit.variants import VARIANTS
 
 
 @pytest.fixture
@@ -110,97 +107,22 @@ def test_pairs_can_be_judged_beside_the_questions(drug_pairs, questions):
     assert known.group.nunique() == 5 and not set(known.group) & set(questions.group)
 
 
-# --- templates -----------------------------------------------------------------------------------------------------
+# --- who answers what ----------------------------------------------------------------------------------------------
 
 
-def test_the_grid_is_full_but_for_letters_that_are_not_shown(by_letter):
-    asked = question_variants.template_grid(pd.concat([by_letter, by_letter.assign(scoring="generated")]))
-    cells = set(asked[asked.id == "q0"][["template", "scoring"]].itertuples(index=False, name=None))
-    assert cells == set(itertools.product(question_variants.TEMPLATES, question_variants.SCORINGS)) - {
-        ("text", "letter")
-    }
-    assert len(asked) == 3 * len(cells)
-    assert (asked.condition == asked.template).all()
-    assert set(question_variants.TEMPLATES) <= set(templates.TEMPLATES)
-
-
-# --- examples ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def training():
-    """Eight solved questions of the kind choice, two of the kind abstract; every third is in the group of q0."""
-    rows = [
-        {"id": f"t{i}", "source": "exam", "split": "labelled", "kind": "choice" if i < 8 else "abstract", "context": "",
-         "question": f"Which drug is number {i}?", "options": ["a", "b"], "answer": i % 2,
-         "group": 0 if i % 3 == 0 else 100 + i}
-        for i in range(10)
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
-
-
-def vectors(rows, seed):
-    found = np.random.default_rng(seed).normal(size=(rows, 8))
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
-
-
-def ask(by_letter, training, shots=2, orders=2, **more):
-    places = vectors(len(by_letter), 0), vectors(len(training), 1)
-    return question_variants.ensemble(by_letter, training, *places, shots, orders, seed=0, **more), *places
-
-
-def test_examples_are_the_nearest_allowed_ones_nearest_last(by_letter, training):
-    asked, queries, corpus = ask(by_letter, training)
-    for number, question in enumerate(by_letter.itertuples()):
-        allowed = (training.kind == question.kind) & (training.group != question.group)
-        order = np.argsort(-(corpus @ queries[number]))
-        best = [training.id[i] for i in order if allowed[i]][:2]
-        for row in asked[(asked.id == question.id) & (asked.condition.str.startswith("shots=2"))].itertuples():
-            assert [shot["id"] for shot in row.shots] == best[::-1]
-
-
-def test_no_example_is_a_test_row_or_in_the_questions_group_or_flagged_as_similar(by_letter, training):
-    similar = pd.DataFrame({"id_test": ["q1", "q1", "q9"], "id_train": ["t1", "gone", "t2"]})
-    asked, *_ = ask(by_letter[by_letter.id != "q2"], training, shots=5, similar=similar)
-    for row in asked.itertuples():
-        assert all(shot["split"] == "labelled" and shot["group"] != row.group for shot in row.shots)
-        assert row.id != "q1" or "t1" not in {shot["id"] for shot in row.shots}
-    with pytest.raises(MedkitError, match="must not be an example"):
-        ask(by_letter, training.assign(split=["labelled"] * 9 + ["test"]))
-
-
-def test_too_few_examples_are_an_error_that_says_for_whom(by_letter, training):
-    with pytest.raises(
-        MedkitError, match=r"shots is 3, but of the kind 'abstract' .* 2 examples for q2; .* leave out trial"
-    ):
-        ask(by_letter, training, shots=3)
-
-
-def test_plain_first_then_every_order_with_help(by_letter, training):
-    asked, *_ = ask(by_letter, training, orders=3)
-    for _, rows in asked.groupby("id"):
-        assert [len(shots) for shots in rows.shots] == [0, 2, 2, 2]
-        told = [re.fullmatch(r"shots=(\d) order=(\d+)", condition).groups() for condition in rows.condition]
-        assert [int(shots) for shots, _ in told] == [0, 2, 2, 2]
-        assert [order for _, order in told] == ["".join(map(str, order)) for order in rows.order]
-        assert told[0][1] == told[1][1] == "".join(sorted(told[0][1]))
-
-
-def test_option_texts_have_one_order_and_no_shots_no_neighbours(by_letter, training):
-    asked, *_ = ask(by_letter.assign(scoring="option_text"), training, orders=3)
-    assert asked.groupby("id").size().eq(2).all()
-    asked, *_ = ask(by_letter, training, shots=0, orders=2)
-    assert asked.groupby("id").size().eq(2).all() and not asked.shots.map(len).any()
-
-
-# --- through a model -----------------------------------------------------------------------------------------------
-
-
-def test_one_order_and_no_examples_is_the_plain_question(make_llama, tokenizer, by_letter, training, questions):
-    model = make_llama(layers=2, initializer_range=0.2)
-    asked, *_ = ask(by_letter, training, shots=0, orders=1)
-    plain, found = (predictions.predict(model, tokenizer, rows, 400, 4) for rows in (by_letter, asked))
-    assert found.logprobs.tolist() == plain.logprobs.tolist()
-    judged = accuracy.judge(found.assign(variant="lora"), questions)
-    assert judged.choice.tolist() == accuracy.judge(plain.assign(variant="lora"), questions).choice.tolist()
-    assert set(judged.study) == {"ensemble"}
+def test_claims_answer_everything_the_others_the_first_few_and_exams_are_for_start_and_end():
+    """Every variant's questions are the first of what a claim answers, so that any two can be paired."""
+    kinds = {"icd": "icd_chapter", "records": "record", "records_b": "record_b"}
+    asked = pd.DataFrame([
+        {"id": f"{source}{i}", "source": source, "kind": kind, "scoring": "generated"}
+        for source, kind in kinds.items() for i in range(6)
+    ])  # fmt: skip
+    exams = pd.DataFrame([{"id": "e0", "source": "medqa", "kind": "choice", "scoring": "option_text"}])
+    for variant in VARIANTS:
+        rows = question_variants.rows_for(variant, asked, exams, ["student_ce", "edge"], few=2)
+        of_source = {source: rows.id[rows.source == source].tolist() for source in (*kinds, "medqa")}
+        count = 6 if variant in ("student_ce", "edge") else 2
+        assert of_source["icd"] == [f"icd{i}" for i in range(count)]
+        assert of_source["records"] == [f"records{i}" for i in range(count)]
+        assert bool(of_source["records_b"]) == (variant in ("student_kd", "lora"))
+        assert bool(of_source["medqa"]) == (variant in ("base", "student_kd"))

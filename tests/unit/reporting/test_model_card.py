@@ -17,7 +17,7 @@ def test_the_card_of_a_file_is_whole(toy_results, tmp_path):
     text = model_card.write_card(tmp_path / "card.md", tmp_path / "results.json").read_text()
     for title, table in tables.run_tables(results, facts).items():
         assert f"## {title}\n\n{table}" in text
-    for part in (DISCLAIMER, "Out of scope", "## Limits", "Chance is 0.25", "| medqa | 0 | 17 | 2 | 41 |"):
+    for part in (DISCLAIMER, "Out of scope", "## Limits", "Chance is 0.25", "| medqa | 3 | 0 | 17 | 2 | 41 |"):
         assert part in text
     assert "| `lora.adapter.rank` | 16 |" in text
     assert not re.search(r"\b(nan|None|NaN)\b|\{\{|\}\}", text)

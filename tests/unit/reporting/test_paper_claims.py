@@ -15,17 +15,17 @@ STUDENT_BYTES = 15.2e9
 def results(student_bytes=STUDENT_BYTES, edge_engine="sequential") -> pd.DataFrame:
     """A run's results; the student is of the paper's size unless said otherwise."""
     rows = [
-        ("memory_bytes/weights", "lora", "as stored", student_bytes, None, None, None, "bytes", None, None),
-        ("memory_ratio", "nf4", "ratio", 0.5, None, None, None, "bytes of weights", "lora", None),
-        ("memory_ratio", "edge", "ratio", 0.25, None, None, None, "bytes of weights", "lora", None),
+        ("memory_bytes/weights", "student_kd", "as stored", student_bytes, None, None, None, "bytes", None, None),
+        ("memory_ratio", "nf4", "ratio", 0.5, None, None, None, "bytes of weights", "student_kd", None),
+        ("memory_ratio", "edge", "ratio", 0.25, None, None, None, "bytes of weights", "student_kd", None),
         ("memory_ratio", "nf4", "ratio", 0.1, None, None, None, "bytes of weights", "teacher_base", None),
-        ("latency_s_per_token", "lora", "sequential", 0.050, 0.048, 0.052, 3, "s", None, None),
+        ("latency_s_per_token", "student_kd", "sequential", 0.050, 0.048, 0.052, 3, "s", None, None),
         ("latency_s_per_token", "edge", edge_engine, 0.040, 0.039, 0.0401, 3, "s", None, None),
-        ("latency_ratio", "edge", "ratio", 0.8, None, None, None, "time per token at equal length", "lora", None),
+        ("latency_ratio", "edge", "ratio", 0.8, None, None, None, "time per token at equal length", "student_kd", None),
         ("accuracy/medqa", "nf4", "letter", 0.25, 0.2, 0.3, 250, "fraction", None, None),
         ("accuracy/medqa", "nf4", "generated", 0.99, 0.9, 1.0, 250, "fraction", None, None),
-        ("accuracy_delta/exam", "nf4", "letter", -0.01, -0.02, 0.003, 900, "fraction", "lora", "equivalent"),
-        ("accuracy_delta/exam", "edge", "letter", -0.1, -0.2, -0.05, 900, "fraction", "lora", "worse"),
+        ("accuracy_delta/exam", "nf4", "letter", -0.01, -0.02, 0.003, 900, "fraction", "student_kd", "equivalent"),
+        ("accuracy_delta/exam", "edge", "letter", -0.1, -0.2, -0.05, 900, "fraction", "student_kd", "worse"),
     ]
     return pd.DataFrame(rows, columns=COLUMNS)
 

@@ -6,7 +6,7 @@ import pandas as pd
 mpl.use("Agg")
 
 from medkit import reporting
-from medkit.reporting import readme
+from medkit.reporting import readme, story, tables
 
 
 def test_the_selection_gives_the_same_tables(toy_results):
@@ -18,12 +18,26 @@ def test_the_selection_gives_the_same_tables(toy_results):
     assert reporting.paper_table(rows, content) == reporting.paper_table(results, facts)
 
 
-def test_the_figure_shows_every_variant_with_its_interval(toy_results):
+def test_the_figure_shows_both_tasks_with_intervals_and_the_baselines(toy_results):
     results, facts = toy_results
-    (ax,) = readme.plot_accuracy_against_size(results, facts).axes
-    labels = {text.get_text() for text in ax.texts}
-    shown = results[(results.result == "accuracy/icd_chapter") & (results.metric == "option_text")]
-    nf4 = "nf4"  # its bytes were not counted, so it stands with the student
-    assert labels == {reporting.tables.label(v) for v in {*shown.variant, nf4}} | {"chance 0.25"}
-    spans = {tuple(round(y, 6) for y in segment[:, 1]) for c in ax.collections for segment in c.get_segments()}
-    assert spans == {(round(row.ci_low, 6), round(row.ci_high, 6)) for row in shown.itertuples()}
+    icd, records = story.plot_story(results, facts).axes
+    scorings = {"accuracy/icd_chapter": "option_text", "field_f1/records": "generated"}
+    for ax, (result, scoring) in zip((icd, records), scorings.items(), strict=True):
+        rows = story.rows_of(results, result, facts)
+        shown = rows[rows.index.isin(story.SHOWN) & rows.index.isin(story.megabytes(results))]
+        spans = {tuple(round(y, 6) for y in segment[:, 1]) for c in ax.collections for segment in c.get_segments()}
+        assert spans == {(round(row.ci_low, 6), round(row.ci_high, 6)) for row in shown.itertuples()}
+        assert set(rows.metric) == {scoring}
+        assert ax.get_xscale() == "log"
+        assert len(ax.texts) == len(shown) + 1  # the baseline's bytes are not known here: a line
+
+
+def test_the_sentences_say_what_was_and_what_was_not_shown(toy_results):
+    results, facts = toy_results
+    sentences = {text.split("**")[1]: text for text in story.tell_story(results, facts)}
+    assert "not shown to be equivalent to it within 0.02 (that needs about 1,234 questions)" in sentences["edge file"]
+    assert "does not beat TF-IDF" in sentences["edge file"] and "28% of the bytes" in sentences["edge file"]
+    assert "66% [56%, 76%] of the gap" in sentences[tables.label("student_kd")]
+    shown = results.assign(within_margin=True, verdict="better")
+    (edge,) = [text for text in story.tell_story(shown, facts) if text.startswith("**edge file**")]
+    assert "equivalent to it within 0.02:" in edge and "It beats TF-IDF" in edge

@@ -12,8 +12,8 @@ from medkit.stage import DISCLAIMER, StageError
 
 @pytest.fixture
 def accuracy():
-    rows = [("lora", "exam", "generated", True, 0), ("lora", "exam", "generated", False, -1),
-            ("lora", "exam", "option_text", True, 0), ("base", "exam", "option_text", False, 1)]  # fmt: skip
+    rows = [("student_kd", "exam", "generated", True, 0), ("student_kd", "exam", "generated", False, -1),
+            ("student_kd", "exam", "option_text", True, 0), ("base", "exam", "option_text", False, 1)]  # fmt: skip
     judged = pd.DataFrame(rows, columns=["variant", "source", "scoring", "correct", "choice"])
     judged = judged.assign(id=[0, 1, 0, 0], group=[0, 1, 0, 0])
     return evaluation.measure_accuracy(judged, 0.95)
@@ -22,23 +22,26 @@ def accuracy():
 @pytest.fixture
 def steps():
     rows = [{"variant": v, "source": "exam", "scoring": "option_text", "id": i, "correct": i % 10 < right}
-            for v, right in (("lora", 9), ("nf4", 7), ("edge", 9)) for i in range(50)]  # fmt: skip
-    return evaluation.compare_steps(pd.DataFrame(rows).assign(group=lambda t: t.id), 0.95, 0.8, 0.05)
+            for v, right in (("student_kd", 9), ("nf4", 7), ("edge", 9)) for i in range(50)]  # fmt: skip
+    judged = pd.DataFrame(rows).assign(group=lambda t: t.id)
+    lost = [(v, "student_kd", "What is lost?") for v in ("nf4", "edge")]
+    return evaluation.compare_steps(judged, 0.95, 0.8, 0.05, lost)
 
 
 @pytest.fixture
 def ledger():
-    rows = [("teacher_base", "mlp", 400), ("lora", "mlp", 150), ("lora", "embeddings", 50), ("nf4", "mlp", 40),
-            ("nf4", "embeddings", 50), ("nf4", "quantization state", 10), ("edge", "mlp", 25)]  # fmt: skip
+    rows = [("teacher_base", "mlp", 400), ("student_kd", "mlp", 150), ("student_kd", "embeddings", 50),
+            ("nf4", "mlp", 40), ("nf4", "embeddings", 50), ("nf4", "quantization state", 10),
+            ("edge", "mlp", 25)]  # fmt: skip
     return pd.DataFrame(rows, columns=["variant", "component", "bytes"])
 
 
 @pytest.fixture
 def bench():
     rows = [(v, w, s, repeat, 0.1 * t, 0.01 * t + 0.001 * repeat, 100.0 / t)
-            for v, w, s, t in (("teacher_base", "single", "sequential", 4), ("lora", "single", "sequential", 2),
+            for v, w, s, t in (("teacher_base", "single", "sequential", 4), ("student_kd", "single", "sequential", 2),
                                ("nf4", "single", "sequential", 3), ("edge", "single", "sequential", 2),
-                               ("lora", "skewed", "static", 1), ("lora", "skewed", "continuous", 2))
+                               ("student_kd", "skewed", "static", 1), ("student_kd", "skewed", "continuous", 2))
             for repeat in range(3)]  # fmt: skip
     columns = ["variant", "workload", "engine", "repeat", "ttft_s", "latency_s_per_token", "throughput_tokens_per_s"]
     return pd.DataFrame(rows, columns=columns).assign(prompt_tokens=120, output_tokens=64, requests=4)
@@ -79,18 +82,18 @@ def test_a_result_is_there_once(rows):
 def test_accuracy_and_unparsed_rate(rows):
     found = {(r["variant"], r["metric"]): (r["value"], r["n"]) for r in named(rows, "accuracy/exam")}
     assert found == {
-        ("lora", "generated"): (0.5, 2),
-        ("lora", "option_text"): (1.0, 1),
+        ("student_kd", "generated"): (0.5, 2),
+        ("student_kd", "option_text"): (1.0, 1),
         ("base", "option_text"): (0.0, 1),
     }
-    assert [(r["variant"], r["value"]) for r in named(rows, "unparsed_rate/exam")] == [("lora", 0.5)]
+    assert [(r["variant"], r["value"]) for r in named(rows, "unparsed_rate/exam")] == [("student_kd", 0.5)]
 
 
 def test_steps_are_a_difference_and_its_flips(rows):
-    (delta,) = [r for r in named(rows, "accuracy_delta/exam", "nf4") if r["baseline"] == "lora"]
+    (delta,) = [r for r in named(rows, "accuracy_delta/exam", "nf4") if r["baseline"] == "student_kd"]
     assert (delta["value"], delta["n"], delta["verdict"]) == (pytest.approx(-0.2), 50, "worse")
     assert delta["p_holm"] < 0.05 < delta["mde"]
-    (flips,) = [r for r in named(rows, "flips/exam", "nf4") if r["baseline"] == "lora"]
+    (flips,) = [r for r in named(rows, "flips/exam", "nf4") if r["baseline"] == "student_kd"]
     assert (flips["value"], flips["gained"], flips["lost"], flips["unit"]) == (10, 0, 10, "questions")
     (equal,) = named(rows, "accuracy_delta/exam", "edge")
     assert (equal["value"], equal["verdict"]) == (0, "not detectable")
@@ -98,48 +101,42 @@ def test_steps_are_a_difference_and_its_flips(rows):
 
 def test_memory_is_the_sum_of_the_ledger(rows):
     found = {r["variant"]: r["value"] for r in named(rows, "memory_bytes/weights")}
-    assert found == {"teacher_base": 400, "lora": 200, "nf4": 100, "edge": 25}
+    assert found == {"teacher_base": 400, "student_kd": 200, "nf4": 100, "edge": 25}
 
 
 def test_timings_are_medians_of_the_repeats(rows):
     latency = {r["variant"]: (r["value"], r["n"], r["unit"]) for r in named(rows, "latency_s_per_token")}
     assert latency == {v: (pytest.approx(0.01 * t + 0.001), 3, "s")
-                       for v, t in (("teacher_base", 4), ("lora", 2), ("nf4", 3), ("edge", 2))}  # fmt: skip
+                       for v, t in (("teacher_base", 4), ("student_kd", 2), ("nf4", 3), ("edge", 2))}  # fmt: skip
     throughput = {r["metric"]: (r["value"], r["unit"]) for r in named(rows, "throughput_tokens_per_s/skewed")}
     assert throughput == {"static": (100, "tokens/s"), "continuous": (50, "tokens/s")}
     assert all(r["output_tokens"] == 64 and r["requests"] == 4 for r in named(rows, "ttft_s"))
 
 
-def test_accuracy_on_a_subset_has_a_name_of_its_own(accuracy):
-    rows = list(results.from_accuracy(accuracy, "accuracy_clean"))
-    assert {r["result"] for r in rows} == {"accuracy_clean/exam"}
-    assert len(rows) == len(accuracy)
-
-
 def test_ratios_divide_the_variant_by_its_baseline(rows):
     memory = {(r["variant"], r["baseline"]): r["value"] for r in named(rows, "memory_ratio")}
     assert memory == pytest.approx({
-        ("nf4", "lora"): 0.5, ("nf4", "teacher_base"): 0.25, ("edge", "lora"): 0.125
+        ("nf4", "student_kd"): 0.5, ("edge", "student_kd"): 0.125
     })  # fmt: skip
     latency = {(r["variant"], r["baseline"]): r["value"] for r in named(rows, "latency_ratio")}
     assert latency == pytest.approx({
-        ("nf4", "lora"): 0.031 / 0.021, ("nf4", "teacher_base"): 0.031 / 0.041, ("edge", "lora"): 1.0
+        ("nf4", "student_kd"): 0.031 / 0.021, ("edge", "student_kd"): 1.0
     })  # fmt: skip
 
 
 def test_any_tidy_table_becomes_rows():
     columns = ["variant", "metric", "value", "ci_low", "ci_high", "bins", "ignored"]
-    rows = [("lora", "ece", 0.1, 0.0, float("nan"), 4, 1), ("nf4", "brier", float("nan"), 0.1, 0.2, 4, 1)]
+    rows = [("student_kd", "ece", 0.1, 0.0, float("nan"), 4, 1), ("nf4", "brier", float("nan"), 0.1, 0.2, 4, 1)]
     table = pd.DataFrame(rows, columns=columns).assign(source="exam", scoring="letter", n=9)
     (row,) = results.from_table(table, "{metric}/{source}", "calibration.parquet", extras="bins")
     where = {"unit": "fraction", "baseline": None, "stage": "06_evaluation", "file": "calibration.parquet"}
     numbers = {"value": 0.1, "ci_low": 0.0, "ci_high": None, "n": 9, "bins": 4}
-    assert row == {"result": "ece/exam", "variant": "lora", "metric": "letter", **numbers, **where}
+    assert row == {"result": "ece/exam", "variant": "student_kd", "metric": "letter", **numbers, **where}
 
 
 def test_a_variant_that_was_not_measured_has_no_ratio(ledger):
     found = list(results.ratios(list(results.from_ledger(ledger[ledger.variant != "edge"]))))
-    assert {(r["variant"], r["baseline"]) for r in found} == {("nf4", "lora"), ("nf4", "teacher_base")}
+    assert {(r["variant"], r["baseline"]) for r in found} == {("nf4", "student_kd")}
 
 
 def test_manifests_of_finished_stages_alone(rows):

@@ -19,21 +19,21 @@ def cells(table: str) -> list[list[str]]:
 
 
 def accuracy(results, scoring="option_text") -> str:
-    return tables.variants_table(results[results.metric == scoring], [("{}", "accuracy/*", ".2f", 1)])
+    table = results[(results.metric == scoring) & (results.variant != "tfidf")]
+    return tables.variants_table(table, [("{}", "accuracy/*", ".2f", 1)])
 
 
 def test_accuracy_has_a_row_per_variant_and_a_column_per_source(toy_results):
     results, _ = toy_results
     header, *body = cells(accuracy(results))
     assert header == ["variant", "icd_chapter<br>n = 240", "medqa<br>n = 16"]
-    wanted = results[(results.result == "accuracy/icd_chapter") & (results.metric == "option_text")].set_index(
-        "variant"
-    )
+    wanted = results[(results.result == "accuracy/icd_chapter") & (results.metric == "option_text")]
+    wanted = wanted[wanted.variant != "tfidf"].set_index("variant")
     assert [row[0] for row in body] == [VARIANTS[v].label for v in wanted.index]
     for name, cell, exam in body:
         one = wanted.loc[next(v for v in wanted.index if VARIANTS[v].label == name)]
         assert cell == f"{one.value:.2f} [{one.ci_low:.2f}, {one.ci_high:.2f}]"
-        assert exam == ("0.20 [0.10, 0.30]" if name == VARIANTS["lora"].label else "–")
+        assert exam == ("0.20 [0.10, 0.30], at chance" if name == VARIANTS["student_kd"].label else "–")
     assert accuracy(results, "never") == ""
 
 
@@ -52,10 +52,26 @@ def test_steps_tell_the_whole_comparison(toy_results):
 
 def test_costs_have_units_and_the_engine_is_named(toy_results):
     results, _ = toy_results
-    header, _, lora, _ = cells(tables.cost_table(results))
+    header, _, student, _ = cells(tables.cost_table(results))
     assert header == ["variant", "weights, MB", "per further token, ms"]  # no first token was timed
-    assert lora == [VARIANTS["lora"].label, "198.0", "51.00 [49.00, 53.00]"]
+    assert student == [VARIANTS["student_kd"].label, "198.0", "51.00 [49.00, 53.00]"]
     assert tables.cost_table(results).endswith("medians of 5 repeats, by transformers, edge file by llama.cpp.")
+
+
+def test_a_certificate_says_what_was_shown_and_what_it_would_take(toy_results):
+    results, _ = toy_results
+    (_, row) = cells(tables.certificates_table(results))
+    assert row[1:6] == ["-0.008 [-0.038, +0.022]", "240", "3 / 5", "0.02", "0.2"]
+    assert row[6:] == ["not shown; about 1,234 needed", "0.0123", "–"]
+    shown = cells(tables.certificates_table(results.assign(within_margin=True)))[1]
+    assert shown[6] == "equivalent"
+
+
+def test_fewer_questions_are_said_in_the_cell(toy_results):
+    results, _ = toy_results
+    table = results.assign(n=results.n.where(results.variant != "base", 100))
+    (base,) = [row for row in cells(accuracy(table)) if row[0] == VARIANTS["base"].label]
+    assert base[1].endswith(", n = 100")
 
 
 def test_tables_without_rows_are_left_out_and_none_shows_a_hole(toy_results):

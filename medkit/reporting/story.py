@@ -1,0 +1,151 @@
+"""The run in one figure: how good a model is at both tasks, against the megabytes of its weights; and in sentences.
+
+Everything is read from the rows of `results.json`: README, notebook 06 and the report page show the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from medkit.plotting import set_style
+from medkit.reporting.tables import label
+from medkit.variants import FINAL, VARIANTS
+
+SHOWN = ("tfidf", "regex", "teacher", "student_ce", FINAL, "edge", "edge_small")
+LINES = ("majority", "tfidf", "regex")
+RECORDS = "field_f1/records"
+
+
+def headline(facts: Mapping) -> str:
+    """The name of the headline result: `accuracy/<source>`."""
+    return f"accuracy/{facts['headline_source']}"
+
+
+def rows_of(results: pd.DataFrame, result: str, facts: Mapping) -> pd.DataFrame:
+    """The rows of one result by variant, as it is read in the headline; generated text for records."""
+    scoring = facts["headline_scoring"] if result == headline(facts) else "generated"
+    rows = results[(results.result == result) & (results.metric == scoring)]
+    return rows.drop_duplicates("variant").set_index("variant")
+
+
+def megabytes(results: pd.DataFrame) -> dict[str, float]:
+    """Megabytes of each variant's weights. One whose bytes were not counted has the shapes of teacher or student."""
+    counted = results[results.result == "memory_bytes/weights"].set_index("variant").value / 1e6
+    same_shapes = {v: "teacher_base" if v.startswith("teacher") else FINAL for v, one in VARIANTS.items() if one.folder}
+    sizes = {v: counted.get(v, counted.get(same_shapes.get(v))) for v in VARIANTS}
+    return {v: float(size) for v, size in sizes.items() if size is not None}
+
+
+def plot_story(results: pd.DataFrame, facts: Mapping) -> plt.Figure:
+    """A panel per task: points with intervals against megabytes (log axis), baselines as dashed lines."""
+    sizes = megabytes(results)
+    titles = {headline(facts): f"{facts['headline_source']}: accuracy", RECORDS: "records: F1 of the fields"}
+    panels = {result: rows_of(results, result, facts) for result in titles}
+    panels = {result: rows for result, rows in panels.items() if len(rows)}
+    set_style()
+    fig, axes = plt.subplots(1, len(panels), figsize=(1 + 5.5 * len(panels), 4.6), squeeze=False, layout="constrained")
+    for ax, (result, rows) in zip(axes[0], panels.items(), strict=True):
+        for name in [v for v in LINES if v in rows.index]:
+            ax.axhline(rows.value[name], color=VARIANTS[name].colour, ls="--", lw=1, zorder=0)
+        shown = [v for v in SHOWN if v in rows.index and v in sizes]
+        _draw_points(ax, rows.loc[shown], sizes)
+        ax.set(xscale="log", ylim=(0, 1.02), xlabel="weights, MB", ylabel="95 % interval")
+        ax.set_title(f"{titles[result]} (n = {rows.n.max():.0f})")
+        ax.margins(x=0.35)
+        for name in [v for v in LINES if v in rows.index and v not in shown]:
+            ax.annotate(label(name), (0.01, rows.value[name] + 0.01), xycoords=("axes fraction", "data"), fontsize=8)
+    return fig
+
+
+def _draw_points(ax, rows: pd.DataFrame, sizes: Mapping[str, float]) -> None:
+    """Points with intervals; a label never stands on another one of nearly the same size."""
+    places: list[tuple[float, float]] = []
+    for variant, row in rows.sort_values("value").iterrows():
+        colour, x = VARIANTS[variant].colour, sizes[variant]
+        interval = [[row.value - row.ci_low], [row.ci_high - row.value]]
+        ax.errorbar(x, row.value, interval, fmt="o", color=colour, capsize=2)
+        near = [y for other, y in places if 1 / 3 < other / x < 3]
+        y = max([row.value, *(y + 0.05 for y in near)])
+        places.append((x, y))
+        ax.annotate(f"{label(variant)} {row.value:.2f}", (x, y), (7, 0), textcoords="offset points", va="center",
+                    fontsize=8, color=colour)  # fmt: skip
+
+
+# --- sentences -------------------------------------------------------------------------------------------------------
+
+
+def describe_step(results: pd.DataFrame, facts: Mapping, variant: str, baseline: str) -> str | None:
+    """A comparison on the headline source, e.g. "0.77 → 0.72, -0.050 [-0.096, -0.003], n = 240, worse"."""
+    accuracy = rows_of(results, headline(facts), facts).value
+    steps = results[results.result == f"accuracy_delta/{facts['headline_source']}"]
+    steps = steps[(steps.variant == variant) & (steps.baseline == baseline)]
+    steps = steps[steps.metric == facts["headline_scoring"]]
+    if steps.empty or not {variant, baseline} <= set(accuracy.index):
+        return None
+    row = steps.iloc[0]
+    change = f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
+    return f"{accuracy[baseline]:.2f} → {accuracy[variant]:.2f}, {change}, n = {row.n:.0f}, {row.verdict}"
+
+
+def tell_story(results: pd.DataFrame, facts: Mapping) -> list[str]:
+    """One computed sentence per point of the figure: size, both tasks, and what the comparison showed."""
+    sizes, sentences = megabytes(results), []
+    accuracy, records = (rows_of(results, result, facts) for result in (headline(facts), RECORDS))
+
+    def numbers(variant: str) -> str:
+        tasks = [(accuracy, "accuracy"), (records, "F1 of the record fields")]
+        found = [
+            f"{task} {rows.value[variant]:.2f} [{rows.ci_low[variant]:.2f}, {rows.ci_high[variant]:.2f}]"
+            for rows, task in tasks
+            if variant in rows.index
+        ]
+        size = f"{sizes[variant]:.3g} MB, " if variant in sizes else ""
+        return size + ", ".join(found)
+
+    for variant in [v for v in SHOWN if v in accuracy.index or v in records.index]:
+        text = f"**{label(variant)}**: {numbers(variant)}."
+        more = [
+            _certificate(results, facts, variant),
+            _gain(results, facts, variant),
+            _over_tfidf(results, facts, variant),
+        ]
+        sentences.append(" ".join([text, *(part for part in more if part)]))
+    return sentences
+
+
+def _certificate(results: pd.DataFrame, facts: Mapping, variant: str) -> str | None:
+    rows = results[(results.result == f"certificate/{facts['headline_source']}") & (results.variant == variant)]
+    if rows.empty:
+        return None
+    row, sizes = rows.iloc[0], megabytes(results)
+    share = f"{sizes[variant] / sizes[row.baseline]:.0%} of the bytes of {label(row.baseline)} in bf16; " if (
+        {variant, row.baseline} <= set(sizes)) else ""  # fmt: skip
+    shown = (
+        f"equivalent to it within {row.margin:g}"
+        if row.within_margin
+        else f"not shown to be equivalent to it within {row.margin:g} (that needs about {row.n_needed:,.0f} questions)"
+    )
+    return f"It has {share}{shown}: {row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}], n = {row.n:.0f}."
+
+
+def _gain(results: pd.DataFrame, facts: Mapping, variant: str) -> str | None:
+    if variant != FINAL or (step := describe_step(results, facts, FINAL, "student_ce")) is None:
+        return None
+    closed = [
+        f"{row.value:.0%} [{row.ci_low:.0%}, {row.ci_high:.0%}] of the gap to the teacher on {row.result.split('/')[1]}"
+        for row in results[results.result.str.startswith("gap_closed/")].itertuples()
+    ]
+    return f"Against labels alone: {step}." + (f" It closes {' and '.join(closed)}." if closed else "")
+
+
+def _over_tfidf(results: pd.DataFrame, facts: Mapping, variant: str) -> str | None:
+    rows = results[(results.result == f"accuracy_delta/{facts['headline_source']}") & (results.variant == variant)]
+    rows = rows[rows.baseline == "tfidf"]
+    if rows.empty:
+        return None
+    row = rows.iloc[0]
+    verb = "It beats" if row.verdict == "better" else "It does not beat"
+    return f"{verb} {label('tfidf')} with the same labels: {row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]."
