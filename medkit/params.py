@@ -167,6 +167,8 @@ class DataParams(Section):
     """What consumers ask, without options or answers: a folder laid out like the data wheel's; null for none."""
     drug_pairs: Source | None
     """Exam questions under two names of their drugs, in the same folder's layout; test material. Null for none."""
+    dialogues: Source | None
+    """Real consultations, in the same folder's layout: records are written of them, nothing is learned from them."""
 
 
 class TrainParams(Section):

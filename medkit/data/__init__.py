@@ -9,7 +9,7 @@ from medkit.data.near_duplicates import group_near_duplicates
 from medkit.data.plots import plot_confusions, plot_places_and_subjects, plot_sizes_and_lengths
 from medkit.data.problem_types import agreement, classify, join_labels, measure_classifiers
 from medkit.data.raw_questions import DataError
-from medkit.data.readers import read_drug_pairs, read_open_questions
+from medkit.data.readers import read_dialogues, read_drug_pairs, read_open_questions
 from medkit.data.splits import (
     assign_pools,
     drop_long,

@@ -182,6 +182,7 @@ def read_hub(name: str, folder: Path, subset: str) -> Iterator[dict]:
 
 OPEN_QUESTIONS = {"healthsearchqa": "healthsearchqa", "liveqa": "LiveQA", "medicationqa": "MedicationQA"}
 OPEN_COLUMNS = ["id", "source", "question"]
+DIALOGUE_COLUMNS = ["id", "source", "dialogue", "section_header", "section_text"]
 PAIR_COLUMNS = ["id", "question", "question_swapped", "options", "options_swapped", "answer"]
 
 
@@ -200,6 +201,34 @@ def read_open_questions(folder: Path | None) -> tuple[pd.DataFrame, pd.DataFrame
                 seen.add(question.casefold())
                 rows.append((f"{source}-{digest(question)[:10]}", source, question))
     return pd.DataFrame(rows, columns=OPEN_COLUMNS), count_rejected(rejected)
+
+
+def read_dialogues(folder: Path | None) -> pd.DataFrame:
+    """Real dialogues of doctor and patient with what a doctor wrote about them (DIALOGUE_COLUMNS); no folder: no rows.
+
+    MTS-Dialog (100 dialogues, one section of a note each) and ACI-Bench (40 visits, the whole note). A turn is a line,
+    as in `consultations`: `D: …`, `P: …`, and `G: …` for anybody else. Raises DataError for a folder without them.
+    """
+    if folder is None:
+        return pd.DataFrame(columns=DIALOGUE_COLUMNS)
+    paths = folder / "MTSDialog" / "validation.csv", folder / "ACIBench" / "aci_bench_test_1.json"
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; the source must be a folder laid out like the data wheel's")
+    sections = pd.read_csv(paths[0], keep_default_na=False, dtype=str)
+    names = sections[["ID", "dialogue", "section_header", "section_text"]].itertuples(index=False, name=None)
+    rows = [("mts_dialog", *row) for row in names]
+    visits = json.loads(paths[1].read_text(encoding="utf-8"))
+    rows += [("aci_bench", visit["file"], visit["src"], "whole note", visit["tgt"]) for visit in visits]
+    table = [(f"{source}-{name}", source, _turns(text), header, note) for source, name, text, header, note in rows]
+    return pd.DataFrame(table, columns=DIALOGUE_COLUMNS)
+
+
+def _turns(text: str) -> str:
+    parts = re.split(r"(?i)(?:\[(doctor|patient|\w+)\]|\b(doctor|patient|guest_\w+) ?:)", text)
+    speakers = [(bracketed or named)[0].upper() for bracketed, named in zip(parts[1::3], parts[2::3], strict=True)]
+    said = [f"{speaker}: {clean_text(turn)}" for speaker, turn in zip(speakers, parts[3::3], strict=True)]
+    return "\n".join(said)
 
 
 def read_drug_pairs(folder: Path | None) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -410,3 +410,26 @@ def test_a_malformed_pair_is_refused_with_its_reason(tmp_path, told, reason):
     pairs, refused = read_pairs(tmp_path, pair(), told)
     assert len(pairs) == 1
     assert list(zip(refused.reason, refused["count"], strict=True)) == [(reason, 1)]
+
+
+# --- dialogues -----------------------------------------------------------------------------------------------------
+
+
+def test_a_turn_of_a_real_dialogue_is_a_line(tmp_path):
+    (tmp_path / "MTSDialog").mkdir()
+    (tmp_path / "ACIBench").mkdir()
+    said = "Doctor: Any pain? \n Patient: No. Doctor: Any\nfever?\nGuest_family: A little, he told me: 38."
+    rows = pd.DataFrame([{"ID": "0", "section_header": "CC", "section_text": "None", "dialogue": said}])
+    rows.to_csv(tmp_path / "MTSDialog" / "validation.csv", index=False)
+    visit = {"src": "[doctor] hi , andrew\n[patient] hey .", "tgt": "CHIEF COMPLAINT\n\nCough.", "file": "D2N088"}
+    (tmp_path / "ACIBench" / "aci_bench_test_1.json").write_text(json.dumps([visit]))
+    table = readers.read_dialogues(tmp_path)
+    assert list(table.columns) == readers.DIALOGUE_COLUMNS
+    assert list(table.id) == ["mts_dialog-0", "aci_bench-D2N088"]
+    assert table.dialogue[0] == "D: Any pain?\nP: No.\nD: Any fever?\nG: A little, he told me: 38."
+    assert table.dialogue[1] == "D: hi , andrew\nP: hey ."
+    assert list(table.section_header) == ["CC", "whole note"]
+    assert table.section_text[0] == "None"
+    assert readers.read_dialogues(None).empty
+    with pytest.raises(DataError, match="laid out like the data wheel"):
+        readers.read_dialogues(tmp_path / "MTSDialog")
