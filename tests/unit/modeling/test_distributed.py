@@ -95,7 +95,8 @@ def make_run(make_llama, tokenizer):
 
     def make(name, stage):
         first, second = Stage(f"{name}_{stage}", "01_data"), Stage(f"{name}_{stage}", "02_distillation")
-        first.write_table("questions.parquet", questions.assign(source="records_b"))  # the profile's lora.source
+        kind = "record_b" if stage == "lora" else "choice"
+        first.write_table("questions.parquet", questions.assign(source="exam", kind=kind))
         first.commit()
         folder = second.path("student_kd" if stage == "lora" else "base")
         loading.save_model(make_llama(layers=2, seed=1), tokenizer, folder)
