@@ -1,267 +1,187 @@
-"""What each part of distillation gives: the rows of the paper's Table 3 in our terms, at an equal number of tokens.
+"""What distillation gives, and which of its parts gives it: the dials and the parts, three seeds, on a finished run.
 
-`full` has every part: a corrected teacher, CE, KL, hidden states, entities and the progressive order. Each other row
-lacks what it names; `CE only` has the answers alone, and `sequence` learns answers with reasons that its teacher wrote
-and that were found right. Every student has the same layers of the teacher that it learns from, and sees as many
-predicted tokens. A seed draws the order of the rows, nothing else. Every cell (row, seed) is kept in `--folder`: a
-killed ablation goes on. The weights of the parts are a first choice; none was tuned. Units: nats per token, fractions.
+Two dials, on the headline task alone: more labels must shrink what the teacher adds, and a weaker teacher (fewer
+private rows) must remove it. Parts, on all tasks of the run: soft or hard answers, KL without CE, hidden states, whole
+entities, and the order from easy to hard. All students of a setup start from the same layers and see as many examples
+in as many steps. A student is scored on validation rows: right options, and the field F1 of records. A seed draws the
+order of the rows, nothing else. Each cell (setup, student, seed) is kept in outputs/<name>: a killed ablation goes on.
 """
 
-import argparse
 import json
 import os
+import shutil
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
 
-from benchmarks.record import RESULTS, Ratio, result_path, versions, write
-from medkit.data import splits as data
-from medkit.distillation import entities, losses, rationales, teacher_cache
-from medkit.distillation.pruning import order_by_difficulty
-from medkit.evaluation import accuracy
-from medkit.inference import predictions as inference
-from medkit.inference.torch_engine import TorchEngine
-from medkit.modeling import batches, loading, trainer
-from medkit.params import Params, RationaleParams, digest, load_params
-from medkit.prompts import templates
-from medkit.stage import ROOT, atomic_path
+from benchmarks.inputs import make_parser
+from benchmarks.record import Ratio, result_path, versions, write
+from medkit import distillation, evaluation, inference, modeling
+from medkit.data import splits
+from medkit.params import Params, digest, load_params
+from medkit.stage import Stage, atomic_path, run_dir
 from medkit.statistics import mean_intervals
 
-FULL = {"ce_weight": 0.5, "kl_weight": 0.5, "hidden_weight": 0.5, "entity_weight": 1.0}
-CE_ONLY = {"ce_weight": 1.0, "kl_weight": 0.0, "hidden_weight": 0.0, "entity_weight": 0.0}
-ROWS = {
-    "full": {},
-    "without KL": {"kl_weight": 0.0},
-    "without hidden": {"hidden_weight": 0.0},
-    "without entity": {"entity_weight": 0.0},
-    "without progressive": {},
-    "without correction": {},
-    "CE only": CE_ONLY,
-    "sequence": CE_ONLY,
+SETUPS = {  # name → labelled and private rows of the headline task; None: the run's own rows of all tasks
+    "all tasks": None,
+    "32 labels": (32, None),
+    "128 labels": (128, None),
+    "512 labels": (512, None),
+    "128 labels, weak teacher": (128, 128),
 }
-ANY_ORDER = ("without progressive", "CE only", "sequence")
-RATIONALES = RationaleParams(questions="all", samples=2, max_new_tokens=40, temperature=0.7, too_easy=2.0)
+ALL_LAYERS = "last layer of the student and of the teacher"
+PARTS = {  # student → its name in the package, and what it changes in the section `distillation`
+    "labels alone": ("student_ce", {}),
+    "distilled": ("student_kd", {}),
+    "hard answers": ("student_hard", {}),
+    "KL alone": ("student_kd", {"ce_weight": 0.0, "kl_weight": 1.0}),
+    "with hidden states": ("student_kd", {"hidden_weight": 0.5, "hidden_layers": ALL_LAYERS}),
+    "with entities": ("student_kd", {"entity_weight": 1.0}),
+    "easy first": ("student_kd", {"order": "progressive"}),
+}
+DIALS = ("labels alone", "distilled")
 
 
-@dataclass
-class Lesson:
-    """All that one teacher gives a student: where it starts, what it reads, and what is said of that."""
-
-    params: Params
-    run: Path
-    folder: Path
-    corrected: bool
-    limit: int | None
-
-    @cached_property
-    def tokenizer(self):
-        return loading.load_tokenizer(self.run / "02_distillation" / "base")
-
-    @cached_property
-    def kept(self) -> list[int]:
-        manifest = json.loads((self.run / "02_distillation" / "manifest.json").read_text())
-        return manifest["facts"]["kept_layers"]
-
-    @cached_property
-    def questions(self) -> pd.DataFrame:
-        return pd.read_parquet(self.run / "01_data" / "questions.parquet")
-
-    def rows(self, *splits: str) -> pd.DataFrame:
-        present = [split for split in splits if (self.questions.split == split).any()]
-        found = pd.concat([data.training_rows(self.questions, split) for split in present])
-        return found.sample(frac=1, random_state=0).head(self.limit or len(found))
-
-    @cached_property
-    def examples(self) -> list[batches.Example]:
-        return batches.encode_questions(self.tokenizer, self.rows("labelled", "transfer"))
-
-    def teacher(self) -> torch.nn.Module:
-        if self.corrected:
-            return loading.load_model(self.run / "02_distillation" / "teacher", self.params.models)
-        source = self.params.models.teacher
-        return loading.load_model(loading.local_folder(source), self.params.models, keep=source.keep_layers)
-
-    def student(self) -> torch.nn.Module:
-        return loading.keep_layers(self.teacher(), self.kept)
-
-    @property
-    def layers(self) -> tuple[tuple[int, int], ...]:
-        """The student's middle and last layer beside the teacher's that they were; 0 is the embedding."""
-        own = (len(self.kept) // 2, len(self.kept))
-        return tuple((layer, self.kept[layer - 1] + 1) for layer in own)
-
-    @cached_property
-    def cache(self) -> teacher_cache.TeacherCache:
-        section, folder = self.params.distillation, self.folder / f"teacher_cache_{self.corrected}"
-        key = digest([self.corrected, templates.TEXT.hash, self.tokenizer.get_vocab()])
-        wanted = [theirs for _, theirs in self.layers]
-        return teacher_cache.capture_teacher(
-            self.teacher(), self.examples, folder, section.top_k, section.shard_examples, key, wanted
-        )
-
-    @cached_property
-    def entities(self) -> entities.Entities:
-        return entities.mark_entities(self.tokenizer, self.examples)
-
-    @cached_property
-    def difficulty(self) -> list[float]:
-        return order_by_difficulty(self.cache.mean_nll(), self.entities.densities())
-
-    @cached_property
-    def written(self) -> tuple[list[batches.Example], dict]:
-        """The teacher's own answers that were found right, again and again until they have as many tokens."""
-        rows, wanted = self.rows("labelled"), sum(e.num_predicted for e in self.examples)
-
-        def make_engine() -> TorchEngine:
-            torch.manual_seed(0)
-            settings = {"batch_tokens": self.params.inference.batch_tokens, "temperature": RATIONALES.temperature}
-            return TorchEngine(self.teacher(), self.tokenizer.pad_token_id, scheduler="continuous", **settings)
-
-        path, speaker = self.folder / "sampled.parquet", f"{self.run} {self.corrected}"
-        sampled = rationales.collect_samples(path, speaker, make_engine, self.tokenizer, rows, RATIONALES, 0)
-        verified, found = rationales.keep_verified(sampled, RATIONALES.too_easy)
-        encoded = rationales.encode_rationales(self.tokenizer, rows, verified)
-        chosen = rationales.repeat_to_length(encoded, wanted)
-        return chosen, {"yield": found.to_dict("records"), "verified": int(found.kept.sum()), "learned": len(chosen)}
-
-    def add_extras(self, numbers: list[int]) -> dict:
-        return self.cache.batch(numbers) | self.entities.batch(numbers)
+def take_rows(questions: pd.DataFrame, headline: str, counts: tuple | None, seed: int) -> pd.DataFrame:
+    """The rows of a setup. Labels beyond those of the run are taken from the private rows, which the teacher knows."""
+    if counts is None:
+        return questions
+    (labelled, private), table = counts, questions[questions.source == headline]
+    known = table[table.split.isin(["labelled", "private"])]
+    known = known.sample(frac=1, random_state=seed).sort_values("split", kind="stable")  # the labelled ones first
+    few, rest = known.head(labelled), known.iloc[labelled:]
+    others = table[table.split.isin(["transfer", "valid"])]
+    return pd.concat(
+        [few.assign(split="labelled"), rest.head(private or len(rest)).assign(split="private"), others],
+        ignore_index=True,
+    )
 
 
-def teach(name: str, seed: int, lesson: Lesson) -> dict:
-    """Train one student and ask it: its log, validation NLL per row, and whether each headline question was right."""
-    params = lesson.params
-    began, student = time.perf_counter(), lesson.student()
-    loss = losses.DistillationLoss(**(FULL | ROWS[name]), layers=lesson.layers)
-    alone = not (loss.kl_weight or loss.hidden_weight or loss.entity_weight)
-    around = losses.hidden_projections(student, dict(loss.layers), student.config.hidden_size, seed)
-    with around if loss.hidden_weight else nullcontext():
-        log = trainer.train(
-            student,
-            lesson.written[0] if name == "sequence" else lesson.examples,
-            params.distillation.student_train,
-            loss,
-            lesson.folder / "checkpoints",
-            seed,
-            **({} if alone else {"add_extras": lesson.add_extras}),
-            difficulty=None if name in ANY_ORDER else lesson.difficulty,
-        )
+def open_setup(name: str, setup: str, params: Params, questions: pd.DataFrame, run: Path) -> Stage:
+    """A folder for the setup's models, with the run's base, and its teacher or one that this setup's rows corrected."""
+    stage = Stage(f"{name}_{setup.replace(' ', '_').replace(',', '')}", "02_distillation")
+    for part in ("base", "teacher"):
+        if part == "teacher" and "weak" in setup:
+            distillation.correct_teacher(stage, params, distillation.teacher_rows(questions))
+        elif not (stage.dir / part).is_dir():
+            shutil.copytree(run / "02_distillation" / part, stage.path(part))
+    return stage
+
+
+def change(params: Params, changes: dict) -> Params:
+    """The params with other settings of distillation; the last layers' numbers are put in where they are named."""
+    if changes.get("hidden_layers") == ALL_LAYERS:
+        teacher = modeling.local_folder(params.models.teacher) / "config.json"
+        depth = len(params.models.teacher.keep_layers) or json.loads(teacher.read_text())["num_hidden_layers"]
+        changes = changes | {"hidden_layers": [[params.distillation.num_layers, depth]]}
+    section = params.distillation.model_copy(update={"students": ["student_hard"], **changes})
+    return params.model_copy(update={"distillation": section})
+
+
+def train_and_score(part: str, stage: Stage, params: Params, questions: pd.DataFrame, teacher_params: Params) -> dict:
+    """Train one student and score it on the validation rows: score by question id, with seconds and steps."""
+    name, changes = PARTS[part]
+    params, began = change(params, changes), time.perf_counter()
+    if name == "student_kd":
+        rows = distillation.student_rows(name, stage, teacher_params, questions, inference.TorchEngine)
+        tokenizer, _ = distillation.load_tokenizers(params)
+        section, teacher = params.distillation, modeling.load_model(stage.dir / "teacher", params.models)
+        layers = distillation.DistillationLoss.from_params(section).teacher_layers
+        distillation.capture_teacher(
+            teacher, modeling.encode_questions(tokenizer, rows), stage.path("teacher_cache"), section.top_k,
+            section.shard_examples, distillation.teacher_key(stage, tokenizer), layers,
+        )  # fmt: skip
+        del teacher
+    model, log = distillation.train_student(name, stage, params, questions, inference.TorchEngine)
     trained_s = time.perf_counter() - began
-    valid = lesson.rows("valid")
-    asked = headline(lesson)
-    predictions = inference.predict(student, lesson.tokenizer, asked, params.inference.batch_tokens, 1)
-    judged = accuracy.judge(predictions.assign(variant=name), lesson.questions)
-    judged = judged[judged.scoring == params.evaluation.headline_scoring].set_index("id")
-    valid_nll = batches.collect_nll(student, batches.encode_questions(lesson.tokenizer, valid))
-    terms = [column for column in ("loss", "ce", loss.divergence, "hidden", "entity") if column in log]
+    valid = splits.training_rows(questions, "valid")
+    asked = valid.assign(scoring=np.where(valid.kind.str.startswith("record"), "generated", "option_text"))
+    tokenizer = modeling.load_tokenizer(stage.dir / "base")
+    sizes = params.inference.batch_tokens, params.inference.max_new_tokens
+    predictions = inference.predict(model, tokenizer, asked, *sizes).assign(variant=part)
+    scores = evaluation.score_questions(predictions, questions)
     return {
-        "row": name, "seed": seed, "steps": len(log), "tokens": int(log.loss_tokens.sum()), "train_s": trained_s,
-        "load": os.getloadavg()[0],
-        "terms_first": log[terms].head(3).mean().to_dict(), "terms_last": log[terms].tail(3).mean().to_dict(),
-        "nll": dict(zip(valid.id, valid_nll, strict=True)),
-        "correct": {id: bool(right) for id, right in judged.correct.items()},
+        "steps": len(log), "train_s": trained_s, "load": os.getloadavg()[0], "last_ce": log.ce.tail(5).mean(),
+        "scores": scores[["source", "id", "group", "score"]].to_dict("records"),
     }  # fmt: skip
 
 
-def headline(lesson: Lesson) -> pd.DataFrame:
-    source = lesson.params.evaluation.headline_source
-    count = lesson.params.inference.questions["option_text"][source]
-    wanted = {"option_text": {source: min(count, lesson.limit or count)}}
-    return inference.choose_questions(lesson.questions, wanted, lesson.params.seed)
+def compare(cells: list[dict], confidence: float) -> Iterator[dict]:
+    """Per setup, student and task the mean over seeds, and the difference to the setup's baseline, paired by question.
 
-
-def compare(cells: list[dict], confidence: float) -> pd.DataFrame:
-    """Per row its means over seeds, and `full` minus it: paired by question, whose seeds are averaged first."""
-    found = []
-    for column in ("nll", "correct"):
-        table = pd.DataFrame(
-            [(c["row"], c["seed"], id, float(v)) for c in cells for id, v in c[column].items()],
-            columns=["row", "seed", "id", "value"],
-        )
-        means = table.pivot_table(index="id", columns="row", values="value")
-        means = means[[row for row in ROWS if row in means]]
-        spread = table.groupby(["row", "seed"]).value.mean().groupby("row").std(ddof=1)
-        differences = means[["full"]].to_numpy() - means.to_numpy()
-        low, high = mean_intervals(
-            differences, means.index, confidence, imagined=(-1, 1) if column == "correct" else ()
-        )
-        for place, row in enumerate(means.columns):
-            found.append(
-                {
-                    "metric": "accuracy" if column == "correct" else "valid_nll", "row": row, "n": len(means),
-                    "seeds": int(table[table.row == row].seed.nunique()),
-                    "mean": means[row].mean(), "std_over_seeds": spread[row],
-                    "full_minus_row": differences[:, place].mean(), "ci_low": low[place], "ci_high": high[place],
-                }
-            )  # fmt: skip
-    return pd.DataFrame(found)
+    The baseline of `distilled` is `labels alone`, that of a part is `distilled`. A question's seeds are averaged first,
+    so the interval is for these seeds.
+    """
+    table = pd.DataFrame([{**cell, **score} for cell in cells for score in cell["scores"]]).drop(columns="scores")
+    for (setup, task), part in table.groupby(["setup", "source"], sort=False):
+        means = part.pivot_table(index=["id", "group"], columns="student", values="score")
+        groups = means.index.get_level_values("group")
+        for student in [name for name in PARTS if name in means]:
+            mine = part[part.student == student]
+            baseline = None if student == "labels alone" else "labels alone" if student == "distilled" else "distilled"
+            found = {"difference": None, "ci_low": None, "ci_high": None}
+            if baseline in means:
+                difference = (means[student] - means[baseline]).to_numpy()[:, None]
+                low, high = mean_intervals(difference, groups, confidence, imagined=(-1, 1))
+                found = {"difference": difference.mean(), "ci_low": low[0], "ci_high": high[0]}
+            by_seed = mine.groupby("seed").score.mean()
+            yield {
+                "setup": setup, "student": student, "task": task, "n": len(means), "seeds": len(by_seed),
+                "mean": by_seed.mean(), "std_over_seeds": by_seed.std(ddof=1), "baseline": baseline, **found,
+            }  # fmt: skip
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
-    parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
-    parser.add_argument("--row", action="append", choices=ROWS, help="default all; the other cells are kept")
+    parser = make_parser(__doc__)
+    parser.add_argument("--setup", action="append", choices=SETUPS, help="default all; the other cells are kept")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--limit", type=int, help="rows to learn from and questions to ask; default all")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--folder", type=Path, default=ROOT / "outputs" / "ablation", help="where cells are kept")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="ablation", help="of the folders in outputs/ where models and cells are kept")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
     params = load_params(args.params)
-    args.folder.mkdir(parents=True, exist_ok=True)
-    settings = args.folder / "settings.json"
-    wanted = json.dumps([params.model_dump(mode="json"), str(args.run.resolve()), args.limit])
-    if settings.exists() and settings.read_text() != wanted:
-        parser.error(f"{args.folder} holds an ablation of other settings: remove it, or name another --folder")
-    settings.write_text(wanted)
-    corrected = Lesson(params, args.run, args.folder, True, args.limit)
-    uncorrected = replace(corrected, corrected=False)
-    for seed in range(args.seeds):  # a seed at a time: what is there when it ends early is a whole table
-        for name in args.row or ROWS:
-            path = args.folder / f"{name.replace(' ', '_')}.{seed}.json"
-            if name == "sequence" and not corrected.written[0]:
-                print(f"sequence: none of the teacher's own answers was right, {corrected.written[1]}")
-            elif not path.is_file():
-                cell = teach(name, seed, uncorrected if name == "without correction" else corrected)
-                with atomic_path(path) as scratch:
-                    scratch.write_text(json.dumps(cell))
-                print(f"{name}, seed {seed}: {cell['train_s']:.0f} s, nll {np.mean(list(cell['nll'].values())):.3f}, "
-                      f"accuracy {np.mean(list(cell['correct'].values())):.3f}", flush=True)  # fmt: skip
-    trainer.remove_checkpoints(args.folder / "checkpoints")
-    cells = [json.loads(path.read_text()) for path in sorted(args.folder.glob("*.[0-9].json"))]
-    table = compare(cells, params.evaluation.confidence)
-    print(table.to_string(float_format="{:.3f}".format))
+    cells_folder = run_dir(args.name)
+    cells_folder.mkdir(parents=True, exist_ok=True)
+    questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
+    questions = questions[questions.split != "test"]
+    settings = digest([params.model_dump(mode="json"), str(args.run.resolve())])
+    cells = []
+    for setup in args.setup or SETUPS:
+        rows = take_rows(questions, params.evaluation.headline_source, SETUPS[setup], params.seed)
+        stage = open_setup(args.name, setup, params, rows, args.run)
+        for seed in range(args.seeds):
+            for part in PARTS if SETUPS[setup] is None else DIALS:
+                path = cells_folder / f"{digest([settings, setup, part, seed])}.json"
+                if not path.is_file():
+                    seeded = params.model_copy(update={"seed": seed})
+                    cell = train_and_score(part, stage, seeded, rows, params)
+                    with atomic_path(path) as scratch:
+                        scratch.write_text(json.dumps({"setup": setup, "student": part, "seed": seed, **cell}))
+                cells.append(json.loads(path.read_text()))
+                mean = pd.DataFrame(cells[-1]["scores"]).groupby("source").score.mean().round(3).to_dict()
+                print(f"{setup}, {part}, seed {seed}: {cells[-1]['train_s']:.0f} s, {mean}", flush=True)
+        modeling.remove_checkpoints(stage.path("checkpoints"))
+    table = list(compare(cells, params.evaluation.confidence))
+    print(pd.DataFrame(table).to_string(float_format="{:.3f}".format))
     ratios = {
-        f"{name}/full_minus_it/{metric}": Ratio(
-            found.full_minus_row, None, "higher" if metric == "accuracy" else "lower", int(found.seeds)
+        f"{row['setup']}/{row['student']} minus {row['baseline']}/{row['task']}": Ratio(
+            row["difference"], None, "higher", row["seeds"]
         )
-        for (metric, name), found in table.set_index(["metric", "row"]).iterrows()
-        if name != "full"
+        for row in table
+        if row["baseline"]
     }
     setup = {
-        "run": "a tiny run's rows, teacher and kept layers", "rows_to_learn_from": len(corrected.examples),
-        "predicted_tokens": sum(e.num_predicted for e in corrected.examples), "seeds": args.seeds,
-        "weights": FULL, "layers": corrected.layers, "divergence": losses.DistillationLoss.divergence,
-        "train": params.distillation.student_train.model_dump(), "threads": args.threads,
-        "headline": params.evaluation.headline_source, "scoring": params.evaluation.headline_scoring,
+        "run": args.run.name, "seeds": args.seeds, "parts": {name: part[1] for name, part in PARTS.items()},
+        "setups": SETUPS, "train": params.distillation.student_train.model_dump(), "threads": args.threads,
         "interval": "bootstrap over questions, each averaged over seeds: for these seeds, not for any",
         "versions": versions("torch", "transformers"),
     }  # fmt: skip
-    raw = {
-        "table": table.to_dict("records"),
-        "cells": [{key: cell[key] for key in cell.keys() - {"nll", "correct"}} for cell in cells],
-        "sequence": corrected.written[1] if "sequence" in (args.row or ROWS) else None,
-    }
-    write("ablation", setup, ratios, raw, args.output, summary={"table": raw["table"]})
+    raw = {"table": table, "cells": [{key: value for key, value in cell.items() if key != "scores"} for cell in cells]}
+    write("ablation", setup, ratios, raw, args.output, summary={"table": table})
     print(result_path("ablation", args.output))
 
 

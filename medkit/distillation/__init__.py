@@ -5,6 +5,15 @@ from medkit.distillation.answers import keep_verified
 from medkit.distillation.cross_tokenizer import TokenAligner, measure_spans, span_kl
 from medkit.distillation.entities import find_entities
 from medkit.distillation.losses import DistillationLoss, entity_gaps, hidden_error, sparse_divergence
+from medkit.distillation.plots import (
+    plot_closing,
+    plot_curves,
+    plot_directions,
+    plot_kept_mass,
+    plot_layers,
+    plot_spans,
+    tabulate_closing,
+)
 from medkit.distillation.pruning import choose_layers, measure_layer_importance
 from medkit.distillation.stages import (
     check_lead,

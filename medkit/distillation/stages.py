@@ -177,7 +177,8 @@ def train_student(
     section, folder = params.distillation, _part(stage, "base")
     tokenizer, options, loss = loading.load_tokenizer(folder), {}, losses.DistillationLoss(ce_weight=1.0)
     rows = student_rows(name, stage, params, questions, make_engine)
-    counts = questions[questions.split.isin(["labelled", "transfer"])].source.value_counts(sort=False).to_dict()
+    taught = questions.split.isin(["labelled", "transfer"]) & (questions.kind != splits.SECOND_FORM)
+    counts = questions[taught].source.value_counts(sort=False).to_dict()
     numbers = answers.repeat_rows(rows.source, counts)
     if name == "student_seq":
         examples = list(islice(cycle(_verified_examples(stage, params, rows, make_engine)), len(numbers)))

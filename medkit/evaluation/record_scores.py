@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from medkit.evaluation.accuracy import EvaluationError, compare_steps
+from medkit.evaluation.accuracy import EvaluationError, compare_steps, judge
 from medkit.prompts import answer_parser, templates
 from medkit.statistics import mean_intervals, resample_groups
 from medkit.variants import STEPS
@@ -147,6 +147,23 @@ def compare_records(
     """`accuracy.compare_steps` on the share of correct fields, paired by field, with records in groups."""
     fields = scores.assign(id=scores.id + "/" + scores.field, scoring="generated")
     return compare_steps(fields, confidence, power, margin, steps)
+
+
+def score_questions(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
+    """One score from 0 to 1 per variant and question: is the chosen option right, or the field F1 of the record.
+
+    predictions: by `option_text`, and generated for records. Columns variant, source, id, group, score.
+    """
+    choices, keys = judge(predictions[predictions.scoring == "option_text"], questions), ["variant", "source", "id"]
+    choices = choices[choices.scoring == "option_text"].assign(score=lambda table: table.correct.astype(float))
+    tables = [choices[[*keys, "group", "score"]]]
+    if (predictions.scoring == "generated").any():
+        fields = score_records(predictions, questions)
+        sums = fields.assign(right=fields.correct & fields.given).groupby([*keys, "group"], sort=False)
+        sums = sums[["right", "given", "required"]].sum().astype(float)
+        score = (2 * sums.right / (sums.given + sums.required)).fillna(1.0)  # nothing to write, and nothing written
+        tables.append(score.rename("score").reset_index())
+    return pd.concat(tables, ignore_index=True)
 
 
 def score_dialogues(

@@ -182,20 +182,17 @@ def benchmarks_table(benchmarks: Sequence[dict]) -> str:
 
 
 def ablation_table(benchmarks: Sequence[dict]) -> str:
-    """Markdown: students without one part of distillation, the difference to the full recipe, and whether it helps."""
-    table = next((c["raw"]["table"] for c in benchmarks if c["name"] == "ablation" and "raw" in c), [])
-    by_row = {(row["row"], row["metric"]): row for row in table}
+    """Markdown: students of the ablation by setup and task, and their difference to a baseline, with a verdict."""
     rows = []
-    for name in dict.fromkeys(row["row"] for row in table):
-        cells = [name]
-        for metric, below, above in (("valid_nll", "helps", "harms"), ("accuracy", "harms", "helps")):
-            row = by_row[name, metric]
+    for row in next((c["raw"]["table"] for c in benchmarks if c["name"] == "ablation" and "raw" in c), []):
+        difference = "–"
+        if row["baseline"]:
             low, high = row["ci_low"], row["ci_high"]
-            verdict = below if high < 0 else above if low > 0 else "not detectable"
-            difference = f"{row['full_minus_row']:+.3f} [{low:+.3f}, {high:+.3f}] {verdict}"
-            cells += [f"{row['mean']:.3f} ± {row['std_over_seeds']:.3f}", "–" if name == "full" else difference]
-        rows.append(cells)
-    return markdown(["student", "validation loss, nats", "full minus it", "accuracy", "full minus it"], rows)
+            verdict = "better than" if low > 0 else "worse than" if high < 0 else "no difference shown to"
+            difference = f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] {verdict} {row['baseline']}"
+        score = f"{row['mean']:.3f} ± {row['std_over_seeds']:.3f}"
+        rows.append([row["setup"], row["task"], row["student"], score, difference])
+    return markdown(["setup", "task", "student", "score, ± over seeds", "difference"], rows)
 
 
 def plans_table(estimates: Mapping[str, Sequence]) -> str:

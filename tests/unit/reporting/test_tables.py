@@ -105,16 +105,16 @@ def test_benchmarks_are_found_in_folders(tmp_path):
     assert tables.load_benchmarks("shape", tmp_path) == []
 
 
-def test_an_ablation_says_what_the_full_recipe_has_over_each_part():
+def test_an_ablation_says_what_each_student_has_over_its_baseline():
     table = [
-        {"row": row, "metric": metric, "mean": 1.5, "std_over_seeds": 0.01, "full_minus_row": gap, "ci_low": gap - 1,
-         "ci_high": gap + 1}
-        for row, metric, gap in (("full", "valid_nll", 0.0), ("full", "accuracy", 0.0), ("CE only", "valid_nll", 1.5),
-                                 ("CE only", "accuracy", -0.25))
+        {"setup": "32 labels", "task": "icd", "student": student, "mean": 0.5, "std_over_seeds": 0.01,
+         "baseline": baseline, "difference": gap, "ci_low": gap - 0.1, "ci_high": gap + 0.1}
+        for student, baseline, gap in (("labels alone", None, 0.0), ("distilled", "labels alone", 0.2),
+                                       ("easy first", "distilled", 0.05))
     ]  # fmt: skip
-    _, full, without = cells(tables.ablation_table([{"name": "ablation", "raw": {"table": table}}]))
-    assert without[2] == "+1.500 [+0.500, +2.500] harms" and without[4].endswith("not detectable")
-    assert full[2] == full[4] == "–"
+    _, alone, distilled, easy = cells(tables.ablation_table([{"name": "ablation", "raw": {"table": table}}]))
+    assert alone[4] == "–" and distilled[4] == "+0.200 [+0.100, +0.300] better than labels alone"
+    assert easy[4] == "+0.050 [-0.050, +0.150] no difference shown to distilled"
 
 
 def test_plans_of_the_papers_model_have_their_bytes():

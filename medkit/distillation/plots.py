@@ -1,0 +1,130 @@
+"""Figures of notebook 02. Each function draws one and returns it with the table of what it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from medkit.distillation.teacher_cache import TeacherCache
+from medkit.plotting import SIZE
+from medkit.statistics import gap_closed, mean_intervals
+from medkit.variants import VARIANTS
+
+Drawn = tuple[Figure, pd.DataFrame]
+
+
+def plot_directions(
+    place: Sequence[float], teacher: Sequence[float], best: Mapping[float, Sequence[float]], between: Sequence[float]
+) -> Drawn:
+    """A teacher with two bumps, and the best student with one, by β; on the right the mass between the bumps."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(SIZE[0], 3.2), gridspec_kw={"width_ratios": [3, 2], "wspace": 0.3})
+    table = pd.DataFrame({"place": place, "teacher": teacher, "forward_kl": best[0.0], "reverse_kl": best[1.0]})
+    left.fill_between(table.place, table.teacher, color="#d9d9d9", label="teacher")
+    left.plot(table.place, table.forward_kl, color="#0072b2", label="forward KL")
+    left.plot(table.place, table.reverse_kl, color="#d55e00", label="reverse KL")
+    left.set(xlabel="token, 81 in a row", ylabel="probability", ylim=(0, None), xticks=[])
+    left.set_title("One bump for two: cover both or choose one")
+    left.legend(fontsize=9)
+    right.plot(list(best), between, "o-", color="#cc79a7", ms=4)
+    right.set(xlabel="β", ylabel="probability between the bumps", ylim=(0, None), title="JSD changes with β")
+    return fig, table
+
+
+def plot_kept_mass(cache: TeacherCache) -> Drawn:
+    """How much probability the k most likely tokens hold, by k: quantiles over the cached positions."""
+    count = cache.index["num_examples"]
+    mass = torch.cat([cache.example(n)["teacher_logprobs"] for n in range(count)]).exp().cumsum(-1).numpy()
+    table = pd.DataFrame(np.quantile(mass, [0.05, 0.25, 0.5], axis=0).T, columns=["5 %", "25 %", "50 %"])
+    table.insert(0, "k", range(1, len(table) + 1))
+    colours = ["#9ecae1", "#4292c6", "#084594"]
+    ax = table.plot(x="k", logx=True, color=colours, xlabel="k, tokens kept (log scale)", ylabel="probability kept")
+    ax.set(ylim=(0, 1.02), title=f"Probability of the teacher's k most likely tokens  (n = {len(mass):,} positions)")
+    ax.legend(title="quantile of positions")
+    return ax.figure, table
+
+
+def plot_layers(importance: Sequence[float], kept: Sequence[int]) -> Drawn:
+    """The rise of the loss when a decoder layer is skipped, and the layers that stay in the student."""
+    table = pd.DataFrame({"layer": range(len(importance)), "importance": importance})
+    table["kept"] = table.layer.isin(kept)
+    fig, ax = plt.subplots()
+    ax.bar(table.layer, table.importance, color=np.where(table.kept, "#4292c6", "#d9d9d9"))
+    ax.set(xlabel="decoder layer", ylabel="rise of loss when skipped, nats per token", yscale="symlog")
+    ax.set_title(f"Blue layers stay in the student: {len(kept)} of {len(table)}")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    return fig, table
+
+
+def plot_spans(sizes: Sequence[tuple[int, int, int]]) -> Drawn:
+    """How two tokenizers cut the same answers: the share of bytes by tokens in a span (`measure_spans`)."""
+    spans = pd.DataFrame(sizes, columns=["student", "teacher", "bytes"])
+    shares = spans.groupby(["student", "teacher"]).bytes.sum() / spans.bytes.sum()
+    table = shares.rename("share").nlargest(8).reset_index()
+    fig, ax = plt.subplots()
+    ax.bar(table.student.astype(str) + " : " + table.teacher.astype(str), table.share, color="#4292c6")
+    ax.set(xlabel="tokens in a span, student : teacher", ylabel="share of the bytes in the answers")
+    ax.set_title(f"How the two tokenizers cut the same answers  (n = {len(spans):,} spans)")
+    return fig, table
+
+
+def plot_curves(history: Mapping[str, pd.DataFrame]) -> Drawn:
+    """The CE term of each training, and the divergence of student_kd: means over five steps, nats per token."""
+    log = pd.concat([table.assign(run=name) for name, table in history.items()], ignore_index=True)
+    fig, ax = plt.subplots()
+    for name, table in history.items():
+        variant = VARIANTS[name]
+        ax.plot(table.step, table.ce.rolling(5, min_periods=1).mean(), color=variant.colour, label=variant.label)
+        for term in {"forward_kl", "reverse_kl", "jsd", "span_kl"} & set(table):
+            curve, label = table[term].rolling(5, min_periods=1).mean(), f"its {term.replace('_', ' ')}"
+            ax.plot(table.step, curve, color=variant.colour, ls=":", label=label)
+    ax.set(xlabel="optimiser step", ylabel="nats per predicted token", title="Training loss", ylim=(0, None))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend()
+    return fig, log
+
+
+def tabulate_closing(scores: Mapping[str, pd.DataFrame], confidence: float) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Mean scores with intervals by variant and task, and by task the share of the gap that student_kd closes.
+
+    scores: by variant a table of `evaluation.score_questions` of the same questions. The gap is that between student_ce
+    and teacher; each interval is a bootstrap over groups of questions (`statistics.gap_closed`).
+    """
+    means, shares, table = [], [], pd.concat(scores.values(), ignore_index=True)
+    for task, part in table.groupby("source", sort=False):
+        by_id = part.pivot(index=["id", "group"], columns="variant", values="score")[list(scores)]
+        groups = by_id.index.get_level_values("group")
+        low, high = mean_intervals(by_id.to_numpy(), groups, confidence)
+        columns = {"score": by_id.mean().to_numpy(), "ci_low": low, "ci_high": high, "n": len(by_id)}
+        means.append(pd.DataFrame({"variant": list(scores), "source": task, **columns}))
+        three = [by_id[name] for name in ("student_ce", "student_kd", "teacher")]
+        shares.append({"source": task} | gap_closed(*three, groups, confidence))
+    return pd.concat(means, ignore_index=True), pd.DataFrame(shares)
+
+
+def plot_closing(scores: pd.DataFrame, shares: pd.DataFrame) -> Drawn:
+    """Per task the mean score of each model on validation rows; the title says how much of the gap student_kd closes.
+
+    scores: columns variant, source, score, ci_low, ci_high, n. shares: source, share, ci_low, ci_high (`gap_closed`).
+    """
+    tasks, share_of = list(shares.source), shares.set_index("source")
+    size = (SIZE[0], 1.2 + 0.35 * scores.variant.nunique())
+    fig, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False)
+    for ax, task in zip(axes[0], tasks, strict=True):
+        part, closed = scores[scores.source == task], share_of.loc[task]
+        for y, row in enumerate(part.itertuples()):
+            colour = VARIANTS[row.variant].colour
+            ax.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=2.5, solid_capstyle="round")
+            ax.plot(row.score, y, "o", color=colour, ms=7)
+            ax.annotate(f"{row.score:.2f}", (row.score, y), (0, 7), textcoords="offset points", ha="center", fontsize=9)
+        ax.set(yticks=range(len(part)), xlabel=f"score on {task}  (n = {part.n.max()})", ylim=(len(part) - 0.4, -0.8))
+        ax.set_yticklabels([VARIANTS[name].label for name in part.variant])
+        found = (
+            f"{closed.share:.0%} [{closed.ci_low:.0%}, {closed.ci_high:.0%}]" if closed.share == closed.share else ""
+        )
+        ax.set_title(f"{found} of the gap closed" if found else "no gap to close")
+    return fig, scores
