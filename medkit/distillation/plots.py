@@ -126,5 +126,5 @@ def plot_closing(scores: pd.DataFrame, shares: pd.DataFrame) -> Drawn:
         found = (
             f"{closed.share:.0%} [{closed.ci_low:.0%}, {closed.ci_high:.0%}]" if closed.share == closed.share else ""
         )
-        ax.set_title(f"{found} of the gap closed" if found else "no gap to close")
+        ax.set_title(f"{found} of the gap closed" if found else "no gap to close", loc="left")
     return fig, scores

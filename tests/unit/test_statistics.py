@@ -421,6 +421,33 @@ def test_false_words_are_rare_in_a_family():
     assert np.mean(false) <= ALPHA + 0.01
 
 
+# --- a gap and what closes it ----------------------------------------------------------------------------------------
+
+
+def test_the_share_of_a_gap_is_exact_at_its_ends_and_its_interval_covers_the_truth():
+    draw, groups, covered = np.random.default_rng(0), np.arange(300), []
+    low, high = draw.random(300) < 0.6, draw.random(300) < 0.9
+    assert statistics.gap_closed(low, low, high, groups, 0.95)["share"] == 0.0
+    ends = statistics.gap_closed(low, high, high, groups, 0.95)
+    assert (ends["share"], ends["ci_low"], ends["ci_high"], ends["n"]) == (1.0, 1.0, 1.0, 300)
+    for _ in range(100):  # the true share is (0.75 − 0.6) / (0.9 − 0.6)
+        three = [draw.random(300) < rate for rate in (0.6, 0.75, 0.9)]
+        found = statistics.gap_closed(*three, groups, 0.95)
+        covered.append(found["ci_low"] <= 0.5 <= found["ci_high"])
+        assert found["gap_low"] <= found["gap"] <= found["gap_high"]
+    assert np.mean(covered) > 0.88
+
+
+def test_groups_widen_the_interval_of_a_gap_and_no_gap_has_no_share():
+    draw = np.random.default_rng(0)
+    low, middle, high = (np.repeat(draw.random(60) < rate, 10) for rate in (0.5, 0.7, 0.9))
+    single = statistics.gap_closed(low, middle, high, np.arange(600), 0.95)
+    grouped = statistics.gap_closed(low, middle, high, np.repeat(np.arange(60), 10), 0.95)
+    assert grouped["gap_high"] - grouped["gap_low"] > 2 * (single["gap_high"] - single["gap_low"])
+    none = statistics.gap_closed(low, high, low, np.arange(600), 0.95)
+    assert none["gap"] == 0 and all(np.isnan(none[name]) for name in ("share", "ci_low", "ci_high"))
+
+
 # --- timings -------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,13 @@ from pydantic import BaseModel, ConfigDict
 
 from medkit.evaluation import record_scores
 from medkit.evaluation.accuracy import EvaluationError
-from medkit.evaluation.record_scores import compare_records, measure_records, score_dialogues, score_records
+from medkit.evaluation.record_scores import (
+    compare_records,
+    measure_records,
+    score_dialogues,
+    score_questions,
+    score_records,
+)
 from medkit.prompts import templates
 
 
@@ -150,3 +156,17 @@ def test_real_dialogues_are_judged_by_what_stands_in_them_and_in_their_section()
 )
 def test_a_value_occurs_as_whole_words(value, there):
     assert record_scores.occurs_in(value, DIALOGUE) is there
+
+
+def test_a_question_s_score_is_its_right_option_or_the_field_f1_of_its_record():
+    empty = dict.fromkeys(GOLD)
+    choice = {"id": "q0", "source": "icd", "group": "q", "kind": "choice", "question": "?", "options": ["a", "b"]}
+    rows = [question("r0"), question("r1", gold=empty), question("r2"), {**choice, "answer": 1}]
+    questions = pd.DataFrame(rows).assign(clean=True)
+    texts = {"r0": GOLD | {"dose": None, "drug": "aspirin"}, "r1": empty, "r2": "no record"}
+    records = [{"id": name, "scoring": "generated", "text": json.dumps(answer)} for name, answer in texts.items()]
+    asked = [*records, {"id": "q0", "scoring": "option_text", "logprobs": [-2.0, -1.0]}]
+    scores = score_questions(pd.DataFrame(asked).assign(variant="lora", answer_tokens=None), questions)
+    found = scores.set_index("id").score
+    assert found.to_dict() == pytest.approx({"q0": 1.0, "r0": 2 * 1 / (2 + 3), "r1": 1.0, "r2": 0.0})
+    assert list(scores) == ["variant", "source", "id", "group", "score"]
