@@ -293,8 +293,6 @@ class EdgeParams(Section):
     """Of the matrices in the decoder layers."""
     embeddings: BlockFormat
     """Of the embeddings and the head."""
-    scale_steps: NonNegativeInt
-    """Optimiser steps in which the scales of the blocks learn from the unquantized student; 0 leaves GPTQ's."""
 
 
 class QuantizationParams(Section):
@@ -304,7 +302,7 @@ class QuantizationParams(Section):
     edge: EdgeParams
     edge_small: EdgeParams
     calibration_examples: PositiveInt
-    """Labelled rows for calibrated rounding (GPTQ), learned scales and sensitivities."""
+    """Labelled rows for calibrated rounding (GPTQ) and for the sensitivities."""
     drift_examples: PositiveInt
     """Validation rows on which quantized models are compared with the student."""
 

@@ -5,16 +5,12 @@ A weight of shape (rows, columns) is rounded here, and its codes and scales go i
 
 from __future__ import annotations
 
-import itertools
-import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import nn
-from torch.func import functional_call
-from tqdm.auto import tqdm
 
 from medkit.modeling.batches import Example
 from medkit.quantization import gptq
@@ -24,6 +20,7 @@ from medkit.quantization.quantize import weight_shapes
 BLOCK = 32
 BITS = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}  # of a code; a scale adds half a bit per weight
 SEARCHED = torch.linspace(0.7, 1.2, 21)  # scales that are tried, as multiples of the one that clips nothing
+RIDGE = 0.01  # of `fit_scales`, as a share of the mean diagonal
 CHUNK = 1 << 22  # weights whose scales are searched at once
 
 
@@ -37,10 +34,9 @@ class Blocks:
     scales: torch.Tensor
     """(rows, columns / 32) float16."""
 
-    def decode(self, scales: torch.Tensor | None = None) -> torch.Tensor:
-        """The weight (rows, columns) in float32, with these `scales` in the place of its own."""
-        scales = self.scales if scales is None else scales
-        return (self.codes.float().unflatten(1, (-1, BLOCK)) * scales.float()[..., None]).flatten(1)
+    def decode(self) -> torch.Tensor:
+        """The weight (rows, columns) in float32."""
+        return (self.codes.float().unflatten(1, (-1, BLOCK)) * self.scales.float()[..., None]).flatten(1)
 
     def pack(self) -> np.ndarray:
         """(rows, bytes) uint8 in llama.cpp's layout: per block the scale, for Q5_0 the fifth bits, the codes."""
@@ -59,18 +55,21 @@ class Blocks:
 def round_to_blocks(weight: torch.Tensor, kind: str, hessian: torch.Tensor | None = None) -> Blocks:
     """`weight` (rows, columns) in the format `kind`, rounded for inputs with `hessian` = Σ x xᵀ (columns, columns).
 
-    Scales have the least error weighted by the mean squares of the inputs, as with llama.cpp's importance matrix; then
-    GPTQ chooses the codes. Without `hessian` all inputs are alike. Rows must be whole blocks.
+    Scales have the least error weighted by the mean squares of the inputs, as with llama.cpp's importance matrix; GPTQ
+    chooses the codes; then the scales are fitted to the codes. Without `hessian` all inputs are alike. Rows must be
+    whole blocks.
     """
     weight = weight.detach().float()
     hessian = torch.eye(weight.shape[1], device=weight.device) if hessian is None else hessian.float()
     half = 1 << BITS[kind] - 1
     levels = torch.arange(max(-half, -127), half, device=weight.device).float()
     importance = hessian.diagonal() + 1e-3 * hessian.diagonal().mean() + 1e-30
-    rows = weight.split(max(1, CHUNK // weight.shape[1]))
-    scales = torch.cat([search_scales(part, levels, importance) for part in rows]).half()
+    step = max(1, CHUNK // weight.shape[1])
+    scales = torch.cat([search_scales(rows, levels, importance) for rows in weight.split(step)]).half()
     codes = gptq.round_columns(weight, scales.float().repeat_interleave(BLOCK, 1), levels, hessian)
-    return Blocks(kind, (codes.int() + int(levels[0])).to(torch.int8), scales)
+    codes = (codes.int() + int(levels[0])).to(torch.int8)
+    parts = zip(weight.split(step), codes.split(step), scales.split(step), strict=True)
+    return Blocks(kind, codes, torch.cat([fit_scales(*rows, hessian) for rows in parts]))
 
 
 def search_scales(weight: torch.Tensor, levels: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
@@ -91,6 +90,21 @@ def search_scales(weight: torch.Tensor, levels: torch.Tensor, importance: torch.
     return best[..., 0]
 
 
+def fit_scales(weight: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """Scales (rows, blocks) float16 with the least squared error of the outputs for these codes.
+
+    Linear least squares per row: the output is a sum over blocks of scale · (codes · inputs). A small ridge holds
+    scales that the inputs do not determine at their old value.
+    """
+    blocks = codes.float().unflatten(1, (-1, BLOCK))
+    products = ((blocks[:, i] @ part).unflatten(1, (-1, BLOCK)) for i, part in enumerate(hessian.split(BLOCK)))
+    gram = torch.stack([(product * blocks).sum(-1) for product in products], 1)  # (rows, blocks, blocks)
+    target = ((weight @ hessian).unflatten(1, (-1, BLOCK)) * blocks).sum(-1)
+    ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1, keepdim=True) + 1e-20
+    gram.diagonal(dim1=1, dim2=2).add_(ridge)
+    return torch.linalg.solve(gram, target + ridge * scales.float()).half()
+
+
 def quantize_blocks(model: nn.Module, examples: Sequence[Example], layers: str, embeddings: str) -> dict[str, Blocks]:
     """Module → its weight in the format `layers` or, outside the decoder layers, `embeddings`, fitted to `examples`.
 
@@ -107,46 +121,3 @@ def quantize_blocks(model: nn.Module, examples: Sequence[Example], layers: str, 
         return blocks, blocks.decode().to(weight.dtype)
 
     return gptq.calibrate(model, kinds, examples, round_weight)
-
-
-def learn_scales(
-    model: nn.Module,
-    blocks: dict[str, Blocks],
-    examples: Sequence[Example],
-    steps: int,
-    learning_rate: float = 2e-3,
-    seed: int = 0,
-) -> dict[str, Blocks]:
-    """The same codes with scales trained against KL(model ‖ blocks) at all positions of `examples`, in nats.
-
-    A scale is d·exp(s), rounded to float16; the gradient passes the rounding. Adam, learning rate falling to zero.
-    After DWQ of mlx-lm. The model itself is the teacher and does not change.
-    """
-    logs = {name: torch.zeros(b.scales.shape, device=model.device, requires_grad=True) for name, b in blocks.items()}
-    optimizer = torch.optim.Adam(logs.values(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    batches = itertools.islice(_repeat(list(gptq.packed_inputs(model, examples)), seed), steps)
-    for inputs in tqdm(batches, total=steps, desc="scales", unit="step", delay=2, mininterval=10):
-        with torch.no_grad():
-            target = model(**inputs).logits[0].float().log_softmax(-1)
-        weights = {f"{n}.weight": b.decode(_scales(b, logs[n])).to(model.dtype) for n, b in blocks.items()}
-        logprobs = functional_call(model, weights, (), inputs).logits[0].float().log_softmax(-1)
-        loss = nn.functional.kl_div(logprobs, target, log_target=True, reduction="batchmean")
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return {name: replace(b, scales=_scales(b, logs[name]).detach().half()) for name, b in blocks.items()}
-
-
-def _scales(blocks: Blocks, logs: torch.Tensor) -> torch.Tensor:
-    """Scales in float32 with values of float16, and the gradient of the unrounded ones."""
-    exact = blocks.scales.float() * logs.exp()
-    return exact + (exact.half().float() - exact).detach()
-
-
-def _repeat(batches: list[dict], seed: int) -> Iterator[dict]:
-    """The batches again and again, each time in another order."""
-    draw = random.Random(seed)
-    while True:
-        yield from draw.sample(batches, len(batches))

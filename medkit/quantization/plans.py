@@ -7,7 +7,6 @@ This file touches no model: `sensitivity` measures the table, `quantize` applies
 
 from __future__ import annotations
 
-import itertools
 import random
 import re
 from typing import Literal, get_args
@@ -93,34 +92,21 @@ def budget_plan(choices: pd.DataFrame, budget_bytes: int, name: str = "plan") ->
 
 
 def random_plan(choices: pd.DataFrame, budget_bytes: int, seed: int) -> Plan:
-    """Random schemes that take at most `budget_bytes`, and if possible less than one smallest step below it.
+    """Random schemes that take at most `budget_bytes`, so near to it that no module's next larger scheme fits.
 
-    Starts with the smallest scheme of each module. Then random modules get a random larger scheme while it fits. If
-    no draw comes that near to the budget, the result is the largest of a hundred draws. Raises PlanError as above.
+    Starts with the smallest scheme of each module; then random modules get a random larger scheme while one fits.
+    Raises PlanError as above.
     """
     _check_budget(choices, budget_bytes)
-    options = {
-        m: sorted(zip(rows.bytes, rows.scheme, strict=True)) for m, rows in choices.groupby("module", sort=False)
-    }
-    steps = {b[0] - a[0] for sizes in options.values() for a, b in itertools.pairwise(sizes)} - {0}
-    smallest_step = min(steps, default=float("inf"))
-    budget_bytes = min(budget_bytes, sum(sizes[-1][0] for sizes in options.values()))
-    draw, least_left, largest = random.Random(seed), float("inf"), {}
-    for _ in range(100):
-        chosen = {module: sizes[0] for module, sizes in options.items()}
-        left = budget_bytes - sum(size for size, _ in chosen.values())
-        while fitting := [
-            (m, o) for m, sizes in options.items() for o in sizes if chosen[m][0] < o[0] <= chosen[m][0] + left
-        ]:
-            module = draw.choice(sorted({m for m, _ in fitting}))
-            option = draw.choice([o for m, o in fitting if m == module])
-            left -= option[0] - chosen[module][0]
-            chosen[module] = option
-        if left < least_left:
-            least_left, largest = left, chosen
-        if left < smallest_step:
-            break
-    return Plan(name=f"random_{seed}", schemes={m: scheme for m, (_, scheme) in largest.items()})
+    draw, chosen = random.Random(seed), choices.loc[choices.groupby("module", sort=False).bytes.idxmin()]
+    size, left = dict(zip(chosen.module, chosen.bytes, strict=True)), budget_bytes - chosen.bytes.sum()
+    schemes = dict(zip(chosen.module, chosen.scheme, strict=True))
+    options = list(choices[["module", "scheme", "bytes"]].itertuples(index=False))
+    while fitting := [o for o in options if 0 < o.bytes - size[o.module] <= left]:
+        option = draw.choice(fitting)
+        left -= option.bytes - size[option.module]
+        size[option.module], schemes[option.module] = option.bytes, option.scheme
+    return Plan(name=f"random_{seed}", schemes=schemes)
 
 
 def _check_budget(choices: pd.DataFrame, budget_bytes: int) -> None:
