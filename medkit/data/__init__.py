@@ -10,12 +10,4 @@ from medkit.data.plots import plot_confusions, plot_places_and_subjects, plot_si
 from medkit.data.problem_types import agreement, classify, join_labels, measure_classifiers
 from medkit.data.raw_questions import DataError
 from medkit.data.readers import read_dialogues, read_drug_pairs, read_open_questions
-from medkit.data.splits import (
-    assign_pools,
-    drop_long,
-    load_questions,
-    pick_example_source,
-    take_splits,
-    training_rows,
-    transfer_answers,
-)
+from medkit.data.splits import assign_pools, drop_long, load_questions, take_splits, training_rows, transfer_answers

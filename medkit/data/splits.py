@@ -194,16 +194,3 @@ def drop_long(questions: pd.DataFrame, count_tokens: Callable[[dict], int], max_
         limit = f"data.max_prompt_tokens={max_prompt_tokens}"
         raise DataError(f"{sorted(lost)}: every prompt is longer than {limit}; raise it")
     return short.reset_index(drop=True)
-
-
-def pick_example_source(table: pd.DataFrame) -> str:
-    """The source whose questions serve as examples: exams before ICD-10, then the one with the most labelled rows.
-
-    Only sources with test questions count, so every table of a run has one.
-    """
-    by_source = table.groupby("source").agg(
-        exam=("kind", lambda kind: (kind == "choice").all()),
-        train=("split", lambda split: (split == "labelled").sum()),
-        test=("split", lambda split: (split == "test").sum()),
-    )
-    return by_source[by_source.test > 0].sort_values(["exam", "train"], kind="stable").index[-1]

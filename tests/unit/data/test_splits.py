@@ -321,13 +321,3 @@ def test_long_prompts_are_dropped_at_the_limit():
 def test_a_split_that_loses_every_row_is_named():
     with pytest.raises(DataError, match=r"'one', 'valid'.*max_prompt_tokens=6"):
         drop_long(SPLIT, lambda row: 7 if row["split"] == "valid" else 6, 6)
-
-
-def test_examples_come_from_an_exam_that_is_tested_and_trained_on():
-    rows = [("icd_chapter", "labelled", 9), ("icd_chapter", "test", 9), ("exam", "labelled", 1), ("exam", "test", 1)]
-    rows += [("other", "test", 5), ("bank", "labelled", 7)]
-    table = pd.DataFrame([row[:2] for row in rows for _ in range(row[2])], columns=["source", "split"])
-    table["kind"] = table.source.where(table.source == "icd_chapter", "choice")
-    assert splits.pick_example_source(table) == "exam"
-    assert splits.pick_example_source(table[table.source == "icd_chapter"]) == "icd_chapter"
-    assert splits.pick_example_source(table[table.source == "other"]) == "other"
