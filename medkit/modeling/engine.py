@@ -1,7 +1,6 @@
 """What an engine is: it turns prompts into new tokens, whatever runs underneath.
 
-An engine knows token ids, and nothing of prompts, templates or questions. It is greedy unless it was made with a
-temperature.
+An engine knows token ids, and nothing of prompts, templates or questions. It is greedy.
 """
 
 from __future__ import annotations

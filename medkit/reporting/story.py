@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from medkit.plotting import set_style
 from medkit.reporting.tables import label
@@ -48,30 +49,25 @@ def plot_story(results: pd.DataFrame, facts: Mapping) -> plt.Figure:
     set_style()
     fig, axes = plt.subplots(1, len(panels), figsize=(1 + 5.5 * len(panels), 4.6), squeeze=False, layout="constrained")
     for ax, (result, rows) in zip(axes[0], panels.items(), strict=True):
-        for name in [v for v in LINES if v in rows.index]:
-            ax.axhline(rows.value[name], color=VARIANTS[name].colour, ls="--", lw=1, zorder=0)
-        shown = [v for v in SHOWN if v in rows.index and v in sizes]
-        _draw_points(ax, rows.loc[shown], sizes)
+        for name, row in rows[rows.index.isin(LINES)].iterrows():
+            ax.axhline(row.value, color=VARIANTS[name].colour, ls="--", lw=1, zorder=0, label=_name(name, row))
+        shown = [v for v in SHOWN if v in rows.index and v in sizes and v not in LINES]
+        for name, row in rows.loc[shown].iterrows():
+            interval = [[row.value - row.ci_low], [row.ci_high - row.value]]
+            ax.errorbar(sizes[name], row.value, interval, fmt="o", color=VARIANTS[name].colour, capsize=2,
+                        label=_name(name, row))  # fmt: skip
         ax.set(xscale="log", ylim=(0, 1.02), xlabel="weights, MB", ylabel="95 % interval")
         ax.set_title(f"{titles[result]} (n = {rows.n.max():.0f})")
-        ax.margins(x=0.35)
-        for name in [v for v in LINES if v in rows.index and v not in shown]:
-            ax.annotate(label(name), (0.01, rows.value[name] + 0.01), xycoords=("axes fraction", "data"), fontsize=8)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.margins(x=0.2)
+        ax.legend(loc="lower left", fontsize=8, ncols=2, frameon=True)
     return fig
 
 
-def _draw_points(ax, rows: pd.DataFrame, sizes: Mapping[str, float]) -> None:
-    """Points with intervals; a label never stands on another one of nearly the same size."""
-    places: list[tuple[float, float]] = []
-    for variant, row in rows.sort_values("value").iterrows():
-        colour, x = VARIANTS[variant].colour, sizes[variant]
-        interval = [[row.value - row.ci_low], [row.ci_high - row.value]]
-        ax.errorbar(x, row.value, interval, fmt="o", color=colour, capsize=2)
-        near = [y for other, y in places if 1 / 3 < other / x < 3]
-        y = max([row.value, *(y + 0.05 for y in near)])
-        places.append((x, y))
-        ax.annotate(f"{label(variant)} {row.value:.2f}", (x, y), (7, 0), textcoords="offset points", va="center",
-                    fontsize=8, color=colour)  # fmt: skip
+def _name(variant: str, row: pd.Series) -> str:
+    return f"{label(variant)}, {row.value:.2f}"
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
