@@ -39,7 +39,7 @@ def tabulate_spectrum(values_by_module: Mapping[str, torch.Tensor]) -> pd.DataFr
     ]
     table = pd.DataFrame(rows)
     energy = table.groupby(["layer", "kind"]).value.transform(lambda values: (values**2).sum())
-    return table.assign(share=table.value**2 / energy)
+    return table.assign(share=(table.value**2 / energy).fillna(0))  # no update: no energy
 
 
 def plot_spectrum(spectrum: pd.DataFrame) -> Figure:
