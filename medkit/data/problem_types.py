@@ -18,7 +18,7 @@ import yaml
 from scipy.sparse.csgraph import connected_components
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score, f1_score
-from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
+from sklearn.model_selection import StratifiedGroupKFold
 from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
 from medkit.data.near_duplicates import group_near_duplicates
@@ -35,8 +35,8 @@ KEYWORDS: dict[str, frozenset[str]] = {
     for problem, words in yaml.safe_load(Path(__file__).with_name("problem_keywords.yaml").read_text()).items()
 }
 CLASSIFIERS = ["keywords", "learned", "majority"]
-FOLDS, INNER_FOLDS = 5, 3
-GRID = {"C": [0.1, 1.0, 10.0, 100.0], "class_weight": [None, "balanced"]}
+FOLDS = 5
+INVERSE_PENALTY = 10.0  # of the logistic regression on unit vectors
 SAME_COSINE = 0.9  # questions too short to share a run of eight words are copies if their embeddings are so near
 # Stems of International Nonproprietary Names (WHO, "The use of stems in the selection of INN"), as endings that no
 # ordinary word has: longer than the stem where the stem alone would match one (-terol and cholesterol).
@@ -102,22 +102,6 @@ def group_questions(questions: pd.Series, embeddings: np.ndarray) -> np.ndarray:
     return connected_components((by_words[:, None] == by_words) | (embeddings @ embeddings.T >= SAME_COSINE))[1]
 
 
-def _folds(labels: np.ndarray, groups: np.ndarray, folds: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class")  # the folds are still made
-        return list(splitter.split(labels, labels, groups))
-
-
-def fit_classifier(embeddings: np.ndarray, labels: Sequence[str], groups: np.ndarray, seed: int) -> LogisticRegression:
-    """Logistic regression on unit vectors (N, D), fitted on all rows with the best of GRID by inner accuracy."""
-    labels = np.asarray(labels)
-    folds = _folds(labels, groups, INNER_FOLDS, seed)
-    search = GridSearchCV(LogisticRegression(max_iter=2000), GRID, scoring="accuracy", cv=folds)
-    with threadpool_limits(1):  # the matrices are small: threads would wait for each other
-        return search.fit(embeddings, labels).best_estimator_
-
-
 def cross_validate(
     embeddings: np.ndarray, labels: Sequence[str], groups: np.ndarray, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -126,8 +110,13 @@ def cross_validate(
     if not len(embeddings) == len(labels) == len(groups):
         raise DataError(f"{len(embeddings)} embeddings, {len(labels)} labels, {len(groups)} groups: give one each")
     learned, majority = np.empty(len(labels), object), np.empty(len(labels), object)
-    for train, test in _folds(labels, groups, FOLDS, seed):
-        model = fit_classifier(embeddings[train], labels[train], groups[train], seed)
+    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The least populated class")  # the folds are still made
+        folds = list(splitter.split(labels, labels, groups))
+    for train, test in folds:
+        with threadpool_limits(1):  # the matrices are small: threads would wait for each other
+            model = LogisticRegression(C=INVERSE_PENALTY, max_iter=2000).fit(embeddings[train], labels[train])
         learned[test] = model.predict(embeddings[test])
         majority[test] = pd.Series(labels[train]).mode()[0]
     return learned, majority

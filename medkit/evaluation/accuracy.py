@@ -29,7 +29,7 @@ class EvaluationError(MedkitError):
 def judge(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
     """One row per variant, scoring and question: choice, whether it is right, and the question's `clean` and `group`.
 
-    A choice is an option's index, −1 (unparsed) or `answer_parser.ABSTAINED`. `option_text` chooses the highest summed
+    A choice is an option's index, or −1 (unparsed). `option_text` chooses the highest summed
     log-probability, `option_text_norm` the highest mean per token; predictions without `answer_tokens` have no such
     row. `probabilities`: softmax over the options of the scores that the choice was read from; None for generated text,
     which `answer_parser.parse` reads. TEST_COLUMNS are copied. A clean question resembles no training question. Records
@@ -84,16 +84,16 @@ def _parse(row) -> int:
 
 
 def measure_accuracy(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    """Accuracy, unparsed and abstained rate per variant, source and scoring (and TEST_COLUMNS), with n.
+    """Accuracy and unparsed rate per variant, source and scoring (and TEST_COLUMNS), with n.
 
     ci_low, ci_high: Wilson, as if questions were independent. ci_low_clustered, ci_high_clustered: bootstrap over
     groups of near-duplicates, with two right and two wrong answers added.
     """
     keys = [*(name for name in TEST_COLUMNS if name in judged), "variant", "source", "scoring"]
-    judged = judged.assign(unparsed=judged.choice == -1, abstained=judged.choice == answer_parser.ABSTAINED)
+    judged = judged.assign(unparsed=judged.choice == -1)
     by_key = judged.groupby(keys, sort=False, dropna=False)
     judged = judged.assign(row=by_key.ngroup())
-    means = {"accuracy": "correct", "unparsed_rate": "unparsed", "abstained_rate": "abstained"}
+    means = {"accuracy": "correct", "unparsed_rate": "unparsed"}
     table = by_key.agg(n=("correct", "size"), **{name: (column, "mean") for name, column in means.items()})
     wilsons = [wilson(int(right), n, confidence) for right, n in zip(by_key.correct.sum(), table.n, strict=True)]
     clustered = np.empty((len(table), 2))
@@ -104,7 +104,7 @@ def measure_accuracy(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
     table[["ci_low", "ci_high"]] = wilsons
     table[["ci_low_clustered", "ci_high_clustered"]] = clustered
     first = [*keys, "accuracy", "ci_low", "ci_high", "n"]
-    return table.reset_index()[[*first, "ci_low_clustered", "ci_high_clustered", "unparsed_rate", "abstained_rate"]]
+    return table.reset_index()[[*first, "ci_low_clustered", "ci_high_clustered", "unparsed_rate"]]
 
 
 def _by_question(answers: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray]:

@@ -19,7 +19,6 @@ from pydantic import BaseModel
 
 from medkit.prompts.templates import LETTERS, Template
 
-ABSTAINED = -2
 Kind = Literal["boxed", "final", "declared", "denied", "doubted"]  # how a text names a choice
 
 
@@ -30,11 +29,11 @@ def normalise(text: str) -> str:
 
 
 def parse(text: str, options: list[str], template: Template) -> int | None:
-    """Index of the option that `text` gives as its answer, ABSTAINED, or None if it does not say so plainly.
+    """Index of the option that `text` gives as its answer, or None if it does not say so plainly.
 
-    An option's own text counts under every template, a letter only if the prompt listed letters, "not sure" only if
-    `template.abstains`. Text before `</think>` does not count, nor what follows "if", "not" or "might"; "not A but B"
-    declares B. Two different declared choices, a choice that is also denied, or a letter beyond the options give None.
+    An option's own text counts under every template, a letter only if the prompt listed letters. Text before
+    `</think>` does not count, nor what follows "if", "not" or "might"; "not A but B" declares B. Two different declared
+    choices, a choice that is also denied, or a letter beyond the options give None.
     A box, or else a "final answer", overrides all that was declared before it.
     """
     text = _after_thinking(text)
@@ -43,7 +42,7 @@ def parse(text: str, options: list[str], template: Template) -> int | None:
     if whole and exact.count(whole) == 1 and not is_letter:
         return exact.index(whole)
     plain = tuple(_plain(option).strip(" .\"'`") for option in options)
-    statements = list(_Reading(_plain(text), plain, template.lists_options, template.abstains).statements())
+    statements = list(_Reading(_plain(text), plain, template.lists_options).statements())
     choices = {kind: {choice for choice, its_kind in statements if its_kind == kind} for kind in get_args(Kind)}
     counted = choices["boxed"] or choices["final"] or choices["declared"]
     if len(counted) != 1 or counted & (choices["denied"] if counted is choices["declared"] else {None}):
@@ -146,12 +145,6 @@ _WRONG = re.compile(  # "C is not a symptom" does not deny C: it may be why C is
 _NOT = re.compile(r"\b(?:not|never) (?:(?:the )?(?:option|answer) )?", re.IGNORECASE)
 _NOT_BUT = re.compile(r"not (?:(?:the )?option )?", re.IGNORECASE)
 _BUT = re.compile(r",? but (?:rather )?(?:option )?", re.IGNORECASE)
-_UNSURE = re.compile(
-    r"(?:(?:(?:i['’]?m|i am) )?(?:not (?:entirely |completely |really )?(?:sure|certain)|unsure|uncertain)"
-    r"|i (?:do not|don['’]t) know|(?:it )?cannot be determined)[\"'”’]?"
-    r"(?= ?[.!]*(?:\n|\Z)|[.!;] | (?:about|of|which|what|whether|how)\b)",
-    re.IGNORECASE,
-)
 _VERDICTS = {"yes", "no", "maybe"}
 _COMMA = re.compile(r"[,;:] | [–—-] ")
 _FIRST = re.compile(r"(?:\A\W{0,3}\w+\W{1,3}|[.!?\n] ?|\bbut )(?=(\w{1,9}))")
@@ -164,12 +157,11 @@ _DOUBTED = re.compile(r"\b(?:might|may|could|tempt\w{0,5}|initially|at first)\b"
 
 @dataclass(frozen=True)
 class _Reading:
-    """One plain text, the plain options it may name, and whether letters and "not sure" count in it."""
+    """One plain text, the plain options it may name, and whether letters count in it."""
 
     text: str
     options: tuple[str, ...]
     letters: bool
-    abstains: bool
 
     def statements(self) -> Iterator[tuple[int | None, Kind]]:
         """Every choice that the text names, and how; None for a box or a final answer that names no single choice."""
@@ -228,9 +220,6 @@ class _Reading:
 
     def declared_at(self, start: int) -> int | None:
         """The one choice whose letter or text is at `start` with an end behind it."""
-        unsure = self.abstains and _UNSURE.match(self.text, _OPEN.match(self.text, start).end())
-        if unsure and not self.option_at(start)[0]:
-            return ABSTAINED
         choice, end = self.choice_at(start)
         if choice is None and (denial := _NOT_BUT.match(self.text, start)):
             but = _BUT.match(self.text, self.choice_at(denial.end(), prose=True)[1])

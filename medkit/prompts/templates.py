@@ -17,7 +17,6 @@ from medkit.params import digest
 
 LETTERS = "ABCDEFGHIJ"
 SYSTEM = "Answer briefly."  # without a system turn, some chat templates add a longer one of their own
-NOT_SURE = "not sure"
 
 
 class Record(BaseModel):
@@ -62,7 +61,6 @@ class Template:
     instruction: str
     lists_options: bool = False  # the prompt shows the options; then the answer is a letter, else an option's text
     lead: str = ""  # the text before the letter in a full answer
-    abstains: bool = False  # "not sure" is a valid answer
 
     @property
     def hash(self) -> str:
@@ -77,12 +75,6 @@ RATIONALE = Template(
     "Reason in at most three sentences. Then write “Answer:” and the letter of the correct option.",
     lists_options=True,
     lead="Answer: ",
-)
-ABSTAIN = Template(
-    "abstain",
-    f"Answer with the letter of the correct option. If you do not know, answer “{NOT_SURE}”.",
-    lists_options=True,
-    abstains=True,
 )
 ABSTRACT = Template("abstract", "Answer yes, no or maybe.")
 RECORD = Template("record", "Write the patient's record as JSON.")
@@ -100,7 +92,7 @@ OPEN_SUFFIXES = {
     "other": "",
 }
 OPEN = {problem: Template(problem, f"{OPEN_BASE} {suffix}".strip()) for problem, suffix in OPEN_SUFFIXES.items()}
-TEMPLATES = {t.name: t for t in (TEXT, LETTER, RATIONALE, ABSTAIN, ABSTRACT, RECORD, RECORD_B, *OPEN.values())}
+TEMPLATES = {t.name: t for t in (TEXT, LETTER, RATIONALE, ABSTRACT, RECORD, RECORD_B, *OPEN.values())}
 
 
 def pick_template(kind: str, scoring: str) -> Template:

@@ -98,28 +98,12 @@ def test_keywords_can_match():
 # --- learned ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_setting():
-    """The search over settings is most of the time, and none of what these tests are about."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(problem_types, "GRID", {"C": [100.0]})
-        yield
-
-
 def clouds(count: int, seed: int = 0, noise: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
     """Unit vectors about one axis per label, and the labels."""
     rng = np.random.default_rng(seed)
     labels = np.array([LABELS[i % len(LABELS)] for i in range(count)])
     points = np.eye(len(LABELS), 24)[[LABELS.index(label) for label in labels]] + rng.normal(0, noise, (count, 24))
     return points / np.linalg.norm(points, axis=1, keepdims=True), labels
-
-
-def test_the_setting_is_chosen_on_inner_folds(monkeypatch):
-    """On vectors without noise any strength of the penalty serves but one that allows no weights at all."""
-    embeddings, labels = clouds(60, noise=0.01)
-    monkeypatch.setattr(problem_types, "GRID", {"C": [1e-9, 10.0]})
-    chosen = problem_types.fit_classifier(embeddings, labels, np.arange(60), seed=0)
-    assert chosen.C == 10.0 and (chosen.predict(embeddings) == labels).all()
 
 
 def test_no_label_is_learned_from_its_own_row_or_its_copies():

@@ -88,15 +88,6 @@ def test_generated_text_that_cannot_be_read_is_wrong_and_counted(questions):
     assert table.n.to_dict() == {"exam": 2, "trial": 1}
 
 
-def test_an_abstention_is_neither_right_nor_unparsed(questions):
-    texts = {"q0": "I'm not sure.", "q1": "no idea what this is about"}
-    rows = [prediction("lora", id, "generated", text=text, template="abstain") for id, text in texts.items()]
-    judged = accuracy.judge(pd.DataFrame(rows), questions)
-    assert judged.set_index("id").choice.to_dict() == {"q0": -2, "q1": -1}
-    (row,) = accuracy.measure_accuracy(judged, 0.95).to_dict("records")
-    assert (row["accuracy"], row["unparsed_rate"], row["abstained_rate"]) == (0, 0.5, 0.5)
-
-
 def test_a_prediction_for_an_unknown_question_is_an_error(questions):
     rows = [prediction("lora", id, "generated", text="zinc") for id in ("q0", "q9")]
     with pytest.raises(EvaluationError, match="1 predictions"):

@@ -161,7 +161,7 @@ def test_an_order_that_is_not_shown_changes_nothing(scorer, tokenizer, questions
 def test_every_template_scores_its_own_letters_and_the_options_texts(scorer, make_tokenizer, questions, chat):
     tokenizer = make_tokenizer() if chat else make_tokenizer(chat_template=None)
     question = questions[questions.id == "q0"]
-    for name in ("letter", "abstain", "rationale"):
+    for name in ("letter", "rationale"):
         template = templates.TEMPLATES[name]
         rows = pd.concat([question.assign(scoring=scoring, template=name) for scoring in ("letter", "option_text")])
         table = predictions.predict(scorer, tokenizer, rows, 300, 4)

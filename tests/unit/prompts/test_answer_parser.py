@@ -13,8 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from medkit.prompts.answer_parser import ABSTAINED, normalise, parse, parse_record
-from medkit.prompts.templates import ABSTAIN, ABSTRACT, LETTER, LETTERS, NOT_SURE, TEMPLATES, TEXT, Record, answers
+from medkit.prompts.answer_parser import normalise, parse, parse_record
+from medkit.prompts.templates import ABSTRACT, LETTER, LETTERS, TEMPLATES, TEXT, Record, answers
 
 DRUGS = ["aspirin", "insulin", "metformin", "warfarin"]
 GERMS = ["S. aureus", "C. difficile", "B. fragilis", "D. pneumoniae", "E. coli"]
@@ -336,37 +336,6 @@ def test_normalise_keeps_what_tells_options_apart():
         assert normalise(one) != normalise(other)
 
 
-@pytest.mark.parametrize(
-    ("text", "choice"),
-    [
-        (NOT_SURE, ABSTAINED),
-        ("Not sure.", ABSTAINED),
-        ("“not sure”", ABSTAINED),
-        ("I'm not sure", ABSTAINED),
-        ("I am not sure which option is right.", ABSTAINED),
-        ("I don't know.", ABSTAINED),
-        ("Answer: not sure", ABSTAINED),
-        ("It cannot be determined.", ABSTAINED),
-        ("<think>C</think>Not sure.", ABSTAINED),
-        ("I'm not sure, but the answer is C", C),
-        ("I'm not sure. The answer is C.", None),
-        ("It is not sure to work.", None),
-        ("not sure-footed", None),
-        ("maybe", None),
-        ("", None),
-        ("C", C),
-    ],
-)
-def test_not_sure_is_an_answer_only_where_it_was_offered(text, choice):
-    assert parse(text, DRUGS, ABSTAIN) == choice
-    assert parse(text, DRUGS, LETTER) != ABSTAINED
-
-
-@pytest.mark.parametrize("text", [NOT_SURE, "Not sure.", "“not sure”", "Answer: not sure"])
-def test_an_option_that_says_not_sure_is_that_option(text):
-    assert parse(text, [*DRUGS, NOT_SURE], ABSTAIN) == 4
-
-
 # --- the round trip ------------------------------------------------------------------------------------------------
 
 WORDS = st.text("abcdeABCDE 0123456789µé-+%().,;:/'<>*“", min_size=1, max_size=12).map(lambda t: " ".join(t.split()))
@@ -497,7 +466,7 @@ def test_a_text_that_names_no_option_is_no_answer(text, template):
 def test_long_texts_take_no_longer_than_their_length(unit):
     text = (unit * 100_000)[:100_000]
     start = time.process_time()
-    parse(text, DRUGS, ABSTAIN)
+    parse(text, DRUGS, LETTER)
     assert time.process_time() - start < 1
     assert parse_record(text, Record) is None
     assert time.process_time() - start < 2
