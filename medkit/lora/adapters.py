@@ -96,7 +96,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 def train_adapter(stage: Stage, params: Params, examples: Sequence[Example]) -> tuple[PeftModel, pd.DataFrame]:
     """The distilled student with a trained adapter beside its own weights, not merged, and the log.
 
-    Writes `adapter/`, or reads it back if the same training made it before.
+    Writes `adapter/` (in bfloat16), or reads it back if the same training made it before.
     """
     folder, section = stage.require("02_distillation", "student_kd"), params.lora
     tokenizer = loading.load_tokenizer(folder)
@@ -104,7 +104,7 @@ def train_adapter(stage: Stage, params: Params, examples: Sequence[Example]) -> 
     optimizer = make_optimizer(model, section.adapter, section.train.learning_rate)
     log = train_once(
         stage, "adapter", model, tokenizer, examples, section.train, trainer.cross_entropy, params.seed,
-        optimizer=optimizer,
+        half=True, optimizer=optimizer,
     )  # fmt: skip
     return model, log
 

@@ -22,7 +22,7 @@ from accelerate import PartialState, load_checkpoint_in_model
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medkit.code_digest import digest_functions
@@ -101,11 +101,12 @@ def train_once(
     section: TrainParams,
     loss: Loss,
     seed: int,
+    half: bool = False,
     **options,
 ) -> pd.DataFrame:
     """Train the model in place and save it as the stage's folder `name`, or read that back; returns the log.
 
-    options: `add_extras`, `difficulty`, `optimizer` of `trainer.train`.
+    half: of `save_adapter`. options: `add_extras`, `difficulty`, `optimizer` of `trainer.train`.
     """
 
     def fit(checkpoints: Path) -> pd.DataFrame:
@@ -114,7 +115,7 @@ def train_once(
     def make_key() -> str:
         return training_key(model, examples, section, loss, seed, **options)
 
-    return fit_once(stage, name, model, tokenizer, make_key, fit)
+    return fit_once(stage, name, model, tokenizer, make_key, fit, half)
 
 
 def fit_once(
@@ -124,6 +125,7 @@ def fit_once(
     tokenizer,
     make_key: Callable[[], str],
     fit: Callable[[Path], pd.DataFrame],
+    half: bool = False,
 ) -> pd.DataFrame:
     """`train_once` for any training: `fit(checkpoints)` trains the model in place and returns its log.
 
@@ -145,7 +147,9 @@ def fit_once(
     log = fit(checkpoints / key / ("sharded" if trainer.is_sharded() else "whole"))
     if is_main:
         stage.reopen()
-        save_adapter(model, folder) if isinstance(model, PeftModel) else loading.save_model(model, tokenizer, folder)
+        save_adapter(model, folder, half) if isinstance(model, PeftModel) else loading.save_model(
+            model, tokenizer, folder
+        )
         write_record(folder, key, log=log.to_dict("records"))
     PartialState().wait_for_everyone()
     return log
@@ -192,11 +196,18 @@ def _byte_sum(value: torch.Tensor | dict) -> int | dict:
 # --- weights on disk ---
 
 
-def save_adapter(model: PeftModel, folder: Path) -> Path:
+def save_adapter(model: PeftModel, folder: Path, half: bool = False) -> Path:
     """Write the adapter alone (safetensors and its config), whole or not at all; it fits the original base.
 
+    half: A and B are stored in bfloat16, half the bytes; in the model they are rounded to what is stored, and stay in
+    float32. Not for PiSSA, whose difference of two large parts would be lost in the rounding.
     PiSSA changes the base (arXiv 2404.02948): its adapter is saved as a plain one of twice the rank, s·(B·A − B₀·A₀).
     """
+    half = half and not changes_base(model)
+    if half:
+        with torch.no_grad():
+            for parameter in (p for name, p in model.named_parameters() if _is_factor(name)):
+                parameter.copy_(parameter.bfloat16())
     with atomic_path(folder) as scratch, tempfile.TemporaryDirectory() as temporary:
         conversion = {}
         if changes_base(model):
@@ -207,7 +218,15 @@ def save_adapter(model: PeftModel, folder: Path) -> Path:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # which is why the start is subtracted
             model.save_pretrained(scratch, save_embedding_layers=False, **conversion)
+        if half:
+            file = scratch / "adapter_model.safetensors"
+            weights = {name: t.bfloat16() if _is_factor(name) else t.clone() for name, t in load_file(file).items()}
+            save_file(weights, file, metadata={"format": "pt"})
     return folder
+
+
+def _is_factor(name: str) -> bool:
+    return "lora_A" in name or "lora_B" in name
 
 
 def read_weights(model: nn.Module, folder: Path) -> None:

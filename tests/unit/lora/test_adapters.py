@@ -161,6 +161,20 @@ def test_an_adapter_on_a_head_of_its_own_leaves_the_embeddings_alone(make_llama,
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_half_the_bytes_hold_what_the_model_goes_on_with(make_llama, tmp_path, variant):
+    model = attached(make_llama, variant=variant)
+    sizes = [
+        (train_once.save_adapter(model, tmp_path / name, half) / "adapter_model.safetensors").stat().st_size
+        for name, half in (("whole", False), ("half", True))
+    ]
+    assert sizes[1] < 0.75 * sizes[0] or variant == "pissa"
+    loaded = adapters.load_adapter(make_llama(), tmp_path / "half")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4 if variant == "pissa" else 0.0)
+    torch.testing.assert_close(logits(loaded), logits(attached(make_llama, variant=variant)), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_saved_adapter_merges_into_its_original_base(make_llama, tmp_path, variant):
     model = attached(make_llama, variant=variant)
     folder = train_once.save_adapter(model, tmp_path / "adapter")

@@ -7,7 +7,7 @@ import yaml
 from safetensors.torch import load_file
 
 from medkit.lora import adapters
-from medkit.modeling import batches, loading, trainer
+from medkit.modeling import batches, loading, train_once, trainer
 from medkit.params import load_params
 from medkit.stage import ROOT, Stage, StageError
 
@@ -41,6 +41,7 @@ def test_the_command_trains_and_merges_what_the_notebook_does(params, make_llama
     checkpoints = stage.path("by_hand")
     expected = trainer.train(by_hand, examples, params.lora.train, trainer.cross_entropy, checkpoints, params.seed)
     assert log.loss.tolist() == expected.loss.tolist()
+    train_once.save_adapter(by_hand, stage.path("stored"), half=True)  # rounds
     merged = load_file(stage.dir / "merged" / "model.safetensors")
     for name, tensor in adapters.merge(by_hand).state_dict().items():
         assert name == "lm_head.weight" or torch.equal(merged[name], tensor), name
