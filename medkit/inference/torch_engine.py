@@ -31,7 +31,8 @@ class TorchEngine:
     `scheduler`: "sequential" answers one request after the other. "static" pads requests to batches; a batch runs until
     its longest answer is done. "continuous" is transformers' own continuous batching: a request leaves when it is done.
     The KV cache holds 4 · `batch_tokens` tokens, prompts, answers and padding together. `prefix_sharing` lets requests
-    of a continuous batch share the pages of equal prefixes. Greedy.
+    of a continuous batch share the pages of equal prefixes. Greedy, unless `temperature` is above 0: then tokens are
+    drawn from the whole vocabulary by torch's global generator.
 
     Close a continuous engine before the process ends: transformers runs it in a thread. While it lives, an `eager`
     model may be used by this engine alone. Raises EngineError for settings that do not exist.
@@ -45,11 +46,15 @@ class TorchEngine:
         scheduler: str = "continuous",
         batch_tokens: int,
         prefix_sharing: bool = True,
+        temperature: float = 0.0,
     ):
         if scheduler not in SCHEDULERS:
             raise EngineError(f"scheduler {scheduler!r}: give one of {', '.join(SCHEDULERS)}")
+        if temperature < 0:
+            raise EngineError(f"temperature {temperature:g}: give 0 (greedy) or more")
         self.model, self.pad_token_id, self.scheduler = model, pad_token_id, scheduler
         self.cache_tokens, self.prefix_sharing = CACHE_FACTOR * batch_tokens, prefix_sharing
+        self.temperature = temperature
         self.name = "transformers"
         self._manager = None
 
@@ -88,10 +93,13 @@ class TorchEngine:
                 )
 
     def _config(self, max_new_tokens: int | None = None) -> GenerationConfig:
-        """Greedy, whatever the checkpoint recommends."""
-        return GenerationConfig(
+        """Greedy, or sampled at the temperature, whatever the checkpoint recommends."""
+        config = GenerationConfig(
             do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=NO_END, pad_token_id=self.pad_token_id
         )
+        if self.temperature:
+            config.update(do_sample=True, temperature=self.temperature, top_k=0, top_p=1.0)
+        return config
 
     # --- sequential and static ---------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """What an engine is: it turns prompts into new tokens, whatever runs underneath.
 
-An engine knows token ids, and nothing of prompts, templates or questions. It is greedy.
+An engine knows token ids, and nothing of prompts, templates or questions. It is greedy unless it was made with a
+temperature.
 """
 
 from __future__ import annotations

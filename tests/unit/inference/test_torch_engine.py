@@ -168,3 +168,5 @@ def test_settings_that_do_not_exist_are_refused(make_engine):
         make_engine(batch_tokens=32).generate([Request([5] * 120, 9)])
     with pytest.raises(EngineError, match="scheduler 'best': give one of sequential, static, continuous"):
         make_engine("best")
+    with pytest.raises(EngineError, match="temperature -1"):
+        make_engine("static", temperature=-1.0)
