@@ -1,4 +1,4 @@
-"""Two runs side by side: equal accuracies, paired differences on common questions, and what was set differently."""
+"""Two runs side by side: are the accuracies equal, paired differences on common questions, settings that differ."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ KEYS = ["variant", "source", "scoring"]
 
 
 class Comparison(NamedTuple):
-    """Run B against run A. Differences are B − A: above zero, B answers more questions right.
-
-    accuracies: KEYS, right_a, n_a, right_b, n_b (questions; missing where one run has none), same (bool).
-    deltas: KEYS, accuracy_a, accuracy_b on the common questions, and the columns of `statistics.verdicts`.
-    differing: setting, a, b.
-    """
+    """Run B against run A. Differences are B − A: above zero, B answers more questions right."""
 
     name_a: str
     name_b: str
     accuracies: pd.DataFrame
+    """KEYS, right_a, n_a, right_b, n_b (questions; missing where one run has none), same (bool)."""
     deltas: pd.DataFrame
+    """KEYS, accuracy_a, accuracy_b on the common questions, and the columns of `statistics.verdicts`."""
     differing: pd.DataFrame
+    """setting (a dotted key of the params, or a library), a, b."""
 
 
 def compare(folder_a: Path, folder_b: Path) -> Comparison:
@@ -47,21 +45,21 @@ def compare(folder_a: Path, folder_b: Path) -> Comparison:
         raise StageError(f"{folder_a.name} and {folder_b.name} have no common question: compare runs on the same data")
     rows = []
     for key, group in common.groupby(KEYS, sort=False):
-        paired = paired_difference(
-            group.correct_b, group.correct_a, settings["confidence"], settings["power"], group.group
-        )
-        accuracies = {"accuracy_a": group.correct_a.mean(), "accuracy_b": group.correct_b.mean()}
+        answers = group.correct_b, group.correct_a
+        paired = paired_difference(*answers, settings["confidence"], settings["power"], group.group)
+        accuracies = {"accuracy_a": answers[1].mean(), "accuracy_b": answers[0].mean()}
         rows.append({**dict(zip(KEYS, key, strict=True)), **accuracies, **paired})
     counts = (t.groupby(KEYS, as_index=False).correct.agg(right="sum", n="count") for t in (a, b))
     accuracies = pd.merge(*counts, on=KEYS, how="outer", suffixes=("_a", "_b"))
-    same = (accuracies.right_a == accuracies.right_b) & (accuracies.n_a == accuracies.n_b)
-    return Comparison(
-        folder_a.name,
-        folder_b.name,
-        _in_order(accuracies.assign(same=same)),
-        _in_order(verdicts(pd.DataFrame(rows), settings["confidence"], settings["margin"])),
-        _differing(facts_a, facts_b),
-    )
+    accuracies["same"] = (accuracies.right_a == accuracies.right_b) & (accuracies.n_a == accuracies.n_b)
+    deltas = verdicts(pd.DataFrame(rows), settings["confidence"], settings["margin"])
+    order = {variant: number for number, variant in enumerate(VARIANTS)}
+    deltas = deltas.sort_values(["source", "scoring"], kind="stable", ignore_index=True)
+    deltas = deltas.sort_values("variant", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+    keys = ("params", "date", "device", "git_commit", "versions")
+    values = (pd.json_normalize({k: facts.get(k) for k in keys}).iloc[0].astype(str) for facts in (facts_a, facts_b))
+    differing = pd.concat(values, axis=1, keys=["a", "b"]).fillna("–").query("a != b").rename_axis("setting")
+    return Comparison(folder_a.name, folder_b.name, accuracies, deltas, differing.reset_index())
 
 
 def _read_judged(folder: Path) -> pd.DataFrame:
@@ -69,21 +67,6 @@ def _read_judged(folder: Path) -> pd.DataFrame:
         cure = f"`python -m medkit run --run {folder.name} --from 06_evaluation` with the run's own --params writes it"
         raise StageError(f"{folder / JUDGED} is missing, so answers cannot be paired: {cure}")
     return pd.read_parquet(folder / JUDGED, columns=[*KEYS, "id", "group", "correct"])
-
-
-def _in_order(table: pd.DataFrame) -> pd.DataFrame:
-    """Sorted by source and scoring, then in the order in which the notebooks make the variants."""
-    order = {variant: number for number, variant in enumerate(VARIANTS)}
-    return table.sort_values(["source", "scoring", "variant"], ignore_index=True,
-                             key=lambda column: column.map(order) if column.name == "variant" else column)  # fmt: skip
-
-
-def _differing(facts_a: dict, facts_b: dict) -> pd.DataFrame:
-    """Every parameter (dotted key), machine and version that is not the same: setting, a, b."""
-    keys = ("params", "date", "device", "git_commit", "versions")
-    a, b = (pd.json_normalize({k: facts.get(k) for k in keys}).iloc[0].astype(str) for facts in (facts_a, facts_b))
-    table = pd.DataFrame({"a": a, "b": b}).reindex([*a.index, *b.index.difference(a.index)]).fillna("–")
-    return table.query("a != b").rename_axis("setting").reset_index()
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> str:
@@ -97,26 +80,24 @@ def write_comparison(comparison: Comparison, folder: Path) -> str:
 
 def comparison_text(comparison: Comparison) -> str:
     """The comparison as markdown. It begins with: are all accuracies the same to the digit?"""
-    a, b, deltas, accuracies = comparison.name_a, comparison.name_b, comparison.deltas, comparison.accuracies
-    both, changed = accuracies.dropna(), accuracies.dropna().query("not same")
-    same = f"All {len(both)} accuracies are the same to the digit." if changed.empty else (
-        f"**{len(changed)} of {len(both)} accuracies are not the same.**")  # fmt: skip
+    a, b, accuracies = comparison.name_a, comparison.name_b, comparison.accuracies
+    both = accuracies.dropna()
+    changed = len(both) - int(both.same.sum())
+    same = f"**{changed} of {len(both)} accuracies are not the same.**" if changed else (
+        f"All {len(both)} accuracies are the same to the digit.")  # fmt: skip
     alone = ", ".join("/".join(row) for row in accuracies[accuracies.isna().any(axis=1)][KEYS].itertuples(index=False))
-    counts = ", ".join(f"{count} {verdict}" for verdict, count in deltas.verdict.value_counts().items())
-    paired = [
+    counts = ", ".join(f"{count} {verdict}" for verdict, count in comparison.deltas.verdict.value_counts().items())
+    rows = [
         [label(r.variant), f"{r.source}, {r.scoring}", f"{r.accuracy_a:.3f}", f"{r.accuracy_b:.3f}",
-         f"{r.difference:+.3f} [{r.ci_low:+.3f}, {r.ci_high:+.3f}]", f"{r.gained} / {r.lost}", f"{r.n}",
-         f"{r.p_holm:.2g}", r.verdict]
-        for r in deltas.itertuples()
+         f"{r.difference:+.3f} [{r.ci_low:+.3f}, {r.ci_high:+.3f}]", f"{r.n}", f"{r.p_holm:.2g}", r.verdict]
+        for r in comparison.deltas.itertuples()
     ]  # fmt: skip
-    headings = ["variant", "questions", a, b, "difference [interval]", "gained / lost", "n", "p (Holm)", "verdict"]
     parts = [
         f"# `{b}` against `{a}`",
         same + (f" Only one of the runs has: {alone}." if alone else ""),
-        f"{len(deltas)} paired comparisons on the questions that both runs answered: {counts} (Holm over all of them). "
-        f"{DISCLAIMER}",
-        markdown(headings, paired),
+        f"On the questions that both runs answered: {counts} (Holm over all comparisons). {DISCLAIMER}",
+        markdown(["variant", "questions", a, b, "difference [interval]", "n", "p (Holm)", "verdict"], rows),
         "## Settings, machines and versions that differ",
-        markdown(["what", a, b], [[f"`{r.setting}`", r.a, r.b] for r in comparison.differing.itertuples()]) or "None.",
+        markdown(["what", a, b], comparison.differing.to_numpy().tolist()) or "None.",
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(parts) + "\n"

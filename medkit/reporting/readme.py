@@ -42,11 +42,11 @@ def findings() -> str:
     return "\n".join(f"- {sentence}" for sentence in story.tell_story(*load_results(RESULTS)))
 
 
-def minutes() -> str:
-    """How long the committed run took, as text, without notebook 06."""
+def duration() -> str:
+    """One sentence: how long the committed run took, without notebook 06. Empty if its results do not tell."""
     results, facts = load_results(RESULTS)
     seconds = results[results.result.str.startswith("duration_s/")].value.sum()
-    return f"{seconds / 60:.0f} minutes on {facts['device']}"
+    return f"This run took {seconds / 60:.0f} minutes on {facts['device']}." if seconds else ""
 
 
 def main(results_file: Path) -> None:

@@ -49,12 +49,9 @@ def result_row(result: str, variant: str, value: float, **columns) -> dict:
 
 
 def from_accuracy(table: pd.DataFrame) -> Iterator[dict]:
-    """Rows `accuracy/<source>` and, for generated text, `unparsed_rate/<source>`; `metric` is the scoring method."""
+    """Rows `accuracy/<source>`; `metric` is the scoring method."""
     extras = "chance at_chance"
     yield from from_table(table.assign(value=table.accuracy), "accuracy/{source}", "metrics.parquet", extras=extras)
-    generated = table[table.scoring == "generated"].drop(columns=["ci_low", "ci_high"])
-    unparsed = generated.assign(value=generated.unparsed_rate)
-    yield from from_table(unparsed, "unparsed_rate/{source}", "metrics.parquet")
 
 
 def from_records(table: pd.DataFrame) -> Iterator[dict]:
@@ -65,13 +62,9 @@ def from_records(table: pd.DataFrame) -> Iterator[dict]:
 
 
 def from_steps(table: pd.DataFrame, name: str = "accuracy_delta") -> Iterator[dict]:
-    """Rows `<name>/<source>` (with adjusted p, verdict, detectable effect), and `flips/<source>` of accuracies."""
-    tests = "p_clustered p_holm p_equivalence verdict margin mde"
-    deltas = table.assign(value=table.difference)
-    yield from from_table(deltas, name + "/{source}", "steps.parquet", extras=tests)
-    if name == "accuracy_delta":
-        flips = table.assign(value=table.gained + table.lost).drop(columns=["ci_low", "ci_high"])
-        yield from from_table(flips, "flips/{source}", "flips.parquet", unit="questions", extras="gained lost")
+    """Rows `<name>/<source>` with flips, adjusted p, verdict and detectable effect."""
+    tests = "p_clustered p_holm p_equivalence verdict margin mde gained lost"
+    yield from from_table(table.assign(value=table.difference), name + "/{source}", "steps.parquet", extras=tests)
 
 
 def from_certificates(table: pd.DataFrame) -> Iterator[dict]:
