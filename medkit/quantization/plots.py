@@ -76,11 +76,14 @@ def plot_ledger(ledger: pd.DataFrame) -> Figure:
 def plot_certificates(certificates: pd.DataFrame) -> Figure:
     """KL to the student against the share of its bf16 bytes, one point per quantized variant."""
     figure, ax = plt.subplots()
-    for row in certificates.itertuples():
+    for i, row in enumerate(certificates.sort_values("share").itertuples()):
         ax.scatter(row.share, row.kl_nats, color=VARIANTS[row.variant].colour, s=70)
         label = f"{VARIANTS[row.variant].label}\n{row.top1_changed:.1%} of top tokens changed"
-        ax.annotate(label, (row.share, row.kl_nats), (7, -4), textcoords="offset points", fontsize=9)
+        above = -30 if i % 2 else 9  # neighbours in bytes would write over each other
+        ax.annotate(label, (row.share, row.kl_nats), (-4, above), textcoords="offset points", fontsize=9)
     ax.set(yscale="log", xlabel="bytes of all weights, share of the student in bf16", ylabel="KL to the student, nats")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
     ax.set_title("How far each form is from the student")
     ax.margins(0.25)
     return figure
