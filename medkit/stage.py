@@ -31,7 +31,7 @@ RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 DISCLAIMER = "Research and teaching only, not a medical device."
 # the libraries that compute: another version of one of them may give other numbers
 VERSIONED = (
-    *("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "trl", "gguf"),
+    *("torch", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "gguf"),
     *("numpy", "pandas", "scipy", "scikit-learn", "statsmodels", "rapidfuzz"),
 )
 FETCHED: dict[str, str] = {}  # what this process read from the cache: source → commit or sha256, for the manifest

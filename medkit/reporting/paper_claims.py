@@ -186,7 +186,7 @@ def _from_run(claim: PaperClaim, results: pd.DataFrame, facts: Mapping) -> Itera
     elif claim.id == "accuracy_kept":
         kept = {"equivalent": "reproduced", "better": "beaten"}
         for row in scored[(scored.result == f"accuracy_delta/{source}") & (scored.baseline == FINAL)].itertuples():
-            why = f"{label(row.variant)} against {label('lora')} on {source}, n = {row.n:.0f}: {row.verdict}"
+            why = f"{label(row.variant)} against {label(FINAL)} on {source}, n = {row.n:.0f}: {row.verdict}"
             kept_or_not = verdict or kept.get(row.verdict, "not reproduced")
             yield Ours(row.value, row.ci_low, row.ci_high, measured_on, why, kept_or_not)
     elif claim.unit == "share":
@@ -198,7 +198,7 @@ def _from_run(claim: PaperClaim, results: pd.DataFrame, facts: Mapping) -> Itera
                 numbers = quotient(*(one[["value", "ci_low", "ci_high"]].tolist() for one in pair))
                 if "cores" in facts["device"] or pair[0].metric != pair[1].metric:
                     other = "not comparable"
-            why = f"{label(row.variant)} against {label('lora')}, {row.unit}"
+            why = f"{label(row.variant)} against {label(FINAL)}, {row.unit}"
             yield Ours(*numbers, measured_on, why, verdict or other)
 
 

@@ -113,11 +113,11 @@ def test_the_key_covers_the_source_of_the_loss_and_the_library_versions(monkeypa
 
     assert key(trainer.train) == key(trainer.train)
     assert key(trainer.train) != key(trainer.train, DistillationLoss)
-    monkeypatch.setattr(train_once, "library_versions", lambda: {"torch": "2.13.0+cpu", "trl": None})
+    monkeypatch.setattr(train_once, "library_versions", lambda: {"torch": "2.13.0+cpu", "peft": None})
     before = key(trainer.train)
-    monkeypatch.setattr(train_once, "library_versions", lambda: {"torch": "2.13.0+cu130", "trl": None})
+    monkeypatch.setattr(train_once, "library_versions", lambda: {"torch": "2.13.0+cu130", "peft": None})
     assert key(trainer.train) == before, "the same release for another device"
-    monkeypatch.setattr(train_once, "library_versions", lambda: {"torch": "2.14.0+cpu", "trl": None})
+    monkeypatch.setattr(train_once, "library_versions", lambda: {"torch": "2.14.0+cpu", "peft": None})
     assert key(trainer.train) != before
 
 
