@@ -246,7 +246,7 @@ def test_as_many_questions_as_are_needed_show_equivalence_with_the_power():
 
 
 def test_flips_are_the_questions_that_were_gained_and_lost(judged):
-    table, steps = accuracy.find_flips(judged), compare(judged, 0.95, 0.8, 0.05)
+    table, steps = accuracy.find_flips(judged, STEPS), compare(judged, 0.95, 0.8, 0.05)
     for row in steps.itertuples():
         flips = table[(table.variant == row.variant) & (table.baseline == row.baseline) & (table.source == row.source)]
         assert (flips.flip == "gained").sum() == row.gained
