@@ -15,7 +15,7 @@ import pandas as pd
 import psutil
 import pytest
 
-from medkit import __main__, runner
+from medkit import __main__, distillation, runner, variants
 from medkit.params import load_params, load_run_params
 from medkit.reporting import STAGES
 from medkit.stage import DISCLAIMER, ROOT, Stage, run_dir
@@ -79,7 +79,8 @@ def test_every_promised_artifact_is_there(whole):
         "03_lora": ["adapter", "merged", "history.parquet"],
         "04_quantization": [
             *["nf4", "paper_mix/plan.json", "plan/plan.json", "edge/student.gguf", "edge/student.manifest.json"],
-            *["sensitivity.parquet", "plans.parquet", "ledger.parquet", "variants.parquet"],
+            *["edge_small/student.gguf", "sensitivity.parquet", "plans.parquet", "ledger.parquet", "variants.parquet"],
+            "certificates.parquet",
         ],
         "05_inference": [f"{name}.parquet" for name in ("predictions", "studies", "safety", "energy", "bench")],
         "06_evaluation": [
@@ -103,13 +104,15 @@ def test_results_trace_to_files_and_carry_intervals(whole):
         and (accuracy.value <= accuracy.ci_high).all()
         and (accuracy.n > 0).all()
     )
-    teachers, students = ["teacher_base", "teacher"], ["base", "student_ce", "student_kd", "lora"]
-    assert set(accuracy.variant) == {*teachers, *students, "nf4", "paper_mix", "plan", "edge", "majority", "tfidf"}
+    everyone = set(variants.list_variants(distillation.list_students(load_params(SMOKE))))
+    assert set(accuracy.variant) == {*everyone, "majority", "tfidf"}
+    records = results[results.result == "field_f1/records"]
+    assert set(records.variant) == {*everyone, "regex"} and (records.ci_low <= records.ci_high).all()
     deltas = results[results.result.str.startswith("accuracy_delta/")]
     assert deltas.verdict.isin(["better", "worse", "equivalent", "not detectable"]).all() and deltas.mde.notna().all()
     families = set(results.result.str.split("/").str[0])
     assert {"ece", "brier", "aurc", "accuracy_at_80", "shuffle_consistency", "swap_drop"} <= families
-    assert {"safe_share", "cost_per_correct_answer", "template_accuracy", "few_shot", "answer_tokens"} <= families
+    assert {"safe_share", "cost_per_correct_answer", "certificate", "field_delta", "kl_nats", "invented"} <= families
     assert not results.duplicated(["result", "variant", "metric", "baseline"]).any()
 
 
