@@ -22,11 +22,11 @@ OPEN = {
     ("data", "drug_pairs"),
     ("data", "dialogues"),
     ("inference", "questions"),
-    ("inference", "studies", "shuffle", "questions"),
-    ("inference", "studies", "ablation"),
-    ("inference", "studies", "ensemble", "questions"),
+    ("inference", "exams"),
+    ("inference", "shuffle", "questions"),
     ("inference", "server"),
     ("distillation", "rationales"),
+    ("evaluation", "margins"),
 }
 
 

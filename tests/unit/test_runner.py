@@ -163,7 +163,8 @@ def test_code_of_a_notebook_reruns_it_and_those_after_it(project, before):
     ("function", "first"),
     [
         ("data/splits.py::take_splits", "01_data"),
-        ("statistics.py::verdicts", "06_evaluation"),
+        ("statistics.py::gap_closed", "02_distillation"),
+        ("evaluation/calibration.py::measure_calibration", "06_evaluation"),
         ("runner.py::run_all", None),
     ],
 )

@@ -159,8 +159,9 @@ def test_two_processes_train_what_one_trains(folders, run, stage, name):
         kind = {"whole": "rng_state_1.pth", "sharded": "pytorch_model_fsdp*"}[run]
         assert list(folder.glob(f"checkpoints/{name}/*/{run}/checkpoint-*/{kind}")), "there was a second process"
     assert weights.keys() == expected.keys()
+    spacing = 2.0**-7 if name == "adapter" else 0.0  # stored in bfloat16, whose neighbours differ so much
     for key, tensor in expected.items():
-        torch.testing.assert_close(weights[key], tensor, rtol=0, atol=1e-4)
+        torch.testing.assert_close(weights[key], tensor, rtol=spacing, atol=1e-4)
 
 
 def test_an_error_is_one_sentence_of_the_main_process(folders):
