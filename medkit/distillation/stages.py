@@ -23,7 +23,7 @@ from medkit.distillation.teacher_cache import TeacherCache, capture_teacher
 from medkit.lora import adapters
 from medkit.modeling import batches, loading, trainer
 from medkit.modeling.batches import Example
-from medkit.modeling.engine import Engine
+from medkit.modeling.engine import WRITE_TOKENS, Engine
 from medkit.modeling.train_once import key_of, load_for_training, open_stage, train_once
 from medkit.modeling.trainer import Loss
 from medkit.params import Params
@@ -146,7 +146,7 @@ def _collect(
         if make_engine is None:
             raise StageError(f"{path} is not there: run notebook {stage.name} up to it (run={stage.run!r})")
         torch.manual_seed(params.seed)
-        settings = {"batch_tokens": params.inference.batch_tokens, "temperature": temperature}
+        settings = {"batch_tokens": max(params.inference.batch_tokens, WRITE_TOKENS), "temperature": temperature}
         model = loading.load_model(folder, params.models)
         return make_engine(model, tokenizer.pad_token_id, scheduler="static", **settings)
 

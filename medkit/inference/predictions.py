@@ -14,12 +14,10 @@ from torch import nn
 
 from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling.batches import letter_forms
-from medkit.modeling.engine import Request
+from medkit.modeling.engine import WRITE_TOKENS, Request
 from medkit.modeling.option_scoring import Item, score_options
 from medkit.prompts import templates
 from medkit.stage import MedkitError
-
-WRITE_TOKENS = 4096  # at least, for a batch that writes: each step reads all weights, for 20 rows as for 70
 
 
 def choose_questions(

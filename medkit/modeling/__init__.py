@@ -1,7 +1,7 @@
 """modeling"""
 
 from medkit.modeling.batches import collect_logits, collect_nll, encode_questions, measure_drift
-from medkit.modeling.embeddings import embed_texts, load_embedder, nearest
+from medkit.modeling.embeddings import embed_texts, load_embedder
 from medkit.modeling.loading import (
     keep_layers,
     load_model,

@@ -18,7 +18,6 @@ from medkit.modeling.batches import bucket_by_length
 from medkit.modeling.loading import ModelError, pick_device, quiet_transformers
 
 MAX_TOKENS = 256  # the encoder was trained on texts up to this length; the rest of a text is cut off
-ROWS_PER_PRODUCT = 1024
 
 
 @dataclass(frozen=True)
@@ -61,23 +60,3 @@ def embed_texts(embedder: Embedder, texts: Sequence[str], batch_tokens: int = 40
         mean = (states * mask).sum(1) / mask.sum(1)
         vectors[rows] = nn.functional.normalize(mean, dim=1).cpu().numpy()
     return vectors
-
-
-def nearest(
-    queries: np.ndarray, corpus: np.ndarray, k: int, allowed: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The k corpus rows nearest to each query, nearest first: indices (Q, k) and cosines (Q, k) of unit vectors.
-
-    allowed: mask over the corpus (N,), or per query (Q, N). Of equal cosines the smaller index comes first.
-    Raises ValueError if a query has fewer than k allowed rows.
-    """
-    mask = np.broadcast_to(True if allowed is None else np.asarray(allowed, bool), (len(queries), len(corpus)))
-    if len(queries) and not 1 <= k <= mask.sum(axis=1).min():
-        raise ValueError(f"k = {k}: a query has {mask.sum(axis=1).min()} allowed rows to choose from")
-    indices, cosines = np.empty((len(queries), k), np.int64), np.empty((len(queries), k), np.float32)
-    for start in range(0, len(queries), ROWS_PER_PRODUCT):
-        part = slice(start, start + ROWS_PER_PRODUCT)
-        scores = np.where(mask[part], queries[part] @ corpus.T, -np.inf)
-        indices[part] = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        cosines[part] = np.take_along_axis(scores, indices[part], axis=1)
-    return indices, cosines

@@ -12,6 +12,8 @@ from typing import Protocol
 
 from medkit.stage import MedkitError
 
+WRITE_TOKENS = 4096  # at least, for a batch that writes: each step reads all weights, for 20 rows as for 70
+
 
 class EngineError(MedkitError):
     """An engine that is not available or cannot do what is asked; the message names it and the cure."""

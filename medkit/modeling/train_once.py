@@ -106,34 +106,12 @@ def train_once(
 ) -> pd.DataFrame:
     """Train the model in place and save it as the stage's folder `name`, or read that back; returns the log.
 
-    half: of `save_adapter`. options: `add_extras`, `difficulty`, `optimizer` of `trainer.train`.
-    """
-
-    def fit(checkpoints: Path) -> pd.DataFrame:
-        return trainer.train(model, examples, section, loss, checkpoints, seed, **options)
-
-    def make_key() -> str:
-        return training_key(model, examples, section, loss, seed, **options)
-
-    return fit_once(stage, name, model, tokenizer, make_key, fit, half)
-
-
-def fit_once(
-    stage: Stage,
-    name: str,
-    model: nn.Module,
-    tokenizer,
-    make_key: Callable[[], str],
-    fit: Callable[[Path], pd.DataFrame],
-    half: bool = False,
-) -> pd.DataFrame:
-    """`train_once` for any training: `fit(checkpoints)` trains the model in place and returns its log.
-
-    checkpoints: the folder of this training alone, in which a killed one goes on. Checkpoints under `name` that other
-    settings left are removed.
+    half: of `save_adapter`. options: `add_extras`, `difficulty`, `optimizer` of `trainer.train`. A killed training goes
+    on from its checkpoints; those under `name` that other settings left are removed.
     """
     is_main, folder, checkpoints = PartialState().is_main_process, stage.dir / name, stage.path(f"checkpoints/{name}")
-    key = make_key() if is_main else None  # with FSDP the other processes do not have the weights yet
+    # with FSDP the other processes do not have the weights yet
+    key = training_key(model, examples, section, loss, seed, **options) if is_main else None
     (key,) = broadcast_object_list([key])
     if (facts := find_record(folder, key)) is not None:
         if is_main:
@@ -144,7 +122,8 @@ def fit_once(
             if stale.name != key:
                 shutil.rmtree(stale)
     # checkpoints of shards cannot be read by a process that holds whole weights
-    log = fit(checkpoints / key / ("sharded" if trainer.is_sharded() else "whole"))
+    kind = "sharded" if trainer.is_sharded() else "whole"
+    log = trainer.train(model, examples, section, loss, checkpoints / key / kind, seed, **options)
     if is_main:
         stage.reopen()
         save_adapter(model, folder, half) if isinstance(model, PeftModel) else loading.save_model(
@@ -168,7 +147,6 @@ def training_key(
     """The key of a training. Of `add_extras` it takes what that returns for eight of the examples."""
     sample = list(range(0, len(examples), max(1, -(-len(examples) // 8))))
     extras = add_extras(sample) if add_extras else {}
-    more_examples = extras.pop("examples", [])
     adapters = getattr(model, "peft_config", {})
     settings = [
         [section.model_dump(exclude={"save_every_steps", "gradient_checkpointing"}), seed],
@@ -178,7 +156,7 @@ def training_key(
     ]
     inputs = [
         [(name, _byte_sum(parameter)) for name, parameter in model.named_parameters()],
-        [asdict(example) for example in [*examples, *more_examples]],
+        [asdict(example) for example in examples],
         _byte_sum(extras),
         None if difficulty is None else [float(number) for number in difficulty],
     ]

@@ -60,8 +60,7 @@ def train(
 
     checkpoints: the folder of this training alone. A killed training continues from its last checkpoint there and ends
         with the weights of an uninterrupted one.
-    add_extras: maps the row numbers of a slice to more tensors for the loss, e.g. the teacher's log-probabilities. Its
-        entry `examples` takes the place of the slice's own examples.
+    add_extras: maps the row numbers of a slice to more tensors for the loss, e.g. the teacher's log-probabilities.
     difficulty: one number per example; then the first epoch goes from easy to hard, and later ones are shuffled.
     optimizer: used in place of the Trainer's AdamW; the schedule scales its learning rates.
 
@@ -91,8 +90,7 @@ def train(
         slices = []
         for i, part in enumerate([*own, *idle]):
             extras = add_extras(part) if add_extras else {}
-            part_examples = extras.pop("examples", [examples[n] for n in part])
-            slices.append({**pack(part_examples, branches), **extras, "counts": float(i < len(own))})
+            slices.append({**pack([examples[n] for n in part], branches), **extras, "counts": float(i < len(own))})
         predicted = torch.zeros(sum(examples[n].num_predicted for part in own for n in part))
         # the Trainer only counts these, to divide by the number of predicted tokens; it takes `shift_labels` unchanged
         return {"slices": slices, "labels": predicted, "shift_labels": predicted}

@@ -75,15 +75,18 @@ def _name(variant: str, row: pd.Series) -> str:
 
 def describe_step(results: pd.DataFrame, facts: Mapping, variant: str, baseline: str) -> str | None:
     """A comparison on the headline source, e.g. "0.77 → 0.72, -0.050 [-0.096, -0.003], n = 240, worse"."""
-    accuracy = rows_of(results, headline(facts), facts).value
-    steps = results[results.result == f"accuracy_delta/{facts['headline_source']}"]
-    steps = steps[(steps.variant == variant) & (steps.baseline == baseline)]
-    steps = steps[steps.metric == facts["headline_scoring"]]
-    if steps.empty or not {variant, baseline} <= set(accuracy.index):
+    accuracy, row = rows_of(results, headline(facts), facts).value, _step(results, facts, variant, baseline)
+    if row is None or not {variant, baseline} <= set(accuracy.index):
         return None
-    row = steps.iloc[0]
     change = f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
     return f"{accuracy[baseline]:.2f} → {accuracy[variant]:.2f}, {change}, n = {row.n:.0f}, {row.verdict}"
+
+
+def _step(results: pd.DataFrame, facts: Mapping, variant: str, baseline: str) -> pd.Series | None:
+    """The row of a comparison on the headline source, as it is read in the headline."""
+    rows = results[results.result == f"accuracy_delta/{facts['headline_source']}"]
+    rows = rows[(rows.variant == variant) & (rows.baseline == baseline) & (rows.metric == facts["headline_scoring"])]
+    return None if rows.empty else rows.iloc[0]
 
 
 def tell_story(results: pd.DataFrame, facts: Mapping) -> list[str]:
@@ -138,10 +141,7 @@ def _gain(results: pd.DataFrame, facts: Mapping, variant: str) -> str | None:
 
 
 def _over_tfidf(results: pd.DataFrame, facts: Mapping, variant: str) -> str | None:
-    rows = results[(results.result == f"accuracy_delta/{facts['headline_source']}") & (results.variant == variant)]
-    rows = rows[rows.baseline == "tfidf"]
-    if rows.empty:
+    if (row := _step(results, facts, variant, "tfidf")) is None:
         return None
-    row = rows.iloc[0]
     verb = "It beats" if row.verdict == "better" else "It does not beat"
     return f"{verb} {label('tfidf')} with the same labels: {row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]."

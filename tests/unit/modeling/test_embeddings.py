@@ -94,36 +94,6 @@ def units(count, seed=0):
     return points / np.linalg.norm(points, axis=1, keepdims=True)
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 7, 1000])
-def test_nearest_is_what_sorting_everything_gives(monkeypatch, rows_at_once):
-    monkeypatch.setattr(embeddings, "ROWS_PER_PRODUCT", rows_at_once)
-    queries, corpus = units(20, 1), units(50, 2)
-    indices, cosines = embeddings.nearest(queries, corpus, 5)
-    scores = queries @ corpus.T
-    assert (indices == np.argsort(-scores, axis=1)[:, :5]).all()
-    assert np.allclose(cosines, np.take_along_axis(scores, indices, axis=1), atol=1e-6)
-
-
-def test_forbidden_rows_are_never_returned():
-    corpus = units(30)
-    not_itself = ~np.eye(30, dtype=bool)
-    indices, cosines = embeddings.nearest(corpus, corpus, 29, allowed=not_itself)
-    assert all(set(row) == set(range(30)) - {i} for i, row in enumerate(indices)) and np.isfinite(cosines).all()
-    mask = np.arange(30) < 4
-    assert set(embeddings.nearest(corpus, corpus, 4, allowed=mask)[0].ravel()) == {0, 1, 2, 3}
-
-
-def test_equal_cosines_go_to_the_smaller_index():
-    same = np.repeat(units(1), 6, axis=0)
-    assert embeddings.nearest(same[:1], same, 3, allowed=np.arange(6) > 0)[0].tolist() == [[1, 2, 3]]
-
-
-@pytest.mark.parametrize("k", [0, 4])
-def test_too_few_to_choose_from(k):
-    with pytest.raises(ValueError, match=f"k = {k}: a query has 3"):
-        embeddings.nearest(units(2), units(9), k, allowed=np.arange(9) < 3)
-
-
 @pytest.mark.weights
 def test_the_real_encoder_knows_a_heart_attack():
     embedder = embeddings.load_embedder(
