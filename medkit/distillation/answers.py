@@ -72,12 +72,12 @@ def write_answers(
     for record in records:
         messages = templates.render(record, template or templates.pick_template(record["kind"], "option_text"))
         prompts.append(templates.encode(tokenizer, messages)[0])
-    end = tokenizer.eos_token_id
-    generations = engine.generate([Request(prompt_ids, max_new_tokens, (end,)) for prompt_ids in prompts])
+    ends = templates.end_ids(tokenizer)
+    generations = engine.generate([Request(prompt_ids, max_new_tokens, ends) for prompt_ids in prompts])
     texts = [tokenizer.decode(g.token_ids, skip_special_tokens=True).strip() for g in generations]
     table = pd.DataFrame({name: [record[name] for record in records] for name in ("id", "source")})
     table["sample"] = [number % num_samples for number in range(len(records))]
-    finished = [bool(text) and g.token_ids[-1:] == [end] for text, g in zip(texts, generations, strict=True)]
+    finished = [bool(text) and g.token_ids[-1] in ends for text, g in zip(texts, generations, strict=True)]
     return table.assign(text=texts, finished=finished)
 
 

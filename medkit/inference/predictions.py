@@ -99,7 +99,7 @@ def _generate(
     """Text and length in tokens (end token included) of the greedy answer to each prompt."""
     batch_tokens = max(batch_tokens, WRITE_TOKENS)
     engine = TorchEngine(model, tokenizer.pad_token_id, scheduler="static", batch_tokens=batch_tokens)
-    answers = engine.generate([Request(prompt, max_new_tokens, (tokenizer.eos_token_id,)) for prompt in prompts])
+    answers = engine.generate([Request(prompt, max_new_tokens, templates.end_ids(tokenizer)) for prompt in prompts])
     return [(tokenizer.decode(a.token_ids, skip_special_tokens=True), len(a.token_ids)) for a in answers]
 
 

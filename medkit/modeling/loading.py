@@ -100,13 +100,19 @@ def _convert_gguf(gguf: Path) -> Path:
 
 
 def load_tokenizer(folder: Path):
-    """The folder's tokenizer. Raises ModelError if it has no end token."""
+    """The folder's tokenizer; `end_token_ids` are those of the generation config (`templates.end_ids`).
+
+    Raises ModelError if it has no end token.
+    """
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{folder}: the tokenizer has no end token, so answers would never end; add `eos_token` to it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if (folder / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+        tokenizer.end_token_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
     return tokenizer
 
 
@@ -129,7 +135,8 @@ def load_model(folder: Path, models: ModelsParams, keep: Sequence[int] = (), **q
             device_map={"": device},
             **quantization,
         )
-    model.generation_config = GenerationConfig()  # greedy, whatever the checkpoint recommends
+    # greedy, whatever the checkpoint recommends
+    model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return keep_layers(model, keep).eval()
 
 

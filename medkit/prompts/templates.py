@@ -7,15 +7,21 @@ tokenised in one way only.
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import date
 from typing import Literal
 
+from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict
 
 from medkit.params import digest
+from medkit.stage import MedkitError
 
 LETTERS = "ABCDEFGHIJ"
+PINNED_DATE = date(2025, 1, 1)
 SYSTEM = "Answer briefly."  # without a system turn, some chat templates add a longer one of their own
 
 
@@ -130,20 +136,64 @@ def answers(question: dict, template: Template) -> list[str]:
     return [template.lead + letter for letter in LETTERS[: len(options)]] if template.lists_options else options
 
 
+def chat_template(tokenizer) -> str | None:
+    """The tokenizer's chat template; None for a base model. Of several named ones, the one named "default".
+
+    A date of today in it becomes PINNED_DATE, with a warning: prompts must not differ by day. Raises MedkitError if no
+    template is the default, or if it asks for the date in a way that cannot be pinned.
+    """
+    template = tokenizer.chat_template or None
+    if isinstance(template, list):
+        template = {named["name"]: named["template"] for named in template}
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise MedkitError(f"chat templates {sorted(template)}: none is named 'default'; keep one, under that name")
+        template = template["default"]
+    if template and re.search(r"strftime_now\s*\(", template):
+        literal = r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)"
+        template = re.sub(literal, lambda call: repr(PINNED_DATE.strftime(call[2])), template)
+        if re.search(r"strftime_now\s*\(", template):
+            raise MedkitError("the chat template computes the date with strftime_now; write a fixed date into it")
+        warnings.warn(f"the chat template writes today's date: {PINNED_DATE} is written instead", stacklevel=2)
+    return template
+
+
+def end_ids(tokenizer) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's end token, then those of the model's generation config."""
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *getattr(tokenizer, "end_token_ids", ())]))
+
+
 def encode(tokenizer, messages: list[dict], answer: str | None = None) -> tuple[list[int], list[int]]:
     """Token ids of the prompt, and of the answer with its end token (an empty list without an answer).
 
     Uses the model's chat template; a base model without one gets "Question: … Answer: …" turns. Prompt and answer are
-    tokenised separately, so the border between given and predicted tokens is exact.
+    tokenised separately, so the border between given and predicted tokens is exact. A control token within a message or
+    an answer is read as text.
     """
-    if tokenizer.chat_template:
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        prompt_ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    if template := chat_template(tokenizer):
+        prompt_ids = _apply(tokenizer, template, messages)
     else:
         forms = {"system": "", "user": "Question: {}\nAnswer:", "assistant": " {}\n\n"}
         prompt = "".join(forms[message["role"]].format(message["content"]) for message in messages)
-        prompt_ids = tokenizer(prompt).input_ids
+        prompt_ids = tokenizer(prompt, split_special_tokens=True).input_ids
+        if prompt_ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
+            prompt_ids = prompt_ids[:-1]
         answer = None if answer is None else f" {answer}"
     if answer is None:
         return prompt_ids, []
-    return prompt_ids, [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    answer_ids = tokenizer(answer, add_special_tokens=False, split_special_tokens=True).input_ids
+    return prompt_ids, [*answer_ids, tokenizer.eos_token_id]
+
+
+def _apply(tokenizer, template: str, messages: list[dict]) -> list[int]:
+    """Token ids of the messages; where the template refuses a system turn, its text begins the first user turn."""
+    options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
+    try:
+        return tokenizer.apply_chat_template(messages, chat_template=template, **options)
+    except TemplateError as error:
+        if messages[0]["role"] == "system":
+            system, first, *rest = messages
+            return _apply(
+                tokenizer, template, [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+            )
+        raise MedkitError(f"the chat template refuses these turns ({error}); correct it in the tokenizer") from error

@@ -12,6 +12,7 @@ import re
 
 import gguf
 
+from medkit.prompts.templates import chat_template, end_ids
 from medkit.stage import MedkitError
 
 QWEN2_SPLIT = (
@@ -61,8 +62,10 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer, vocab_size: int) -> None
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_add_bos_token(False)  # a chat template that needs a start token writes it itself
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    for other in end_ids(tokenizer)[1:2]:
+        writer.add_eot_token_id(other)
+    if template := chat_template(tokenizer):
+        writer.add_chat_template(template)
 
 
 def _steps(part: dict | None, inside: str) -> list[dict]:

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from medkit.modeling import loading
 from medkit.modeling.loading import ModelError
 from medkit.params import Local, ModelParams
+from medkit.prompts import templates
 from medkit.quantization import gguf_export
 
 IDS = torch.tensor([[5, 9, 17, 33, 4, 8]])
@@ -117,6 +118,15 @@ def test_a_gguf_file_is_converted_once(make_llama, tokenizer, models_params, tmp
     written = (folder / "model.safetensors").stat().st_mtime_ns
     assert loading.local_folder(source(path)) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_all_end_tokens_of_a_checkpoint_stay_with_it(make_llama, tokenizer, models_params, tmp_path):
+    model = make_llama()
+    model.generation_config.update(eos_token_id=[2, 0], do_sample=True)
+    folder = loading.save_model(model, tokenizer, tmp_path / "downloaded")
+    again = loading.save_model(loading.load_model(folder, models_params), tokenizer, tmp_path / "student")
+    assert templates.end_ids(loading.load_tokenizer(again)) == (2, 0)
+    assert not loading.load_model(again, models_params).generation_config.do_sample
 
 
 def test_a_tokenizer_without_an_end_is_an_error(make_tokenizer, tmp_path):
