@@ -224,7 +224,7 @@ class DistillationParams(Section):
     num_layers: PositiveInt
     """Decoder layers of a pruned student."""
     calibration_examples: PositiveInt
-    """Validation rows that measure the importance of layers."""
+    """Validation rows that choose the block of layers to remove."""
     alignment: Literal["tokens", "spans"]
     """What is compared. `tokens`: the same token ids, for one vocabulary; `spans`: spans of bytes, for two tokenizers.
     Terms other than the forward KL need `tokens`."""

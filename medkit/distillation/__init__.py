@@ -5,15 +5,15 @@ from medkit.distillation.cross_tokenizer import TokenAligner, measure_spans, spa
 from medkit.distillation.entities import find_entities
 from medkit.distillation.losses import DistillationLoss, entity_gaps, hidden_error, sparse_divergence
 from medkit.distillation.plots import (
+    plot_blocks,
     plot_closing,
     plot_curves,
     plot_directions,
     plot_kept_mass,
-    plot_layers,
     plot_spans,
     tabulate_closing,
 )
-from medkit.distillation.pruning import choose_layers, measure_layer_importance
+from medkit.distillation.pruning import measure_blocks, remove_block
 from medkit.distillation.stages import (
     check_lead,
     correct_teacher,

@@ -48,14 +48,15 @@ def plot_kept_mass(cache: TeacherCache) -> Drawn:
     return ax.figure, table
 
 
-def plot_layers(importance: Sequence[float], kept: Sequence[int]) -> Drawn:
-    """The rise of the loss when a decoder layer is skipped, and the layers that stay in the student."""
-    table = pd.DataFrame({"layer": range(len(importance)), "importance": importance})
-    table["kept"] = table.layer.isin(kept)
+def plot_blocks(distances: Sequence[float], kept: Sequence[int]) -> Drawn:
+    """How much each block of layers turns the hidden state (`measure_blocks`), and the block that goes."""
+    table = pd.DataFrame({"first_layer": range(len(distances)), "distance": distances})
+    first = next((layer for layer in table.first_layer if layer not in kept), None)
+    table["removed"] = table.first_layer == first
     fig, ax = plt.subplots()
-    ax.bar(table.layer, table.importance, color=np.where(table.kept, "#4292c6", "#d9d9d9"))
-    ax.set(xlabel="decoder layer", ylabel="rise of loss when skipped, nats per token", yscale="symlog")
-    ax.set_title(f"Blue layers stay in the student: {len(kept)} of {len(table)}")
+    ax.bar(table.first_layer, table.distance, color=np.where(table.removed, "#cb181d", "#9ecae1"))
+    ax.set(xlabel="first layer of the block", ylabel="angle between input and output, 1 = 180°")
+    ax.set_title(f"Red: the block that is removed, the one that changes least; {len(kept)} layers stay")
     ax.xaxis.get_major_locator().set_params(integer=True)
     return fig, table
 

@@ -1,37 +1,41 @@
-"""Students cut from their teacher by the importance of layers, and the order of examples from easy to hard."""
+"""Students cut from their teacher by removing a block of layers, and the order of examples from easy to hard."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from scipy.stats import rankdata
 from torch import nn
-from tqdm import tqdm
 
-from medkit.modeling.batches import Example, collect_nll
+from medkit.modeling.batches import Example, iterate_predicted
 from medkit.stage import MedkitError
 
 
-def measure_layer_importance(model: nn.Module, examples: Sequence[Example]) -> list[float]:
-    """Importance of each decoder layer: rise of the mean answer NLL (nats per token) when this layer is skipped."""
-    layers = model.get_decoder().layers
-    full = np.mean(collect_nll(model, examples))
-    importance = []
-    for layer in tqdm(list(layers), desc="layer importance", unit="layer", delay=2, mininterval=10):
-        layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
-        try:
-            importance.append(float(np.mean(collect_nll(model, examples)) - full))
-        finally:
-            del layer.forward  # the method of the class is visible again
-    return importance
+def measure_blocks(model: nn.Module, examples: Sequence[Example], num_removed: int) -> list[float]:
+    """How much each block of `num_removed` consecutive decoder layers turns the hidden state, from one forward pass.
+
+    Entry l is the mean of arccos(cos(h_l, h_{l+n})) / π over the predicted positions, in [0, 1]: h_l goes into layer l,
+    h_{l+n} comes out of the block (arXiv 2403.17887). The last layer is in no block, since its output is normalised.
+    Raises MedkitError if no layer would stay, or more than there are.
+    """
+    depth = len(model.get_decoder().layers)
+    if not 0 <= num_removed < depth:
+        raise MedkitError(
+            f"distillation.num_layers is {depth - num_removed}; this model has 1 to {depth} layers to keep"
+        )
+    states = [predicted.hidden for _, predicted in iterate_predicted(model, examples, hidden_layers=range(depth))]
+    hidden = torch.stack([torch.cat([part[layer] for part in states]) for layer in range(depth)])  # (layers, N, H)
+    cosines = nn.functional.cosine_similarity(hidden[: depth - num_removed], hidden[num_removed:], dim=-1)
+    return (cosines.clamp(-1, 1).arccos() / math.pi).mean(-1).tolist()
 
 
-def choose_layers(importance: Sequence[float], num_layers: int) -> list[int]:
-    """Numbers of the `num_layers` most important layers, in order. Raises MedkitError if the model has fewer."""
-    if num_layers > len(importance):
-        raise MedkitError(f"distillation.num_layers is {num_layers}, the model has {len(importance)}; choose fewer")
-    return sorted(sorted(range(len(importance)), key=lambda i: importance[i], reverse=True)[:num_layers])
+def remove_block(distances: Sequence[float], num_removed: int) -> list[int]:
+    """Numbers of the layers that stay when the block of the smallest distance (`measure_blocks`) is removed."""
+    first = min(range(len(distances)), key=lambda start: distances[start])
+    return [layer for layer in range(len(distances) + num_removed) if not first <= layer < first + num_removed]
 
 
 def order_by_difficulty(teacher_nll: Sequence[float], entity_density: Sequence[float]) -> list[float]:
