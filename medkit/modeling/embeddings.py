@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from medkit.modeling.batches import bucket_by_length
-from medkit.modeling.loading import ModelError, pick_device, quiet_transformers
+from medkit.modeling.loading import pick_device, quiet_transformers, read_weights
 
 MAX_TOKENS = 256  # the encoder was trained on texts up to this length; the rest of a text is cut off
 
@@ -33,12 +33,9 @@ def load_embedder(folder: Path, device: str = "auto") -> Embedder:
 
     Raises ModelError for a folder without safetensors, because a pickle can run any code.
     """
-    if not (folder / "model.safetensors").is_file():
-        raise ModelError(f"{folder}: no model.safetensors; give a folder with weights in that format")
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa", "add_pooling_layer": False}
+    model = read_weights(AutoModel, folder, other_heads=True, **options)
     with quiet_transformers():
-        model = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, attn_implementation="sdpa", add_pooling_layer=False
-        )
         return Embedder(model.to(pick_device(device)).eval(), AutoTokenizer.from_pretrained(folder))
 
 

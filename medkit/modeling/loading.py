@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from gguf import GGUFReader
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,6 +30,9 @@ from transformers.utils import logging as transformers_logging
 from medkit import sources
 from medkit.params import ModelParams, ModelsParams
 from medkit.stage import MedkitError, atomic_path
+
+# prefixes of PEFT, torch.compile, FSDP and DDP
+WRAPPER = re.compile(r"(?:^|\.)((?:base_model\.model|_orig_mod|_fsdp_wrapped_module|module)\.)")
 
 
 class ModelError(MedkitError):
@@ -91,12 +97,65 @@ def _convert_gguf(gguf: Path) -> Path:
     with sources.building(target) as scratch, quiet_transformers():
         if scratch is not None:
             origin = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-            model = AutoModelForCausalLM.from_pretrained(
-                **origin, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-            )
-            model.save_pretrained(scratch)
+            read_weights(AutoModelForCausalLM, gguf, dtype=torch.float32).save_pretrained(scratch)
             AutoTokenizer.from_pretrained(**origin).save_pretrained(scratch)
     return target
+
+
+def read_weights(auto_class, path: Path, other_heads: bool = False, **options) -> nn.Module:
+    """`auto_class.from_pretrained` of a folder or GGUF file, where every weight of the model comes from the file.
+
+    `other_heads`: the file may hold more than the model, as an encoder's with a head for another task. Raises
+    ModelError for weights that are missing, unexpected, of another shape, or untied where the config says tied.
+    """
+    place = {"pretrained_model_name_or_path": path, "use_safetensors": True}
+    if path.suffix == ".gguf":
+        _check_gguf(path)
+        place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        options |= {"quantization_config": GgufConfig(dequantize=True)}
+    elif not any(path.glob("*.safetensors")):
+        pickled = "only a pickle, which can run any code" if any(path.glob("*.bin")) else "no weights"
+        raise ModelError(f"{path}: {pickled}; give a folder with the model's weights as .safetensors")
+    try:
+        with quiet_transformers():
+            model, report = auto_class.from_pretrained(
+                **place, ignore_mismatched_sizes=True, output_loading_info=True, **options
+            )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise ModelError(f"{path}: cannot be loaded ({reason}); copy or download the whole checkpoint again") from error
+    unexpected = () if other_heads else report["unexpected_keys"]
+    mismatched = [f"{name} {tuple(stored)}" for name, stored, _ in report["mismatched_keys"]]
+    faults = {"missing": report["missing_keys"], "unexpected": unexpected, "of another shape": mismatched}
+    if any(faults.values()):
+        listed = ", ".join(f"{fault} {_first(names)}" for fault, names in faults.items() if names)
+        prefix = next(filter(None, map(WRAPPER.search, sorted(report["unexpected_keys"]))), None)
+        cure = f"strip {prefix[1]!r} from the tensors' names" if prefix else "give the model's own, whole checkpoint"
+        raise ModelError(f"{path}: the weights are not those of its config: {listed}; {cure}")
+    head = model.get_output_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
+        raise ModelError(
+            f"{path}: tie_word_embeddings is true, but the head has weights of its own; write false in config.json"
+        )
+    return model
+
+
+def _first(names: Collection[str]) -> str:
+    listed = ", ".join(sorted(names)[:3])
+    return listed if len(names) <= 3 else f"{listed}, … ({len(names)})"
+
+
+def _check_gguf(path: Path) -> None:
+    """Raise ModelError for a GGUF file that is damaged, or a part of a model."""
+    try:
+        parts = GGUFReader(path).get_field("split.count")
+    except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:
+        raise ModelError(f"{path}: not a whole GGUF file ({error}); copy or download it again") from error
+    if re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", path.name) or (parts and parts.contents() > 1):
+        raise ModelError(
+            f"{path}: one part of a split file; join its parts with llama.cpp's `llama-gguf-split --merge`"
+        )
 
 
 def load_tokenizer(folder: Path):
@@ -104,8 +163,13 @@ def load_tokenizer(folder: Path):
 
     Raises ModelError if it has no end token.
     """
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{folder}: no tokenizer can be loaded ({error}); copy its files beside the weights"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{folder}: the tokenizer has no end token, so answers would never end; add `eos_token` to it")
     if tokenizer.pad_token_id is None:
@@ -124,17 +188,14 @@ def load_model(folder: Path, models: ModelsParams, keep: Sequence[int] = (), **q
     """
     device = pick_device(models.device)
     attention, _ = pick_attention(models.attention, device)
-    if folder.suffix == ".gguf":
-        quantization = {"gguf_file": folder.name, "quantization_config": GgufConfig(dequantize=True)}
-        folder = folder.parent
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, models.dtype),
-            attn_implementation=attention,
-            device_map={"": device},
-            **quantization,
-        )
+    model = read_weights(
+        AutoModelForCausalLM,
+        folder,
+        dtype=getattr(torch, models.dtype),
+        attn_implementation=attention,
+        device_map={"": device},
+        **quantization,
+    )
     # greedy, whatever the checkpoint recommends
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return keep_layers(model, keep).eval()

@@ -6,6 +6,8 @@ import warnings
 
 import pytest
 import torch
+from gguf import GGUFWriter
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -106,6 +108,75 @@ def test_a_save_that_fails_leaves_the_old_model(make_llama, tokenizer, models_pa
 def test_a_folder_that_is_no_model_is_an_error_with_its_cure(tmp_path):
     with pytest.raises(ModelError, match=r"no config\.json"):
         loading.local_folder(source(tmp_path))
+
+
+def rename(prefix):
+    return lambda weights: {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (rename("base_model.model."), r"missing .*unexpected .*strip 'base_model\.model\.'"),
+        (rename("_orig_mod."), r"strip '_orig_mod\.'"),
+        (rename("module."), r"strip 'module\.'"),
+        (rename("model._fsdp_wrapped_module."), r"strip '_fsdp_wrapped_module\.'"),
+        (lambda w: {n: t for n, t in w.items() if n != "lm_head.weight"}, r"missing lm_head\.weight; give"),
+        (lambda w: {n: t for n, t in w.items() if ".1." not in n}, r"missing model\.layers\.1\..*… \(9\); give"),
+        (lambda w: w | {"lm_head.weight": torch.zeros(10, 64)}, r"of another shape lm_head\.weight \(10, 64\)"),
+        (lambda w: w | {"model.layers.7.norm": torch.zeros(3)}, r"unexpected model\.layers\.7\.norm"),
+        (lambda w: {}, "missing"),
+    ],
+    ids=["PEFT", "compile", "DDP", "FSDP", "no head", "no layer", "another head", "a layer more", "empty"],
+)
+def test_a_model_whose_weights_are_not_all_the_files_own_is_never_loaded(
+    make_llama, tokenizer, models_params, tmp_path, change, sentence
+):
+    folder = loading.save_model(make_llama(tie_word_embeddings=False), tokenizer, tmp_path / "model")
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=sentence) as error:
+        loading.load_model(folder, models_params)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_head_of_its_own_is_not_tied_over(make_llama, tokenizer, models_params, tmp_path):
+    folder = loading.save_model(make_llama(tie_word_embeddings=False), tokenizer, tmp_path / "model")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    with pytest.raises(ModelError, match=r"write false in config\.json"):
+        loading.load_model(folder, models_params)
+
+
+def test_only_safetensors_are_read(make_llama, tokenizer, models_params, tmp_path):
+    folder = loading.save_model(make_llama(), tokenizer, tmp_path / "model")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        loading.load_model(folder, models_params)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="no weights"):
+        loading.load_model(folder, models_params)
+    torch.save(make_llama().state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="only a pickle"):
+        loading.load_model(folder, models_params)
+
+
+@pytest.mark.parametrize("name", ["m-00001-of-00002.gguf", "part.gguf", "cut.gguf"])
+def test_a_part_of_a_gguf_file_is_refused_and_not_cached(make_llama, tokenizer, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / name
+    if name == "part.gguf":
+        writer = GGUFWriter(path, "llama")
+        writer.add_uint16("split.count", 2)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+    else:
+        gguf_export.export_gguf(make_llama(), tokenizer, path, "F16")
+    if name == "cut.gguf":
+        path.write_bytes(path.read_bytes()[:20_000])
+    with pytest.raises(ModelError, match="not a whole GGUF" if name == "cut.gguf" else "one part of a split file"):
+        loading.local_folder(source(path))
+    assert not [p for p in (tmp_path / "cache" / "converted").iterdir() if p.suffix != ".lock"]
 
 
 def test_a_gguf_file_is_converted_once(make_llama, tokenizer, models_params, tmp_path, monkeypatch):
