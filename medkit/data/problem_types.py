@@ -1,27 +1,19 @@
-"""The problem type of an open question, which decides its prompt template: by keywords as in the paper, and learned.
+"""The problem type of an open question, which decides its prompt template: by keywords, as in the paper.
 
 The paper (arXiv 2505.00025) names five types and counts keywords, argmax_c Σ_w 1[w ∈ K_c]; it publishes neither its
-lists nor its accuracy. Here both classifiers are measured on the same questions, labelled by hand
-(docs/labelling.md). The learned one is a logistic regression on sentence embeddings, measured out of fold.
+lists nor its accuracy. Ours are measured on questions with labels (docs/labelling.md). A logistic regression on
+sentence embeddings was not detectably better (docs/log).
 """
 
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import yaml
-from scipy.sparse.csgraph import connected_components
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import cohen_kappa_score, f1_score
-from sklearn.model_selection import StratifiedGroupKFold
-from threadpoolctl import threadpool_limits  # comes with scikit-learn
 
-from medkit.data.near_duplicates import group_near_duplicates
 from medkit.data.raw_questions import DataError
 from medkit.statistics import wilson
 
@@ -34,10 +26,6 @@ KEYWORDS: dict[str, frozenset[str]] = {
     problem: frozenset(words.split())
     for problem, words in yaml.safe_load(Path(__file__).with_name("problem_keywords.yaml").read_text()).items()
 }
-CLASSIFIERS = ["keywords", "learned", "majority"]
-FOLDS = 5
-INVERSE_PENALTY = 10.0  # of the logistic regression on unit vectors
-SAME_COSINE = 0.9  # questions too short to share a run of eight words are copies if their embeddings are so near
 # Stems of International Nonproprietary Names (WHO, "The use of stems in the selection of INN"), as endings that no
 # ordinary word has: longer than the stem where the stem alone would match one (-terol and cholesterol).
 DRUG_NAME = re.compile(
@@ -96,57 +84,19 @@ def agreement(labels: pd.DataFrame) -> dict[str, float]:
     return {"n": len(twice), "same": float(same), "kappa": float(cohen_kappa_score(twice.label, twice.second_label))}
 
 
-def group_questions(questions: pd.Series, embeddings: np.ndarray) -> np.ndarray:
-    """Group number per question: near-duplicates by words, or by a cosine of at least SAME_COSINE."""
-    by_words = group_near_duplicates(questions)
-    return connected_components((by_words[:, None] == by_words) | (embeddings @ embeddings.T >= SAME_COSINE))[1]
+def measure_keywords(labelled: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    """How the keywords do on labelled questions with a column `keywords`, the type that they give.
 
-
-def cross_validate(
-    embeddings: np.ndarray, labels: Sequence[str], groups: np.ndarray, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Per question: the learned label and the majority label, from models that saw neither it nor its group."""
-    labels = np.asarray(labels)
-    if not len(embeddings) == len(labels) == len(groups):
-        raise DataError(f"{len(embeddings)} embeddings, {len(labels)} labels, {len(groups)} groups: give one each")
-    learned, majority = np.empty(len(labels), object), np.empty(len(labels), object)
-    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The least populated class")  # the folds are still made
-        folds = list(splitter.split(labels, labels, groups))
-    for train, test in folds:
-        with threadpool_limits(1):  # the matrices are small: threads would wait for each other
-            model = LogisticRegression(C=INVERSE_PENALTY, max_iter=2000).fit(embeddings[train], labels[train])
-        learned[test] = model.predict(embeddings[test])
-        majority[test] = pd.Series(labels[train]).mode()[0]
-    return learned, majority
-
-
-def classify(labelled: pd.DataFrame, embeddings: np.ndarray, seed: int) -> pd.DataFrame:
-    """The label of each question by every classifier: id, source, drawn, label, keywords, learned, majority.
-
-    `labelled` comes from `join_labels`, `embeddings` has a unit vector for each of its rows.
+    Columns scope, accuracy, ci_low, ci_high (Wilson), majority (share of the commonest label), macro_f1, n. Enriched
+    rows count in their own scope only: they were chosen by label, so an accuracy that includes them is not of any
+    population. "five types" leaves out the questions labelled `other`, which the paper does not have.
     """
-    groups = group_questions(labelled.question, embeddings)
-    learned, majority = cross_validate(embeddings, labelled.label, groups, seed)
-    keywords = labelled.question.map(classify_by_keywords)
-    columns = labelled[["id", "source", "drawn", "label"]]
-    return columns.assign(keywords=keywords, learned=learned, majority=majority)
-
-
-def measure_classifiers(predicted: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    """Accuracy per classifier and scope: classifier, scope, accuracy, ci_low, ci_high (Wilson), macro_f1, n.
-
-    Enriched rows count in their own scope only: they were chosen by label, so an accuracy that includes them is not of
-    any population. "five types" leaves out the questions labelled `other`, which the paper does not have.
-    """
-    sample = predicted[predicted.drawn == "random"]
-    scopes = {"random": sample, "random, five types": sample[sample.label != OTHER], "with enrichment": predicted}
+    sample = labelled[labelled.drawn == "random"]
+    scopes = {"random": sample, "random, five types": sample[sample.label != OTHER], "with enrichment": labelled}
     rows = []
     for scope, table in scopes.items():
-        present = [label for label in LABELS if (table.label == label).any()]
-        for name in CLASSIFIERS:
-            right = int((table[name] == table.label).sum())
-            macro_f1 = f1_score(table.label, table[name], labels=present, average="macro", zero_division=0)
-            rows.append((name, scope, right / len(table), *wilson(right, len(table), confidence), macro_f1, len(table)))
-    return pd.DataFrame(rows, columns=["classifier", "scope", "accuracy", "ci_low", "ci_high", "macro_f1", "n"])
+        shares, right = table.label.value_counts(normalize=True), int((table.keywords == table.label).sum())
+        macro_f1 = f1_score(table.label, table.keywords, labels=list(shares.index), average="macro", zero_division=0)
+        interval = wilson(right, len(table), confidence)
+        rows.append((scope, right / len(table), *interval, shares.iloc[0], macro_f1, len(table)))
+    return pd.DataFrame(rows, columns=["scope", "accuracy", "ci_low", "ci_high", "majority", "macro_f1", "n"])

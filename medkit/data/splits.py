@@ -79,20 +79,15 @@ def _make_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> I
     return consultations.make_consultations(consultations.read_drug_names(path), MADE[name], counts, seed)
 
 
-def assign_pools(questions: pd.DataFrame, seed: int, drug_pairs: pd.DataFrame | None = None) -> pd.DataFrame:
+def assign_pools(questions: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Give every question a group and the pool (train, valid, test or transfer) that its whole group belongs to.
 
     A group with an official test question is a test group: members without an official place may be tested too,
     members with another official place are dropped, because they would leak. A group with other official members is a
     training group. A group without an official place goes to a pool by a seeded hash of its name, in every source the
-    same. `drug_pairs` (readers.PAIR_COLUMNS) count as official test questions, and are not returned.
-    Returns the table with `group` and `pool`.
+    same. Returns the table with `group` and `pool`.
     """
-    count, questions = len(questions), questions.copy()
-    if drug_pairs is not None and len(drug_pairs):
-        pairs = drug_pairs.assign(source="drug_pairs", kind="choice", context="", subject="", pool="test")
-        questions = pd.concat([questions, pairs[pairs.columns.intersection(questions.columns)]], ignore_index=True)
-    free = questions.group.isna()
+    questions, free = questions.copy(), questions.group.isna()
     # Near-duplicates are grouped over all sources together. A group is named by its smallest id, so that a question's
     # pool does not depend on which other sources are there.
     labels = group_near_duplicates(grouping_texts(questions[free]))
@@ -109,7 +104,6 @@ def assign_pools(questions: pd.DataFrame, seed: int, drug_pairs: pd.DataFrame | 
         return pool_of_group(group, seed)
 
     questions["pool"] = [pick_pool(group, place) for group, place in zip(questions.group, official, strict=True)]
-    questions = questions.head(count)
     return questions[questions.pool != "leak"].reset_index(drop=True)
 
 

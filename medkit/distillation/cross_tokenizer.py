@@ -38,8 +38,7 @@ END = b"\xff<end>"  # stands for the end token; the byte 0xff is in no UTF-8 tex
 class Vocabulary:
     """The bytes of every token of a tokenizer."""
 
-    pieces: list[bytes | None]
-    """By token id; `END` for the end token, None for other tokens that write nothing."""
+    pieces: list[bytes | None]  # By token id; `END` for the end token, None for other tokens that write nothing
     ids: dict[bytes, int]
     """The token that writes these bytes; an ordinary token comes before a byte-fallback token for the same byte."""
 

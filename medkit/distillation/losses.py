@@ -167,11 +167,9 @@ class DistillationLoss:
     """
 
     ce_weight: float = 0.0
-    kl_weight: float = 0.0
-    """Of the divergence, also if it is not a KL."""
+    kl_weight: float = 0.0  # Of the divergence, also if it is not a KL
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    jsd_beta: float = 0.5
-    """In (0, 1), for `jsd` alone."""
+    jsd_beta: float = 0.5  # In (0, 1), for `jsd` alone
     temperature: float = 1.0
     hidden_weight: float = 0.0
     layers: tuple[tuple[int, int], ...] = ()

@@ -21,5 +21,5 @@ from medkit.evaluation.record_scores import (
     score_questions,
     score_records,
 )
-from medkit.evaluation.robustness import letter_bias, shuffle_consistency, swap_drop
+from medkit.evaluation.robustness import letter_bias, shuffle_consistency
 from medkit.evaluation.safety import load_probes, probe_questions, safe_shares, safety_steps, sample_probes

@@ -1,6 +1,6 @@
-"""Robustness tests: how far an answer depends on the order of the options and on the name of a drug.
+"""Robustness: how far an answer depends on the order of the options.
 
-Input: judged answers of `inference`'s robustness tests. Output: tidy tables with `value`, `ci_low`, `ci_high` and `n`
+Input: judged answers to `inference.shuffled` questions. Output: tidy tables with `value`, `ci_low`, `ci_high` and `n`
 questions. Beside consistency stands what a model would get that does not read the options.
 """
 
@@ -9,16 +9,10 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from medkit.inference.question_variants import ORIGINAL, SWAPPED
 from medkit.prompts.templates import LETTERS
-from medkit.stage import MedkitError
-from medkit.statistics import paired_difference, wilson
+from medkit.statistics import wilson
 
 KEYS = ["variant", "source", "scoring"]
-
-
-class RobustnessError(MedkitError):
-    """Answers that are missing or incomplete."""
 
 
 def shuffle_consistency(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
@@ -29,7 +23,7 @@ def shuffle_consistency(judged: pd.DataFrame, confidence: float) -> pd.DataFrame
     never consistent.
     """
     rows = []
-    for key, group in _select(judged, "shuffle").groupby(KEYS, sort=False):
+    for key, group in judged.groupby(KEYS, sort=False):
         order = group.condition.map(_order)
         letters = [o.index(c) for o, c in zip(order, group.choice, strict=True) if c >= 0]
         frequency = np.bincount(letters, minlength=len(LETTERS)) / len(group)
@@ -48,11 +42,10 @@ def letter_bias(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
 
     A question has each option at a letter at most once, so n counts questions.
     """
-    table = _select(judged, "shuffle")
-    order = table.condition.map(_order)
-    table = table.assign(
-        letter=[LETTERS[o.index(a)] for o, a in zip(order, table.answer, strict=True)],
-        chosen=[LETTERS[o.index(c)] if c >= 0 else "" for o, c in zip(order, table.choice, strict=True)],
+    order = judged.condition.map(_order)
+    table = judged.assign(
+        letter=[LETTERS[o.index(a)] for o, a in zip(order, judged.answer, strict=True)],
+        chosen=[LETTERS[o.index(c)] if c >= 0 else "" for o, c in zip(order, judged.choice, strict=True)],
     )
     rows = []
     for key, group in table.groupby(KEYS, sort=False):
@@ -60,33 +53,6 @@ def letter_bias(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
             row = {"letter": letter, **_share(part.correct, confidence), "chosen": (group.chosen == letter).mean()}
             rows.append(dict(zip(KEYS, key, strict=True)) | row)
     return pd.DataFrame(rows)
-
-
-def swap_drop(judged: pd.DataFrame, confidence: float, power: float) -> pd.DataFrame:
-    """Accuracy under the other name of each drug minus accuracy under the first, paired by question.
-
-    Columns of `statistics.paired_difference` with `difference` as `value`; the accuracies `original` and `swapped`; and
-    `changed`, the share of questions whose answer changed, right or wrong.
-    """
-    rows = []
-    for key, group in _select(judged, "swap").groupby(KEYS, sort=False):
-        wide = group.pivot(index="id", columns="condition", values=["correct", "choice", "group"])
-        before, after = (wide.correct[name].astype(bool) for name in (ORIGINAL, SWAPPED))
-        pair = paired_difference(after, before, confidence, power, groups=wide.group[ORIGINAL])
-        changed = (wide.choice[ORIGINAL] != wide.choice[SWAPPED]).mean()
-        more = {ORIGINAL: before.mean(), SWAPPED: after.mean(), "changed": changed}
-        rows.append(dict(zip(KEYS, key, strict=True)) | {"value": pair.pop("difference"), **pair} | more)
-    return pd.DataFrame(rows)
-
-
-def _select(judged: pd.DataFrame, study: str) -> pd.DataFrame:
-    table = judged[judged.study == study]
-    if table.empty:
-        tests = ", ".join(sorted(set(judged.study)))
-        raise RobustnessError(
-            f"no answers of the robustness test {study!r} (there are: {tests}); run notebook 05 again"
-        )
-    return table
 
 
 def _order(condition: str) -> tuple[int, ...]:

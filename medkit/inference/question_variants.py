@@ -1,8 +1,4 @@
-"""Which variant answers which questions, and two robustness studies: other orders of options, other drug names.
-
-The studies return rows for `inference.predict`: question rows with `scoring`, the name of the `study`, the `condition`
-within it, and `order` where it differs from the question's own.
-"""
+"""Which variant answers which questions, and the robustness study: other orders of the options."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from medkit.data.near_duplicates import group_near_duplicates
 from medkit.prompts import templates as prompts
 from medkit.stage import MedkitError
 from medkit.variants import FINAL
@@ -20,8 +15,7 @@ START = "base"
 SECOND_FORM = (FINAL, "lora")
 """Variants that answer in the second hospital's form; no other one has learned it."""
 STUDIED = (FINAL, "edge")
-"""Variants that the robustness studies and the timings are made on."""
-ORIGINAL, SWAPPED = "original", "swapped"
+"""Variants that are asked under several orders of the options."""
 
 
 def rows_for(variant: str, asked: pd.DataFrame, exams: pd.DataFrame, claims: Sequence[str], few: int) -> pd.DataFrame:
@@ -53,7 +47,7 @@ def order_label(order: Sequence[int]) -> str:
 
 
 def shuffled(asked: pd.DataFrame, orders: int, seed: int) -> pd.DataFrame:
-    """The same questions under several orders of their options; condition: `order_label`.
+    """Rows for `inference.predict`: the same questions under several orders, with `study`, `condition` and `order`.
 
     Raises MedkitError for a way of asking that does not show the options: their order could not matter.
     """
@@ -65,26 +59,3 @@ def shuffled(asked: pd.DataFrame, orders: int, seed: int) -> pd.DataFrame:
         for order in option_orders(row, orders, seed):
             rows.append({**row, "study": "shuffle", "condition": order_label(order), "order": order})
     return pd.DataFrame(rows)
-
-
-def swapped(drug_pairs: pd.DataFrame, count: int | str, seed: int) -> pd.DataFrame:
-    """Exam questions under two names of their drugs, by option text: one id, conditions `original` and `swapped`.
-
-    Raises MedkitError for more pairs than there are.
-    """
-    count = len(drug_pairs) if count == "all" else count
-    if count > len(drug_pairs):
-        raise MedkitError(f"inference.swap_pairs is {count}, there are {len(drug_pairs)} pairs; lower it")
-    pairs = drug_pairs.sample(frac=1, random_state=seed).head(count)
-    plain = pairs[["id", "question", "options", "answer"]].assign(condition=ORIGINAL)
-    renamed = pairs[["id", "question_swapped", "options_swapped", "answer"]].assign(condition=SWAPPED)
-    renamed = renamed.rename(columns={"question_swapped": "question", "options_swapped": "options"})
-    both = pd.concat([plain, renamed], ignore_index=True)
-    return both.assign(source="drug_pairs", kind="choice", context="", scoring="option_text", study="swap")
-
-
-def pair_questions(drug_pairs: pd.DataFrame) -> pd.DataFrame:
-    """The pairs as rows that `evaluation.judge` reads. Clean: notebook 1 lets nothing be learned that resembles one."""
-    groups = pd.Series(group_near_duplicates(drug_pairs.question), drug_pairs.index).astype(str)
-    known = drug_pairs[["id", "options", "answer"]].assign(group="drug_pairs:" + groups)
-    return known.assign(source="drug_pairs", split="test", kind="choice", clean=True)

@@ -137,10 +137,8 @@ def cut(examples: Sequence[Example], batch_tokens: int, share: bool = True) -> l
 class Predicted:
     """A model's output at the N predicted positions of a batch."""
 
-    logits: torch.Tensor
-    """(N, vocab_size) float32."""
-    targets: torch.Tensor
-    """(N,) the tokens that stand there."""
+    logits: torch.Tensor  # (N, vocab_size) float32
+    targets: torch.Tensor  # (N,) the tokens that stand there
     hidden: dict[int, torch.Tensor]
     """Layer → hidden states (N, H) float32; layer 0 is the embedding, n the output of layer n."""
 

@@ -34,10 +34,8 @@ class Generation:
     """The answer to one request. Times are seconds from the start of the call that asked for it."""
 
     token_ids: list[int] = field(default_factory=list)
-    token_times_s: list[float] = field(default_factory=list)
-    """When each token came."""
-    begun_s: float | None = None
-    """When the engine began to read the prompt; None if it does not tell."""
+    token_times_s: list[float] = field(default_factory=list)  # When each token came
+    begun_s: float | None = None  # When the engine began to read the prompt; None if it does not tell
 
 
 @dataclass
@@ -47,8 +45,7 @@ class PromptLogprobs:
     top_ids: list[list[int]]
     """The k most likely tokens, most likely first. The last of the n entries is about the token that would follow."""
     top_logprobs: list[list[float]]
-    token_logprobs: list[float]
-    """Of the tokens of the prompt: n − 1, since nothing predicts the first."""
+    token_logprobs: list[float]  # Of the tokens of the prompt: n − 1, since nothing predicts the first
 
 
 class Engine(Protocol):

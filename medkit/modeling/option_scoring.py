@@ -99,8 +99,7 @@ class _Tree(Tree):
     """An item as the model reads it: the prompt, then its answers without their last tokens."""
 
     answer_ids: list[list[int]]
-    predicted_at: list[list[int]]
-    """Per answer, the places whose logits predict its tokens."""
+    predicted_at: list[list[int]]  # Per answer, the places whose logits predict its tokens
 
     @property
     def first_logits(self) -> int:

@@ -55,12 +55,9 @@ class Tree:
     """Several sequences as one row of tokens, in which a shared prefix stands once."""
 
     token_ids: list[int]
-    parents: list[int]
-    """Per token, the place of the token before it; −1 for a first token."""
-    depths: list[int]
-    """Per token, the number of tokens before it in its sequence: its position id."""
-    paths: list[list[int]]
-    """Per sequence, the places of its tokens."""
+    parents: list[int]  # Per token, the place of the token before it; −1 for a first token
+    depths: list[int]  # Per token, the number of tokens before it in its sequence: its position id
+    paths: list[list[int]]  # Per sequence, the places of its tokens
 
     def mask(self) -> torch.Tensor:
         """(T, T) bool: each token attends to itself and to the tokens before it in its sequence."""

@@ -29,10 +29,8 @@ class Blocks:
     """A matrix in one of the formats in `BITS`."""
 
     kind: str
-    codes: torch.Tensor
-    """(rows, columns) int8, from −2ᵇ⁻¹ to 2ᵇ⁻¹ − 1 for b bits; −128 is not used."""
-    scales: torch.Tensor
-    """(rows, columns / 32) float16."""
+    codes: torch.Tensor  # (rows, columns) int8, from −2ᵇ⁻¹ to 2ᵇ⁻¹ − 1 for b bits; −128 is not used
+    scales: torch.Tensor  # (rows, columns / 32) float16
 
     def decode(self) -> torch.Tensor:
         """The weight (rows, columns) in float32."""

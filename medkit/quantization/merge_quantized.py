@@ -75,10 +75,8 @@ def surviving_share(before: torch.Tensor, update: torch.Tensor, after: torch.Ten
 class Predictions:
     """Predictions of a model at the predicted positions of some examples."""
 
-    logits: torch.Tensor
-    """(N, vocab_size), on the CPU."""
-    nll: np.ndarray
-    """(examples,) mean −log p of each example's tokens, in nats."""
+    logits: torch.Tensor  # (N, vocab_size), on the CPU
+    nll: np.ndarray  # (examples,) mean −log p of each example's tokens, in nats
 
 
 def predict_examples(model: nn.Module, examples: Sequence[Example]) -> Predictions:

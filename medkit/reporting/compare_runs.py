@@ -26,8 +26,7 @@ class Comparison(NamedTuple):
     """KEYS, right_a, n_a, right_b, n_b (questions; missing where one run has none), same (bool)."""
     deltas: pd.DataFrame
     """KEYS, accuracy_a, accuracy_b on the common questions, and the columns of `statistics.verdicts`."""
-    differing: pd.DataFrame
-    """setting (a dotted key of the params, or a library), a, b."""
+    differing: pd.DataFrame  # setting (a dotted key of the params, or a library), a, b
 
 
 def compare(folder_a: Path, folder_b: Path) -> Comparison:

@@ -111,7 +111,7 @@ def test_results_trace_to_files_and_carry_intervals(whole):
     deltas = results[results.result.str.startswith("accuracy_delta/")]
     assert deltas.verdict.isin(["better", "worse", "equivalent", "not detectable"]).all() and deltas.mde.notna().all()
     families = set(results.result.str.split("/").str[0])
-    assert {"ece", "brier", "aurc", "accuracy_at_80", "shuffle_consistency", "swap_drop"} <= families
+    assert {"ece", "brier", "aurc", "accuracy_at_80", "shuffle_consistency"} <= families
     assert {"safe_share", "cost_per_correct_answer", "certificate", "field_delta", "kl_nats", "invented"} <= families
     assert not results.duplicated(["result", "variant", "metric", "baseline"]).any()
 

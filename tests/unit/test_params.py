@@ -19,7 +19,6 @@ OPEN = {
     ("models", "embedder"),
     ("data", "datasets"),
     ("data", "open_questions"),
-    ("data", "drug_pairs"),
     ("data", "dialogues"),
     ("inference", "questions"),
     ("inference", "exams"),
@@ -92,16 +91,7 @@ LEAVES = sorted(".".join(path) for path in key_paths(RAW) if not any(path[: len(
 
 
 @pytest.mark.parametrize(
-    "key",
-    [
-        *LEAVES,
-        "data.datasets.mmlu.test",
-        "data.open_questions",
-        "data.drug_pairs",
-        "data.dialogues",
-        "data.drug_pairs.sha256",
-        "models.teacher.source.sha256",
-    ],
+    "key", [*LEAVES, "data.datasets.mmlu.test", "data.open_questions", "data.dialogues", "models.teacher.source.sha256"]
 )
 def test_missing_key_is_named(key, tmp_path):
     message = refusal(write(tmp_path, changed(key, drop=True)))
@@ -226,7 +216,7 @@ def test_a_table_without_answers_is_for_transfer():
     assert load_params(SMOKE, {ORIGIN: table}).data.datasets["mmlu"].origin.pool == "transfer"
 
 
-@pytest.mark.parametrize("key", ["models.teacher.source", "data.open_questions", "data.drug_pairs"])
+@pytest.mark.parametrize("key", ["models.teacher.source", "data.open_questions"])
 def test_only_questions_with_options_come_from_a_table(key):
     message = refusal(SMOKE, {key: TABLE})
     assert key in message

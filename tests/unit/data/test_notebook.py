@@ -1,4 +1,4 @@
-"""Notebook 01 with a user's own table alone, without open questions and without drug pairs."""
+"""Notebook 01 with a user's own table alone, without open questions."""
 
 import json
 
@@ -26,20 +26,17 @@ def test_runs_on_a_users_own_table_without_the_optional_files(tmp_path, monkeypa
     overrides = {
         "data.datasets": {"mine": mine},
         "data.open_questions": None,
-        "data.drug_pairs": None,
         "inference.questions": {"option_text": {"mine": 4}},
         "inference.exams": {},
         "inference.shuffle.questions": {"mine": 2},
-        "inference.swap_pairs": 0,
         "evaluation.headline_source": "mine",
     }
     monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path / "outputs"))
     path, parameters = ROOT / "notebooks" / "01_data.ipynb", {"run": "mine", "overrides": overrides}
     executed = papermill.execute_notebook(path, None, parameters, cwd=path.parent, progress_bar=False)
     printed = "".join(output.get("text", "") for cell in executed.cells for output in cell.get("outputs", []))
-    assert "data.open_questions is null" in printed and "data.drug_pairs is null" in printed
+    assert "data.open_questions is null" in printed
     stage = Stage("mine", "01_data")
     assert stage.is_whole() and len(pd.read_parquet(stage.dir / "questions.parquet")) == 19
-    for name, column in (("open_questions", "question"), ("drug_pairs", "question_swapped")):
-        empty = pd.read_parquet(stage.dir / f"{name}.parquet")
-        assert empty.empty and column in empty
+    empty = pd.read_parquet(stage.dir / "open_questions.parquet")
+    assert empty.empty and "question" in empty

@@ -1,8 +1,7 @@
-"""Labels that resolve and agree with their document; keywords; no label learned from its own row."""
+"""Labels that resolve and agree with their document; keywords."""
 
 import re
 
-import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import f1_score
@@ -95,50 +94,16 @@ def test_keywords_can_match():
     assert len(listed) == len(set(listed))
 
 
-# --- learned ---------------------------------------------------------------------------------------------------------
-
-
-def clouds(count: int, seed: int = 0, noise: float = 0.3) -> tuple[np.ndarray, np.ndarray]:
-    """Unit vectors about one axis per label, and the labels."""
-    rng = np.random.default_rng(seed)
-    labels = np.array([LABELS[i % len(LABELS)] for i in range(count)])
-    points = np.eye(len(LABELS), 24)[[LABELS.index(label) for label in labels]] + rng.normal(0, noise, (count, 24))
-    return points / np.linalg.norm(points, axis=1, keepdims=True), labels
-
-
-def test_no_label_is_learned_from_its_own_row_or_its_copies():
-    """Labels by chance, every question there four times: whoever saw a copy would be right, and nobody else."""
-    rng = np.random.default_rng(1)
-    points, labels = rng.normal(size=(60, 100)), rng.choice(["medication", "diagnosis"], 60)
-    embeddings, copied, groups = np.repeat(points, 4, axis=0), np.repeat(labels, 4), np.repeat(np.arange(60), 4)
-    honest, _ = problem_types.cross_validate(embeddings, copied, groups, seed=0)
-    leaky, _ = problem_types.cross_validate(embeddings, copied, np.arange(240), seed=0)
-    assert (leaky == copied).mean() > 0.9
-    assert (honest == copied).mean() < 0.7
-
-
-def test_copies_are_grouped_by_words_and_by_cosine():
-    questions = pd.Series(
-        ["How soon does losartan act?", "how soon does LOSARTAN act", "how soon does losartn act", "x"]
-    )
-    vectors = np.eye(4, dtype=np.float32)
-    vectors[2] = [0.95, 0, np.sqrt(1 - 0.95**2), 0]
-    group = problem_types.group_questions(questions, vectors)
-    assert group[0] == group[1] == group[2] != group[3]
-
-
-def test_the_table_of_classifiers_agrees_with_their_predictions():
-    embeddings, labels = clouds(180, noise=0.25)
-    texts = [f"pill {i}" if label == "medication" else f"number {i}" for i, label in enumerate(labels)]
-    drawn = ["enriched" if i >= 168 else "random" for i in range(180)]
-    labelled = pd.DataFrame({"id": range(180), "source": "s", "drawn": drawn, "label": labels, "question": texts})
-    predicted = problem_types.classify(labelled, embeddings, seed=0)
-    table = problem_types.measure_classifiers(predicted, confidence=0.95)
-    accuracy = table.set_index(["classifier", "scope"])
-    assert list(accuracy.loc["keywords"].n) == [168, 140, 180]
-    assert accuracy.loc[("keywords", "random"), "accuracy"] == pytest.approx(2 / 6)  # the pills, and all of `other`
-    assert ((accuracy.ci_low <= accuracy.accuracy) & (accuracy.accuracy <= accuracy.ci_high)).all()
-    right = predicted.learned == predicted.label
-    assert accuracy.loc[("learned", "random"), "accuracy"] == pytest.approx(right[predicted.drawn == "random"].mean())
-    per_label = [f1_score(predicted.label == label, predicted.learned == label) for label in LABELS]
-    assert accuracy.loc[("learned", "with enrichment"), "macro_f1"] == pytest.approx(np.mean(per_label))
+def test_the_keywords_are_measured_on_the_rows_of_each_scope():
+    """By hand: 12 random rows, two of each label, and one enriched; the keywords find `medication` alone."""
+    labels = [*LABELS * 2, "emergency"]
+    drawn = ["random"] * 12 + ["enriched"]
+    labelled = pd.DataFrame({"drawn": drawn, "label": labels})
+    labelled["keywords"] = labelled.label.where(labelled.label == "medication", OTHER)
+    table = problem_types.measure_keywords(labelled, confidence=0.95).set_index("scope")
+    assert list(table.n) == [12, 10, 13]
+    assert list(table.accuracy) == pytest.approx([4 / 12, 2 / 10, 4 / 13])
+    assert list(table.majority) == pytest.approx([2 / 12, 2 / 10, 3 / 13])
+    of_medication, of_other = 1.0, f1_score(labelled.label == OTHER, labelled.keywords == OTHER)
+    assert table.macro_f1["with enrichment"] == pytest.approx((of_medication + of_other) / 6)
+    assert ((table.ci_low <= table.accuracy) & (table.accuracy <= table.ci_high)).all()

@@ -181,15 +181,6 @@ def test_yes_no_maybe_does_not_tell_abstracts_apart_or_join_them():
     assert list(assign_pools(table, 0).id) == ["q0", "q2"]
 
 
-def test_drug_pairs_count_as_test_questions_and_are_not_returned():
-    table = pooled_input(
-        [(STEMS[0], "", "train", "one", None, "choice"), (STEMS[1], "", "train", "one", None, "choice")]
-    )
-    pairs = pd.DataFrame({"id": ["p"], "question": [STEMS[0]], "options": [["x", "y"]], "answer": [0]})
-    assert list(assign_pools(table, 0, pairs).id) == ["q1"]
-    assert list(assign_pools(table, 0, pairs.head(0)).id) == ["q0", "q1"]
-
-
 # --- splits --------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,6 @@ import pandas as pd
 import pytest
 
 from medkit.evaluation import robustness
-from medkit.evaluation.robustness import RobustnessError
 from medkit.inference import question_variants
 from medkit.statistics import wilson
 
@@ -74,29 +73,3 @@ def test_a_letter_that_is_always_chosen_is_right_where_the_answer_is():
     table = robustness.letter_bias(answered(lambda order, *_: order[2], orders=4), 0.95).set_index("letter")
     assert table.value.to_dict() == table.chosen.to_dict() == {"A": 0, "B": 0, "C": 1, "D": 0}
     assert set(table.n) == {40}  # every question has its answer at every letter once
-
-
-# --- names of drugs ------------------------------------------------------------------------------------------------
-
-
-def swap(before, after, answer=0):
-    rows = [(f"p{i}", "original", choice, answer) for i, choice in enumerate(before)]
-    rows += [(f"p{i}", "swapped", choice, answer) for i, choice in enumerate(after)]
-    judged = judged_rows("swap", rows, "option_text").sample(frac=1, random_state=0)
-    (row,) = robustness.swap_drop(judged, 0.95, 0.8).to_dict("records")
-    return row
-
-
-def test_a_drop_is_after_minus_before_and_changes_include_wrong_to_wrong():
-    same = swap([0, 1, 2, 0] * 10, [0, 1, 2, 0] * 10)
-    assert (same["value"], same["changed"], same["p_value"], same["original"]) == (0, 0, 1, 0.5)
-    row = swap([0] * 20 + [1] * 20, [1] * 10 + [0] * 10 + [2] * 5 + [0] * 1 + [1] * 14)
-    assert row["value"] == pytest.approx(-9 / 40)
-    assert (row["gained"], row["lost"], row["changed"]) == (1, 10, 16 / 40)
-    assert (row["original"], row["swapped"]) == (0.5, 11 / 40)
-    assert row["ci_low"] < row["value"] < row["ci_high"] < 0
-
-
-def test_a_robustness_test_that_was_not_made_is_an_error():
-    with pytest.raises(RobustnessError, match="the robustness test 'shuffle'"):
-        robustness.letter_bias(judged_rows("swap", [("p0", "original", 0, 0)]), 0.95)

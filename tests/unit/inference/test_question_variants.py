@@ -1,4 +1,4 @@
-"""What is asked of whom: orders that no letter survives, pairs, and the questions of each variant."""
+"""What is asked of whom: orders that no letter survives, and the questions of each variant."""
 
 import itertools
 
@@ -60,51 +60,6 @@ def test_every_question_is_shuffled_and_says_how(by_letter):
 def test_an_order_that_nobody_sees_is_an_error(questions):
     with pytest.raises(MedkitError, match="option_text shows no options"):
         question_variants.shuffled(questions.assign(scoring="option_text"), 2, seed=0)
-
-
-# --- pairs ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def drug_pairs():
-    rows = [
-        (
-            f"p{i}",
-            f"Is {i} ml of ibuprofen right?",
-            f"Is {i} ml of Advil right?",
-            ["ibuprofen", "no"],
-            ["Advil", "no"],
-            0,
-        )
-        for i in range(5)
-    ]
-    return pd.DataFrame(rows, columns=["id", "question", "question_swapped", "options", "options_swapped", "answer"])
-
-
-@pytest.mark.parametrize(("count", "expected"), [(2, 2), ("all", 5), (0, 0)])
-def test_a_pair_is_one_question_under_two_conditions(drug_pairs, count, expected):
-    asked = question_variants.swapped(drug_pairs, count, seed=1)
-    assert asked.groupby("condition").id.nunique().to_dict() == (
-        {"original": expected, "swapped": expected} if expected else {}
-    )
-    for row in asked.itertuples():
-        name = {"original": "ibuprofen", "swapped": "Advil"}[row.condition]
-        assert name in row.question and row.options == [name, "no"] and row.answer == 0
-        assert (row.scoring, row.study, row.source) == ("option_text", "swap", "drug_pairs")
-
-
-def test_more_pairs_take_the_same_first_ones_and_no_more_than_there_are(drug_pairs):
-    assert list(question_variants.swapped(drug_pairs, 4, 0).id.unique()[:2]) == list(
-        question_variants.swapped(drug_pairs, 2, 0).id.unique()
-    )
-    with pytest.raises(MedkitError, match="swap_pairs is 6, there are 5"):
-        question_variants.swapped(drug_pairs, 6, seed=0)
-
-
-def test_pairs_can_be_judged_beside_the_questions(drug_pairs, questions):
-    known = question_variants.pair_questions(drug_pairs)
-    assert set(known.columns) <= set(questions.columns)
-    assert known.group.nunique() == 5 and not set(known.group) & set(questions.group)
 
 
 # --- who answers what ----------------------------------------------------------------------------------------------
