@@ -18,6 +18,7 @@ from typing import Literal, get_args
 from pydantic import BaseModel
 
 from medkit.prompts.templates import LETTERS, Template
+from medkit.prompts.thinking import after_thoughts
 
 Kind = Literal["boxed", "final", "declared", "denied", "doubted"]  # how a text names a choice
 
@@ -31,12 +32,11 @@ def normalise(text: str) -> str:
 def parse(text: str, options: list[str], template: Template) -> int | None:
     """Index of the option that `text` gives as its answer, or None if it does not say so plainly.
 
-    An option's own text counts under every template, a letter only if the prompt listed letters. Text before
-    `</think>` does not count, nor what follows "if", "not" or "might"; "not A but B" declares B. Two different declared
-    choices, a choice that is also denied, or a letter beyond the options give None.
-    A box, or else a "final answer", overrides all that was declared before it.
+    An option's own text counts under every template, a letter only if the prompt listed letters. Thoughts do not count,
+    nor what follows "if", "not" or "might". Two different declared choices, a choice that is also denied, or a letter
+    beyond the options give None. A box, or else a "final answer", overrides all that was declared before it.
     """
-    text = _after_thinking(text)
+    text = after_thoughts(text)
     whole, exact = normalise(text), [normalise(option) for option in options]
     is_letter = template.lists_options and whole.upper() in tuple(LETTERS)  # then the letter counts, not an option "A"
     if whole and exact.count(whole) == 1 and not is_letter:
@@ -56,7 +56,7 @@ def parse_record(text: str, schema: type[BaseModel]) -> BaseModel | None:
 
     A second object, a stray brace, an array around it, a repeated or unknown key, or a wrong type gives None.
     """
-    text = _after_thinking(text)
+    text = after_thoughts(text)
     start = text.find("{")
     if start < 0 or text[:start].rstrip().endswith("["):
         return None
@@ -75,22 +75,14 @@ def _unique(pairs: list[tuple]) -> dict:
     return dict(pairs)
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
-
-
-def _after_thinking(text: str) -> str:
-    return text.rpartition("</think>")[2].partition("<think>")[0].strip()
+_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=int)  # int("NaN") is an error, as it should be
 
 
 def _plain(text: str) -> str:
-    """Without Markdown, emoji and runs of white space; full-width letters become plain, Roman numerals no letters."""
-    text = re.sub("[\u2160\u216d\u216e\u2170\u217d\u217e]", "0", text)  # the signs for 1, 100 and 500
+    """Without Markdown, emoji and runs of white space; full-width letters become plain."""
     text = unicodedata.normalize("NFKC", text)
-    text = re.sub("</?answer>|[\u2600-\u27bf\ufe0f\u200d\U0001f000-\U0001faff]", " ", text)
+    text = re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf) ?\{([^{}]{0,300})\}", r"\1", text)
+    text = re.sub("[\u2600-\u27bf\ufe0f\u200d\U0001f000-\U0001faff]", " ", text)
     text = re.sub(r"(?m)^ *#+ +", "", text)
     text = re.sub(r"(?<![^\W_])[*_`]+|[*_`]+(?![^\W_])", "", text)  # around words only: "HLA-B*27" keeps its star
     return re.sub(r"[^\S\n]+", " ", re.sub(r"\s*\n\s*", "\n", text)).strip()
@@ -112,7 +104,7 @@ _LEAD = re.compile(
     r"|(?:\brespuesta(?: correcta)?|\bréponse|\bantwort|答案) ?(?:est?|ist|[是为:])",
     re.IGNORECASE,
 )
-_BOX = re.compile(r"\\boxed ?\{ ?(?:\\(?:text|textbf|mathrm|mathbf) ?\{)?([^{}]{0,300})\}")
+_BOX = re.compile(r"\\boxed ?\{([^{}]{0,300})\}")
 _NAMED = re.compile(r"\s?(?:(?:the )?(?:correct )?(?:option|choice|letter|answer) )?", re.IGNORECASE)
 _CLAUSE = re.compile(
     r"(?:\A|[\n.;:,!?–—(] ?|\b(?:so|therefore|thus|hence|that|think|believe|because|but|while|only) "
@@ -143,8 +135,6 @@ _WRONG = re.compile(  # "C is not a symptom" does not deny C: it may be why C is
     re.IGNORECASE,
 )
 _NOT = re.compile(r"\b(?:not|never) (?:(?:the )?(?:option|answer) )?", re.IGNORECASE)
-_NOT_BUT = re.compile(r"not (?:(?:the )?option )?", re.IGNORECASE)
-_BUT = re.compile(r",? but (?:rather )?(?:option )?", re.IGNORECASE)
 _VERDICTS = {"yes", "no", "maybe"}
 _COMMA = re.compile(r"[,;:] | [–—-] ")
 _FIRST = re.compile(r"(?:\A\W{0,3}\w+\W{1,3}|[.!?\n] ?|\bbut )(?=(\w{1,9}))")
@@ -201,14 +191,10 @@ class _Reading:
                 yield choice, self.doubt(clause.end()) or "declared"
 
     def denials(self) -> Iterator[tuple[int, Kind]]:
-        """ "not A" denies A; "not A but B" also declares B."""
         for denial in _NOT.finditer(self.text):
             choice, _ = self.choice_at(denial.end(), prose=True)
             if choice is not None and not self.option_at(denial.start())[0]:  # "not pure" may be an option
                 yield choice, "denied"
-                but = self.declared_at(denial.start())
-                if but is not None:
-                    yield but, self.doubt(denial.start()) or "declared"
 
     def doubt(self, start: int, lead: str = "") -> Literal["", "doubted", "denied"]:
         """Whether the `lead`, or words before `start` in the same sentence, take the statement back."""
@@ -221,9 +207,6 @@ class _Reading:
     def declared_at(self, start: int) -> int | None:
         """The one choice whose letter or text is at `start` with an end behind it."""
         choice, end = self.choice_at(start)
-        if choice is None and (denial := _NOT_BUT.match(self.text, start)):
-            but = _BUT.match(self.text, self.choice_at(denial.end(), prose=True)[1])
-            choice, end = self.choice_at(but.end()) if but else (None, start)
         stop = _END.match(self.text, end)
         if choice is None or stop is None:
             return None

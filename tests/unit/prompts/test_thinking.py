@@ -1,0 +1,42 @@
+"""How a model thinks is read from its chat template; a plain answer follows an empty thought in the family's form."""
+
+import pytest
+
+from medkit.prompts.templates import encode, thinking_of
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+OPENED = "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"  # as in DeepSeek-R1-Distill
+EMPTY = "{{ '<think>\\n\\n</think>\\n\\n' }}"
+SWITCH = f"{{% if enable_thinking is defined and enable_thinking is false %}}{EMPTY}{{% endif %}}"  # as in Qwen3
+BOTH = f"{{% if enable_thinking is defined and not enable_thinking %}}{EMPTY}{{% else %}}{OPENED}{{% endif %}}"
+MESSAGES = [{"role": "user", "content": "Which one? </think>"}]
+
+
+@pytest.mark.parametrize(
+    ("end", "mode"),
+    [
+        (OPENED, "open"),
+        (SWITCH, "closed"),
+        (BOTH, "open"),
+        ("", "none"),  # it may drop the thoughts of earlier turns all the same
+        (EMPTY, "none"),  # its thoughts are closed already
+        ("{{ '[THINK]' }}", "open"),
+    ],
+)
+def test_a_plain_answer_follows_an_empty_thought_and_a_generated_one_an_open_thought(make_tokenizer, end, mode):
+    tokenizer = make_tokenizer(chat_template=TURNS + ASK + end)
+    assert thinking_of(tokenizer).mode == mode
+    opening, closing = ("[THINK]", "\n[/THINK]\n\n") if "[" in end else ("<think>\n", "\n</think>\n\n")
+    closed, answer_ids = encode(tokenizer, MESSAGES, "C")
+    opened, thought_ids = encode(tokenizer, MESSAGES, "C", thought="It is A.")
+    assert encode(tokenizer, MESSAGES)[0] == closed
+    assert encode(tokenizer, MESSAGES, thought="")[0] == opened
+    closed, answer, opened, thought = map(tokenizer.decode, (closed, answer_ids, opened, thought_ids))
+    assert answer == "C<|im_end|>"
+    if mode == "none":
+        assert (closed, thought) == (opened, "It is A.\n\nC<|im_end|>")
+    else:
+        assert closed.endswith(f"assistant\n{opening}{closing}")
+        assert opened.endswith(f"assistant\n{opening}")
+        assert thought == f"It is A.{closing}C<|im_end|>"
