@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict
 
 from medkit.params import digest
+from medkit.prompts.thinking import Thinking, find_thinking
 from medkit.stage import MedkitError
 
 LETTERS = "ABCDEFGHIJ"
@@ -163,15 +164,29 @@ def end_ids(tokenizer) -> tuple[int, ...]:
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *getattr(tokenizer, "end_token_ids", ())]))
 
 
-def encode(tokenizer, messages: list[dict], answer: str | None = None) -> tuple[list[int], list[int]]:
+def thinking_of(tokenizer) -> Thinking:
+    """How the model of this tokenizer thinks; a base model, without a chat template, does not."""
+    template = chat_template(tokenizer)
+    return find_thinking(tokenizer, template) if template else Thinking("none", "", "")
+
+
+def encode(
+    tokenizer, messages: list[dict], answer: str | None = None, thought: str | None = None
+) -> tuple[list[int], list[int]]:
     """Token ids of the prompt, and of the answer with its end token (an empty list without an answer).
 
     Uses the model's chat template; a base model without one gets "Question: … Answer: …" turns. Prompt and answer are
     tokenised separately, so the border between given and predicted tokens is exact. A control token within a message or
     an answer is read as text.
+
+    The prompt of a model that thinks ends in an empty thought, closed. With a `thought` it ends in an open one, which
+    the model goes on writing (""), or which is predicted before the answer. Other models write it as plain text.
     """
-    if template := chat_template(tokenizer):
+    thinking, closing = thinking_of(tokenizer), ""
+    if thinking.open_template:
+        template = thinking.closed_template if thought is None else thinking.open_template
         prompt_ids = _apply(tokenizer, template, messages)
+        closing = thinking.closing
     else:
         forms = {"system": "", "user": "Question: {}\nAnswer:", "assistant": " {}\n\n"}
         prompt = "".join(forms[message["role"]].format(message["content"]) for message in messages)
@@ -181,8 +196,12 @@ def encode(tokenizer, messages: list[dict], answer: str | None = None) -> tuple[
         answer = None if answer is None else f" {answer}"
     if answer is None:
         return prompt_ids, []
+    thought_ids = []
+    if thought:
+        thought_ids = tokenizer(thought, add_special_tokens=False, split_special_tokens=True).input_ids
+        thought_ids += tokenizer(closing or "\n\n", add_special_tokens=False).input_ids
     answer_ids = tokenizer(answer, add_special_tokens=False, split_special_tokens=True).input_ids
-    return prompt_ids, [*answer_ids, tokenizer.eos_token_id]
+    return prompt_ids, [*thought_ids, *answer_ids, tokenizer.eos_token_id]
 
 
 def _apply(tokenizer, template: str, messages: list[dict]) -> list[int]:
