@@ -6,7 +6,7 @@ Llama (SmolLM) and Qwen2 checkpoints only. The `gguf` package quantizes the matr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # large imports, which checking a file does not need
     from medkit.quantization.gguf_blocks import Blocks
 
 WEIGHT_TYPES = ("F16", "Q8_0", "Q5_0", "Q4_0")
+LARGEST_DIFFERENCE = 0.05  # float16 and bfloat16 round weights and sums
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
 
 
@@ -93,8 +94,9 @@ def _write_file(
     writer.add_key_length(_head_dim(config))
     writer.add_value_length(_head_dim(config))
     write_tokenizer(writer, tokenizer, config.vocab_size)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight  # whatever the config says
     for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
+        if name == "lm_head.weight" and tied:
             continue
         if name.removesuffix(".weight") in blocks:
             module = blocks[name.removesuffix(".weight")]
@@ -180,6 +182,27 @@ def check_manifest(path: Path) -> dict:
 
 
 # --- reading the file back -------------------------------------------------------------------------------------------
+
+
+def check_logits(model: nn.Module, read: nn.Module, input_ids: Sequence[int], blocks: Mapping[str, Blocks]) -> float:
+    """How far the logits of a file that was read back are from those of its model with the weights of `blocks`.
+
+    The largest difference at any position and token, divided by the standard deviation of the logits. Raises
+    ExportError above LARGEST_DIFFERENCE: the file holds another model.
+    """
+    import torch
+
+    ids = torch.tensor([list(input_ids)], device=model.device)
+    weights = {f"{name}.weight": b.decode().to(model.device, model.dtype) for name, b in blocks.items()}
+    with torch.inference_mode():
+        expected = torch.func.functional_call(model, weights, (ids,)).logits.float()
+        error = (read(ids.to(read.device)).logits.float().to(expected.device) - expected).abs().max() / expected.std()
+    if not error <= LARGEST_DIFFERENCE:
+        raise ExportError(
+            f"the exported file's logits differ by {error:.2g} standard deviations from its model's (at most "
+            f"{LARGEST_DIFFERENCE}): the file holds another model; report this checkpoint"
+        )
+    return float(error)
 
 
 def measure_file_bytes(path: Path) -> pd.DataFrame:

@@ -11,13 +11,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Qwen2C
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from medkit.lora import adapters
+from medkit.modeling.loading import load_model
 from medkit.quantization import gguf_export, gguf_tokenizer, plans
 from medkit.quantization import quantize as quantization
+from medkit.quantization.gguf_blocks import round_to_blocks
 from medkit.quantization.gguf_export import ExportError
 
 BYTES_PER_BLOCK = {"F16": 64, "Q8_0": 34, "Q5_0": 22, "Q4_0": 18}  # of 32 weights
 TYPES = list(gguf_export.WEIGHT_TYPES)
 IDS = torch.tensor([[5, 9, 17, 33, 4, 8, 250, 299]])
+ENDS = ("chat_template", "ggml.eos_token_id", "ggml.eot_token_id")
 TEXTS = [
     "Which vitamin prevents scurvy?",
     "Give 325 mg at 09:30, 2000 mg a day.",
@@ -116,6 +119,29 @@ def test_the_file_holds_the_model(make_llama, tokenizer, tmp_path, weight_type):
     again = read_back(gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", weight_type))
     torch.testing.assert_close(logits(again), logits(rounded(model, weight_type)), rtol=0, atol=1e-4)
     assert again.lm_head.weight is again.get_input_embeddings().weight
+
+
+def test_a_file_answers_as_its_model_and_another_models_file_is_refused(make_llama, tokenizer, models_params, tmp_path):
+    """A head of its own goes into the file, even where the config says tied; without it the answers differ."""
+    model = make_llama(tie_word_embeddings=False)
+    model.config.tie_word_embeddings = True
+    blocks = {"lm_head": round_to_blocks(model.lm_head.weight, "Q4_0")}
+    read = load_model(gguf_export.export_gguf(model, tokenizer, tmp_path / "m.gguf", blocks=blocks), models_params)
+    assert gguf_export.check_logits(model, read, IDS[0], blocks) < 0.01
+    for other in (read.requires_grad_(False), make_llama()):
+        other.lm_head.weight = other.get_input_embeddings().weight
+        with pytest.raises(ExportError, match="the file holds another model"):
+            gguf_export.check_logits(model, other, IDS[0], blocks)
+    with pytest.raises(ExportError, match="the file holds another model"):
+        gguf_export.check_logits(model, model, IDS[0], blocks)
+
+
+def test_the_file_holds_one_chat_template_and_every_end(make_llama, make_tokenizer, tmp_path):
+    tokenizer = make_tokenizer(chat_template={"default": "one", "tool_use": "two"})
+    tokenizer.end_token_ids = [2, 0]
+    path = gguf_export.export_gguf(make_llama(layers=1), tokenizer, tmp_path / "student.gguf", "F16")
+    fields = {name: gguf.GGUFReader(path).get_field(f"tokenizer.{name}") for name in ENDS}
+    assert [field.contents() for field in fields.values()] == ["one", 2, 0]
 
 
 @pytest.mark.parametrize(
