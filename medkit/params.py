@@ -308,6 +308,7 @@ class InferenceParams(Section):
     exams: dict[str, Count]
     """Test source → number of questions, by option text, for the untrained and the distilled student alone."""
     shuffle: ShuffleParams  # How far an answer depends on the order of its options; asked of two variants
+    dialogues: Count  # Real consultations of which two variants write a record of the first form; 0 for none
     safety_probes: Count  # Open questions that can do harm (docs/safety.md), spread evenly over their categories
     bench: BenchParams
     server: ServerParams | None  # The server that the edge file is timed on; null starts llama.cpp's own

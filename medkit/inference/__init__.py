@@ -2,7 +2,7 @@
 
 from medkit.inference.figures import plot_throughput, plot_timelines
 from medkit.inference.predictions import choose_questions, predict
-from medkit.inference.question_variants import STUDIED, rows_for, shuffled
+from medkit.inference.question_variants import OF_DIALOGUES, STUDIED, dialogue_rows, rows_for, shuffled
 from medkit.inference.server_engine import ServerEngine, llama_server
 from medkit.inference.torch_engine import SCHEDULERS, TorchEngine
 from medkit.inference.variant_loading import edge_engine, load_variant

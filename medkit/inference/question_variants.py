@@ -1,4 +1,4 @@
-"""Which variant answers which questions, and the robustness study: other orders of the options."""
+"""Which variant answers which questions, in which order of the options, and the records of real dialogues."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ SECOND_FORM = (FINAL, "lora")
 """Variants that answer in the second hospital's form; no other one has learned it."""
 STUDIED = (FINAL, "edge")
 """Variants that are asked under several orders of the options."""
+OF_DIALOGUES = ("teacher", FINAL)
+"""Variants that write records of real dialogues."""
+MAX_CHARACTERS = 2000
 
 
 def rows_for(variant: str, asked: pd.DataFrame, exams: pd.DataFrame, claims: Sequence[str], few: int) -> pd.DataFrame:
@@ -27,6 +30,18 @@ def rows_for(variant: str, asked: pd.DataFrame, exams: pd.DataFrame, claims: Seq
     rows = asked if variant in claims else asked.groupby(["scoring", "source"], sort=False).head(few)
     rows = rows[(rows.kind != "record_b") | (variant in SECOND_FORM)]
     return pd.concat([rows, exams]) if variant in (START, FINAL) else rows
+
+
+def dialogue_rows(dialogues: pd.DataFrame, count: int | str) -> pd.DataFrame:
+    """Rows for `predict`: real dialogues (`01_data/dialogues.parquet`), of which records of the first form are wanted.
+
+    The first `count` ones, or "all", of at most MAX_CHARACTERS: what is longer, no variant has learned to read.
+    """
+    short = dialogues[dialogues.dialogue.str.len() <= MAX_CHARACTERS]
+    rows = short if count == "all" else short.head(count)
+    return rows[["id", "source"]].assign(
+        question=rows.dialogue, kind="record", scoring="generated", context="", options=[[""]] * len(rows)
+    )
 
 
 def option_orders(question: dict, orders: int, seed: int) -> list[list[int]]:

@@ -126,6 +126,10 @@ def run_tables(results: pd.DataFrame, facts: Mapping) -> dict[str, str]:
         ("area under risk–coverage", f"aurc/{source}", ".3f", 1),
         ("accuracy without the least sure fifth", f"accuracy_at_80/{source}", ".2f", 1),
     ]
+    dialogues = [
+        ("valid records", "dialogues/valid", ".2f", 1),
+        ("values that the dialogue contains", "dialogues/grounded", ".2f", 1),
+    ]
     robustness = [("same answer in other orders, {}", "shuffle_consistency/*", ".2f", 1)]
     energy = [
         ("Wh per correct answer", "energy_wh_per_correct_answer", ",.3g", 1),
@@ -136,6 +140,7 @@ def run_tables(results: pd.DataFrame, facts: Mapping) -> dict[str, str]:
     tables = {
         f"Accuracy on {source}": variants_table(scored[~is_exam], [("accuracy", f"accuracy/{source}", ".2f", 1)]),
         "Records": variants_table(generated, records),
+        "Records of real dialogues (MTS-Dialog), which nothing was learned from": variants_table(results, dialogues),
         f"Each step against the variant it starts from, on {source}": steps_table(results, source, scoring),
         "Each step on the fields of the records": steps_table(results, "records", "generated", "field_delta"),
         "What the smaller files keep": certificates_table(results),

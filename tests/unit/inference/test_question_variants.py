@@ -81,3 +81,15 @@ def test_claims_answer_everything_the_others_the_first_few_and_exams_are_for_sta
         assert of_source["records"] == [f"records{i}" for i in range(count)]
         assert bool(of_source["records_b"]) == (variant in ("student_kd", "lora"))
         assert bool(of_source["medqa"]) == (variant in ("base", "student_kd"))
+
+
+def test_real_dialogues_are_asked_for_the_first_form_without_an_answer():
+    texts = ["D: Hi.", "D: " * 999, "P: No."]
+    dialogues = pd.DataFrame({"id": ["a", "b", "c"], "source": "mts_dialog", "dialogue": texts})
+    rows = question_variants.dialogue_rows(dialogues, "all")
+    assert rows.id.tolist() == ["a", "c"] and rows.question.tolist() == ["D: Hi.", "P: No."]
+    assert set(rows.kind) == {"record"} and rows.options.tolist() == [[""], [""]]
+    assert (
+        question_variants.dialogue_rows(dialogues, 1).id.tolist() == ["a"]
+        and question_variants.dialogue_rows(dialogues, 0).empty
+    )
