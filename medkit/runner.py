@@ -117,6 +117,7 @@ def run_all(params_file: str | Path, run: str, overrides: dict | None = None, fi
     if first is not None and first not in names:
         raise RunError(f"no stage {first!r}; the stages are {names}")
     folder = run_dir(run)
+    sources.cache_root()  # makes MEDKIT_CACHE absolute for the kernels
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {"params_file": str(Path(params_file).resolve()), "run": run, "overrides": overrides or {}}
     try:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 
 from medkit.params import Hub, Local, Source, Table, Wheel, Wheels, digest
-from medkit.stage import FETCHED, MedkitError
+from medkit.stage import FETCHED, MedkitError, folder_of
 
 WHEEL_PYTHON = "3.11"  # data wheels are pure; asking for one version gives a newer Python the same file
 
@@ -35,7 +34,7 @@ class SourceError(MedkitError):
 
 def cache_root() -> Path:
     """Directory of everything downloaded or converted: $MEDKIT_CACHE, or ~/.cache/medkit."""
-    return Path(os.environ.get("MEDKIT_CACHE", Path.home() / ".cache" / "medkit")).expanduser()
+    return folder_of("MEDKIT_CACHE", Path.home() / ".cache" / "medkit")
 
 
 @contextmanager

@@ -47,7 +47,18 @@ class StageError(MedkitError):
 
 def outputs_root() -> Path:
     """Directory of all runs: $MEDKIT_OUTPUTS, or outputs/ beside the package."""
-    return Path(os.environ.get("MEDKIT_OUTPUTS", ROOT / "outputs"))
+    return folder_of("MEDKIT_OUTPUTS", ROOT / "outputs")
+
+
+def folder_of(variable: str, default: Path) -> Path:
+    """The folder that an environment variable names, absolute; `default` where it is not set.
+
+    The absolute path is written back: a notebook's kernel starts in another folder than the command that was given.
+    """
+    if not os.environ.get(variable):
+        return default
+    os.environ[variable] = os.path.abspath(os.path.expanduser(os.environ[variable]))
+    return Path(os.environ[variable])
 
 
 def run_dir(run: str) -> Path:
@@ -71,9 +82,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with _write_errors(path, scratch):
             yield scratch
         with _write_errors(path):
+            aside = path.with_name(f"{path.name}.{os.getpid()}.old.part")
             if path.is_dir() and scratch.exists():
-                shutil.rmtree(path)
+                path.replace(aside)  # killed here, both folders are still whole
             scratch.replace(path)
+            shutil.rmtree(aside, ignore_errors=True)
     finally:
         if scratch.is_dir():
             shutil.rmtree(scratch, ignore_errors=True)
