@@ -121,6 +121,10 @@ class TableColumns(Section):
     answer: str
     context: str
     subject: str
+    group: str = ""
+    """What rows share that must not stand on both sides of a split: a drug, a patient, a document."""
+    split: str = ""
+    """The row's own split (train, valid, test or transfer); an empty cell takes the table's `pool`."""
 
 
 class Table(Section):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from typing import Literal
+from typing import Literal, get_args
 
 import pandas as pd
 
@@ -22,12 +22,20 @@ Kind = Literal["choice", "abstract", "icd_chapter", "record", "record_b"]
 Pool = Literal["train", "valid", "test", "transfer"]
 POOL_SHARES = {"test": 0.35, "valid": 0.05, "train": 0.60}  # of the groups of a source that has no official split
 EXAMPLE_CHARACTERS = 80
-# Two spellings of one thing, each found in the published files: a byte order mark inside MMLU, typographic ligatures
-# in MedMCQA, one-character degrees and both signs for micro in MedQA.
-SPELLINGS = {"\ufeff": "", "ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "℃": "°C", "℉": "°F", "\u00b5": "\u03bc"}
+# Characters that nobody sees, such as the byte order marks inside MMLU; joiners stay where Arabic, Indian scripts and
+# emoji need them.
+INVISIBLE = re.compile(
+    r"[\u00ad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
+    r"|(?<![\u0600-\u0dff\ufe0f\U0001f300-\U0001faff])[\u200c\u200d]"
+)
+# Two spellings of one thing, each found in the published files: typographic ligatures in MedMCQA, one-character degrees
+# and both signs for micro in MedQA.
+SPELLINGS = {"ﬀ": "ff", "ﬁ": "fi", "ﬂ": "fl", "ﬃ": "ffi", "℃": "°C", "℉": "°F", "\u00b5": "\u03bc"}
 # Cyrillic letters that stand for Latin ones in MedQA (“А 43-уеаr-old mаn”), and к for the Greek letter.
 LOOKALIKES = dict(zip("АНОаеісорухѕјк", "AHOaeicopyxsjκ", strict=True))
+SURROGATE = re.compile("[\ud800-\udfff]")
 LETTERED_OPTION = re.compile(r"\(?([A-Ja-j])[).:]+\s*(.+)")
+SPECIES = re.compile(r"[A-J]\. ?[a-z]+(?:us|is|um|ae?|i|ns|es|ile|ale|ger)\b.*")  # A. fumigatus
 LETTERED_ANSWER = re.compile(r"\(?([A-Ja-j])(?:[).:]+\s*(.*))?")
 
 
@@ -46,12 +54,13 @@ def pool_of_group(group: str, seed: int) -> Pool:
 
 
 def clean_text(text: str) -> str:
-    """The text in NFC with one spelling (SPELLINGS), single spaces, and no closing quote that was never opened.
+    """The text in NFC with one spelling (SPELLINGS), single spaces, nothing invisible, no closing quote never opened.
 
     Cyrillic look-alikes become Latin letters, unless the text has other Cyrillic letters too.
     """
     if not text.isascii():
-        text = re.sub(f"[{''.join(SPELLINGS)}]", lambda match: SPELLINGS[match[0]], unicodedata.normalize("NFC", text))
+        text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
+        text = re.sub(f"[{''.join(SPELLINGS)}]", lambda match: SPELLINGS[match[0]], text)
         cyrillic = set(re.findall(r"[\u0400-\u04ff]", text))
         if cyrillic and cyrillic <= LOOKALIKES.keys():
             text = unicodedata.normalize("NFC", text.translate(str.maketrans(LOOKALIKES)))
@@ -74,10 +83,14 @@ def split_options(text: str) -> list[str]:
     return ["None" if clean_text(option) == "nan" else clean_text(option) for option in options]
 
 
-def strip_letters(options: list) -> list:
-    """The options without their letters (`A. one`, `(B) two`), if every option has the letter of its place."""
+def strip_letters(options: list, labelled: bool = True) -> list:
+    """The options without their letters (`A. one`, `(B) two`), if every option has the letter of its place.
+
+    labelled: letters are known to be labels. If not, options that all read like species (`A. fumigatus`) stay whole.
+    """
     matches = [isinstance(option, str) and LETTERED_OPTION.fullmatch(option) for option in options]
-    if all(match and match[1].upper() == letter for match, letter in zip(matches, LETTERS, strict=False)):
+    lettered = all(match and match[1].upper() == letter for match, letter in zip(matches, LETTERS, strict=False))
+    if lettered and (labelled or not all(SPECIES.fullmatch(option) for option in options)):
         return [match[2] for match in matches]
     return options
 
@@ -91,16 +104,23 @@ def answer_index(answer, options: list[str], form: AnswerForm) -> int | None:
         return -1
     index = -1
     if form in ("index0", "index1"):
-        # a parquet column of whole numbers holds 2.0 where some values are missing
-        if isinstance(answer, int | float) and not isinstance(answer, bool) and float(answer).is_integer():
-            index = int(answer) - (form == "index1")
+        number = whole_number(answer)
+        index = -1 if number is None else number - (form == "index1")
     elif form == "text" and answer in options:
         index = options.index(answer)
     elif isinstance(answer, str) and (match := LETTERED_ANSWER.fullmatch(answer)):
         letter, text = LETTERS.find(match[1].upper()), match[2]
-        if letter < len(options) and (text == options[letter] or (form == "letter" and not text)):
+        if letter < len(options) and (options[letter] in (text, answer) or (form == "letter" and not text)):
             index = letter
     return index if 0 <= index < len(options) else None
+
+
+def whole_number(value) -> int | None:
+    """2, 2.0 (a parquet column of whole numbers where some are missing) and "2" → 2; anything else → None."""
+    if isinstance(value, str):
+        return int(value) if re.fullmatch(r"[0-9]{1,9}", value) else None
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return int(value) if is_number and (isinstance(value, int) or value.is_integer()) else None
 
 
 def make_record(
@@ -113,8 +133,12 @@ def make_record(
     context="",
     subject="",
     kind: Kind = "choice",
+    labelled: bool = True,
 ) -> dict:
     """The record of what a file holds. A value of the wrong type stays as it is; `rejection_reason` names it later.
+
+    A list of texts as context is joined, an answer alone in a list is taken out, numbers as options become text.
+    `labelled`: see `strip_letters`.
 
     `pool` is the question's official split, None if it has none. An `answer` of −1 is not known: for `transfer` alone.
     """
@@ -122,10 +146,18 @@ def make_record(
     def clean(value):
         return clean_text(value) if isinstance(value, str) else value
 
-    answer, index = clean(answer), None
+    def as_text(value):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return str(value).removesuffix(".0") if is_number else clean(value)
+
+    if isinstance(context, list) and all(isinstance(part, str) for part in context):
+        context = " ".join(context)
+    if isinstance(answer, list) and len(answer) == 1:
+        answer = answer[0]
+    answer, index = as_text(answer) if answer_form == "text" and answer != -1 else clean(answer), None
     if isinstance(options, list):
-        as_written = [clean(option) for option in options]
-        options = strip_letters(as_written)
+        as_written = [as_text(option) for option in options]
+        options = strip_letters(as_written, labelled)
         index = answer_index(answer, as_written, answer_form)  # MedMCQA has options whose letter is there twice
         index = answer_index(answer, options, answer_form) if index is None else index
     texts = {"question": question, "context": context, "subject": subject}
@@ -139,12 +171,16 @@ def rejection_reason(record: dict) -> str | None:
     for field in ("question", "context", "subject"):
         if not isinstance(record[field], str):
             return f"{field} is not text"
+    if record["pool"] not in (None, *get_args(Pool)):
+        return "split is none of train, valid, test and transfer"
     if not record["question"]:
         return "empty question"
     if not isinstance(options, list):
         return "options are not a list"
     if not all(isinstance(option, str) for option in options):
         return "an option is not text"
+    if any(SURROGATE.search(text) for text in (*(record[f] for f in ("question", "context", "subject")), *options)):
+        return "broken characters (lone surrogates, or bytes that are not UTF-8)"
     if "" in options:
         return "empty option"
     if len(options) < 2 and record["kind"] not in FORMS:
@@ -158,9 +194,16 @@ def rejection_reason(record: dict) -> str | None:
     return "answer is none of the options" if answer is None or not -1 <= answer < len(options) else None
 
 
-def count_rejected(rejected: list[tuple[str, str, str]]) -> pd.DataFrame:
-    """(source, reason, question) of each rejected record → source, reason, count, and the first question, cut."""
-    table = pd.DataFrame(rejected, columns=["source", "reason", "example"]).astype(str)
-    table["example"] = table.example.str[:EXAMPLE_CHARACTERS]
-    counted = table.groupby(["source", "reason"], sort=False).example.agg(count="size", example="first")
-    return counted.reset_index()
+def count_rejected(rejected: list[tuple[str, str, int, str]]) -> pd.DataFrame:
+    """(source, reason, row from 1, question) of each rejected record → one line for each source and reason.
+
+    Columns source, reason, count, rows (the first ten, as text) and example, the first question, cut.
+    """
+    columns = ["source", "reason", "rows", "example"]
+    # pandas cannot hold a lone surrogate
+    shown = [str(question).encode(errors="backslashreplace").decode()[:EXAMPLE_CHARACTERS] for *_, question in rejected]
+    rejected = [(*start, text) for (*start, _), text in zip(rejected, shown, strict=True)]
+    table = pd.DataFrame(rejected, columns=columns).astype(str)
+    groups = table.groupby(["source", "reason"], sort=False)
+    first_rows = {"rows": ("rows", lambda rows: ", ".join(rows[:10])), "example": ("example", "first")}
+    return groups.agg(count=("rows", "size"), **first_rows).reset_index()

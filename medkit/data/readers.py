@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,30 +16,43 @@ import pandas as pd
 
 from medkit import sources
 from medkit.data.raw_questions import (
+    SURROGATE,
     DataError,
     clean_text,
     count_rejected,
     make_record,
     rejection_reason,
     split_options,
+    strip_letters,
+    whole_number,
 )
 from medkit.params import AnswerForm, Table, TableColumns, digest
 from medkit.prompts.templates import LETTERS
 
+# as in parquet: NaN is a value that is missing, and a whole number of more than 64 bits is a float
+_DECODER = json.JSONDecoder(
+    parse_constant=lambda name: None if name == "NaN" else float(name),
+    parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits),
+)
+
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
+    """The objects of a file in UTF-8, -16 or -32, one on each line. A byte that is not UTF-8 is a lone surrogate."""
     if not path.is_file():
         raise DataError(f"{path}: no such file; the source must be a folder laid out like the data wheel's")
-    with path.open("rb") as lines:
+    with path.open("rb") as file:
+        encoding = json.detect_encoding(file.read(4))
+    with path.open(encoding=encoding, errors="surrogateescape" if encoding.startswith("utf-8") else "replace") as lines:
         for number, line in enumerate(lines, 1):
-            if line.strip():
+            if text := line.strip():
                 try:
-                    row = json.loads(line)
-                except ValueError as error:  # not json, or not utf-8
-                    cure = "correct the line, or download the source again"
+                    row = _DECODER.decode(text)
+                except (ValueError, RecursionError) as error:
+                    cure = "write each json object on a line of its own, or download the source again"
                     raise DataError(f"{path}:{number}: not a json line ({error}); {cure}") from error
                 if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number}: a line must be a json object, this is a {type(row).__name__}")
+                    kind = type(row).__name__
+                    raise DataError(f"{path}:{number}: this is a {kind}; write each json object on a line of its own")
                 yield row
 
 
@@ -80,25 +94,51 @@ READERS: dict[str, Callable[[Path], Iterator[dict]]] = {
 
 # --- a column map: a user's own file, and the hub ------------------------------------------------------------------
 
+SPLIT_NAMES = dict.fromkeys(("valid", "validation", "dev"), "valid") | {n: n for n in ("train", "test", "transfer")}
+MANY_ANSWERS = 20  # with four options, 20 answers without any 0 are a chance of 0.3 %
 
-def _map_columns(row: dict, columns: TableColumns, form: AnswerForm, pool: str | None, kind: str = "choice") -> dict:
-    """The record of a row whose columns are declared."""
+
+def _map_columns(row: dict, columns: TableColumns, form: AnswerForm, pool: str | None, **more) -> dict:
+    """The record of a row whose columns are declared; `more` goes to `make_record`."""
+    names = columns.model_dump(exclude={"options"})
+    values = {name: _value(row.get(column)) if column else None for name, column in names.items()}
+    split, group = values.pop("split"), values.pop("group")
+    pool = pool if split in (None, "") else SPLIT_NAMES.get(str(split).strip().lower(), split)
+    record = make_record(options=_options(row, columns), answer_form=form, pool=pool, **more, **values)
+    return record if group in (None, "") else record | {"group": f"table:{group}"}
+
+
+def _value(value):
+    """The value, or None for the NaN by which pandas marks what is missing."""
+    return None if isinstance(value, float) and value != value else value
+
+
+def _options(row: dict, columns: TableColumns):
+    """The options of a row as a list: of columns, of a list, of letter → text, or of bigbio's and ARC's pairs."""
     if isinstance(columns.options, list):
         options = [row.get(column) for column in columns.options]
-    elif isinstance(options := row.get(columns.options), dict):
+    else:
+        options = row.get(columns.options)
+    if isinstance(options, list) and all(isinstance(o, dict) and o.keys() == {"key", "value"} for o in options):
+        options = {option["key"]: option["value"] for option in options}
+    if isinstance(options, dict) and options.keys() == {"label", "text"}:
+        options = options["text"]
+    if isinstance(options, dict):
         letters = sorted(options, key=str)
         if "".join(map(str, letters)).upper() == LETTERS[: len(letters)]:
             options = [options[letter] for letter in letters]
     if isinstance(options, list):
+        options = [_value(option) for option in options]
         while options and options[-1] is None:  # a question with four options among questions with five
             options = options[:-1]
-    names = {name: getattr(columns, name) for name in ("question", "answer", "context", "subject")}
-    values = {name: row.get(column) if column else None for name, column in names.items()}
-    return make_record(options=options, answer_form=form, pool=pool, kind=kind, **values)
+    return options
 
 
 def read_table(path: Path, table: Table) -> Iterator[dict]:
-    """Records of a user's own questions, json lines or parquet. Raises DataError if no row has a declared column."""
+    """Records of a user's own questions, json lines or parquet.
+
+    Raises DataError if no row has a declared column, and where the answers as a whole are not what `answer_is` says.
+    """
     match path.suffix:
         case ".jsonl":
             rows = list(_read_jsonl(path))
@@ -111,8 +151,31 @@ def read_table(path: Path, table: Table) -> Iterator[dict]:
     missing = declared - {column for row in rows for column in row}
     if rows and missing:
         raise DataError(f"{path}: no column {sorted(missing)}; correct `columns`, the file has {sorted(rows[0])}")
-    for row in rows:
-        yield _map_columns(row, table.columns, table.answer_is, table.pool)
+    options = [row_options for row in rows if isinstance(row_options := _options(row, table.columns), list)]
+    labelled = any(strip_letters(row_options, labelled=False) != row_options for row_options in options)
+    records = [_map_columns(row, table.columns, table.answer_is, table.pool, labelled=labelled) for row in rows]
+    if table.columns.answer:
+        _check_answers(path, table, [row.get(table.columns.answer) for row in rows], records)
+    yield from records
+
+
+def _check_answers(path: Path, table: Table, answers: list, records: list[dict]) -> None:
+    """Raise DataError for answers that are numbers of another kind than declared; warn where that is likely."""
+    numbers = [
+        (number, len(record["options"]))
+        for answer, record in zip(answers, records, strict=True)
+        if (number := whole_number(answer)) not in (None, -1) and isinstance(record["options"], list)
+    ]
+    form, zeros, lasts = table.answer_is, sum(n == 0 for n, _ in numbers), sum(n == count for n, count in numbers)
+    if form in ("letter", "text"):
+        if numbers and len(numbers) == len(answers) and all(record["answer"] is None for record in records):
+            raise DataError(f"{path}: `answer_is` is {form}, but all answers are numbers; write index0 or index1")
+    elif (zeros, lasts)[form == "index1"] == 0 < (lasts, zeros)[form == "index1"]:
+        evidence = f"of {len(numbers)} answers {zeros} are 0 and {lasts} are the number of options"
+        other = {"index0": "index1", "index1": "index0"}[form]
+        raise DataError(f"{path}: `answer_is` is {form}, but {evidence}; write {other}, or correct these rows")
+    elif form == "index0" and not zeros and len(numbers) >= MANY_ANSWERS:
+        warnings.warn(f"{path}: `answer_is` is index0, but none of {len(numbers)} answers is 0", stacklevel=2)
 
 
 def _read_parquet(path: Path) -> list[dict]:
@@ -175,7 +238,7 @@ def read_hub(name: str, folder: Path, subset: str) -> Iterator[dict]:
             if columns is _PUBMEDQA[0]:
                 kind, abstract = "abstract", " ".join(row["context"]["contexts"])
                 row |= {"abstract": abstract, "options": YES_NO_MAYBE, "subject": "biomedical research"}
-            yield _map_columns(row, columns, form, HUB_POOLS[name][split], kind)
+            yield _map_columns(row, columns, form, HUB_POOLS[name][split], kind=kind)
 
 
 # --- questions of other forms --------------------------------------------------------------------------------------
@@ -193,10 +256,11 @@ def read_open_questions(folder: Path | None) -> tuple[pd.DataFrame, pd.DataFrame
     """
     rows, rejected, seen = [], [], set()
     for source, name in OPEN_QUESTIONS.items() if folder else ():
-        for row in _read_jsonl(folder / name / "test.jsonl"):
+        for number, row in enumerate(_read_jsonl(folder / name / "test.jsonl"), 1):
             question = clean_text(str(row.get("question") or row.get("Question") or ""))
-            if not question or question.casefold() in seen:
-                rejected.append((source, "the same question again" if question else "empty question", question))
+            if not question or SURROGATE.search(question) or question.casefold() in seen:
+                reason = "the same question again" if question.casefold() in seen else "broken characters"
+                rejected.append((source, reason if question else "empty question", number, question))
             else:
                 seen.add(question.casefold())
                 rows.append((f"{source}-{digest(question)[:10]}", source, question))
@@ -238,14 +302,15 @@ def read_drug_pairs(folder: Path | None) -> tuple[pd.DataFrame, pd.DataFrame]:
     They are MedQA's, but not of its test questions, so an official training split probably holds them.
     """
     rows, rejected = [], []
-    for row in _read_jsonl(folder / "DrugSwap" / "qa_generic_to_brand_v2.jsonl") if folder else ():
+    path = folder / "DrugSwap" / "qa_generic_to_brand_v2.jsonl" if folder else None
+    for number, row in enumerate(_read_jsonl(path) if path else (), 1):
         generic = _read_pair_side(row.get("original_question"), row.get("answer_option"))
         brand = _read_pair_side(row.get("perturbed_question"), row.get("answer_option"))
         reason = rejection_reason(generic)
         reason = reason or ((fault := rejection_reason(brand)) and f"swapped: {fault}")
         reason = reason or _mismatch(generic, brand, row.get("answer_orig"), row.get("answer"))
         if reason:
-            rejected.append(("drug_pairs", reason, generic["question"]))
+            rejected.append(("drug_pairs", reason, number, generic["question"]))
         else:
             content = [side[key] for side in (generic, brand) for key in ("question", "options")]
             values = [content[0], content[2], content[1], content[3], generic["answer"]]

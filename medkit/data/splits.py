@@ -6,6 +6,7 @@ a question may go to. `take_splits` draws the numbers that the params ask for. N
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,28 +28,38 @@ COLUMNS = ["id", "source", "split", "group", "kind", "question", "context", "opt
 def load_questions(
     datasets: dict[str, DatasetParams], paths: dict[str, Path], seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """All questions of all datasets, before splitting, and what was rejected (source, reason, count, example).
+    """All questions of all datasets, before splitting, and what was rejected (`count_rejected`).
 
-    Raises DataError for a dataset without a reader, and for one without any usable question.
+    A question that comes with two answers is rejected in every row. Warns where more than half of a dataset is
+    rejected. Raises DataError for a dataset without a reader, and for one without any usable question.
     """
     rows, rejected = [], []
     for name, dataset in datasets.items():
-        for record in _read_records(name, dataset, paths[name], seed):
+        number = 0
+        for number, record in enumerate(_read_records(name, dataset, paths[name], seed), 1):
             reason = rejection_reason(record)
             if reason:
-                rejected.append((name, reason, record["question"]))
+                rejected.append((name, reason, number, record["question"]))
             else:
-                rows.append({"group": None, **record, "source": name})
+                rows.append({"group": None, **record, "source": name, "row": number})
+        reasons = Counter(reason for source, reason, *_ in rejected if source == name)
+        if reasons.total() > number / 2:
+            warnings.warn(f"{name}: {reasons.total()} of {number} rows are rejected: {dict(reasons)}", stacklevel=2)
         if not rows or rows[-1]["source"] != name:
-            reasons = dict(Counter(reason for source, reason, _ in rejected if source == name))
-            raise DataError(f"{name}: no usable question in {paths[name]}; rejected: {reasons}; correct the file")
+            raise DataError(f"{name}: no usable question in {paths[name]}; rejected: {dict(reasons)}; correct the file")
     questions = pd.DataFrame(rows)
     questions["id"] = [
         f"{row.source}-{digest([row.question, row.context, row.options])[:10]}" for row in questions.itertuples()
     ]
-    repeated = questions.duplicated("id")
-    rejected += [(row.source, "the same question again", row.question) for row in questions[repeated].itertuples()]
-    return questions[~repeated].reset_index(drop=True), count_rejected(rejected)
+    # in whatever order the options stand
+    asked = [digest([row.source, row.question, row.context, sorted(row.options)]) for row in questions.itertuples()]
+    answers = pd.Series([row.options[row.answer] if row.answer >= 0 else None for row in questions.itertuples()])
+    contradictory = answers.groupby(asked).transform("nunique") > 1
+    repeated = questions.duplicated("id") & ~contradictory
+    for reason, bad in (("one question with two answers", contradictory), ("the same question again", repeated)):
+        rejected += [(row.source, reason, row.row, row.question) for row in questions[bad].itertuples()]
+    questions = questions[~(contradictory | repeated)].drop(columns="row")
+    return questions.reset_index(drop=True), count_rejected(rejected)
 
 
 def _read_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> Iterator[dict]:

@@ -205,6 +205,103 @@ def test_a_file_of_another_format_is_refused(tmp_path, name):
         list(readers.read_table(tmp_path / name, table()))
 
 
+# --- what users' files bring: small files in cases/ ----------------------------------------------------------------
+
+CASES = Path(__file__).parent / "cases"
+
+
+def load_own(path: Path, **columns) -> tuple[pd.DataFrame, pd.DataFrame]:
+    return data.load_questions({"own": wanted(table(question="question", **columns))}, {"own": path}, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("file", "answer_is", "expected"),
+    [
+        ("genus", "text", ("A. fumigatus", ["A. fumigatus", "B. dermatitidis", "C. immitis"])),
+        ("genus", "letter", ("A. fumigatus", ["A. fumigatus", "B. dermatitidis", "C. immitis"])),
+        ("numopt", "letter", ("10", ["5", "10", "15"])), ("strdigit", "index0", ("b", ["a", "b"])),
+        ("strdigit", "index1", ("a", ["a", "b"])), ("bigbio", "text", ("a", ["a", "b"])),
+        ("contextlist", "text", ("yes", ["yes", "no", "maybe"])),
+        ("utf16", "letter", ("metformin", ["metformin", "aspirin"])),
+    ],
+)  # fmt: skip
+def test_what_is_plain_is_read(file, answer_is, expected):
+    questions, rejected = load_own(CASES / f"{file}.jsonl", answer_is=answer_is, context="context" * (file[0] == "c"))
+    (row,) = questions.to_dict("records")
+    assert (row["options"][row["answer"]], row["options"]) == expected
+    assert rejected.empty
+    assert row["context"] == ("One. Two." if file == "contextlist" else "")
+
+
+@pytest.mark.parametrize(
+    ("file", "answer_is", "sentence"),
+    [
+        ("offbyone", "index0", "of 4 answers 0 are 0 and 1 are the number of options; write index1"),
+        ("strdigit", "letter", "all answers are numbers; write index0 or index1"),
+        ("pretty", "letter", r"pretty\.jsonl:1: .*; write each json object on a line"),
+        ("conflict", "index0", "no usable question.*'answer is none of the options': 2"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:own. 2 of 2 rows are rejected")
+def test_what_is_not_is_refused_with_evidence_and_cure(file, answer_is, sentence):
+    with pytest.raises(DataError, match=sentence):
+        load_own(CASES / f"{file}.jsonl", answer_is=answer_is)
+
+
+def test_answers_from_one_are_read_as_such_and_from_zero_are_refused(tmp_path):
+    questions, _ = load_own(CASES / "offbyone.jsonl", answer_is="index1")
+    assert [row.options[row.answer][0] for row in questions.itertuples()] == list("abcd")
+    rows = [{"question": f"q{n}?", "options": ["a", "b", "c"], "answer": 1 + n % 2} for n in range(30)]
+    with pytest.warns(UserWarning, match="none of 30 answers is 0"):
+        load_own(write_jsonl(tmp_path / "m.jsonl", rows), answer_is="index0")
+    with pytest.raises(DataError, match="write index0"):
+        load_own(write_jsonl(tmp_path / "m.jsonl", [row | {"answer": 0} for row in rows]), answer_is="index1")
+
+
+def test_a_row_that_is_refused_is_counted_with_its_number_and_reason(tmp_path):
+    questions, rejected = load_own(CASES / "huge_int.jsonl")
+    assert list(questions.options) == [["metformin", "aspirin"]]
+    assert rejected[["reason", "rows"]].values.tolist() == [["answer is none of the options", "1"]]
+    with pytest.warns(UserWarning, match="2 of 3 rows are rejected"):
+        questions, rejected = load_own(CASES / "zero_width.jsonl")
+    assert (list(questions.question), list(questions.answer)) == (["What is it?"], [0])
+    assert rejected[["reason", "rows"]].values.tolist() == [["empty question", "1"], ["two options alike", "2"]]
+    good = {"question": "good?", "options": ["a", "b"], "answer": "A", "subject": float("nan")}
+    rows = [*(json.loads(line) for line in (CASES / "conflict.jsonl").open()), good]
+    rows += [{**good, "question": "twice?", "options": ["b", "a"]}, {**good, "question": "twice?"}]
+    path = write_jsonl(tmp_path / "m.jsonl", [json.dumps(row) for row in [*rows, {**good, "question": "\ud800?"}]])
+    questions, rejected = load_own(path, subject="subject")
+    assert list(questions.question) == ["good?"]
+    assert rejected[["reason", "count", "rows"]].values.tolist() == [
+        ["broken characters (lone surrogates, or bytes that are not UTF-8)", 1, "6"],
+        ["one question with two answers", 4, "1, 2, 4, 5"],
+    ]
+
+
+def test_a_tables_own_groups_and_splits_are_kept(tmp_path):
+    good = {"options": ["a", "b"], "answer": "A"}
+    drugs, places = ["x", "x", "y", 7, None], ["Train", "test", "dev", "held out", None]
+    rows = [
+        {**good, "question": f"{n}?", "drug": d, "split": s} for n, (d, s) in enumerate(zip(drugs, places, strict=True))
+    ]
+    questions, rejected = load_own(write_jsonl(tmp_path / "m.jsonl", rows), group="drug", split="split")
+    assert questions[["group", "pool"]].fillna("").values.tolist() == [
+        ["table:x", "train"], ["table:x", "test"], ["table:y", "valid"], ["", "test"]
+    ]  # fmt: skip
+    assert rejected[["reason", "rows"]].values.tolist() == [["split is none of train, valid, test and transfer", "4"]]
+    pools = data.assign_pools(questions, seed=0)
+    assert list(pools[pools.group == "table:x"].pool) == ["test"]  # a group of test questions teaches nobody
+
+
+def test_letters_are_labels_if_a_row_shows_it_beyond_doubt(tmp_path):
+    rows = [["A. aspirin", "B. zinc"], ["A. fumigatus", "B. fragilis"]]
+    written = [{"question": f"{options}?", "options": options, "answer": "A"} for options in rows]
+    questions, _ = load_own(write_jsonl(tmp_path / "m.jsonl", written))
+    assert list(questions.options) == [["aspirin", "zinc"], ["fumigatus", "fragilis"]]
+    questions, _ = load_own(write_jsonl(tmp_path / "m.jsonl", [written[1], {**written[0], "options": ["a", "b"]}]))
+    assert list(questions.options) == [["A. fumigatus", "B. fragilis"], ["a", "b"]]
+
+
 def test_a_missing_file_is_named(tmp_path):
     for read in (readers.READERS["mmlu"], readers.read_open_questions, readers.read_drug_pairs):
         with pytest.raises(DataError, match="no such file"):
@@ -338,10 +435,10 @@ def test_open_questions_are_cleaned_named_and_kept_once(tmp_path):
     assert asked.id.is_unique
     assert (asked.id.str.rsplit("-", n=1).str[0] == asked.source).all()
     assert list(refused.itertuples(index=False, name=None)) == [
-        ("healthsearchqa", "empty question", 1, ""),
-        ("liveqa", "the same question again", 1, "WHY?"),
-        ("liveqa", "empty question", 1, ""),
-        ("medicationqa", "the same question again", 1, "how?"),
+        ("healthsearchqa", "empty question", 1, "3", ""),
+        ("liveqa", "the same question again", 1, "1", "WHY?"),
+        ("liveqa", "empty question", 1, "3", ""),
+        ("medicationqa", "the same question again", 1, "1", "how?"),
     ]
 
 
@@ -350,7 +447,7 @@ def test_no_folder_gives_empty_tables_with_their_columns(read):
     table, rejected = read(None)
     columns = readers.PAIR_COLUMNS if read is readers.read_drug_pairs else readers.OPEN_COLUMNS
     assert table.empty and list(table.columns) == columns
-    assert rejected.empty and list(rejected.columns) == ["source", "reason", "count", "example"]
+    assert rejected.empty and list(rejected.columns) == ["source", "reason", "count", "rows", "example"]
 
 
 # --- drug pairs ----------------------------------------------------------------------------------------------------
