@@ -305,6 +305,7 @@ class ServerParams(Section):
 class InferenceParams(Section):
     batch_tokens: PositiveInt  # Tokens per forward pass when scoring; questions are bucketed by length into it
     max_new_tokens: PositiveInt  # For generated answers
+    max_thinking_tokens: PositiveInt | None  # Of a thought before a generated answer; null: it is empty
     questions: dict[Scoring, dict[str, Count]]
     """scoring → test source → number of questions, the same ones for every variant that carries a claim."""
     claims: list[Literal[tuple(VARIANTS)]]  # The variants that carry a claim: they answer every question

@@ -14,8 +14,9 @@ from torch import nn
 
 from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling.batches import letter_forms
-from medkit.modeling.engine import WRITE_TOKENS, Request
+from medkit.modeling.engine import WRITE_TOKENS
 from medkit.modeling.option_scoring import Item, score_options
+from medkit.modeling.writing import Written, write
 from medkit.prompts import templates
 from medkit.stage import MedkitError
 
@@ -46,29 +47,42 @@ def choose_questions(
 
 
 def predict(
-    model: nn.Module, tokenizer, asked: pd.DataFrame, batch_tokens: int, max_new_tokens: int, cache: dict | None = None
+    model: nn.Module,
+    tokenizer,
+    asked: pd.DataFrame,
+    batch_tokens: int,
+    max_new_tokens: int,
+    cache: dict | None = None,
+    max_thinking_tokens: int | None = None,
 ) -> pd.DataFrame:
     """Raw answers to `asked`: log-probability (nats) and length in tokens of each option, or generated text and length.
 
-    Columns id, scoring, template, logprobs, answer_tokens, text, and study and condition where `asked` has them.
-    Log-probabilities stand in the question's own order of options.
+    Columns id, scoring, template, logprobs, answer_tokens, thinking_tokens, text, and study and condition where `asked`
+    has them. Log-probabilities stand in the question's own order of options. A model that thinks does so before a
+    generated answer, for at most `max_thinking_tokens` tokens; then `text` begins with its thought, in its marks.
+    Otherwise its thought is empty, as it is before options and records, whose answers are learned without one.
 
     A row may also bring its `template` (a name), `shots` (solved question rows) and `order` (option `order[p]` is shown
     at place p). A prompt is read once per call, and once per `cache`: give the same dict to all calls for one model.
     """
-    cache = {} if cache is None else cache  # (prompt, answer) → log-probability, and prompt → text and length in tokens
+    cache = {} if cache is None else cache  # (prompt, answer) → log-probability, and prompt → Written
     labels = [name for name in ("study", "condition") if name in asked]
     rows, scored = [], []
     new_answers: dict[tuple, dict[tuple, None]] = {}  # prompt → its answers to be scored, in order and each once
-    generated: dict[tuple, list[dict]] = {}  # prompt → the rows that want its continuation
+    generated: tuple[dict[tuple, list[dict]], ...] = ({}, {})  # without and with a thought: prompt → rows that want it
+    thinking = templates.thinking_of(tokenizer) if max_thinking_tokens else templates.Thinking("none", "", "")
     for question in asked.to_dict("records"):
         question = {name: value for name, value in question.items() if not _is_nan(value)}
-        template, prompt, answers = _encode(tokenizer, question)
+        thinks = (
+            bool(thinking.closing) and question["scoring"] == "generated" and question["kind"] not in templates.FORMS
+        )
+        template, prompt, answers = _encode(tokenizer, question, thinks)
         row = {"id": question["id"], "scoring": question["scoring"], "template": template.name}
-        row |= {"logprobs": [], "answer_tokens": [len(forms[0]) for forms in answers], "text": ""}
+        row |= {"logprobs": [], "answer_tokens": [len(forms[0]) for forms in answers]}
+        row |= {"thinking_tokens": 0, "text": ""}
         rows.append(row | {name: question.get(name, "") for name in labels})
         if question["scoring"] == "generated":
-            generated.setdefault(prompt, []).append(rows[-1])
+            generated[thinks].setdefault(prompt, []).append(rows[-1])
         else:
             scored.append((rows[-1], prompt, answers))
             for ids in (ids for forms in answers for ids in forms if (prompt, ids) not in cache):
@@ -79,12 +93,15 @@ def predict(
         cache |= {(prompt, ids): logprob for ids, logprob in zip(answers, logprobs, strict=True)}
     for row, prompt, answers in scored:  # the probability of an option is the sum over all of its forms
         row["logprobs"] = [float(np.logaddexp.reduce([cache[prompt, ids] for ids in forms])) for forms in answers]
-    new_prompts = [prompt for prompt in generated if prompt not in cache]
-    cache |= zip(new_prompts, _generate(model, tokenizer, new_prompts, batch_tokens, max_new_tokens), strict=True)
-    for prompt, its_rows in generated.items():
-        text, length = cache[prompt]
-        for row in its_rows:
-            row |= {"text": text, "answer_tokens": [length]}
+    for budget, prompts in zip((None, max_thinking_tokens), generated, strict=True):
+        new_prompts = [prompt for prompt in prompts if prompt not in cache]
+        written = _generate(model, tokenizer, new_prompts, batch_tokens, max_new_tokens, budget) if new_prompts else []
+        cache |= zip(new_prompts, written, strict=True)
+        for prompt, its_rows in prompts.items():
+            one = cache[prompt]
+            text = f"{thinking.opening}{one.thought}{thinking.closing}{one.answer}" if budget else one.answer
+            for row in its_rows:
+                row |= {"text": text, "answer_tokens": [one.answer_tokens], "thinking_tokens": one.thinking_tokens}
     return pd.DataFrame(rows)
 
 
@@ -94,23 +111,29 @@ def _is_nan(value) -> bool:
 
 
 def _generate(
-    model: nn.Module, tokenizer, prompts: Sequence[Sequence[int]], batch_tokens: int, max_new_tokens: int
-) -> list[tuple[str, int]]:
-    """Text and length in tokens (end token included) of the greedy answer to each prompt."""
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    batch_tokens: int,
+    max_new_tokens: int,
+    max_thinking_tokens: int | None,
+) -> list[Written]:
+    """The greedy answer to each prompt."""
     batch_tokens = max(batch_tokens, WRITE_TOKENS)
     engine = TorchEngine(model, tokenizer.pad_token_id, scheduler="static", batch_tokens=batch_tokens)
-    answers = engine.generate([Request(prompt, max_new_tokens, templates.end_ids(tokenizer)) for prompt in prompts])
-    return [(tokenizer.decode(a.token_ids, skip_special_tokens=True), len(a.token_ids)) for a in answers]
+    return write(engine, tokenizer, prompts, max_new_tokens, max_thinking_tokens)
 
 
-def _encode(tokenizer, question: dict) -> tuple[templates.Template, tuple[int, ...], list[list[tuple[int, ...]]]]:
+def _encode(
+    tokenizer, question: dict, thinks: bool
+) -> tuple[templates.Template, tuple[int, ...], list[list[tuple[int, ...]]]]:
     """How a row is asked: template, prompt, and the forms of each answer to be scored, in the question's own order."""
     scoring, order = question["scoring"], list(question.get("order", range(len(question["options"]))))
     template = templates.pick_template(question["kind"], scoring)
     template = templates.TEMPLATES[question.get("template", template.name)]
     shown = {**question, "options": [question["options"][i] for i in order]}
     messages = templates.render(shown, template, question.get("shots", ()))
-    prompt = tuple(templates.encode(tokenizer, messages)[0])
+    prompt = tuple(templates.encode(tokenizer, messages, thought="" if thinks else None)[0])
     if scoring == "generated":
         if order != sorted(order):
             raise MedkitError(f"{question['id']}: a generated answer is read in the options' own order; give no other")

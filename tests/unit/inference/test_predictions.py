@@ -94,7 +94,7 @@ def asked(questions):
 def test_predictions_are_one_row_per_question_and_scoring(scorer, make_tokenizer, asked, chat):
     tokenizer = make_tokenizer() if chat else make_tokenizer(chat_template=None)
     table = predictions.predict(scorer, tokenizer, asked, batch_tokens=300, max_new_tokens=5)
-    assert list(table.columns) == ["id", "scoring", "template", "logprobs", "answer_tokens", "text"]
+    assert list(table.columns) == ["id", "scoring", "template", "logprobs", "answer_tokens", "thinking_tokens", "text"]
     assert table[["id", "scoring"]].to_numpy().tolist() == asked[["id", "scoring"]].to_numpy().tolist()
     for row, question in zip(table.itertuples(), asked.itertuples(), strict=True):
         assert row.template == ("letter" if row.scoring == "letter" else "abstract" if row.id == "q2" else "text")
@@ -228,6 +228,23 @@ def test_calls_that_share_a_cache_ask_for_the_rest_alone(scorer, tokenizer, aske
         assert one == pytest.approx(other, abs=1e-4)
 
 
+def test_a_model_that_thinks_does_so_before_generated_answers_alone(scorer, make_tokenizer, asked):
+    chatml = make_tokenizer().chat_template
+    thinker = make_tokenizer(
+        chat_template=chatml.replace("assistant\n{% endif", "assistant\n{{ '<think>\\n' }}{% endif")
+    )
+    thinker.add_tokens(["<think>", "</think>"])
+    table = predictions.predict(scorer, thinker, asked, 300, 4, max_thinking_tokens=6)
+    closed = predictions.predict(scorer, thinker, asked, 300, 4)
+    generated = table.scoring == "generated"
+    assert table[generated].thinking_tokens.between(1, 6 + 4).all() and not closed.thinking_tokens.any()
+    assert table[generated].text.str.fullmatch("(?s)<think>\n.*\n</think>\n\n.*").all()
+    pd.testing.assert_frame_equal(table[~generated], closed[~generated])
+    plain = make_tokenizer()
+    budgets = [predictions.predict(scorer, plain, asked, 300, 4, max_thinking_tokens=budget) for budget in (6, None)]
+    pd.testing.assert_frame_equal(*budgets)
+
+
 def test_study_and_condition_come_along_and_are_empty_for_the_plain_way(scorer, tokenizer, asked):
     order = [2, 0, 3, 1]
     studied = asked[(asked.id == "q0") & (asked.scoring == "letter")].assign(
@@ -235,7 +252,7 @@ def test_study_and_condition_come_along_and_are_empty_for_the_plain_way(scorer, 
     )
     table = predictions.predict(scorer, tokenizer, pd.concat([asked, studied], ignore_index=True), 300, 4)
     assert list(table.columns) == [
-        "id", "scoring", "template", "logprobs", "answer_tokens", "text", "study", "condition"
+        "id", "scoring", "template", "logprobs", "answer_tokens", "thinking_tokens", "text", "study", "condition"
     ]  # fmt: skip
     assert table.iloc[-1][["study", "condition"]].tolist() == ["shuffle", "order=2031"]
     assert set(table.study[:-1]) == set(table.condition[:-1]) == {""}
