@@ -20,7 +20,7 @@ FIGURE = ROOT / "docs" / "figures" / "accuracy.png"
 FACTS = ("run", "headline_source", "headline_scoring", "chance", "date", "git_commit", "device", "versions")
 ANY_SCORING = ["memory_bytes", "memory_ratio", "latency_ratio", "ttft_s", "latency_s_per_token", "shuffle_consistency",
                "energy_wh_per_correct_answer", "cost_per_correct_answer", "field_f1", "exact", "invented",
-               "missing", "field_delta", "certificate", "gap_closed", "kl_nats", "top1_changed",
+               "missing", "dialogues", "field_delta", "certificate", "gap_closed", "kl_nats", "top1_changed",
                "duration_s"]  # fmt: skip
 DROPPED_COLUMNS = ["stage", "file", "p_clustered", "p_equivalence", "chosen", "bins"]
 
