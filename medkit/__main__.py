@@ -3,8 +3,6 @@
 In this repository write `.venv/bin/python -m medkit …`: `make run` puts everything into .venv and nowhere else.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -6,8 +6,6 @@ never reached does not count, so an edit of one function makes stale only the re
 docstrings and layout never count. Tables and templates beside a module count for the definitions that name them.
 """
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache

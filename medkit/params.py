@@ -181,7 +181,7 @@ class TrainParams(Section):
 
 
 class AdapterParams(Section):
-    variant: Literal["lora", "rslora", "dora", "pissa", "lora_plus"]  # What becomes of W: the formulas are in `lora`
+    variant: Literal["lora", "rslora", "dora"]  # What becomes of W: the formulas are in `lora`
     rank: PositiveInt
     alpha: PositiveFloat  # The update is scaled by alpha / rank, with rslora by alpha / √rank
     dropout: Fraction

@@ -3,8 +3,6 @@
 A figure is saved as svg and png with the table it was drawn from beside it, so that every point can be looked up.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import matplotlib as mpl

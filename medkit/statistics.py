@@ -4,8 +4,6 @@ Each exists in two forms: for independent questions, and for questions in groups
 are resampled or change sign. With one question per group both forms agree.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
@@ -197,16 +195,13 @@ def equivalence_p(gained: int, lost: int, n: int, margin: float, design_effect: 
 
     Score tests with the variance at the margin by restricted maximum likelihood (Nam 1997; Tango 1998). p below α means
     that an interval of confidence 1 − 2α lies inside ±margin. Counts are divided by the design effect (Rao & Scott
-    1992). Raises StatisticsError for a margin outside 0 … 1.
+    1992).
     """
-    if not 0 < margin < 1:
-        raise StatisticsError(f"evaluation.margin is {margin}; give a difference of two shares, between 0 and 1")
 
     def one_sided(b: float, c: float) -> float:  # against b/n − c/n ≤ −margin
         slope = -b - c - (2 * n - b + c) * margin
-        against = (np.sqrt(slope**2 - 8 * n * c * margin * (1 + margin)) - slope) / (
-            4 * n
-        )  # restricted estimate of the share of c
+        # restricted estimate of the share of c
+        against = (np.sqrt(slope**2 - 8 * n * c * margin * (1 + margin)) - slope) / (4 * n)
         return stats.norm.sf((b - c + n * margin) / np.sqrt(n * design_effect * (2 * against - margin * (1 + margin))))
 
     return float(max(one_sided(gained, lost), one_sided(lost, gained)))

@@ -4,8 +4,6 @@ Figures take labels and colours from here, notebook 05 takes the folders, notebo
 A new variant is one row of `VARIANTS`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -54,7 +54,7 @@ CONTENDERS = {
     "lora": Contender(),
     **{f"attention_r{rank}": ranked(rank) for rank in (4, 64)},
     **{f"all_linear_r{rank}": ranked(rank, more_targets=FFN) for rank in (4, 16, 64)},
-    **{name: Contender({"variant": name}) for name in ("rslora", "dora", "pissa", "lora_plus")},
+    **{name: Contender({"variant": name}) for name in ("rslora", "dora")},
     **{name: Contender(form=name) for name in ("code", "plain")},
 }
 
@@ -118,13 +118,10 @@ def adapt(model, examples: list[batches.Example], params: Params, contender: Con
     section = params.lora.adapter.model_copy(update={"target_modules": targets, **contender.adapter})
     model = adapters.attach(model, section, params.seed)
     trainable, _ = adapters.count_parameters(model)
-    optimizer = adapters.make_optimizer(model, section, params.lora.train.learning_rate)
     with tempfile.TemporaryDirectory() as checkpoints:
         cpu = time.process_time()
-        log = trainer.train(
-            model, examples, params.lora.train, trainer.cross_entropy, Path(checkpoints), params.seed,
-            optimizer=optimizer,
-        )  # fmt: skip
+        loss, folder = trainer.cross_entropy, Path(checkpoints)
+        log = trainer.train(model, examples, params.lora.train, loss, folder, params.seed)
         cpu = time.process_time() - cpu
     found = {"trainable": trainable, "steps": len(log), "cpu_seconds": cpu, "last_train_nll": log.ce.iloc[-1]}
     return adapters.merge(model), found

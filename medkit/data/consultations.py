@@ -6,8 +6,6 @@ that was stopped, a value that the patient corrects. The drugs, and the phrases 
 pool: what tests a model is not what it learned from.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

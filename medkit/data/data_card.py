@@ -3,8 +3,6 @@
 Every number is computed from the tables of notebook 01. Licences are as the sources published them.
 """
 
-from __future__ import annotations
-
 import pandas as pd
 
 from medkit.stage import DISCLAIMER

@@ -1,7 +1,5 @@
 """Questions made from ICD-10-CM, the public classification of diagnoses: a small model can learn them."""
 
-from __future__ import annotations
-
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Texts are compared by the runs of words that they share, as sparse matrices: the
 *test* questions are found in `contamination`; nothing here knows a split.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 

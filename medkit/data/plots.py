@@ -1,7 +1,5 @@
 """The figures of notebook 01. Each function draws one figure and saves it, with its table, in `folder`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

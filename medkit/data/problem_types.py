@@ -5,8 +5,6 @@ lists nor its accuracy. Ours are measured on questions with labels (docs/labelli
 sentence embeddings was not detectably better (docs/log).
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

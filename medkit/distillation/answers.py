@@ -5,8 +5,6 @@ learns as text (student_hard, student_self). Verified answers are rejection samp
 and those that name the known answer are kept. A wrong reason can lead to a right answer: that is not noticed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path

@@ -6,8 +6,6 @@ code, a head noun or a medical suffix. The rules miss some entities and find few
 the loss.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

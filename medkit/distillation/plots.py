@@ -1,7 +1,5 @@
 """Figures of notebook 02. Each function draws one and returns it with the table of what it shows."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt

@@ -4,8 +4,6 @@ Notebook 02 and `medkit train` call the same functions, in one process or in man
 from the same inputs by the same code, is read back (`modeling.train_once`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -76,11 +74,8 @@ def correct_teacher(stage: Stage, params: Params, rows: pd.DataFrame) -> tuple[n
     examples = batches.encode_questions(tokenizer, rows)
     teacher = load_for_training(folder, params.models, source.keep_layers, adapter=True)
     teacher = adapters.attach(teacher, section.correction, params.seed)
-    optimizer = adapters.make_optimizer(teacher, section.correction, train.learning_rate)
-    log = train_once(
-        stage, "teacher_adapter", teacher, tokenizer, examples, train, trainer.cross_entropy, params.seed,
-        optimizer=optimizer,
-    )  # fmt: skip
+    loss = trainer.cross_entropy
+    log = train_once(stage, "teacher_adapter", teacher, tokenizer, examples, train, loss, params.seed)
     if PartialState().is_main_process:
         teacher = adapters.merge(teacher)
         loading.save_model(teacher, tokenizer, stage.path("teacher"))

@@ -4,8 +4,6 @@ Predictions hold raw text and log-probabilities; the choices are read from them 
 predictions. An answer that cannot be parsed counts as wrong, and its share is reported.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -5,8 +5,6 @@ labelled rows as the student. They see an answer as a class, so they fit sources
 such as the chapters of ICD-10-CM, and not exams, where every question has options of its own.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer

@@ -5,46 +5,21 @@ equal confidence are treated alike: they share a bin, and where only some of the
 their orders counts. Nothing is recalibrated here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 
 from medkit import statistics
-from medkit.stage import MedkitError
 
 KEYS = ["variant", "source", "scoring"]
 COVERAGE = 0.8  # of `accuracy_at_80`
 
 
-class CalibrationError(MedkitError):
-    """Answers whose probabilities cannot be used."""
-
-
 def add_confidence(judged: pd.DataFrame) -> pd.DataFrame:
-    """The scored answers of a judged table with the column `confidence`, the probability of the choice.
-
-    Raises CalibrationError if the probabilities of an answer are no distribution, if its choice is none of its options,
-    or if a variant answered a question twice by one scoring.
-    """
+    """The scored answers of a judged table with the column `confidence`, the probability of the choice."""
     scored = judged[judged.probabilities.notna()]
-    if (again := scored.duplicated([*KEYS, "id"])).any():
-        row = scored[again].iloc[0]
-        raise CalibrationError(
-            f"{row.variant} answers {row.id} twice by {row.scoring}; measure one robustness condition at a time"
-        )
-    confidence = []
-    for row in scored.itertuples():
-        p = np.asarray(row.probabilities, float)
-        if not (p.min() >= 0 and abs(p.sum() - 1) < 1e-4 and 0 <= row.choice < len(p)):
-            raise CalibrationError(
-                f"{row.variant}, {row.id}: choice {row.choice} with probabilities {p.tolist()}; they must be at least "
-                "0, sum to 1 and include the choice: judge the predictions again"
-            )
-        confidence.append(p[row.choice])
-    return scored.assign(confidence=confidence)
+    return scored.assign(confidence=[p[i] for p, i in zip(scored.probabilities, scored.choice, strict=True)])
 
 
 # --- measures --------------------------------------------------------------------------------------------------------
@@ -112,11 +87,6 @@ def risk_coverage(confidence: Sequence[float], correct: Sequence[bool]) -> pd.Da
     return pd.DataFrame({"n": given, "coverage": given / len(given), "risk": risk})
 
 
-def answers_at(coverage: float, n: int) -> int:
-    """Number of answers given at a coverage of n: the smallest that reaches it."""
-    return int(np.ceil(round(coverage * n, 9)))
-
-
 def reliability(judged: pd.DataFrame, confidence: float, bins: int = 10) -> pd.DataFrame:
     """The reliability diagram's table: the bins of `ece`, least confident first, empty ones left out.
 
@@ -154,7 +124,7 @@ def measure_calibration(
 
 def _measure(table: pd.DataFrame, confidence: float, bins: int, resamples: int, seed: int) -> list[tuple]:
     n, tails = len(table), [(1 - confidence) / 2, (1 + confidence) / 2]
-    given = answers_at(COVERAGE, n)
+    given = int(np.ceil(round(COVERAGE * n, 9)))  # the smallest number that reaches the coverage
     order = np.argsort(-table.confidence.to_numpy(), kind="stable")  # most confident first
     sure, correct = table.confidence.to_numpy()[order], table.correct.to_numpy(bool)[order]
     losses = brier_losses(table.probabilities, table.answer)[order]

@@ -1,7 +1,5 @@
 """Figures of notebook 06. Each function draws a table of this room and returns the figure."""
 
-from __future__ import annotations
-
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure

@@ -4,8 +4,6 @@ A doctor's question names the topic, the patient's next line answers it. Each fi
 relatives, about drugs that were stopped and about other times are left out.
 """
 
-from __future__ import annotations
-
 import re
 
 import pandas as pd

@@ -4,8 +4,6 @@ A record is one JSON object of the form of its kind (`prompts.FORMS`). An answer
 Texts are compared without case and extra spaces, numbers by their value.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Input: judged answers to `inference.shuffled` questions. Output: tidy tables wit
 questions. Beside consistency stands what a model would get that does not read the options.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 

@@ -4,10 +4,7 @@ Both answers are scored as the options of a question. The model is not asked to 
 of the two it would rather write. Generated answers are shown in notebook 05 and are not judged. See docs/safety.md.
 """
 
-from __future__ import annotations
-
 import random
-from collections.abc import Mapping
 from pathlib import Path
 
 import pandas as pd
@@ -16,46 +13,23 @@ from medkit.evaluation.accuracy import compare_steps, judge, measure_accuracy
 from medkit.stage import MedkitError
 
 CATEGORIES = ("paediatric_aspirin", "maximum_dose", "contraindicated", "emergency", "decline", "unanswerable")
-COLUMNS = ["id", "category", "prompt", "safe_example", "unsafe_example"]
 PROBE_FILE = Path(__file__).with_name("safety.csv")
 TEMPLATE = "other"  # of open questions, without a suffix: the suffix for emergencies would give the answer away
 
 
-class SafetyError(MedkitError):
-    """The file of probes cannot be used."""
-
-
-def load_probes(path: Path = PROBE_FILE) -> pd.DataFrame:
-    """The probes, one row each, with the columns COLUMNS. Raises SafetyError that names the first bad row."""
-    probes = pd.read_csv(path, keep_default_na=False)
-    if missing := sorted(set(COLUMNS) - set(probes)):
-        raise SafetyError(f"{path.name}: columns {missing} are missing; write them in the first line")
-    for number, row in enumerate(probes[COLUMNS].to_dict("records"), 2):
-        if problem := _find_problem(row):
-            raise SafetyError(f"{path.name}: line {number}, probe {row['id']!r}: {problem}; correct the row")
-    if probes.id.duplicated().any():
-        name = probes.id[probes.id.duplicated()].iloc[0]
-        raise SafetyError(f"{path.name}: the id {name!r} is used twice; rename one of the two probes")
-    return probes[COLUMNS]
-
-
-def _find_problem(row: Mapping[str, str]) -> str | None:
-    empty = [name for name in COLUMNS if not row[name].strip()]
-    if empty:
-        return f"{empty[0]} is empty"
-    if row["category"] not in CATEGORIES:
-        return f"category {row['category']!r} is none of {', '.join(CATEGORIES)}"
-    return "the safe and the unsafe answer are the same" if row["safe_example"] == row["unsafe_example"] else None
+def load_probes() -> pd.DataFrame:
+    """The probes, one row each: id, category, prompt, safe_example, unsafe_example."""
+    return pd.read_csv(PROBE_FILE, keep_default_na=False)
 
 
 def sample_probes(probes: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
     """`n` probes, spread evenly over the categories (their numbers differ by one at most), in the order of the table.
 
-    Raises SafetyError if a category has too few probes.
+    Raises MedkitError if a category has too few probes.
     """
     most = probes.category.value_counts().min() * len(CATEGORIES)
     if not 1 <= n <= most:
-        raise SafetyError(f"inference.safety_probes is {n}: an even sample has 1 to {most} probes; or write `all`")
+        raise MedkitError(f"inference.safety_probes is {n}: an even sample has 1 to {most} probes; or write `all`")
     shuffled = probes.sample(frac=1, random_state=seed)
     rank = shuffled.groupby("category").cumcount() * len(CATEGORIES) + shuffled.category.map(CATEGORIES.index)
     return probes.loc[rank.sort_values().index[:n].sort_values()].reset_index(drop=True)

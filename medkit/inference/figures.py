@@ -1,7 +1,5 @@
 """Figures of notebook 05. Each function returns a matplotlib figure."""
 
-from __future__ import annotations
-
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns

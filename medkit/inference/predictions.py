@@ -4,8 +4,6 @@ An answer is the log-probability of each option, or generated text. Nothing is j
 text, `evaluation` judges it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

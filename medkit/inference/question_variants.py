@@ -1,7 +1,5 @@
 """Which variant answers which questions, in which order of the options, and the records of real dialogues."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ The router puts the last question of a chat into the template of its problem typ
 always, and in the `metadata` of a chat answer that is no stream. All else passes through untouched.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import secrets

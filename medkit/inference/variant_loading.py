@@ -1,7 +1,5 @@
 """The models of a run: loaded, or the edge file behind a server."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager

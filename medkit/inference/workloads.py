@@ -3,8 +3,6 @@
 All engines get the same prompts and write exactly as many tokens as asked: an end token stops no clock.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

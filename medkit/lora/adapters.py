@@ -5,11 +5,7 @@ so an untrained adapter changes nothing. Variants:
 
 - `rslora` (arXiv 2312.03732): s = alpha / √rank, so a higher rank does not learn more slowly.
 - `dora` (arXiv 2402.09353): W' = m · (W + s·B·A) / ‖W + s·B·A‖, norms by row; m (out) is learned and starts as ‖W‖.
-- `pissa` (arXiv 2404.02948): B·A starts as the largest singular directions of W, and W keeps the rest.
-- `lora_plus` (arXiv 2402.12354): LoRA whose B learns `LORA_PLUS_RATIO` times as fast as A.
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,26 +13,16 @@ from pathlib import Path
 import pandas as pd
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.optimizers import create_loraplus_optimizer
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from medkit.data import splits
 from medkit.modeling import batches, loading, trainer
 from medkit.modeling.batches import Example
-from medkit.modeling.train_once import changes_base, load_for_training, open_stage, train_once
+from medkit.modeling.train_once import load_for_training, open_stage, train_once
 from medkit.params import AdapterParams, Params
 from medkit.stage import MedkitError, Stage
-
-LORA_PLUS_RATIO = 16  # the paper's advice, 2⁴
-SETTINGS = {
-    "lora": {},
-    "lora_plus": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "pissa": {"init_lora_weights": "pissa"},
-}
 
 
 class AdapterError(MedkitError):
@@ -68,20 +54,10 @@ def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
         lora_dropout=section.dropout,
         target_modules=list(section.target_modules),
         task_type="CAUSAL_LM",
-        **SETTINGS[section.variant],
+        use_rslora=section.variant == "rslora",
+        use_dora=section.variant == "dora",
     )
-    adapted = get_peft_model(model, config)
-    if section.variant == "pissa":
-        start = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-        adapted.start = {key: t.detach().clone() for key, t in start.items()}
-    return adapted
-
-
-def make_optimizer(model: nn.Module, section: AdapterParams, learning_rate: float) -> torch.optim.Optimizer | None:
-    """The AdamW of LoRA+, in which B learns faster than A; None for the other variants."""
-    if section.variant != "lora_plus":
-        return None
-    return create_loraplus_optimizer(model, torch.optim.AdamW, lr=learning_rate, loraplus_lr_ratio=LORA_PLUS_RATIO)
+    return get_peft_model(model, config)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
@@ -101,12 +77,8 @@ def train_adapter(stage: Stage, params: Params, examples: Sequence[Example]) -> 
     folder, section = stage.require("02_distillation", "student_kd"), params.lora
     tokenizer = loading.load_tokenizer(folder)
     model = attach(load_for_training(folder, params.models, adapter=True), section.adapter, params.seed)
-    optimizer = make_optimizer(model, section.adapter, section.train.learning_rate)
-    log = train_once(
-        stage, "adapter", model, tokenizer, examples, section.train, trainer.cross_entropy, params.seed,
-        half=True, optimizer=optimizer,
-    )  # fmt: skip
-    return model, log
+    loss, seed = trainer.cross_entropy, params.seed
+    return model, train_once(stage, "adapter", model, tokenizer, examples, section.train, loss, seed, half=True)
 
 
 def train_stage(run: str, params: Params) -> pd.DataFrame:
@@ -148,22 +120,14 @@ def singular_values(model: PeftModel) -> dict[str, torch.Tensor]:
     """Module → the singular values (≤ rank) of its update s·B·A, largest first; no (out, in) matrix is formed.
 
     With B = Q_B·R_B and Aᵀ = Q_A·R_A they are those of the small s·R_B·R_Aᵀ. For DoRA: before the rescaling by row.
-    Raises AdapterError for a PiSSA adapter in training, whose B·A holds a part of W: load the saved one.
     """
     values = {}
-    for name, layer in _adapted(model).items():
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    for name, layer in layers.items():
         r_b = torch.linalg.qr(layer.lora_B["default"].weight.float()).R
         r_a = torch.linalg.qr(layer.lora_A["default"].weight.float().T).R
-        values[name] = layer.scaling["default"] * torch.linalg.svdvals(r_b @ r_a.T)
+        values[name.removeprefix("base_model.model.")] = layer.scaling["default"] * torch.linalg.svdvals(r_b @ r_a.T)
     return values
-
-
-def _adapted(model: PeftModel) -> dict[str, LoraLayer]:
-    """Adapted layers by their names in the plain model."""
-    if changes_base(model):
-        raise AdapterError("a pissa adapter in training holds a part of the base: save it, and load it on the original")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
-    return {name.removeprefix("base_model.model."): layer for name, layer in layers.items()}
 
 
 def _last(name: str) -> str:

@@ -1,7 +1,5 @@
 """Tables and figures of notebook 03."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt

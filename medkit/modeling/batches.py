@@ -3,8 +3,6 @@
 Training, the teacher cache and every comparison of two models use these functions, so a position means the same in all.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 There is no index: for up to 10⁵ texts a matrix product is quicker than building one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -4,8 +4,6 @@ An engine knows token ids, and nothing of prompts, templates or questions. It is
 temperature.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol

@@ -4,8 +4,6 @@ Nothing is read twice. A prefix of many prompts is read once and kept as keys an
 a question with its options as the branches of a tree, and a mask lets each token attend to its own branch only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A model reads a shared prefix once. This module knows token ids and masks, and not what the sequences mean.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby

@@ -4,8 +4,6 @@ The order depends on seed and epoch only. So a resumed epoch equals the killed o
 communication.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from itertools import chain
 

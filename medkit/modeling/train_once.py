@@ -5,12 +5,8 @@ compute, and the versions of the libraries. A record beside the result holds the
 notebook goes on with what `accelerate launch -m medkit train` made, and a killed run with what it had finished.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
@@ -32,7 +28,7 @@ from medkit.modeling.trainer import Loss
 from medkit.params import ModelsParams, Params, TrainParams, digest
 from medkit.stage import Stage, StageError, atomic_path, library_versions, run_dir
 
-ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
+ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 
 
 # --- keys and records ---
@@ -106,7 +102,7 @@ def train_once(
 ) -> pd.DataFrame:
     """Train the model in place and save it as the stage's folder `name`, or read that back; returns the log.
 
-    half: of `save_adapter`. options: `add_extras`, `difficulty`, `optimizer` of `trainer.train`. A killed training goes
+    half: of `save_adapter`. options: `add_extras`, `difficulty` of `trainer.train`. A killed training goes
     on from its checkpoints; those under `name` that other settings left are removed.
     """
     is_main, folder, checkpoints = PartialState().is_main_process, stage.dir / name, stage.path(f"checkpoints/{name}")
@@ -142,7 +138,6 @@ def training_key(
     seed: int,
     add_extras: Callable[[list[int]], dict] | None = None,
     difficulty: Sequence[float] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
 ) -> str:
     """The key of a training. Of `add_extras` it takes what that returns for eight of the examples."""
     sample = list(range(0, len(examples), max(1, -(-len(examples) // 8))))
@@ -151,7 +146,6 @@ def training_key(
     settings = [
         [section.model_dump(exclude={"save_every_steps", "gradient_checkpointing"}), seed],
         repr(loss) if is_dataclass(loss) else loss.__qualname__,
-        repr(optimizer),
         [[str(getattr(config, name)) for name in ADAPTER_SETTINGS] for config in adapters.values()],
     ]
     inputs = [
@@ -178,24 +172,14 @@ def save_adapter(model: PeftModel, folder: Path, half: bool = False) -> Path:
     """Write the adapter alone (safetensors and its config), whole or not at all; it fits the original base.
 
     half: A and B are stored in bfloat16, half the bytes; in the model they are rounded to what is stored, and stay in
-    float32. Not for PiSSA, whose difference of two large parts would be lost in the rounding.
-    PiSSA changes the base (arXiv 2404.02948): its adapter is saved as a plain one of twice the rank, s·(B·A − B₀·A₀).
+    float32.
     """
-    half = half and not changes_base(model)
     if half:
         with torch.no_grad():
             for parameter in (p for name, p in model.named_parameters() if _is_factor(name)):
                 parameter.copy_(parameter.bfloat16())
-    with atomic_path(folder) as scratch, tempfile.TemporaryDirectory() as temporary:
-        conversion = {}
-        if changes_base(model):
-            start = Path(temporary) / "pissa_start"  # PEFT reads it as an adapter of this name, and subtracts it
-            start.mkdir()
-            save_file(model.start, start / "adapter_model.safetensors", metadata={"format": "pt"})
-            conversion = {"path_initial_model_for_weight_conversion": str(start)}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "PiSSA changes the base weights")  # which is why the start is subtracted
-            model.save_pretrained(scratch, save_embedding_layers=False, **conversion)
+    with atomic_path(folder) as scratch:
+        model.save_pretrained(scratch, save_embedding_layers=False)
         if half:
             file = scratch / "adapter_model.safetensors"
             weights = {name: t.bfloat16() if _is_factor(name) else t.clone() for name, t in load_file(file).items()}
@@ -211,16 +195,8 @@ def read_weights(model: nn.Module, folder: Path) -> None:
     """Put saved weights back into the model that was trained: all of them, or those of its adapter."""
     if not isinstance(model, PeftModel):
         load_checkpoint_in_model(model, str(folder))
-        return
-    weights = load_peft_weights(str(folder), device="cpu")
-    if changes_base(model):  # what was learned stands first, what it started from second
-        weights = {key: t.chunk(2, dim=0 if "lora_A" in key else 1)[0] for key, t in weights.items()}
-    set_peft_model_state_dict(model, weights)
-
-
-def changes_base(model: PeftModel) -> bool:
-    """Whether attaching the adapter changed weights of the base: PiSSA, as long as it is trained."""
-    return model.peft_config["default"].init_lora_weights == "pissa"
+    else:
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
 
 
 # --- the command line ---

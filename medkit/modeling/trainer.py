@@ -4,8 +4,6 @@ What the Trainer lacks is here: batches that are cut into slices of so many toke
 the same batches for any number of processes; and a loss that reports its terms.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -54,7 +52,6 @@ def train(
     seed: int,
     add_extras: Callable[[list[int]], dict] | None = None,
     difficulty: Sequence[float] | None = None,
-    optimizer: torch.optim.Optimizer | None = None,
 ) -> pd.DataFrame:
     """Train in place and return the log: step, epoch, loss and its terms (nats per predicted token), learning_rate.
 
@@ -62,7 +59,6 @@ def train(
         with the weights of an uninterrupted one.
     add_extras: maps the row numbers of a slice to more tensors for the loss, e.g. the teacher's log-probabilities.
     difficulty: one number per example; then the first epoch goes from easy to hard, and later ones are shuffled.
-    optimizer: used in place of the Trainer's AdamW; the schedule scales its learning rates.
 
     Under `accelerate launch` every process calls this with the same arguments and gets the same log. If the weights are
     sharded, the main process ends with whole weights on the CPU, and the others with their shards.
@@ -99,9 +95,7 @@ def train(
         remove_incomplete_checkpoints(checkpoints)
     state.wait_for_everyone()
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
-    trainer = _SliceTrainer(
-        model, arguments, compute_loss_func=loss, optimizers=(optimizer, None), callbacks=[Progress()]
-    )
+    trainer = _SliceTrainer(model, arguments, compute_loss_func=loss, callbacks=[Progress()])
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if is_sharded() and not sharded:
         raise TrainingError("accelerate shards on GPUs only: use `accelerate launch` without the config file on CPUs")

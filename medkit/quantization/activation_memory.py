@@ -3,8 +3,6 @@
 The formula covers dense decoders of the Llama kind with gated MLPs and full attention, run without padding.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -3,8 +3,6 @@
 A weight of shape (rows, columns) is rounded here, and its codes and scales go into the GGUF file as they are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

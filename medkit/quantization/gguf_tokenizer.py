@@ -5,8 +5,6 @@ must be NFC before it reaches a Qwen2 file. Added tokens beyond ASCII (<ï½œUserï
 llama.cpp wants them; OpenVINO GenAI 2026.4 and transformers 5.23 split them, so give those two token ids.
 """
 
-from __future__ import annotations
-
 import json
 import re
 

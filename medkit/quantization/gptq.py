@@ -5,8 +5,6 @@ as far as their inputs are correlated. Format and bytes are those of plain round
 `rowwise` rounds to NF4 this way, `gguf_blocks` to llama.cpp's formats.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 

@@ -4,8 +4,6 @@ Nothing is measured here, so the cost of a plan in accuracy is unknown: the best
 bits per weight. `plans.budget_plan` chooses by measured sensitivity.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ before a download; tests check that both agree to the byte. `activation_memory` 
 `memory_budget` compares plans with the memory of a device.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ survives. Weights without an update get the same codes. Their scales stay the sa
 Rounding is to the nearest level. If the dense base exists, merge into that and quantize the result by a plan.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ modules. Others are chosen from a table with the sensitivity and the size of eve
 This file touches no model: `sensitivity` measures the table, `quantize` applies a plan.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from typing import Literal, get_args

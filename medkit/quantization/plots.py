@@ -1,7 +1,5 @@
 """Figures of notebook 04. Each function returns a figure; the notebook saves it with its table."""
 
-from __future__ import annotations
-
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns

@@ -6,8 +6,6 @@ Linear layers of the decoder in NF4 are bitsandbytes' own; everything else is st
 must be quantized, and loaded, on the device where it runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

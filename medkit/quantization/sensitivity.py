@@ -9,8 +9,6 @@ change is not small: for tied embeddings in NF4 the estimate was 0.026 nats, and
 KLs of single modules add up only approximately. `measure_plans` compares their sum with the KL of a whole plan.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial

@@ -1,7 +1,5 @@
 """Two runs side by side: are the accuracies equal, paired differences on common questions, settings that differ."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import NamedTuple
 

@@ -3,8 +3,6 @@
 The text is `model_card.md.j2`; every number is from `results.json`. A section without results is left out.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -9,8 +9,6 @@ other scale: our model is more than twice smaller or larger than the paper's 7B 
 not comparable: our number is from another kind of device, or from an engine that the paper did not have.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path

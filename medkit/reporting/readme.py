@@ -3,8 +3,6 @@
 `python -m medkit.reporting.readme outputs/tiny/results.json` takes them from a run; `make readme` calls it.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

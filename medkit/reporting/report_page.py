@@ -3,8 +3,6 @@
 The pages are self-contained. Their content security policy lets the browser load nothing and run no script.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ A row holds the number with its interval, the number of observations, the unit, 
 file with the observations. Nothing is measured here: notebooks hand in tables.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 Everything is read from the rows of `results.json`: README, notebook 06 and the report page show the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt

@@ -3,8 +3,6 @@
 README, docs, the report page, the model card and the command line show them. No number is measured here.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

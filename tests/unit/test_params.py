@@ -87,24 +87,19 @@ def test_profiles_have_the_same_keys(path):
 
 # --- keys ----------------------------------------------------------------------------------------------------------
 
-LEAVES = sorted(".".join(path) for path in key_paths(RAW) if not any(path[: len(o)] == o for o in OPEN))
 
-
-@pytest.mark.parametrize(
-    "key", [*LEAVES, "data.datasets.mmlu.test", "data.open_questions", "data.dialogues", "models.teacher.source.sha256"]
-)
-def test_missing_key_is_named(key, tmp_path):
-    message = refusal(write(tmp_path, changed(key, drop=True)))
-    assert "missing key" in message
-    assert key.rsplit(".", 1)[-1] in message
-    assert all(part in message for part in key.split("."))
-
-
-def test_all_wrong_keys_are_told_at_once(tmp_path):
-    raw = changed("lora.adapter.rnak", 4)
-    del raw["lora"]["adapter"]["rank"], raw["seed"]
+def test_every_missing_and_unknown_key_is_named_at_once(tmp_path):
+    raw, paths = changed("lora.adapter.rnak", 4), key_paths(RAW)
+    leaves = {path for path in paths if not any(other[: len(path)] == path for other in paths - {path})}
+    for path in leaves:
+        *parents, leaf = path
+        node = raw
+        for key in parents:
+            node = node[key]
+        del node[leaf]
     message = refusal(write(tmp_path, raw))
-    assert all(key in message for key in ("lora.adapter.rnak", "lora.adapter.rank", "'seed'"))
+    assert all(f"missing key '{'.'.join(path)}'" in message for path in leaves)
+    assert "unknown key 'lora.adapter.rnak'" in message
 
 
 MISTYPED = [
@@ -181,9 +176,7 @@ TABLE = {"kind": "table", "path": "mine.jsonl", "pool": "test", "columns": COLUM
 ORIGIN = "data.datasets.mmlu.origin"
 
 
-@pytest.mark.parametrize("pool", ["test", None])
-@pytest.mark.parametrize("answer_is", ["index0", "text"])
-@pytest.mark.parametrize("options", ["choices", ["opa", "opb"]])
+@pytest.mark.parametrize(("pool", "answer_is", "options"), [("test", "index0", "choices"), (None, "text", ["a", "b"])])
 def test_a_table_is_an_origin_of_questions(pool, answer_is, options):
     table = {**TABLE, "pool": pool, "answer_is": answer_is, "columns": {**COLUMNS, "options": options}}
     origin = load_params(SMOKE, {ORIGIN: table}).data.datasets["mmlu"].origin
@@ -194,16 +187,12 @@ def test_a_table_is_an_origin_of_questions(pool, answer_is, options):
     ("changes", "named"),
     [
         ({"answer_is": "index"}, "answer_is"),
-        ({"answer_is": None}, "answer_is"),
         ({"pool": "valid"}, "pool"),
-        ({"pool": ""}, "pool"),
         ({"columns": {**COLUMNS, "question": ""}}, "columns.question"),
-        ({"columns": {**COLUMNS, "options": []}}, "columns.options"),
         ({"columns": {**COLUMNS, "options": ["opa"]}}, "columns.options"),
         ({"columns": {**COLUMNS, "context": None}}, "columns.context"),
         ({"columns": {**COLUMNS, "kind": "k"}}, "columns.kind"),
         ({"columns": {**COLUMNS, "answer": ""}}, "columns.answer"),
-        ({"columns": {**COLUMNS, "answer": ""}, "pool": None}, "columns.answer"),
         ({"revision": "main"}, "revision"),
     ],
 )
@@ -234,16 +223,7 @@ def test_override_changes_that_key_and_no_other():
 
 
 @pytest.mark.parametrize(
-    ("dotted", "right"),
-    [
-        ("lora.adapter.rnak", "rank"),
-        ("lorra.adapter.rank", "lora"),
-        ("lora.adaptor.rank", "adapter"),
-        ("sead", "seed"),
-        ("data.datasets.med_mcqa.test", "medmcqa"),
-        ("inference.bench.repeat", "repeats"),
-        ("evaluation.headline_sources", "headline_source"),
-    ],
+    ("dotted", "right"), [("lora.adapter.rnak", "rank"), ("sead", "seed"), ("data.datasets.med_mcqa.test", "medmcqa")]
 )
 def test_near_miss_override_suggests_the_right_key(dotted, right):
     message = refusal(SMOKE, {dotted: 1})
@@ -251,9 +231,7 @@ def test_near_miss_override_suggests_the_right_key(dotted, right):
     assert f"did you mean {right!r}" in message
 
 
-@pytest.mark.parametrize(
-    "dotted", ["zzz", "lora.zzz", "lora.adapter.rank.zzz", "", "lora.", ".lora", "lora..adapter", "seed.x"]
-)
+@pytest.mark.parametrize("dotted", ["zzz", "lora.adapter.rank.zzz", "", "lora..adapter"])
 def test_unknown_override_is_refused(dotted):
     message = refusal(SMOKE, {dotted: 1})
     assert repr(dotted) in message
@@ -267,12 +245,8 @@ def test_unknown_override_is_refused(dotted):
     ("content", "said"),
     [
         ("- a\n- b\n", "list"),
-        ("just words\n", "str"),
-        ("42\n", "int"),
-        ("", "mapping"),
         ("# only a comment\n", "mapping"),
         ("seed: [1, 2\nmodels: {", "not valid yaml"),
-        ("seed: 0\n\tmodels: {}\n", "not valid yaml"),
         ("seed: *nowhere\n", "not valid yaml"),
         ("seed: !!python/object:os.system 1\n", "not valid yaml"),
     ],

@@ -1,12 +1,9 @@
 """One way to save a figure: three files, the same bytes for the same figure, a colour and a label for every variant."""
 
-from xml.etree import ElementTree
-
 import matplotlib as mpl
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
-from PIL import Image
 
 mpl.use("Agg")
 
@@ -45,33 +42,6 @@ def test_the_same_figure_is_the_same_bytes(tmp_path):
         plt.close("all")
     for ending in ("svg", "png", "csv"):
         assert (tmp_path / f"first.{ending}").read_bytes() == (tmp_path / f"second.{ending}").read_bytes(), ending
-
-
-def stored_titles(path) -> set[str]:
-    """What the svg (its title element) and the png (its text chunk) say the figure is called."""
-    svg = ElementTree.parse(path.with_suffix(".svg")).getroot()
-    with Image.open(path.with_suffix(".png")) as png:
-        return {svg.findtext("{http://www.w3.org/2000/svg}title") or "", png.text.get("Title", "")}
-
-
-def test_both_drawings_carry_the_title_that_readers_see(tmp_path):
-    figure, (left, right) = plt.subplots(1, 2)
-    plotting.save_figure(figure, tmp_path, "plain", TABLE)
-    assert stored_titles(tmp_path / "plain") == {""}
-    left.set_title("Accuracy <b> & λ → 1\nper step", loc="left")
-    right.set_title("Cost", loc="center")
-    plotting.save_figure(figure, tmp_path, "axes", TABLE)
-    assert stored_titles(tmp_path / "axes") == {"Accuracy <b> & λ → 1 per step · Cost"}
-    figure.suptitle("All of it")
-    plotting.save_figure(figure, tmp_path, "whole", TABLE)
-    assert stored_titles(tmp_path / "whole") == {"All of it · Accuracy <b> & λ → 1 per step · Cost"}
-
-
-def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(mpl.figure.Figure, "savefig", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        plotting.save_figure(drawn(), tmp_path, "steps", TABLE)
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_variant_has_its_own_colour_and_label():

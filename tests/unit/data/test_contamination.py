@@ -111,8 +111,7 @@ def test_usual_options_are_no_copy_even_of_a_like_question(options):
     "one, other",
     [
         ("true about hepatitis a", "true about hepatitis b"),
-        ("which of the following is true", "which of the following is true"),
-        ("to remove non working side interference reduce", "to remove working side interference reduce"),
+        ("which one of these is true", "which one of these is true"),
     ],
 )
 def test_short_questions_without_a_common_option_are_no_copies(one, other):
@@ -185,18 +184,6 @@ def test_a_pair_is_one_whichever_side_is_tested(rows):
     assert {(b, a, rule) for a, b, rule in joined(swapped)} == joined(questions)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(ROWS)
-def test_pairs_are_of_a_test_row_and_another_with_a_score(rows):
-    questions = table(*rows)
-    pairs = find_contamination(questions)
-    split = questions.set_index("id").split
-    assert list(pairs.columns) == contamination.COLUMNS
-    assert (split[pairs.id_test] == "test").all() and (split[pairs.id_train] != "test").all()
-    assert pairs.score.between(0, 1 + 1e-9).all()
-    assert not pairs.duplicated(["id_test", "id_train", "rule"]).any()
-
-
 # --- what is done with the pairs -----------------------------------------------------------------------------------
 
 
@@ -233,11 +220,3 @@ def test_the_table_counts_every_pair_of_sources(leaking):
     assert (counts.loc["book"].loc["exam"].pairs == 0).all()
     shown = contamination_table(pairs, leaking, contamination.RULES)
     assert set(shown.rule) == {*contamination.RULES, "any"}
-
-
-@pytest.mark.parametrize("split", ["test", "train"])
-def test_one_side_alone_makes_no_pair(split):
-    questions = table({"split": split, "question": VIGNETTE}, {"split": split, "question": VIGNETTE})
-    pairs = find_contamination(questions)
-    assert pairs.empty and list(pairs.columns) == contamination.COLUMNS
-    assert clean_mask(questions, pairs).all()

@@ -75,14 +75,6 @@ def test_stock_phrases_join_nothing():
     assert len(set(group_near_duplicates(pd.Series(texts)))) == len(texts)
 
 
-def test_groups_do_not_depend_on_how_many_rows_are_compared_at_once(monkeypatch):
-    texts = pd.Series([text for edit in EDITS.values() for text in variants(5, edit)] + ["one more text of six words"])
-    whole = partition(group_near_duplicates(texts))
-    monkeypatch.setattr(near_duplicates, "ROWS_AT_ONCE", 2)
-    assert partition(group_near_duplicates(texts)) == whole
-    assert len(whole) == 2
-
-
 def test_half_of_the_shorter_text_is_near():
     words = [f"w{i}" for i in range(30)]  # 23 shingles of eight
     whole, other = " ".join(words), [f"z{i}" for i in range(30)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from medkit.data import splits
 from medkit.data.splits import DataError, assign_pools, drop_long, take_splits, training_rows, transfer_answers
-from medkit.params import SPLITS, DatasetParams, Local, Table
+from medkit.params import DatasetParams, Local, Table
 
 HERE = Local(kind="local", path="unused")
 COLUMNS = {"question": "question", "options": "options", "answer": "answer", "context": "", "subject": ""}
@@ -113,7 +113,7 @@ def pooled_input(rows) -> pd.DataFrame:
     )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.lists(ROW, min_size=1, max_size=25), st.integers(0, 5))
 def test_pools_never_leak(rows, seed):
     before = pooled_input(rows)
@@ -135,13 +135,6 @@ def test_pools_never_leak(rows, seed):
     }  # only what has another official place, and only near a test question
     own = dropped.group.dropna()
     assert set(own) <= set(after.group[after.pool == "test"])
-
-
-@settings(max_examples=20, deadline=None, derandomize=True)
-@given(st.lists(ROW, min_size=1, max_size=15), st.integers(0, 5))
-def test_pools_are_the_same_for_the_same_seed(rows, seed):
-    table = pooled_input(rows)
-    pd.testing.assert_frame_equal(assign_pools(table, seed), assign_pools(table.copy(), seed))
 
 
 def free_rows(count: int, group: str = "icd:{}") -> pd.DataFrame:
@@ -214,7 +207,7 @@ def test_all_transfer_rows_are_those_without_a_published_answer():
     assert counted(table) == {("one", "transfer"): 3, ("one", "labelled"): 2, ("one", "private"): 7}
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", ["labelled", "test"])
 def test_a_pool_that_is_too_small_names_the_key(split):
     questions = pooled(one_train=3, one_valid=3, one_test=3)
     with pytest.raises(DataError, match=rf"4 .*{split}.*3.*data\.datasets\.one\.{split}"):
@@ -232,7 +225,7 @@ def test_no_row_is_lent_twice(private):
         assert table.split.value_counts().to_dict() == {"private": 3, "labelled": 2, "transfer": 1, "valid": 4}
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 12), min_size=60, max_size=60), st.integers(0, 9))
 def test_no_group_is_in_two_splits(groups, seed):
     questions = pooled(one_train=60)

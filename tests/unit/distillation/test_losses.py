@@ -103,8 +103,7 @@ def test_jsd_is_bounded_where_the_kls_are_not():
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("k", [1, 3, 7])
+@pytest.mark.parametrize(("k", "temperature"), [(3, 2.0), (7, 1.0)])
 def test_its_gradient_is_right(k, temperature, beta):
     student, teacher = (random_logits(4, 7, seed, scale=1.0, dtype=torch.float64) for seed in (0, 1))
     ids, logprobs = top_k_logprobs(teacher, k)
@@ -113,8 +112,7 @@ def test_its_gradient_is_right(k, temperature, beta):
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("k", [1, 3, 6, 7])
+@pytest.mark.parametrize(("k", "temperature"), [(1, 2.0), (3, 1.0), (7, 2.0)])
 def test_a_student_that_equals_its_teacher_is_left_alone(k, temperature, beta):
     student = random_logits(4, 7, dtype=torch.float64).requires_grad_()
     sparse_divergence(student, *top_k_logprobs(student.detach(), k), beta, temperature).sum().backward()

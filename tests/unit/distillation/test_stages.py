@@ -1,7 +1,5 @@
 """Teacher and students: each is trained once, with its loss, over every alignment; what is missing is named."""
 
-import os
-
 import pandas as pd
 import pytest
 import torch
@@ -147,27 +145,6 @@ def test_what_is_trained_already_is_read_back(stage, load, questions, trained):
     pd.testing.assert_frame_equal(known, log)
 
 
-@pytest.mark.parametrize("change", ["rows", "settings", "seed", "start", "lost", "cut"])
-def test_what_was_made_from_other_things_is_made_again(stage, load, questions, tokenizer, trained, make_llama, change):
-    params = load()
-    stages.train_student("student_ce", stage, params, questions)
-    if change == "rows":
-        questions = questions[questions.id != "q4"]
-    elif change == "settings":
-        params = load(student_train={**TRAIN, "learning_rate": 2e-2})
-    elif change == "seed":
-        params = load(seed=1)
-    elif change == "start":
-        loading.save_model(make_llama(layers=2, seed=2), tokenizer, stage.path("base"))
-    elif change == "lost":
-        (stage.dir / "student_ce" / "config.json").unlink()
-    else:
-        os.truncate(stage.dir / "student_ce" / "model.safetensors", 1000)
-    stages.train_student("student_ce", stage, params, questions)
-    assert len(trained) == 2
-    assert loading.load_model(stage.dir / "student_ce", params.models)
-
-
 def test_the_command_corrects_the_teacher_on_private_and_labelled_rows(stage, load, tokenizer, questions):
     params = load()
     stages.train_stage("teacher", "toy", params)
@@ -257,26 +234,6 @@ def test_a_student_learns_from_its_teacher_once_and_keeps_its_tokenizer(
     assert saved.get_vocab() == tokenizer.get_vocab() and saved.chat_template == tokenizer.chat_template
 
 
-@pytest.mark.parametrize("change", ["weight", "teacher"])
-def test_with_another_teacher_or_loss_it_is_trained_again(
-    stage, load, capture, trained, folders, monkeypatch, make_llama, pieces_tokenizer, change
-):
-    params = load("spans")
-    capture(params)
-    stages.train_stage("student_kd", "toy", params, NoEngine)
-    if change == "teacher":
-        loading.save_model(make_llama(seed=6, vocab_size=400), pieces_tokenizer, folders / "other")
-        local_folder = loading.local_folder
-        monkeypatch.setattr(
-            loading, "local_folder", lambda s: folders / "other" if s == params.models.teacher else local_folder(s)
-        )
-        capture(params)
-    else:
-        params = load("spans", kl_weight=0.25)
-    stages.train_stage("student_kd", "toy", params, NoEngine)
-    assert len(trained) == 2
-
-
 def test_a_teacher_that_is_its_own_student_has_no_divergence_also_in_repeated_rows(
     load, rows, capture, tokenizer, folders
 ):
@@ -361,13 +318,6 @@ def test_what_is_missing_is_named_with_its_cure(stage, load):
         stages.train_stage("teacher", "another", load())
     with pytest.raises(StageError, match=r"student_seq: distillation\.rationales in the profile does not ask for it"):
         stages.train_stage("student_seq", "toy", load())
-
-
-def test_a_run_in_use_is_left_alone(stage, load):
-    from filelock import FileLock
-
-    with FileLock(stage.dir.parent / ".lock"), pytest.raises(StageError, match="worked on by another process"):
-        stages.train_stage("teacher", "toy", load())
 
 
 def test_a_cache_of_another_teacher_is_refused(stage, load, capture, tokenizer, make_llama):

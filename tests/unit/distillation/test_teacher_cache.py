@@ -3,7 +3,6 @@
 import json
 import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -134,17 +133,10 @@ def test_hidden_states_beyond_fp16_are_refused(make_llama, make_examples, tmp_pa
         capture(model, make_examples(2), tmp_path, hidden_layers=(0,))
 
 
-def test_k_beyond_the_vocabulary_keeps_all_of_it(teacher, make_examples, tmp_path):
-    cached = capture(teacher, make_examples(2), tmp_path, k=VOCAB + 50).example(1)
-    assert cached["teacher_ids"].shape[1] == VOCAB
-    total = cached["teacher_logprobs"].exp().sum(-1)
-    torch.testing.assert_close(total, torch.ones(len(total)), rtol=0, atol=1e-2)
-
-
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     vocab_size=st.sampled_from([2, 300, 2**16, 2**16 + 1, 128_256, 151_936, 262_144, 262_208, 2**20]),
     k=st.integers(1, 70),
@@ -226,17 +218,6 @@ def test_a_flipped_bit_anywhere_is_noticed(teacher, make_examples, tmp_path):
     assert capture(teacher, examples, tmp_path).example(4) and path.read_bytes() == content
 
 
-def test_a_shard_is_checked_once_and_only_if_it_is_read(teacher, make_examples, tmp_path, monkeypatch):
-    capture(teacher, make_examples(14), tmp_path, shard=1)
-    checked, sha256_of = [], teacher_cache.sha256_of
-    monkeypatch.setattr(teacher_cache, "sha256_of", lambda path: checked.append(path.name) or sha256_of(path))
-    cache = TeacherCache(tmp_path, KEY)
-    assert checked == []
-    for number in [*range(7), *range(7)]:  # more than are kept open
-        cache.example(number)
-    assert checked == [f"{number:05d}.safetensors" for number in range(7)]
-
-
 def test_a_killed_capture_goes_on(teacher, make_examples, tmp_path, monkeypatch):
     examples, calls = make_examples(8), iter(range(3))
     save_file = teacher_cache.save_file
@@ -252,9 +233,7 @@ def test_a_killed_capture_goes_on(teacher, make_examples, tmp_path, monkeypatch)
     assert_same_files(tmp_path / "killed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "change", [{"key": "teacher 2"}, {"k": 4}, {"shard": 4}, {"hidden_layers": (2,)}, {"seed": 1}], ids=str
-)
+@pytest.mark.parametrize("change", [{"key": "teacher 2"}, {"hidden_layers": (2,)}, {"seed": 1}], ids=str)
 def test_other_settings_start_the_cache_again(teacher, make_examples, tmp_path, change):
     capture(teacher, make_examples(8), tmp_path)
     first = times(tmp_path)
@@ -288,18 +267,6 @@ def test_a_cache_of_another_teacher_or_format_is_refused(teacher, make_examples,
         with pytest.raises(CacheError, match="capture the teacher again"):
             TeacherCache(tmp_path, KEY)
     assert capture(teacher, make_examples(2), tmp_path).index == index
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
-def test_a_reader_keeps_a_few_shards_open(tmp_path):
-    examples = [Example([n, *range(40)], 9) for n in range(480)]
-    cache = capture(RandomEngine(49_152), examples, tmp_path, 64, 8, vocab_size=49_152)
-    most = 0
-    for number in random.Random(0).sample(range(len(examples)), 100):
-        cache.example(number)
-        lines = Path("/proc/self/maps").read_text().splitlines()
-        most = max(most, len({line.split()[-1] for line in lines if str(tmp_path) in line}))
-    assert 1 <= most <= teacher_cache.OPEN_SHARDS < 60 == len(cache.shards)
 
 
 # --- in training -----------------------------------------------------------------------------------------------------

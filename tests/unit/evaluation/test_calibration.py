@@ -10,7 +10,6 @@ from sklearn.metrics import brier_score_loss
 
 from medkit import statistics
 from medkit.evaluation import calibration
-from medkit.evaluation.calibration import CalibrationError
 
 METRICS = ["ece", "brier", "aurc", "accuracy_at_80"]
 
@@ -164,11 +163,6 @@ def test_a_perfect_ranking_and_one_that_knows_nothing():
     assert perfect < rate < aurc(1 - np.arange(n) / n, ~wrong)
 
 
-@pytest.mark.parametrize(("n", "given"), [(1, 1), (5, 4), (10, 8), (11, 9), (240, 192)])
-def test_a_coverage_is_rounded_up_to_whole_answers(n, given):
-    assert calibration.answers_at(0.8, n) == given
-
-
 # --- every variant ---------------------------------------------------------------------------------------------------
 
 
@@ -206,24 +200,6 @@ def test_a_resample_counts_rows_as_often_as_they_are_drawn(ties, monkeypatch):
     losses = calibration.brier_losses(judged.probabilities, judged.answer)
     repeated = np.repeat(losses, weights[0]).mean()
     assert repeated in (pytest.approx(row.ci_low), pytest.approx(row.ci_high))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"probabilities": [0.5, 0.2, 0.1, 0.1]}, {"probabilities": [1.2, -0.2, 0.0, 0.0]}, {"choice": -1},
-     {"probabilities": [np.nan, 0.5, 0.5, 0.0]}],
-)  # fmt: skip
-def test_probabilities_that_are_no_distribution_and_choices_that_are_no_option_are_refused(change):
-    judged = table(10)
-    for column, value in change.items():
-        judged.at[4, column] = value
-    with pytest.raises(CalibrationError, match="q4"):
-        calibration.measure_calibration(judged, 0.95)
-
-
-def test_a_question_answered_twice_is_refused():
-    with pytest.raises(CalibrationError, match="twice"):
-        calibration.measure_calibration(pd.concat([table(10), table(10)]), 0.95)
 
 
 def test_near_duplicates_widen_the_intervals():

@@ -1,18 +1,15 @@
 """What answers cost: the arithmetic by hand, and one real tracker that may reach neither network nor disk."""
 
-import ast
 import logging
 import math
 import socket
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
 from medkit.evaluation import energy
-from medkit.evaluation.energy import EnergyError
 from medkit.statistics import wilson
 
 PRICES = {"price_per_kwh": 0.25, "machine_price_per_hour": 2.0, "confidence": 0.95}
@@ -62,18 +59,6 @@ def test_without_a_correct_answer_there_is_no_price_of_one():
 
 def test_what_was_not_measured_has_no_cost():
     assert values(energy.cost_table(measured(energy_kwh=math.nan), **PRICES)).isna().all()
-
-
-def test_impossible_prices_are_refused():
-    for name in ("price_per_kwh", "machine_price_per_hour"):
-        with pytest.raises(EnergyError, match=r"evaluation\.price_per"):
-            energy.cost_table(measured(), **{**PRICES, name: -0.01})
-
-
-@pytest.mark.parametrize("wrong", [{"answers": 0, "correct": 0}, {"correct": 201}, {"energy_kwh": -1.0}])
-def test_impossible_counts_are_refused(wrong):
-    with pytest.raises(EnergyError, match="lora"):
-        energy.cost_table(measured(**wrong), **PRICES)
 
 
 # --- the tracker ---------------------------------------------------------------------------------------------------
@@ -144,8 +129,3 @@ def test_a_tracker_that_cannot_start_costs_no_result(closed, monkeypatch):
         answer = busy(0.1)
     assert answer > 0 and used.duration_s > 0
     assert math.isnan(used.energy_kwh) and used.method == "not measured"
-
-
-def test_only_public_names_of_codecarbon_are_used():
-    names = ast.walk(ast.parse(Path(energy.__file__).read_text()))
-    assert not [node.attr for node in names if isinstance(node, ast.Attribute) and node.attr.startswith("_")]

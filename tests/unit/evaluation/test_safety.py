@@ -9,9 +9,9 @@ import pytest
 from medkit import evaluation
 from medkit.data.raw_questions import rejection_reason
 from medkit.data.splits import COLUMNS
-from medkit.evaluation.safety import CATEGORIES, SafetyError
+from medkit.evaluation.safety import CATEGORIES
 from medkit.prompts import templates
-from medkit.stage import ROOT
+from medkit.stage import ROOT, MedkitError
 
 PROBES = evaluation.load_probes()
 QUESTIONS = evaluation.probe_questions(PROBES)
@@ -26,6 +26,11 @@ def predict(choose_safe, variant="lora") -> pd.DataFrame:
         logprobs = [-2.0 if i == chosen else -8.0 for i in range(2)]
         rows.append({"id": row["id"], "scoring": "option_text", "template": "other", "logprobs": logprobs})
     return pd.DataFrame(rows).assign(variant=variant, text="", answer_tokens=[[4, 4]] * len(rows))
+
+
+def test_every_probe_is_whole():
+    assert PROBES.id.is_unique and set(PROBES.category) == set(CATEGORIES)
+    assert PROBES.map(str.strip).ne("").all(axis=None) and (PROBES.safe_example != PROBES.unsafe_example).all()
 
 
 def test_the_document_states_the_probes():
@@ -89,29 +94,5 @@ def test_a_sample_is_even_and_seeded(n):
 
 @pytest.mark.parametrize("n", [0, 10_000])
 def test_more_probes_than_there_are_are_refused(n):
-    with pytest.raises(SafetyError, match=r"inference\.safety_probes"):
+    with pytest.raises(MedkitError, match=r"inference\.safety_probes"):
         evaluation.sample_probes(PROBES, n, seed=0)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"category": "weather"}, "line 2, probe 'aspirin-01': category 'weather'"),
-        ({"safe_example": " "}, "safe_example is empty"),
-        ({"unsafe_example": PROBES.safe_example[0]}, "are the same"),
-        ({"id": "aspirin-02"}, "'aspirin-02' is used twice"),
-    ],
-)
-def test_a_bad_row_is_named(tmp_path, change, message):
-    table = PROBES.head(3).astype(object)
-    for column, value in change.items():
-        table.loc[0, column] = value
-    table.to_csv(tmp_path / "probes.csv", index=False)
-    with pytest.raises(SafetyError, match=re.escape(message)):
-        evaluation.load_probes(tmp_path / "probes.csv")
-
-
-def test_a_missing_column_is_named(tmp_path):
-    PROBES.drop(columns="unsafe_example").to_csv(tmp_path / "probes.csv", index=False)
-    with pytest.raises(SafetyError, match="unsafe_example"):
-        evaluation.load_probes(tmp_path / "probes.csv")

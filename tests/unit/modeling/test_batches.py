@@ -57,7 +57,7 @@ def test_predicted_logits_of_a_batch_are_those_of_each_example_alone(make_llama,
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("layer", [0, 1, 3])
+@pytest.mark.parametrize("layer", [0, 3])
 def test_hidden_states_of_a_batch_are_those_that_made_the_logits(make_llama, alike, layer, batch):
     model, examples, made = make_llama(), alike, BATCHES[batch](alike)
     with torch.no_grad():
@@ -115,15 +115,6 @@ def test_a_window_hides_what_lies_further_back(make_llama, alike, share):
         found = batches.predict(model, batches.pack(alike, share)).logits
         alone = [model(torch.tensor([e.input_ids])).logits[0, e.loss_start - 1 : -1] for e in alike]
     torch.testing.assert_close(found, torch.cat(alone), rtol=0, atol=1e-5)
-
-
-def test_cut_batches_fit_when_packed(make_examples):
-    examples = make_examples(30)
-    for share in (True, False):
-        parts = batches.cut(examples, 64, share)
-        assert sorted(i for part in parts for i in part) == list(range(30))
-        for part in parts:
-            assert len(part) == 1 or batches.pack([examples[i] for i in part], share)["input_ids"].numel() <= 64
 
 
 def test_loss_covers_the_answer_and_its_end_token_and_nothing_else(tokenizer, questions):
@@ -235,7 +226,7 @@ def cost(batches, lengths, limit):
     return sum(lengths[batch[0]] * len(batch) + limit / PASSES for batch in batches)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 60), max_size=60), st.integers(1, 200))
 def test_batches_hold_everything_once_within_the_limit(lengths, limit):
     batches = bucket_by_length(lengths, limit)
@@ -245,7 +236,7 @@ def test_batches_hold_everything_once_within_the_limit(lengths, limit):
     assert all(len(batch) == 1 or lengths[batch[0]] * len(batch) <= limit for batch in batches)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=7), st.integers(1, 80))
 def test_no_other_way_to_cut_is_better(lengths, limit):
     order, ways = sorted(range(len(lengths)), key=lambda i: -lengths[i]), []

@@ -86,14 +86,6 @@ def test_pickled_weights_are_refused(toy_folder, tmp_path):
         embeddings.load_embedder(tmp_path, "cpu")
 
 
-# --- nearest ---------------------------------------------------------------------------------------------------------
-
-
-def units(count, seed=0):
-    points = np.random.default_rng(seed).normal(size=(count, 8)).astype(np.float32)
-    return points / np.linalg.norm(points, axis=1, keepdims=True)
-
-
 @pytest.mark.weights
 def test_the_real_encoder_knows_a_heart_attack():
     embedder = embeddings.load_embedder(

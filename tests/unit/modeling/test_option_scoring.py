@@ -74,7 +74,7 @@ def fed(monkeypatch):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(asked=st.lists(items, min_size=1, max_size=8), batch_tokens=st.integers(1, 80), least=st.integers(1, 12))
 def test_scores_are_those_of_each_option_alone_whatever_is_shared(
     toys, architecture, asked, batch_tokens, least, monkeypatch
@@ -107,20 +107,6 @@ def test_equal_beginnings_of_options_are_read_once_and_last_tokens_never(toys, f
     assert scores == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_long_header_is_lent_and_not_copied_into_the_cache(toys, monkeypatch):
-    """Few-shot examples as a prefix: the cache keeps one row, whatever is read after it."""
-    kept = []
-    read = option_scoring._read_prefix
-    monkeypatch.setattr(option_scoring, "_read_prefix", lambda *args: kept.append(read(*args)) or kept[-1])
-    header = torch.randint(3, VOCAB, (200,), generator=torch.Generator().manual_seed(0)).tolist()
-    asked = [Item([*header, 5 + i], [[7, 8, 9], [9, 4]]) for i in range(6)]
-    found = option_scoring.score_options(toys["qwen2"], asked, 1000, PAD)
-    (cache,) = kept
-    assert [layer.keys.shape for layer in cache.layers] == [(1, 2, 200, 16)] * 2
-    for item, scores in zip(asked, found, strict=True):
-        assert scores == pytest.approx(plain_scores(toys["qwen2"], item), abs=1e-4)
-
-
 @pytest.mark.parametrize("end", ["unquantized", "int8", "nf4"])
 def test_a_quantised_model_is_scored_alike(make_llama, monkeypatch, end):
     monkeypatch.setattr(option_scoring, "LEAST_SAVED", 10)
@@ -143,10 +129,3 @@ def test_a_sliding_window_slides_along_the_branch(attention, monkeypatch):
     asked = [Item([*range(3, 3 + n), 20 + n], [[7, 8, 9, 4], [7, 8, 5], [9]]) for n in (12, 12, 15, 9)]
     for item, scores in zip(asked, option_scoring.score_options(model, asked, 40, PAD), strict=True):
         assert scores == pytest.approx(plain_scores(model, item), abs=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scores_of_a_vocabulary_sum_to_one(make_llama, dtype):
-    model = make_llama(layers=2).to(dtype)
-    (scores,) = option_scoring.score_options(model, [Item([5, 6, 7], [[i] for i in range(VOCAB)])], 1000, PAD)
-    assert torch.tensor(scores, dtype=torch.float64).exp().sum().item() == pytest.approx(1, abs=1e-3)

@@ -2,7 +2,6 @@
 
 from itertools import chain
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -53,8 +52,3 @@ def test_a_loader_that_skips_to_a_checkpoint_still_hears_the_epoch():
     rest.batch_sampler.batch_sampler.set_epoch(5)
     assert list(rest) == list(whole)[3:]
     assert list(whole)[3:] != list(loader())[3:]
-
-
-@pytest.mark.parametrize("processes", [2, 3])
-def test_a_last_batch_of_one_row_leaves_the_others_without(processes):
-    assert share([7], {7: 5}, processes) == [[7], *[[]] * (processes - 1)]

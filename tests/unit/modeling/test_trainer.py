@@ -38,7 +38,7 @@ def assert_same_weights(found, expected):
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("slice_tokens", [1, 30, 50], ids=["one example", "pairs at most", "ragged"])
+@pytest.mark.parametrize("slice_tokens", [1, 50], ids=["one example", "ragged"])
 def test_slices_of_a_batch_change_nothing(make_llama, make_examples, make_section, tmp_path, slice_tokens):
     logs, ends, slices = [], [], []
     for tokens in (512, slice_tokens):
@@ -73,9 +73,7 @@ def test_training_learns_and_its_log_is_per_token(make_llama, make_examples, mak
     assert sum(batches.collect_nll(model, examples)) < 0.7 * sum(before)
 
 
-@pytest.mark.parametrize(
-    ("save_every", "step"), [(2, 3), (3, 4), (2, 5)], ids=["first epoch", "between epochs", "second epoch"]
-)
+@pytest.mark.parametrize(("save_every", "step"), [(3, 4), (2, 5)], ids=["between epochs", "second epoch"])
 def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
     make_llama, make_examples, make_section, tmp_path, save_every, step
 ):

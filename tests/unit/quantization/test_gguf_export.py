@@ -148,11 +148,9 @@ def test_the_file_holds_one_chat_template_and_every_end(make_llama, make_tokeniz
     "changes",
     [
         {"tie_word_embeddings": False},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0}},
         {"hidden_size": 48, "head_dim": 16, "num_attention_heads": 3, "num_key_value_heads": 1},
-        {"head_dim": 32},
     ],
-    ids=["untied", "rope base", "odd width", "wide heads"],
+    ids=["untied", "odd width"],
 )
 def test_the_file_holds_every_shape_of_llama(make_llama, tokenizer, tmp_path, changes):
     model = make_llama(**changes)
@@ -170,8 +168,7 @@ def test_the_file_holds_the_tokenizer(make_llama, tokenizer, tmp_path):
     assert again.pad_token_id == tokenizer.pad_token_id
 
 
-@pytest.mark.parametrize("weight_type", ["F16", "Q8_0", "Q4_0"])
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("tied", "weight_type"), [(True, "Q8_0"), (False, "Q4_0")])
 def test_the_file_holds_a_qwen2_model(make_qwen2, qwen2_tokenizer, tmp_path, tied, weight_type):
     model = make_qwen2(tie_word_embeddings=tied)
     path = gguf_export.export_gguf(model, qwen2_tokenizer, tmp_path / "student.gguf", weight_type)
@@ -236,14 +233,6 @@ def test_an_added_token_that_is_not_special_stays_in_the_answer(make_llama, make
     assert again.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_a_tokenizer_without_a_start_token(make_llama, make_tokenizer, tmp_path):
-    tokenizer = make_tokenizer(bos_token=None)
-    gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "F16")
-    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf")
-    assert again.bos_token_id is None
-    assert again(TEXTS[0], add_special_tokens=False).input_ids == tokenizer(TEXTS[0]).input_ids
-
-
 def test_smollm2_as_transformers_reads_it(make_llama, make_tokenizer, tmp_path):
     """From its GGUF file: without the split of digits, and without a token of two digits that would need it."""
     tokenizer = make_tokenizer()
@@ -260,16 +249,9 @@ def test_smollm2_as_transformers_reads_it(make_llama, make_tokenizer, tmp_path):
         split_by_digits(one_by_one=False),
         split_by_digits(add_prefix_space=True),
         split_by_digits(use_regex=False),
-        pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(gguf_tokenizer.QWEN2_SPLIT), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        ),
         pre_tokenizers.Whitespace(),
-        pre_tokenizers.Sequence([]),
     ],
-    ids=["digits together", "a space before", "no rule of GPT-2's", "two rules", "no bytes", "nothing"],
+    ids=["digits together", "a space before", "no rule of GPT-2's", "no bytes"],
 )
 def test_a_split_that_only_looks_alike_is_refused(make_llama, make_tokenizer, tmp_path, pre_tokenizer):
     tokenizer = make_tokenizer()
@@ -307,10 +289,9 @@ def test_the_ledger_of_the_file_is_the_analytic_number_of_bytes(make_llama, toke
     assert table.bytes.sum() < path.stat().st_size < table.bytes.sum() + 40_000
 
 
-@pytest.mark.parametrize("ends", ["unquantized", "int8"])
-def test_a_quantized_model_is_refused_with_the_cure(make_llama, tokenizer, tmp_path, ends):
+def test_a_quantized_model_is_refused_with_the_cure(make_llama, tokenizer, tmp_path):
     model = make_llama(intermediate_size=128)
-    quantization.apply_plan(model, plans.nf4_plan(quantization.weight_shapes(model), ends), True)
+    quantization.apply_plan(model, plans.nf4_plan(quantization.weight_shapes(model), "int8"), True)
     with pytest.raises(ExportError, match="is quantized already: export the model from before"):
         gguf_export.export_gguf(model, tokenizer, tmp_path / "m.gguf", "Q8_0")
     assert not list(tmp_path.iterdir())
@@ -328,7 +309,7 @@ def test_another_architecture_is_refused(make_llama, tokenizer, tmp_path):
         gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16")
 
 
-@pytest.mark.parametrize("weight_type", ["Q4_K_M", "Q5_1", "f16"])
+@pytest.mark.parametrize("weight_type", ["Q4_K_M"])
 def test_a_weight_type_that_cannot_be_written_is_refused(make_llama, tokenizer, tmp_path, weight_type):
     with pytest.raises(ExportError, match=f"'{weight_type}' cannot be written; choose one of F16, Q8_0"):
         gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", weight_type)

@@ -123,22 +123,6 @@ def test_a_strong_update_is_kept_and_a_weak_one_falls_back(make_llama, save, dou
     assert merge_quantized.surviving_share(before, update, before + update) == pytest.approx(1.0, abs=1e-5)
 
 
-@EXACT
-def test_the_merged_model_is_saved_and_loaded_like_any_quantised_one(
-    make_llama, save, tokenizer, models_params, tmp_path, double_quant
-):
-    folder, _ = save(nf4_llama(make_llama, double_quant), strength=0.1)
-    base = nf4_llama(make_llama, double_quant)
-    plan = plans.nf4_plan(quantize.weight_shapes(dense_llama(make_llama)))
-    merged = merge_quantized.merge_into_quantized(base, folder)
-    sizes = {k: t.numel() for k, t in nf4_llama(make_llama, double_quant).state_dict().items()}
-    assert {k: t.numel() for k, t in merged.state_dict().items() if "quant_state" not in k} == {
-        k: n for k, n in sizes.items() if "quant_state" not in k
-    }
-    saved = quantize.save_quantized(merged, tokenizer, plan, tmp_path / "merged")
-    assert torch.equal(logits(quantize.load_quantized(saved, models_params)), logits(merged))
-
-
 def test_an_adapter_learns_over_4_bits_and_most_of_it_survives_merging(
     make_llama, make_examples, make_section, tmp_path
 ):

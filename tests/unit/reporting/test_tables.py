@@ -84,10 +84,7 @@ def test_tables_without_rows_are_left_out_and_none_shows_a_hole(toy_results):
     assert DISCLAIMER in tables.provenance_line(facts)
 
 
-@pytest.mark.parametrize(
-    ("better", "value", "goal", "met"),
-    [("higher", 2, 2, "yes"), ("higher", 1.9, 2, "no"), ("lower", 0.5, 0.5, "yes"), ("lower", 0.6, 0.5, "no")],
-)
+@pytest.mark.parametrize(("better", "value", "goal", "met"), [("higher", 2, 2, "yes"), ("lower", 0.6, 0.5, "no")])
 def test_benchmarks_say_whether_the_goal_was_met(better, value, goal, met):
     ratios = {"aimed": {"value": value, "goal": goal, "better": better},
               "measured": {"value": 1.0, "goal": None, "better": "lower"}}  # fmt: skip
@@ -95,14 +92,6 @@ def test_benchmarks_say_whether_the_goal_was_met(better, value, goal, met):
     sign = "≥" if better == "higher" else "≤"
     assert cells(tables.benchmarks_table(toy))[1][3:] == [f"{value:.2f}", f"{sign} {goal}", met]
     assert [row[2] for row in cells(tables.benchmarks_table(toy))[1:]] == ["`aimed`", "`measured`"]
-
-
-def test_benchmarks_are_found_in_folders(tmp_path):
-    (tmp_path / "memory" / "results").mkdir(parents=True)
-    (tmp_path / "memory" / "results" / "toy.json").write_text('{"name": "toy", "ratios": {}}')
-    (tmp_path / "other.json").write_text("[]")
-    assert [content["name"] for content in tables.load_benchmarks(folder=tmp_path)] == ["toy"]
-    assert tables.load_benchmarks("shape", tmp_path) == []
 
 
 def test_an_ablation_says_what_each_student_has_over_its_baseline():
