@@ -35,23 +35,18 @@ def set_style() -> None:
 
 
 def save_figure(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> None:
-    """Write `name`.svg, `name`.png and `name`.csv (what was plotted) into `folder`, and close nothing.
-
-    The title that readers see, or those of all axes, is stored in both drawings too: a page takes its caption from it.
-    """
-    titles = [figure.get_suptitle(), *(ax.get_title(loc) for ax in figure.axes for loc in ("left", "center", "right"))]
-    named = {"Title": " · ".join(" ".join(title.split()) for title in titles if title.strip())}
+    """Write `name`.svg, `name`.png and `name`.csv (what was plotted) into `folder`, and close nothing."""
     with atomic_path(folder / f"{name}.svg") as scratch:
-        figure.savefig(scratch, format="svg", metadata={"Date": None, **named}, bbox_inches="tight")
+        figure.savefig(scratch, format="svg", metadata={"Date": None}, bbox_inches="tight")
     with atomic_path(folder / f"{name}.png") as scratch:
-        figure.savefig(scratch, format="png", dpi=150, metadata=named, bbox_inches="tight")
+        figure.savefig(scratch, format="png", dpi=150, bbox_inches="tight")
     with atomic_path(folder / f"{name}.csv") as scratch:
         table.to_csv(scratch, index=False)
 
 
-def plot_intervals(table: pd.DataFrame, value: str, label: str, ax: Axes | None = None) -> Axes:
+def plot_intervals(table: pd.DataFrame, value: str, label: str) -> Axes:
     """Horizontal points with their intervals, one row per variant in the table's order; n stands at the row's label."""
-    ax = ax or plt.subplots(figsize=(SIZE[0], 0.8 + 0.42 * len(table)))[1]
+    _, ax = plt.subplots(figsize=(SIZE[0], 0.8 + 0.42 * len(table)))
     for y, row in enumerate(table.itertuples()):
         colour, x = VARIANTS[row.variant].colour, getattr(row, value)
         ax.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=2.5, solid_capstyle="round")

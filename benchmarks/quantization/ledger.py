@@ -39,6 +39,22 @@ if DEVICE.type == "cpu":
 GOAL = 0.05  # relative error of the total; none is set for a pool
 
 
+def reset_peak(device: torch.device) -> None:
+    """Start a new peak. On the CPU this raises OSError if /proc is missing or not writable."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def read_peak(device: torch.device) -> int:
+    """Peak bytes since `reset_peak`: of CUDA's allocator, or of the resident set of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE).group(1))
+
+
 UNQUANTISED, PLAN, NF4 = "unquantised", "plan", "nf4"
 
 
@@ -94,8 +110,8 @@ def measure_peak(load: Callable[[], torch.nn.Module], batch: int, context: int, 
     _peaks(toy, batch, 8, device)
     del toy
     gc.collect()
-    activation_memory.reset_peak(device)
-    libraries = activation_memory.read_peak(device)
+    reset_peak(device)
+    libraries = read_peak(device)
     model = load()
     _peaks(model, batch, 8, device)
     prefill, decode = _peaks(model, batch, context, device)
@@ -106,9 +122,9 @@ def _peaks(model: torch.nn.Module, batch: int, context: int, device: torch.devic
     ids = torch.ones(batch, context, dtype=torch.long, device=device)
     cache, peaks = DynamicCache(config=model.config), []
     for tokens in (ids, ids[:, :1]):
-        activation_memory.reset_peak(device)
+        reset_peak(device)
         model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        peaks.append(activation_memory.read_peak(device))
+        peaks.append(read_peak(device))
     return peaks
 
 

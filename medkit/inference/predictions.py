@@ -50,7 +50,6 @@ def predict(
     asked: pd.DataFrame,
     batch_tokens: int,
     max_new_tokens: int,
-    cache: dict | None = None,
     max_thinking_tokens: int | None = None,
 ) -> pd.DataFrame:
     """Raw answers to `asked`: log-probability (nats) and length in tokens of each option, or generated text and length.
@@ -60,13 +59,12 @@ def predict(
     generated answer, for at most `max_thinking_tokens` tokens; then `text` begins with its thought, in its marks.
     Otherwise its thought is empty, as it is before options and records, whose answers are learned without one.
 
-    A row may also bring its `template` (a name), `shots` (solved question rows) and `order` (option `order[p]` is shown
-    at place p). A prompt is read once per call, and once per `cache`: give the same dict to all calls for one model.
+    A row may also bring its `template` (a name) and `order` (option `order[p]` is shown at place p). A prompt is read
+    once.
     """
-    cache = {} if cache is None else cache  # (prompt, answer) → log-probability, and prompt → Written
     labels = [name for name in ("study", "condition") if name in asked]
     rows, scored = [], []
-    new_answers: dict[tuple, dict[tuple, None]] = {}  # prompt → its answers to be scored, in order and each once
+    to_score: dict[tuple, dict[tuple, None]] = {}  # prompt → its answers to be scored, in order and each once
     generated: tuple[dict[tuple, list[dict]], ...] = ({}, {})  # without and with a thought: prompt → rows that want it
     thinking = templates.thinking_of(tokenizer) if max_thinking_tokens else templates.Thinking("none", "", "")
     for question in asked.to_dict("records"):
@@ -83,20 +81,15 @@ def predict(
             generated[thinks].setdefault(prompt, []).append(rows[-1])
         else:
             scored.append((rows[-1], prompt, answers))
-            for ids in (ids for forms in answers for ids in forms if (prompt, ids) not in cache):
-                new_answers.setdefault(prompt, {})[ids] = None
-    items = [Item(list(prompt), [list(ids) for ids in answers]) for prompt, answers in new_answers.items()]
+            to_score.setdefault(prompt, {}).update(dict.fromkeys(ids for forms in answers for ids in forms))
+    items = [Item(list(prompt), [list(ids) for ids in answers]) for prompt, answers in to_score.items()]
     scores = score_options(model, items, batch_tokens, tokenizer.pad_token_id)
-    for (prompt, answers), logprobs in zip(new_answers.items(), scores, strict=True):
-        cache |= {(prompt, ids): logprob for ids, logprob in zip(answers, logprobs, strict=True)}
+    scores = {p: dict(zip(to_score[p], values, strict=True)) for p, values in zip(to_score, scores, strict=True)}
     for row, prompt, answers in scored:  # the probability of an option is the sum over all of its forms
-        row["logprobs"] = [float(np.logaddexp.reduce([cache[prompt, ids] for ids in forms])) for forms in answers]
+        row["logprobs"] = [float(np.logaddexp.reduce([scores[prompt][ids] for ids in forms])) for forms in answers]
     for budget, prompts in zip((None, max_thinking_tokens), generated, strict=True):
-        new_prompts = [prompt for prompt in prompts if prompt not in cache]
-        written = _generate(model, tokenizer, new_prompts, batch_tokens, max_new_tokens, budget) if new_prompts else []
-        cache |= zip(new_prompts, written, strict=True)
-        for prompt, its_rows in prompts.items():
-            one = cache[prompt]
+        written = _generate(model, tokenizer, list(prompts), batch_tokens, max_new_tokens, budget) if prompts else []
+        for its_rows, one in zip(prompts.values(), written, strict=True):
             text = f"{thinking.opening}{one.thought}{thinking.closing}{one.answer}" if budget else one.answer
             for row in its_rows:
                 row |= {"text": text, "answer_tokens": [one.answer_tokens], "thinking_tokens": one.thinking_tokens}
@@ -130,7 +123,7 @@ def _encode(
     template = templates.pick_template(question["kind"], scoring)
     template = templates.TEMPLATES[question.get("template", template.name)]
     shown = {**question, "options": [question["options"][i] for i in order]}
-    messages = templates.render(shown, template, question.get("shots", ()))
+    messages = templates.render(shown, template)
     prompt = tuple(templates.encode(tokenizer, messages, thought="" if thinks else None)[0])
     if scoring == "generated":
         if order != sorted(order):

@@ -1,13 +1,10 @@
-"""Peak memory of a forward pass, beside weights and key-value cache: computed from a config, and read from the device.
+"""Peak memory of a forward pass, beside weights and key-value cache, computed from a config.
 
 The formula covers dense decoders of the Llama kind with gated MLPs and full attention, run without padding.
 """
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 
-import torch
 from transformers import PreTrainedConfig
 
 from medkit.quantization.memory_ledger import DECODED_BYTES, Weight, head_dim
@@ -63,19 +60,3 @@ def _decoded_bytes(shapes: list[Weight], schemes: Mapping[str, str], dtype_bytes
             by_rows = scheme == "int8" or weight.component in ("embeddings", "head")
             most[weight.component] = max(most[weight.component], min(whole, DECODED_BYTES) if by_rows else whole)
     return most
-
-
-def reset_peak(device: torch.device) -> None:
-    """Start a new peak. On the CPU this raises OSError if /proc is missing or not writable."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def read_peak(device: torch.device) -> int:
-    """Peak bytes since `reset_peak`: of CUDA's allocator, or of the resident set of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE).group(1))

@@ -157,8 +157,6 @@ def load_results(path: Path) -> tuple[pd.DataFrame, dict]:
         raise StageError(f"{path}: no results there; `python -m medkit run` writes them in its last notebook")
     try:
         content = json.loads(path.read_text())
-        # runs made before 2026-11-29 have "claims" and a column "claim"
-        rows = content.pop("results", None) or content.pop("claims")
-        return pd.DataFrame(rows).rename(columns={"claim": "result"}), content
+        return pd.DataFrame(content.pop("results")), content
     except (ValueError, KeyError) as error:
         raise StageError(f"{path}: not a whole results file ({error!r}); run notebook 06 again") from error

@@ -5,14 +5,11 @@ README, docs, the report page, the model card and the command line show them. No
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import pandas as pd
 
 from medkit.stage import DISCLAIMER, ROOT
 from medkit.variants import VARIANTS
-
-BENCHMARKS = ROOT / "benchmarks"
 
 
 def markdown(headers: list[str], rows: list[list[str]]) -> str:
@@ -160,9 +157,9 @@ def provenance_line(facts: Mapping) -> str:
 # --- benchmarks ------------------------------------------------------------------------------------------------------
 
 
-def load_benchmarks(name: str = "", folder: Path = BENCHMARKS) -> list[dict]:
+def load_benchmarks(name: str = "") -> list[dict]:
     """The committed results of all benchmarks, or of those whose name starts with `name`, in the order of names."""
-    contents = [json.loads(path.read_text()) for path in sorted(folder.rglob("*.json"))]
+    contents = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks").rglob("*.json"))]
     contents = [c for c in contents if "ratios" in c and c["name"].startswith(name)]
     return sorted(contents, key=lambda content: content["name"])
 

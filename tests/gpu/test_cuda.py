@@ -187,9 +187,6 @@ def test_allocator_counts_the_weights_and_the_kv_cache():
     assert stored == 2 * LAYERS * KV_HEADS * HEAD_DIM * tokens * 2
 
 
-# --- the package ---------------------------------------------------------------------------------------------------
-
-
 class NoTokenizer:
     """Stands where a model is saved with its tokenizer, of which these tests have none."""
 
@@ -251,15 +248,15 @@ def test_the_measured_peak_is_the_computed_total():
         return model.to(DEVICE).eval()
 
     small_llama()(random_ids(1, 8))  # loads the libraries, whose workspace is subtracted
-    activation_memory.reset_peak(torch.device(DEVICE))
-    libraries = activation_memory.read_peak(torch.device(DEVICE))
+    torch.cuda.reset_peak_memory_stats()
+    libraries = torch.cuda.max_memory_allocated()
     model, cache, measured = load(), DynamicCache(config=config), {}
     ids = torch.ones(batch, context, dtype=torch.long, device=DEVICE)
     with torch.inference_mode():
         for step, tokens in (("prefill", ids), ("decode", ids[:, :1])):
-            activation_memory.reset_peak(torch.device(DEVICE))
+            torch.cuda.reset_peak_memory_stats()
             model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            measured[step] = activation_memory.read_peak(torch.device(DEVICE)) - libraries
+            measured[step] = torch.cuda.max_memory_allocated() - libraries
     shapes = memory_ledger.model_shapes(config)
     rest = memory_ledger.plan_bytes(shapes, {}).bytes.sum() + memory_ledger.kv_cache_bytes(config, batch, context, 2)
     for step, activations in activation_memory.activation_bytes(config, shapes, {}, batch, context).items():

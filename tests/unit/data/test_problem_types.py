@@ -14,8 +14,6 @@ from medkit.params import load_params
 from medkit.prompts import templates
 from medkit.stage import ROOT
 
-# --- labels ----------------------------------------------------------------------------------------------------------
-
 
 def test_every_label_has_a_rule_and_a_template():
     rules = (ROOT / "docs" / "labelling.md").read_text()
@@ -57,9 +55,6 @@ def test_every_id_resolves_in_the_pinned_wheel():
     named = joined.set_index("question").label
     assert named["When should you go to the ER for priapism?"] == "emergency"
     assert named["How to prevent shingles?"] == "prevention"
-
-
-# --- keywords --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -35,8 +35,6 @@ def load(folder: Path, records: list[dict], pool: str = "test") -> tuple[pd.Data
     )
 
 
-# --- loading -------------------------------------------------------------------------------------------------------
-
 GOOD = asked("good?")
 BAD = [
     asked("none?", "a"),
@@ -89,8 +87,6 @@ def test_a_training_table_of_ones_own_is_cleared_of_what_is_tested(tmp_path):
     both = pd.concat([exam.assign(source="exam"), mine], ignore_index=True)
     assert list(assign_pools(both, 0).question) == [words, "something else entirely"]
 
-
-# --- pools ---------------------------------------------------------------------------------------------------------
 
 STEMS = [" ".join(f"s{n}w{i}" for i in range(12)) for n in range(6)]
 ROW = st.tuples(
@@ -174,9 +170,6 @@ def test_yes_no_maybe_does_not_tell_abstracts_apart_or_join_them():
     assert list(assign_pools(table, 0).id) == ["q0", "q2"]
 
 
-# --- splits --------------------------------------------------------------------------------------------------------
-
-
 def pooled(**counts: int) -> pd.DataFrame:
     """A table after `assign_pools`: `one_train=5` gives five training rows of source `one`, each its own group."""
     rows = [(name, i) for name, count in counts.items() for i in range(count)]
@@ -257,8 +250,6 @@ def test_a_leak_that_comes_in_does_not_go_out():
     with pytest.raises(DataError, match="test and in another"):
         take_splits(questions, {"one": wanted(test=1), "two": wanted(private=1)}, seed=0)
 
-
-# --- what may be learned from --------------------------------------------------------------------------------------
 
 SPLIT = take_splits(pooled(one_train=4, one_valid=2, one_test=3), {"one": wanted(2, 1, 1, 2, 3)}, seed=0)
 

@@ -108,9 +108,6 @@ def test_rows_are_repeated_by_source_and_others_fill_the_place_of_a_source_witho
         answers.repeat_rows([], {"icd": 2})
 
 
-# --- kept in a file ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def collect(engine, tokenizer, known, tmp_path):
     """collect(**changes): the answers, from the engine or from the file."""

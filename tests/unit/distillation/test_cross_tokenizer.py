@@ -50,9 +50,6 @@ def some_logits(rows, size, seed=0):
     return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
 
 
-# --- what tokens write -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("text", [WORDS, "", " é µg ≥ 😀\n", "日本語 ⚕ naïve", "  two  spaces  "])
 def test_pieces_write_the_text(text, tokenizer, pieces_tokenizer):
     for one in (tokenizer, pieces_tokenizer):
@@ -96,8 +93,6 @@ def test_unknown_characters_are_refused_by_name(make_pieces_tokenizer):
         read_vocabulary(tokenizer).to_bytes(ids)
 
 
-# --- spans: by hand --------------------------------------------------------------------------------------------------
-
 HAND = {
     "one word, split in two": ([b"scurvy", END], [b"scur", b"vy", END], [(1, 2), (1, 1)]),
     "in three": ([b"scurvy"], [b"s", b"cur", b"vy"], [(1, 3)]),
@@ -136,8 +131,6 @@ def test_two_texts_are_refused(student, teacher):
     with pytest.raises(MedkitError, match="both must write one text"):
         align(student, teacher)
 
-
-# --- spans: any text -------------------------------------------------------------------------------------------------
 
 texts = st.text(
     st.one_of(st.sampled_from("thevitamn C5µ≥é😀\n"), st.characters(exclude_categories=["Cs"], exclude_characters="▁")),
@@ -190,9 +183,6 @@ def test_spans_tile_both_tokenizations(text, lead, led_tokenizers):
         events = chain_logprobs(logprobs, targets, lengths)
         of_spans = events.gather(-1, targets[lengths.cumsum(0) - 1, None]).sum()
         assert of_spans.item() == pytest.approx(logprobs.gather(-1, targets[:, None]).sum().item())
-
-
-# --- the chain rule --------------------------------------------------------------------------------------------------
 
 
 def test_chain_by_hand():
@@ -258,9 +248,6 @@ def test_padded_rows_of_the_teacher_and_second_spellings_are_no_events(pieces_to
     assert projected["span_ids"].tolist() == [[own, -1, -1, -1]]
     for lead in (True, False):  # by the slow way too
         assert aligner._last_token(b" " if lead else b"", b" " if lead else b"", names["<0x74>"]) == -1
-
-
-# --- the loss --------------------------------------------------------------------------------------------------------
 
 
 def cached_of(logits, targets, k):
@@ -362,9 +349,6 @@ def test_rounding_that_leaves_less_than_nothing_does_no_harm():
     assert torch.isfinite(logits.grad).all()
 
 
-# --- a training ------------------------------------------------------------------------------------------------------
-
-
 def test_a_student_learns_from_another_tokenizers_teacher(
     tmp_path, tokenizer, pieces_tokenizer, make_llama, make_section
 ):
@@ -404,9 +388,6 @@ def test_loss_is_the_weighted_sum_of_its_terms(two_readings):
     assert terms["ce"].item() == pytest.approx(trainer.cross_entropy(predicted, {})[0].item())
     assert terms["span_kl"].item() == pytest.approx(span_kl(two.logits[0], two.targets[0], **projected).sum().item())
     assert total.item() == pytest.approx(0.25 * terms["ce"].item() + 2.0 * terms["span_kl"].item())
-
-
-# --- TRL's GOLD on the same tensors ----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -456,9 +437,6 @@ def test_the_chain_rule_is_golds_bayesian_merge(two_readings, gold):
         lengths = torch.tensor([len(span[side]) for span in spans])
         ours = chain_logprobs(two.logits[side].log_softmax(-1), two.targets[side], lengths).exp()
         assert (ours - theirs[side]).abs().max() < 1e-6
-
-
-# --- a real vocabulary -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.weights

@@ -110,9 +110,6 @@ def test_rules_find_what_is_marked_and_nothing_else(kinds, marked):
     assert [entity.kind for entity in found] == expected
 
 
-# --- in tokens -------------------------------------------------------------------------------------------------------
-
-
 def predict(tokenizer, text, prompt="Question: "):
     given = tokenizer(prompt).input_ids
     return Example([*given, *tokenizer(text).input_ids, tokenizer.eos_token_id], len(given))

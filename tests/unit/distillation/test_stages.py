@@ -131,9 +131,6 @@ def assert_same_weights(ours, theirs):
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
-# --- trained once ----------------------------------------------------------------------------------------------------
-
-
 def test_what_is_trained_already_is_read_back(stage, load, questions, trained):
     params = load()
     first, log = stages.train_student("student_ce", stage, params, questions)
@@ -154,9 +151,6 @@ def test_the_command_corrects_the_teacher_on_private_and_labelled_rows(stage, lo
     trainer.train(adapted, examples, section, trainer.cross_entropy, stage.path("by_hand"), params.seed)
     by_hand = weights(adapters.merge(adapted))
     assert_same_weights(weights(loading.load_model(stage.dir / "teacher", params.models)), by_hand)
-
-
-# --- what each student reads -----------------------------------------------------------------------------------------
 
 
 def test_every_student_sees_as_many_examples_and_no_transfer_label_but_the_ceiling(
@@ -216,9 +210,6 @@ def test_a_teacher_that_does_not_lead_stops_the_notebook():
     assert stages.check_lead({"icd": 0.1}, {"icd": 0.7}, None) == pytest.approx({"icd": -0.6})
 
 
-# --- with a teacher --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("alignment", "term"), [("tokens", "forward_kl"), ("spans", "span_kl")])
 def test_a_student_learns_from_its_teacher_once_and_keeps_its_tokenizer(
     stage, load, capture, trained, tokenizer, alignment, term
@@ -276,9 +267,6 @@ def test_a_progressive_order_is_that_of_the_cache(stage, load, questions, rows, 
     assert given == [None, pruning.order_by_difficulty(cache.mean_nll(), densities)]
 
 
-# --- answers with reasons ---------------------------------------------------------------------------------------------
-
-
 def test_a_student_learns_its_teacher_s_verified_answers(stage, load, capture, monkeypatch, tokenizer):
     params = load(rationales=RATIONALES)
     capture(params)
@@ -304,9 +292,6 @@ def test_every_student_that_a_profile_asks_for_is_evaluated(load):
     assert {"student_ce", "student_kd"} == {
         n for n in list_variants(stages.list_students(load(students=[]))) if "student" in n
     }
-
-
-# --- what is missing -------------------------------------------------------------------------------------------------
 
 
 def test_what_is_missing_is_named_with_its_cure(stage, load):

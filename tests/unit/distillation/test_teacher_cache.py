@@ -70,9 +70,6 @@ class ModelEngine:
         )
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
-
-
 def test_top_k_is_taken_after_the_softmax_over_all():
     logits = 3 * torch.randn(5, 50, generator=torch.Generator().manual_seed(0))
     ids, logprobs = top_k_logprobs(logits, 8)
@@ -133,9 +130,6 @@ def test_hidden_states_beyond_fp16_are_refused(make_llama, make_examples, tmp_pa
         capture(model, make_examples(2), tmp_path, hidden_layers=(0,))
 
 
-# --- the file --------------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=40, deadline=None)
 @given(
     vocab_size=st.sampled_from([2, 300, 2**16, 2**16 + 1, 128_256, 151_936, 262_144, 262_208, 2**20]),
@@ -171,9 +165,6 @@ def test_a_position_costs_at_most_300_bytes(vocab_size, expected, tmp_path):
 def test_an_id_beyond_the_vocabulary_is_refused(tmp_path):
     with pytest.raises(CacheError, match="vocab_size is 300; set vocab_size to its number of logits"):
         capture(RandomEngine(70_000), [Example([1, 2, 3], 1)], tmp_path, vocab_size=300)
-
-
-# --- a cache that is complete, and of this teacher -------------------------------------------------------------------
 
 
 def cut(content):
@@ -269,9 +260,6 @@ def test_a_cache_of_another_teacher_or_format_is_refused(teacher, make_examples,
     assert capture(teacher, make_examples(2), tmp_path).index == index
 
 
-# --- in training -----------------------------------------------------------------------------------------------------
-
-
 def dense_kl(predicted, extras):
     """The KL to a teacher with k equal to the vocabulary."""
     student = predicted.logits.log_softmax(-1).gather(-1, extras["teacher_ids"])
@@ -295,9 +283,6 @@ def test_values_arrive_in_the_order_of_the_predicted_positions(
     section = make_section(epochs=1.0, learning_rate=1e-6)
     log = trainer.train(student, examples, section, dense_kl, tmp_path / "c", seed=0, add_extras=add_extras)
     assert (log.kl > 0.1).all() if shift else (log.kl.abs() < 2e-3).all()
-
-
-# --- a teacher behind a server ---------------------------------------------------------------------------------------
 
 
 def test_an_engine_gives_the_same_cache_as_the_model(teacher, make_examples, tmp_path):

@@ -11,8 +11,6 @@ from medkit import statistics
 from medkit.evaluation import accuracy
 from medkit.evaluation.accuracy import EvaluationError
 
-# --- judging -------------------------------------------------------------------------------------------------------
-
 
 def prediction(variant, id, scoring, logprobs=(), answer_tokens=(), text="", template="text"):
     return {
@@ -103,8 +101,6 @@ def test_predictions_without_token_counts_have_no_reading_per_token(questions):
 def test_chance_is_per_question(questions):
     assert accuracy.chance(questions[questions.split == "test"]) == pytest.approx((1 / 4 + 1 / 3 + 1 / 3) / 3)
 
-
-# --- the steps -----------------------------------------------------------------------------------------------------
 
 STEPS = [
     ("teacher", "teacher_base", "Is it taught?"),

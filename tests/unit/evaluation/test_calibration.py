@@ -46,9 +46,6 @@ def aurc(confidence, correct):
     return calibration.risk_coverage(confidence, correct).risk.mean()
 
 
-# --- slow definitions ----------------------------------------------------------------------------------------------
-
-
 def slow_ece(confidence, correct, bins):
     """An answer's bin is that of the middle rank of all answers as confident as it."""
     ranks = pd.Series(confidence).rank(method="average").to_numpy() - 0.5
@@ -69,9 +66,6 @@ def slow_risks(confidence, correct):
     return np.mean(curves, axis=0)
 
 
-# --- expected calibration error --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize(("n", "bins"), [(1, 10), (7, 3), (241, 15)])
 def test_ece_is_its_slow_definition(n, bins, ties):
@@ -87,13 +81,6 @@ def test_ece_is_zero_if_and_only_if_every_bin_is_calibrated():
         flipped = correct.copy()
         flipped[wrong] ^= True
         assert ece(confidence, flipped, 4) == pytest.approx(1 / 40)
-
-
-def test_ties_are_never_split():
-    confidence = np.array([0.3] * 5 + [0.9] * 15)
-    for correct in itertools.islice(itertools.permutations([True] * 2 + [False] * 3), 0, 120, 7):
-        right = np.append(correct, np.ones(15, bool))
-        assert ece(confidence, right, 10) == pytest.approx(0.25 * 0.1 + 0.75 * 0.1)
 
 
 def test_a_calibrated_model_shows_the_ece_that_is_predicted():
@@ -115,9 +102,6 @@ def test_copies_of_a_question_add_no_evidence():
     assert calibration.ece_if_calibrated(np.tile(confidence, 3), np.arange(360), 10, 300).mean() < 0.7 * alone.mean()
 
 
-# --- reliability, Brier, abstention ----------------------------------------------------------------------------------
-
-
 def test_reliability_is_sklearns_calibration_curve_and_holds_the_ece():
     judged = table(200, seed=6)
     ours = calibration.reliability(judged, 0.95, bins=8)
@@ -130,12 +114,6 @@ def test_reliability_is_sklearns_calibration_curve_and_holds_the_ece():
     assert from_bins == pytest.approx(ece(scored.confidence, scored.correct, 8))
     for row in ours.itertuples():
         assert (row.ci_low, row.ci_high) == statistics.wilson(round(row.value * row.n), row.n, 0.95)
-
-
-def test_empty_bins_are_left_out():
-    judged = table(40).assign(probabilities=[[0.7, 0.1, 0.1, 0.1]] * 40)
-    (row,) = calibration.reliability(judged, 0.95).to_dict("records")
-    assert (row["n"], row["mean_confidence"], row["bin"]) == (40, pytest.approx(0.7), 6)
 
 
 def test_brier_is_sklearns_for_questions_of_any_size():
@@ -163,9 +141,6 @@ def test_a_perfect_ranking_and_one_that_knows_nothing():
     assert perfect < rate < aurc(1 - np.arange(n) / n, ~wrong)
 
 
-# --- every variant ---------------------------------------------------------------------------------------------------
-
-
 def test_one_row_per_metric_of_everything_that_has_probabilities():
     kinds = list(itertools.product("ab", ["exam", "mmlu"]))
     tables = [table(50, seed=i, variant=variant, source=source) for i, (variant, source) in enumerate(kinds)]
@@ -189,17 +164,6 @@ def test_values_are_those_of_the_functions(ties):
         "aurc": aurc(scored.confidence, scored.correct),
         "accuracy_at_80": 1 - calibration.risk_coverage(scored.confidence, scored.correct).risk[71],
     })  # fmt: skip
-
-
-@pytest.mark.parametrize("ties", [False, True])
-def test_a_resample_counts_rows_as_often_as_they_are_drawn(ties, monkeypatch):
-    """With one resample the interval of the Brier score is its value on the repeated rows."""
-    judged = table(60, seed=4, ties=ties, group=np.arange(60) // 3)
-    (weights,) = statistics.resample_groups(judged.group, 1, seed=0)
-    row = calibration.measure_calibration(judged, 0.95, resamples=1).set_index("metric").loc["brier"]
-    losses = calibration.brier_losses(judged.probabilities, judged.answer)
-    repeated = np.repeat(losses, weights[0]).mean()
-    assert repeated in (pytest.approx(row.ci_low), pytest.approx(row.ci_high))
 
 
 def test_near_duplicates_widen_the_intervals():

@@ -27,9 +27,6 @@ def values(table):
     return table.set_index("metric").value
 
 
-# --- the table -----------------------------------------------------------------------------------------------------
-
-
 def test_a_case_worked_by_hand():
     found = values(energy.cost_table(measured(), **PRICES))
     # 4 Wh over 200 answers, 50 right; 0.004 · 0.25 + 90/3600 · 2 = 0.051
@@ -47,21 +44,9 @@ def test_the_interval_is_that_of_the_accuracy():
     assert row.ci_low < row.value < row.ci_high
 
 
-def test_all_correct_is_the_lower_end():
-    row = energy.cost_table(measured(correct=200), **PRICES).set_index("metric").loc["cost_per_correct_answer"]
-    assert row.ci_low == pytest.approx(row.value) and row.ci_high > row.value
-
-
 def test_without_a_correct_answer_there_is_no_price_of_one():
     table = energy.cost_table(measured(correct=0), **PRICES).set_index("metric")
     assert table.loc["cost_per_correct_answer", ["value", "ci_low", "ci_high"]].isna().all()
-
-
-def test_what_was_not_measured_has_no_cost():
-    assert values(energy.cost_table(measured(energy_kwh=math.nan), **PRICES)).isna().all()
-
-
-# --- the tracker ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -113,14 +98,6 @@ def test_a_block_that_fails_is_still_metered_and_fails(closed):
         busy(0.2)
         raise KeyError("ours")
     assert used.energy_kwh > 0
-
-
-def test_a_meter_may_run_inside_another(closed):
-    with energy.meter() as whole:
-        with energy.meter() as part:
-            busy(0.2)
-        busy(0.2)
-    assert 0 < part.energy_kwh < whole.energy_kwh
 
 
 def test_a_tracker_that_cannot_start_costs_no_result(closed, monkeypatch):

@@ -53,9 +53,6 @@ def test_accuracies_are_the_same_under_every_metric_of_the_task(found):
         assert result["accuracy"]["medkit"] == pytest.approx(result["accuracy"]["lm_eval"], abs=5e-5)
 
 
-# --- the comparison itself -----------------------------------------------------------------------------------------
-
-
 def test_five_options_are_written_as_the_harness_writes_four(benchmark):
     """MedQA's format is copied for a fifth option; without that option it is the package's own, word for word."""
     from jinja2 import Template

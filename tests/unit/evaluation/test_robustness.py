@@ -16,9 +16,6 @@ def judged_rows(study, rows, scoring="letter"):
     return table.assign(correct=table.choice == table.answer)
 
 
-# --- order of the options ------------------------------------------------------------------------------------------
-
-
 def answered(choose, questions=40, options=4, orders=3):
     """Shuffled questions answered by choose(order, id, answer) → option; the right answers go round the options."""
     rows = []

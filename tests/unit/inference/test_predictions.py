@@ -178,14 +178,6 @@ def test_every_template_scores_its_own_letters_and_the_options_texts(scorer, mak
             assert row.template == name
 
 
-def test_examples_come_before_the_question(scorer, tokenizer, questions):
-    shots = [questions.iloc[1].to_dict()]
-    asked = questions[questions.id == "q0"].assign(scoring="letter", shots=[shots])
-    (found,) = predictions.predict(scorer, tokenizer, asked, 300, 4).logprobs
-    messages = templates.render(questions.iloc[0].to_dict(), templates.LETTER, shots)
-    assert found == pytest.approx([letter_score(scorer, tokenizer, messages, x) for x in "ABCD"], abs=1e-4)
-
-
 def test_one_prompt_is_read_once_whoever_asks_for_it(scorer, tokenizer, asked, monkeypatch):
     """Letters and texts of a listed question are branches of one prompt; a question asked twice costs nothing."""
     read, written = [], []
@@ -204,27 +196,6 @@ def test_one_prompt_is_read_once_whoever_asks_for_it(scorer, tokenizer, asked, m
     assert again.logprobs.tolist() == table.logprobs[: len(asked)].tolist()
     assert again.text.tolist() == table.text[: len(asked)].tolist() == plain.text.tolist()
     for one, other in zip(plain.logprobs, again.logprobs, strict=True):
-        assert one == pytest.approx(other, abs=1e-4)
-
-
-def test_calls_that_share_a_cache_ask_for_the_rest_alone(scorer, tokenizer, asked, monkeypatch):
-    read, written = [], []
-    score, write = predictions.score_options, TorchEngine.generate
-    monkeypatch.setattr(
-        predictions, "score_options", lambda m, items, *more: read.extend(items) or score(m, items, *more)
-    )
-    monkeypatch.setattr(TorchEngine, "generate", lambda self, asked: written.extend(asked) or write(self, asked))
-    cache = {}
-    first = predictions.predict(scorer, tokenizer, asked, 300, 4, cache)
-    read[:], written[:] = [], []
-    pd.testing.assert_frame_equal(predictions.predict(scorer, tokenizer, asked, 300, 4, cache), first)
-    assert read == written == []
-    texts = asked[asked.scoring == "letter"].assign(scoring="option_text", template="letter")  # other answers to them
-    found = predictions.predict(scorer, tokenizer, pd.concat([asked, texts], ignore_index=True), 300, 4, cache)
-    assert len(read) == len(texts) and not written
-    pd.testing.assert_frame_equal(found[: len(asked)], first)
-    alone = predictions.predict(scorer, tokenizer, texts, 300, 4)
-    for one, other in zip(found.logprobs[len(asked) :], alone.logprobs, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
 
 
@@ -248,7 +219,7 @@ def test_a_model_that_thinks_does_so_before_generated_answers_alone(scorer, make
 def test_study_and_condition_come_along_and_are_empty_for_the_plain_way(scorer, tokenizer, asked):
     order = [2, 0, 3, 1]
     studied = asked[(asked.id == "q0") & (asked.scoring == "letter")].assign(
-        study="shuffle", condition="order=2031", order=[order], shots=[[]], template="letter"
+        study="shuffle", condition="order=2031", order=[order], template="letter"
     )
     table = predictions.predict(scorer, tokenizer, pd.concat([asked, studied], ignore_index=True), 300, 4)
     assert list(table.columns) == [

@@ -17,9 +17,6 @@ def by_letter(questions):
     return questions[questions.split == "test"].assign(scoring="letter")
 
 
-# --- orders --------------------------------------------------------------------------------------------------------
-
-
 @given(st.integers(2, 10), st.integers(1, 12), st.integers(0, 2**32))
 def test_orders_begin_with_the_own_one_and_show_no_option_at_one_place_twice(options, orders, seed):
     found = question_variants.option_orders({"id": "x", "options": [f"drug {i}" for i in range(options)]}, orders, seed)
@@ -60,9 +57,6 @@ def test_every_question_is_shuffled_and_says_how(by_letter):
 def test_an_order_that_nobody_sees_is_an_error(questions):
     with pytest.raises(MedkitError, match="option_text shows no options"):
         question_variants.shuffled(questions.assign(scoring="option_text"), 2, seed=0)
-
-
-# --- who answers what ----------------------------------------------------------------------------------------------
 
 
 def test_claims_answer_everything_the_others_the_first_few_and_exams_are_for_start_and_end():

@@ -147,9 +147,6 @@ def test_without_a_key_only_the_names_of_this_machine_are_answered(start, upstre
     assert httpx.get(f"{url}/v1/models", headers={"host": "evil.example:8000"}).status_code == 400
 
 
-# --- medkit serve ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def served(monkeypatch):
     """What `serve` starts, and where."""

@@ -30,9 +30,6 @@ class Scripted:
         return answers
 
 
-# --- requests ------------------------------------------------------------------------------------------------------
-
-
 def test_shots_make_a_prefix_that_all_prompts_share(tokenizer, questions):
     choice = questions[questions.kind == "choice"]
     shots = choice.head(2).to_dict("records")
@@ -58,9 +55,6 @@ def test_skewed_lengths_are_the_same_for_every_seed(number):
 def test_a_median_above_the_longest_is_refused():
     with pytest.raises(MedkitError, match="median of 300 and at most 256"):
         workloads.skewed(PROMPTS, 300, 256, seed=0)
-
-
-# --- measuring -----------------------------------------------------------------------------------------------------
 
 
 def test_the_times_of_a_pass_by_hand():

@@ -50,9 +50,6 @@ def factors(model, layer):
     return [next(w for n, w in weights.items() if f"{layer}.lora_{x}" in n) for x in "AB"]
 
 
-# --- attach --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_untrained_adapter_changes_nothing(make_llama, variant):
     plain, model = make_llama(), adapters.attach(make_llama(), adapter(variant=variant), seed=0)
@@ -74,9 +71,6 @@ def test_only_the_adapter_trains(make_llama, variant):
 def test_an_unknown_target_is_named(make_llama, targets):
     with pytest.raises(AdapterError, match=f"{targets[-1]}.*it has .*down_proj"):
         adapters.attach(make_llama(), adapter(target_modules=targets), seed=0)
-
-
-# --- merge and save ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -167,9 +161,6 @@ def test_a_weight_that_is_not_finite_is_not_merged(make_llama):
         adapters.merge(model)
 
 
-# --- count ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("targets", [ATTENTION, EVERY_LINEAR], ids=["attention", "all"])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -182,9 +173,6 @@ def test_parameters_are_counted_and_a_tied_head_once(make_llama, variant, target
     added = LAYERS * sum(rank * (out + columns) + (out if variant == "dora" else 0) for out, columns in shapes)
     model = adapters.attach(model, adapter(variant=variant, target_modules=targets), seed=0)
     assert adapters.count_parameters(model) == (added, total + added)
-
-
-# --- the update ----------------------------------------------------------------------------------------------------
 
 
 def updates(model):

@@ -13,9 +13,6 @@ from medkit.modeling.batches import PASSES, Example, bucket_by_length
 PAD = 0
 
 
-# --- batches -------------------------------------------------------------------------------------------------------
-
-
 def test_collate_aligns_to_the_right_and_counts_positions_from_the_first_token(make_examples):
     examples = make_examples(7)
     batch = batches.collate(examples, PAD)
@@ -139,9 +136,6 @@ def test_transfer_row_without_a_chat_template(make_tokenizer, questions):
     assert tokenizer.decode(example.input_ids[example.loss_start :]).strip() == row.question.item()
 
 
-# --- letters -------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="session")
 def make_sentencepiece_like():
     """A tokenizer that puts "▁" before the first word and for every space, as Llama 2's and Mistral's do."""
@@ -179,9 +173,6 @@ def test_a_letter_that_is_no_token_is_an_error(make_sentencepiece_like):
         batches.letter_forms(make_sentencepiece_like(["A", "▁A"]), "C")
 
 
-# --- measures ------------------------------------------------------------------------------------------------------
-
-
 def test_each_example_is_predicted_once_and_as_if_alone(make_llama, make_examples):
     model, examples = make_llama(), make_examples(7)
     seen = []
@@ -216,9 +207,6 @@ def test_drift_is_zero_iff_the_logits_are_equal():
     assert drift["top1_changed"] == pytest.approx(1 / 5)
     assert drift["kl_nats"] > 0
     assert drift["max_abs_logit"] == pytest.approx((logits[2].max() + 1 - logits[2].min()).item())
-
-
-# --- batches by length -----------------------------------------------------------------------------------------------
 
 
 def cost(batches, lengths, limit):

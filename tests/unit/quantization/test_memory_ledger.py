@@ -40,9 +40,6 @@ def quantized(config, dtype, preset, double_quant=True):
     return quantize.apply_plan(model, Plan(name=preset, schemes=schemes), double_quant)
 
 
-# --- bytes at rest -------------------------------------------------------------------------------------------------
-
-
 @CONFIGS
 @DTYPES
 def test_shapes_alone_give_the_bytes_of_a_loaded_model(config, dtype):
@@ -90,29 +87,6 @@ def test_shared_storage_counts_once(make_llama):
 def test_a_plan_for_another_model_is_a_plan_error(schemes, named):
     with pytest.raises(PlanError, match=named):
         memory_ledger.plan_bytes(memory_ledger.model_shapes(qwen2(tie_word_embeddings=True)), schemes)
-
-
-# --- the numbers of the paper's models -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("preset", "double_quant", "gib"),
-    [("bf16", True, 14.19), ("nf4", True, 5.17), ("nf4", False, 5.45), ("paper_mix", True, 5.54)],
-)
-def test_the_7b_student_weighs(preset, double_quant, gib):
-    shapes = memory_ledger.model_shapes(memory_budget.read_config("DeepSeek-R1-Distill-Qwen-7B"))
-    table = memory_ledger.plan_bytes(shapes, memory_budget.preset_schemes(shapes)[preset], 2, double_quant)
-    assert round(table.bytes.sum() / GIB, 2) == gib
-
-
-def test_the_70b_teacher_cannot_weigh_what_the_paper_says():
-    shapes = memory_ledger.model_shapes(memory_budget.read_config("Llama-3.3-70B"))
-    table = memory_ledger.plan_bytes(shapes, {})
-    assert round(table.weights.sum() / 1e9, 2) == 70.55
-    assert table.bytes.sum() > 1.5 * 78.6e9
-
-
-# --- key-value cache and activations -------------------------------------------------------------------------------
 
 
 @CONFIGS

@@ -62,9 +62,6 @@ def test_the_nf4_plan_is_what_the_library_does(saved, make_examples, models_para
     assert torch.equal(batches.collect_logits(ours, examples), batches.collect_logits(theirs, examples))
 
 
-# --- plans ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def make_model(make_llama):
     """model(tied): a small Llama whose matrices are all whole blocks wide."""

@@ -79,13 +79,6 @@ def test_embeddings_and_head_are_what_whole_runs_find(model, examples):
         assert row.kl_nats == pytest.approx(brute_force(model, examples, row.module, row.scheme), rel=1e-5)
 
 
-def test_batches_do_not_matter(model, examples, monkeypatch):
-    """Given what is drawn: always the likeliest token here, one example a batch there."""
-    monkeypatch.setattr(torch, "multinomial", lambda p, count, generator: p.argmax(-1, keepdim=True))
-    together, alone = (measure(model, examples, batch_tokens=tokens).kl_nats for tokens in (10_000, 1))
-    assert together.tolist() == pytest.approx(alone.tolist(), rel=1e-3, abs=1e-9)
-
-
 def test_sensitivity_is_zero_iff_the_scheme_is_exact(model, examples):
     table = measure(model, examples)
     unquantized = table.scheme == "unquantized"

@@ -48,9 +48,6 @@ def compared(a, b) -> compare_runs.Comparison:
     return compare_runs.compare(a, b)
 
 
-# --- answers -------------------------------------------------------------------------------------------------------
-
-
 def test_a_run_equals_itself(run):
     folder = run("a", pd.concat([judged(), judged(range(8), source="few")]))
     found = compared(folder, folder)
@@ -74,16 +71,6 @@ def test_known_flips_are_found_with_their_sign(run):
     ours, theirs = judged(flips=flips).correct[400:], judged().correct[400:]
     alone = paired_difference(ours, theirs, *SETTINGS[:2])
     assert (deltas.ci_low["nf4"], deltas.ci_high["nf4"]) == (alone["ci_low"], alone["ci_high"])
-
-
-def test_holm_runs_over_all_rows(run):
-    b = pd.concat([judged(flips=range(1, 31, 4)), *(judged(source=f"other{i}") for i in range(9))])
-    a = pd.concat([judged(), *(judged(source=f"other{i}") for i in range(9))])
-    deltas = compared(run("a", a), run("b", b)).deltas
-    (one,) = deltas[deltas.gained > 0].itertuples()
-    assert one.p_clustered < 0.05 < one.p_holm
-    assert one.p_holm == pytest.approx(one.p_clustered * len(deltas))
-    assert one.verdict not in ("better", "worse")
 
 
 def test_only_questions_of_both_are_paired(run):
@@ -110,9 +97,6 @@ def test_runs_without_a_common_question_are_refused_in_one_sentence(run):
 def test_a_run_without_judged_answers_is_named_with_the_cure(run):
     with pytest.raises(StageError, match=r"--run b --from 06_evaluation"):
         compared(run("a", judged()), run("b"))
-
-
-# --- settings, files -------------------------------------------------------------------------------------------------
 
 
 def test_changed_settings_and_versions_are_found_and_nothing_else(run):

@@ -66,22 +66,16 @@ def test_bytes_of_the_papers_models_follow_from_their_shapes():
     [
         ("memory_change", (-0.6466, -0.6466, -0.6466), "reproduced"),  # the same when printed
         ("memory_change", (-0.6464, -0.6464, -0.6464), "not reproduced"),
-        ("memory_change", (-0.66, -0.66, -0.66), "reproduced"),  # beyond, by less than the tolerance
         ("memory_change", (-0.70, -0.70, -0.70), "beaten"),
         ("latency_change", (-0.3, -0.4, -0.12), "reproduced"),  # one end of the interval is not beyond
         ("latency_change", (-0.1, -0.3, 0.05), "not reproduced"),  # no change cannot be excluded
         ("usmle", (0.985, 0.97, 0.99), "beaten"),
         ("student_rate", (60.0, 55.0, 65.0), "not reproduced"),  # a starting point is not to be beaten
-        ("method_rate", (60.0, 55.0, 65.0), "beaten"),
         ("method_latency", (0.5, 0.4, 0.6), "beaten"),
     ],
 )
 def test_verdicts_follow_the_stated_rule(claim, ours, verdict):
     assert paper_claims.judge(CLAIMS[claim], *ours[1:]) == verdict
-
-
-def test_a_quotient_of_intervals_is_wide():
-    assert paper_claims.quotient((4, 3, 5), (8, 6, 10)) == pytest.approx((-0.5, 3 / 10 - 1, 5 / 6 - 1))
 
 
 def test_ratios_of_a_run_of_the_papers_size_are_judged():

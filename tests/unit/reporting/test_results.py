@@ -131,8 +131,6 @@ def test_manifests_of_finished_stages_alone(rows):
     assert (signals["value"], signals["unit"], signals["variant"]) == (97.25, "bytes", "teacher")
 
 
-# --- the file --------------------------------------------------------------------------------------------------------
-
 FACTS = {"run": "toy", "headline_source": "exam", "headline_scoring": "option_text"}
 
 
