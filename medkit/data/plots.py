@@ -2,21 +2,17 @@
 
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 
+from medkit import plotting
 from medkit.data.problem_types import LABELS
 from medkit.prompts.templates import LETTERS
-
-# matplotlib is imported inside the functions: the rooms that only read data do not need it
 
 
 def plot_confusions(labelled: pd.DataFrame, folder: Path) -> None:
     """Labels × types by keywords, on the random sample."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    from medkit import plotting
-
     sample, (figure, ax) = labelled[labelled.drawn == "random"], plt.subplots()
     counts = pd.crosstab(sample.label, sample.keywords).reindex(index=LABELS, columns=LABELS, fill_value=0)
     sns.heatmap(counts, annot=True, fmt="d", cmap="Blues", cbar=False, ax=ax)
@@ -26,11 +22,6 @@ def plot_confusions(labelled: pd.DataFrame, folder: Path) -> None:
 
 def plot_sizes_and_lengths(table: pd.DataFrame, folder: Path) -> None:
     """Questions per source and split, and the distribution of prompt lengths in tokens."""
-    import matplotlib.pyplot as plt
-    import seaborn as sns
-
-    from medkit import plotting
-
     order = table.groupby("source").prompt_tokens.median().sort_values().index
     figure, (left, right) = plt.subplots(1, 2, figsize=(1.6 * plotting.SIZE[0], plotting.SIZE[1]), sharey=True)
     pd.crosstab(table.source, table.split).loc[order].plot.barh(stacked=True, ax=left, colormap="crest", width=0.7)
@@ -45,10 +36,6 @@ def plot_sizes_and_lengths(table: pd.DataFrame, folder: Path) -> None:
 
 def plot_places_and_subjects(table: pd.DataFrame, folder: Path) -> None:
     """Place of the right answer among the options of test questions, and the subjects of the broadest source."""
-    import matplotlib.pyplot as plt
-
-    from medkit import plotting
-
     tested = table[(table.answer >= 0) & (table.split == "test") & (table.kind != "abstract")]
     places = pd.crosstab(tested.source, tested.answer.map(lambda i: LETTERS[i]), normalize="index")
     exams = table[table.kind == "choice"] if (table.kind == "choice").any() else table

@@ -79,9 +79,6 @@ def write_answers(
     return table.assign(text=texts, finished=finished)
 
 
-# --- answers to learn as they are ------------------------------------------------------------------------------
-
-
 def answer_rows(questions: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
     """The questions with the finished answers as their only options, and `answer` 0; the others are left out."""
     texts = answers[answers.finished].set_index("id").text
@@ -102,9 +99,6 @@ def repeat_rows(sources: Sequence[str], counts: Mapping[str, int]) -> list[int]:
     if not numbers:
         raise MedkitError("no rows to learn from: raise `labelled` or `transfer` in data.datasets")
     return [*numbers, *islice(cycle(numbers), sum(counts.values()) - len(numbers))]
-
-
-# --- answers with reasons, verified ----------------------------------------------------------------------------
 
 
 def keep_verified(

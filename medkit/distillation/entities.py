@@ -1,6 +1,6 @@
 """Medical entities in answers: doses, drugs, diagnoses and contraindications, found by regular expressions.
 
-There is no model and no list of all drugs. A drug is a name from `data.drug_names` or a name with a stem of the WHO's
+There is no model and no list of all drugs. A drug is a name from `drug_names.csv` or a name with a stem of the WHO's
 international nonproprietary names ("The use of stems in the selection of INN", 2018). A diagnosis has an ICD-10-CM
 code, a head noun or a medical suffix. The rules miss some entities and find few wrong ones; they only set weights of
 the loss.
@@ -10,11 +10,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
+import pandas as pd
 import torch
 
-from medkit.data.drug_names import DRUGS
 from medkit.modeling.batches import Example
 
 Kind = Literal["dose", "contraindication", "drug", "diagnosis"]
@@ -26,8 +27,6 @@ def _any(words: str) -> str:
     """One of the words, each a regular expression with _ for a space."""
     return f"(?:{'|'.join(words.split()).replace('_', ' ')})"
 
-
-# --- rules -----------------------------------------------------------------------------------------------------------
 
 _NUMBER = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?"
 _COUNT = rf"(?:{_NUMBER}|{_any('one two three four half_an?')})"
@@ -66,13 +65,15 @@ _NO_STEM = """
     oxycodone naloxone isoniazid rifampin rifampicin pyrazinamide ethambutol dapsone quinine quinidine mannitol
     valproate magnesium_sulfate activated_charcoal nitrofurantoin cyclophosphamide vincristine clozapine linezolid
     amphotericin chloramphenicol penicillamine deferoxamine"""
-_SWAPPED = " ".join(name for names in DRUGS for name in names if name != "caffeine")
+# generic names, brand names, and the drugs that they are mistaken for
+_KNOWN = pd.read_csv(Path(__file__).with_name("drug_names.csv"))
+_NAMES = " ".join(name for names in _KNOWN.to_numpy().tolist() for name in names if name != "caffeine")
 _STEMS = _any("""
     pril prilat sartan olol vastatin cillin mycin micin floxacin conazole nidazole prazole tidine dipine gliptin
     gliflozin glutide glitazone tinib ciclib parib zumab ximab umab vir oxaban parin gatran triptan setron azepam zolam
     barbital caine thiazide semide lukast dronate profen oxicam coxib asone olone isone (?<!s)terol tropium phylline
     oxetine triptyline pramine peridol peridone racetam cycline platin taxel rubicin fibrate bendazole""")
-_DRUG = rf"\b(?!histidine\b)(?:{_any(_NO_STEM)}|{_any(_SWAPPED)}|[a-z]{{3,}}{_STEMS}|cef[a-z]{{4,}})\b"
+_DRUG = rf"\b(?!histidine\b)(?:{_any(_NO_STEM)}|{_any(_NAMES)}|[a-z]{{3,}}{_STEMS}|cef[a-z]{{4,}})\b"
 
 _CODE = r"(?-i:[A-TV-Z]\d[0-9AB])"
 _HEADS = _any("""
@@ -117,9 +118,6 @@ def find_entities(text: str) -> list[Entity]:
         if not entities or entity.start >= entities[-1].end:
             entities.append(entity)
     return entities
-
-
-# --- in tokens -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,6 @@ def add_confidence(judged: pd.DataFrame) -> pd.DataFrame:
     return scored.assign(confidence=[p[i] for p, i in zip(scored.probabilities, scored.choice, strict=True)])
 
 
-# --- measures --------------------------------------------------------------------------------------------------------
-
-
 def tally(confidence: Sequence[float], correct: Sequence[bool]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Each distinct confidence (`level`), ascending, with its number of answers (`count`) and right ones (`right`)."""
     level, level_of, count = np.unique(np.asarray(confidence, float), return_inverse=True, return_counts=True)
@@ -99,9 +96,6 @@ def reliability(judged: pd.DataFrame, confidence: float, bins: int = 10) -> pd.D
             interval = statistics.wilson(int(part.correct.sum()), len(part), confidence)
             rows.append((*key, number, part.confidence.mean(), part.correct.mean(), *interval, len(part)))
     return pd.DataFrame(rows, columns=[*KEYS, "bin", "mean_confidence", "value", "ci_low", "ci_high", "n"])
-
-
-# --- every variant ---------------------------------------------------------------------------------------------------
 
 
 def measure_calibration(

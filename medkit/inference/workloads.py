@@ -15,8 +15,6 @@ from medkit.modeling.engine import Engine, EngineError, Generation, Request
 from medkit.prompts import templates
 from medkit.stage import MedkitError
 
-# --- requests ------------------------------------------------------------------------------------------------------
-
 
 def encode_prompts(tokenizer, questions: pd.DataFrame, shots: Sequence[dict] = ()) -> list[list[int]]:
     """The prompt of each question row, which asks for an option's text; solved rows in `shots` come before all of them.
@@ -47,9 +45,6 @@ def skewed(prompt_ids: Sequence[Sequence[int]], median: int, longest: int, seed:
     lengths = np.maximum(2, np.rint(median * (longest / median) ** (quantiles / widest))).astype(int)
     shuffled = np.random.default_rng(seed).permutation(lengths).tolist()
     return [Request(ids, length) for ids, length in zip(prompt_ids, shuffled, strict=True)]
-
-
-# --- measuring -----------------------------------------------------------------------------------------------------
 
 
 def time_in_turns(
@@ -131,9 +126,6 @@ def summarise(name: str, requests: Sequence[Request], generations: Sequence[Gene
         "duration_s": duration_s,
         "throughput_tokens_per_s": sum(wanted) / duration_s,
     }
-
-
-# --- comparing -------------------------------------------------------------------------------------------------------
 
 
 def timeline(generations: Sequence[Generation]) -> pd.DataFrame:

@@ -29,9 +29,6 @@ class AdapterError(MedkitError):
     """An adapter that does not fit its model; the message names the module."""
 
 
-# --- attach ---
-
-
 @loading.quiet_transformers()
 def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
     """The model with a fresh adapter; only the adapter's weights require gradients.
@@ -66,9 +63,6 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return sum(n for n, trains in sizes.values() if trains), sum(n for n, _ in sizes.values())
 
 
-# --- train ---
-
-
 def train_adapter(stage: Stage, params: Params, examples: Sequence[Example]) -> tuple[PeftModel, pd.DataFrame]:
     """The distilled student with a trained adapter beside its own weights, not merged, and the log.
 
@@ -93,9 +87,6 @@ def train_stage(run: str, params: Params) -> pd.DataFrame:
     return log
 
 
-# --- merge ---
-
-
 @loading.quiet_transformers()
 def load_adapter(model: nn.Module, folder: Path) -> PeftModel:
     """A base model with the adapter in `folder` beside its weights, for inference."""
@@ -110,9 +101,6 @@ def merge(model: PeftModel) -> nn.Module:
 def load_merged(model: nn.Module, folder: Path) -> nn.Module:
     """A base model with the adapter in `folder` merged into it."""
     return merge(load_adapter(model, folder))
-
-
-# --- the update ---
 
 
 @torch.no_grad()

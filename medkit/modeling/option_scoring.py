@@ -66,9 +66,6 @@ def _dense_attention(model: nn.Module):
         model.set_attn_implementation(attention)
 
 
-# --- the shared prefix ---------------------------------------------------------------------------------------------
-
-
 class _PrefixLayer(DynamicLayer):
     """Keys and values of a prefix, used by every row of every batch; those of later tokens are not kept."""
 
@@ -87,9 +84,6 @@ def _read_prefix(model: nn.Module, token_ids: list[int]) -> Cache | None:
     ids = torch.tensor([token_ids], device=model.device)
     model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
-
-
-# --- a question and its options --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -3,26 +3,21 @@
 Llama (SmolLM) and Qwen2 checkpoints only. The `gguf` package quantizes the matrices; norms and biases stay F32.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
+import pandas as pd
+import torch
+from torch import nn
 
+from medkit.quantization.gguf_blocks import Blocks
 from medkit.quantization.gguf_tokenizer import ExportError, write_tokenizer
 from medkit.sources import sha256_of
 from medkit.stage import DISCLAIMER, atomic_path
-
-if TYPE_CHECKING:  # large imports, which checking a file does not need
-    import pandas as pd
-    from torch import nn
-
-    from medkit.quantization.gguf_blocks import Blocks
 
 WEIGHT_TYPES = ("F16", "Q8_0", "Q5_0", "Q4_0")
 LARGEST_DIFFERENCE = 0.05  # float16 and bfloat16 round weights and sums
@@ -190,8 +185,6 @@ def check_logits(model: nn.Module, read: nn.Module, input_ids: Sequence[int], bl
     The largest difference at any position and token, divided by the standard deviation of the logits. Raises
     ExportError above LARGEST_DIFFERENCE: the file holds another model.
     """
-    import torch
-
     ids = torch.tensor([list(input_ids)], device=model.device)
     weights = {f"{name}.weight": b.decode().to(model.device, model.dtype) for name, b in blocks.items()}
     with torch.inference_mode():
@@ -207,8 +200,6 @@ def check_logits(model: nn.Module, read: nn.Module, input_ids: Sequence[int], bl
 
 def measure_file_bytes(path: Path) -> pd.DataFrame:
     """One row per component of a GGUF file: `weights`, `bytes` in the file, and `bf16_bytes` of the same weights."""
-    import pandas as pd
-
     parts = {"norm": "norms", "attn": "attention", "ffn": "mlp", ".output.weight": "head"}
     rows = []
     for tensor in gguf.GGUFReader(path).tensors:

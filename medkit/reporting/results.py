@@ -18,9 +18,6 @@ STAGES = ["01_data", "02_distillation", "03_lora", "04_quantization", "05_infere
 COLUMNS = ["result", "variant", "metric", "value", "ci_low", "ci_high", "n", "unit", "baseline", "stage", "file"]
 
 
-# --- tables -> rows --------------------------------------------------------------------------------------------------
-
-
 def from_table(
     table: pd.DataFrame, name: str, file: str, unit: str = "fraction", stage: str = "06_evaluation", extras: str = ""
 ) -> Iterator[dict]:
@@ -134,9 +131,6 @@ def from_manifests(manifests: dict[str, dict]) -> Iterator[dict]:
             if "signal_bytes_per_token" in manifest["facts"]:
                 per_token = manifest["facts"]["signal_bytes_per_token"]
                 yield result_row("signal_bytes_per_token", "teacher", per_token, unit="bytes", **where)
-
-
-# --- the file --------------------------------------------------------------------------------------------------------
 
 
 def write_results(folder: Path, rows: list[dict], facts: dict) -> Path:

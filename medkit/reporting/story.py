@@ -68,9 +68,6 @@ def _name(variant: str, row: pd.Series) -> str:
     return f"{label(variant)}, {row.value:.2f}"
 
 
-# --- sentences -------------------------------------------------------------------------------------------------------
-
-
 def describe_step(results: pd.DataFrame, facts: Mapping, variant: str, baseline: str) -> str | None:
     """A comparison on the headline source, e.g. "0.77 → 0.72, -0.050 [-0.096, -0.003], n = 240, worse"."""
     accuracy, row = rows_of(results, headline(facts), facts).value, _step(results, facts, variant, baseline)
