@@ -37,12 +37,6 @@ def test_accuracy_has_a_row_per_variant_and_a_column_per_source(toy_results):
     assert accuracy(results, "never") == ""
 
 
-def test_a_variant_outside_the_registry_is_shown_too(toy_results):
-    results, _ = toy_results
-    renamed = results.assign(variant=results.variant.replace("teacher_base", "of_a_user"))
-    assert cells(accuracy(renamed))[1][0] == "of_a_user"
-
-
 def test_steps_tell_the_whole_comparison(toy_results):
     results, facts = toy_results
     _, first, *_ = cells(tables.steps_table(results, facts["headline_source"], "option_text"))
