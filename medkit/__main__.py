@@ -158,13 +158,13 @@ def train(
     """Train one stage of a run where its notebook would; with `accelerate launch -m medkit train …` on many devices."""
     profile = params_of(run, params, overrides)
     from medkit.distillation import stages
-    from medkit.inference.torch_engine import TorchEngine
+    from medkit.inference.variant_loading import make_engine
     from medkit.lora import adapters
 
     if stage == "lora":
         log = adapters.train_stage(run, profile)
     else:
-        log = stages.train_stage(stage, run, profile, TorchEngine)
+        log = stages.train_stage(stage, run, profile, make_engine)
     if os.environ.get("RANK", "0") == "0":
         first, last = log.iloc[0], log.iloc[-1]
         console.print(f"{stage}: {last.step:.0f} steps, loss {first.loss:.3f} → {last.loss:.3f} nats per token")

@@ -189,6 +189,16 @@ class AdapterParams(Section):
     """Names of the linear layers that get an adapter, e.g. q_proj; every one must exist in the model."""
 
 
+class ServerParams(Section):
+    """An OpenAI-compatible server."""
+
+    base_url: Annotated[str, Field(pattern=r"^https?://[^\s@]+/v1$")]
+    """Ends in /v1. It goes into the results, so a password in it is refused."""
+    model: Annotated[str, Field(min_length=1)]
+    api_key_env: Annotated[str, Field(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")]
+    """The environment variable that holds the key, which itself is written nowhere; `""` for none."""
+
+
 class RationaleParams(Section):
     """One more student, student_seq, learns the teacher's own answers with their reasons, if they are right."""
 
@@ -196,7 +206,10 @@ class RationaleParams(Section):
     samples: PositiveInt
     max_new_tokens: PositiveInt
     temperature: PositiveFloat
-    too_easy: PositiveFloat  # A question with at least this share of right samples is left out; above 1 none is
+    too_easy: (
+        PositiveFloat  # A question of which the student has at least this share right is left out; above 1 none is
+    )
+    server: ServerParams | None  # It runs the corrected teacher; null: this process does
 
 
 class DistillationParams(Section):
@@ -292,16 +305,6 @@ class ShuffleParams(Section):
     orders: Annotated[int, Field(ge=2)]
 
 
-class ServerParams(Section):
-    """An OpenAI-compatible server that runs the edge file, or the same student."""
-
-    base_url: Annotated[str, Field(pattern=r"^https?://[^\s@]+/v1$")]
-    """Ends in /v1. It goes into the results, so a password in it is refused."""
-    model: Annotated[str, Field(min_length=1)]
-    api_key_env: Annotated[str, Field(pattern=r"^([A-Za-z_][A-Za-z0-9_]*)?$")]
-    """The environment variable that holds the key, which itself is written nowhere; `""` for none."""
-
-
 class InferenceParams(Section):
     batch_tokens: PositiveInt  # Tokens per forward pass when scoring; questions are bucketed by length into it
     max_new_tokens: PositiveInt  # For generated answers
@@ -316,7 +319,8 @@ class InferenceParams(Section):
     dialogues: Count  # Real consultations of which two variants write a record of the first form; 0 for none
     safety_probes: Count  # Open questions that can do harm (docs/safety.md), spread evenly over their categories
     bench: BenchParams
-    server: ServerParams | None  # The server that the edge file is timed on; null starts llama.cpp's own
+    server: ServerParams | None
+    """It runs the edge file, or the same student, and is timed; null starts llama.cpp's own."""
 
 
 class EvaluationParams(Section):

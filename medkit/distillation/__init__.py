@@ -1,6 +1,5 @@
 """Distillation: a fine-tuned teacher, the cache of its log-probabilities, and students that learn from it."""
 
-from medkit.distillation.answers import keep_verified
 from medkit.distillation.cross_tokenizer import TokenAligner, measure_spans, span_kl
 from medkit.distillation.entities import find_entities
 from medkit.distillation.losses import DistillationLoss, entity_gaps, hidden_error, sparse_divergence

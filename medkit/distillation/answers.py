@@ -2,9 +2,11 @@
 
 Greedy answers to the transfer questions are what a student learns its teacher's distribution along (student_kd), or
 learns as text (student_hard, student_self). Verified answers are rejection sampling: k answers with reasons are drawn,
-and those that name the known answer are kept. A wrong reason can lead to a right answer: that is not noticed.
+and of those that name the known answer the shortest is kept. A wrong reason can lead to a right answer: that is not
+noticed.
 """
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -13,10 +15,13 @@ import pandas as pd
 from accelerate import PartialState
 
 from medkit.modeling.batches import Example
-from medkit.modeling.engine import Engine, Request
+from medkit.modeling.engine import Engine
 from medkit.modeling.train_once import find_record, key_of, write_record
+from medkit.modeling.writing import write
 from medkit.prompts import answer_parser, templates
 from medkit.stage import MedkitError, atomic_path
+
+PART_QUESTIONS = 64  # with several samples or with thoughts; what a killed run loses of what its teacher wrote
 
 
 def collect_answers(
@@ -29,23 +34,36 @@ def collect_answers(
     num_samples: int = 1,
     template: templates.Template | None = None,
     settings: Sequence = (),
+    max_thinking_tokens: int | None = None,
 ) -> pd.DataFrame:
     """`write_answers`, kept in a parquet file at `path`.
 
     `make_engine` is not called if the file holds the answers of this writer (a digest of its weights) under these
-    settings. Of several processes the main one writes, and the others wait.
+    settings. Of several processes the main one writes, and the others wait. Samples and thoughts are written in parts
+    to a folder beside the file, so that a run which was killed goes on behind its last part.
     """
     asked = [max_new_tokens, num_samples, template and template.hash, *settings]
+    asked += [max_thinking_tokens] if max_thinking_tokens else []
     key = key_of(asked, [writer, questions.id.tolist()], write_answers)
     if find_record(path, key) is None and PartialState().is_main_process:
-        engine = make_engine()
+        in_parts, parts = num_samples > 1 or max_thinking_tokens, path.with_name(f"{path.stem}_parts")
+        step = PART_QUESTIONS if in_parts else max(1, len(questions))
+        tables, engine = [], make_engine()
         try:
-            answers = write_answers(engine, tokenizer, questions, max_new_tokens, num_samples, template)
+            for start in range(0, max(1, len(questions)), step):
+                part = parts / f"{key}-{start:06}.parquet"
+                if not part.is_file():
+                    limits = max_new_tokens, num_samples, template, max_thinking_tokens
+                    table = write_answers(engine, tokenizer, questions.iloc[start : start + step], *limits)
+                    with atomic_path(part) as scratch:
+                        table.to_parquet(scratch)
+                tables.append(pd.read_parquet(part))
         finally:
             engine.close()
         with atomic_path(path) as scratch:
-            answers.to_parquet(scratch)
+            pd.concat(tables, ignore_index=True).to_parquet(scratch)
         write_record(path, key)
+        shutil.rmtree(parts)
     PartialState().wait_for_everyone()
     return pd.read_parquet(path)
 
@@ -57,26 +75,31 @@ def write_answers(
     max_new_tokens: int,
     num_samples: int = 1,
     template: templates.Template | None = None,
+    max_thinking_tokens: int | None = None,
 ) -> pd.DataFrame:
-    """`num_samples` answers to each question: id, source, sample, text, and whether it is `finished`.
+    """`num_samples` answers to each question: id, source, sample, thought, text, tokens of both, and if `finished`.
 
-    Without a `template` each question is asked as in training. An answer is finished if it ends with the end token and
-    is not empty. Raises MedkitError for test questions.
+    Without a `template` each question is asked as in training. With `max_thinking_tokens` a model that thinks does so
+    first. An answer is finished if it ends with the end token and is not empty, and its thought was not cut. Raises
+    MedkitError for test questions.
     """
     if (questions.split == "test").any():
         raise MedkitError("a model must not answer test questions for training; give rows of another split")
     records = [record for record in questions.to_dict("records") for _ in range(num_samples)]
+    budget = max_thinking_tokens if templates.thinking_of(tokenizer).closing else None
     prompts = []
     for record in records:
         messages = templates.render(record, template or templates.pick_template(record["kind"], "option_text"))
-        prompts.append(templates.encode(tokenizer, messages)[0])
-    ends = templates.end_ids(tokenizer)
-    generations = engine.generate([Request(prompt_ids, max_new_tokens, ends) for prompt_ids in prompts])
-    texts = [tokenizer.decode(g.token_ids, skip_special_tokens=True).strip() for g in generations]
+        prompts.append(templates.encode(tokenizer, messages, thought="" if budget else None)[0])
+    written = write(engine, tokenizer, prompts, max_new_tokens, budget)
     table = pd.DataFrame({name: [record[name] for record in records] for name in ("id", "source")})
     table["sample"] = [number % num_samples for number in range(len(records))]
-    finished = [bool(text) and g.token_ids[-1] in ends for text, g in zip(texts, generations, strict=True)]
-    return table.assign(text=texts, finished=finished)
+    return table.assign(
+        thought=[one.thought for one in written],
+        text=[one.answer.strip() for one in written],
+        tokens=[one.thinking_tokens + one.answer_tokens for one in written],
+        finished=[one.finished for one in written],
+    )
 
 
 def answer_rows(questions: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
@@ -102,22 +125,28 @@ def repeat_rows(sources: Sequence[str], counts: Mapping[str, int]) -> list[int]:
 
 
 def keep_verified(
-    samples: pd.DataFrame, questions: pd.DataFrame, too_easy: float = 1.0
+    samples: pd.DataFrame, questions: pd.DataFrame, too_easy: float = 1.0, own: pd.DataFrame | None = None
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The samples to learn, and the yield per source.
+    """The samples to learn, at most one of a question, and the yield per source.
 
-    Kept: finished, right (it names the question's answer), no repetition, and of a question whose share of right
-    samples is below `too_easy` (above 1: every question). The yield counts questions `asked`, samples `sampled`,
-    `right` and `kept`, and questions that were `too_easy`.
+    Kept is the shortest sample that is finished and right (it names the question's answer). A question is left out if
+    the student's share of right samples is `too_easy` or more (above 1: none is); `own` are the student's samples,
+    the teacher's count without them. The yield counts questions `asked`, samples `sampled`, `right` and `kept`, and
+    questions that were `too_easy`.
     """
     records = questions.set_index("id").to_dict("index")
-    right = [
-        answer_parser.parse(text, list(records[id]["options"]), templates.RATIONALE) == records[id]["answer"]
-        for id, text in zip(samples.id, samples.text, strict=True)
-    ]
-    samples = samples.assign(right=right)
-    easy = samples.groupby("id").right.transform("mean") >= too_easy
-    verified = samples[samples.finished & samples.right & ~easy].drop_duplicates(["id", "text"])
+
+    def is_right(table: pd.DataFrame) -> list[bool]:
+        return [
+            answer_parser.parse(text, list(records[id]["options"]), templates.RATIONALE) == records[id]["answer"]
+            for id, text in zip(table.id, table.text, strict=True)
+        ]
+
+    samples = samples.assign(right=is_right(samples))
+    pass_rates = (samples if own is None else own.assign(right=is_right(own))).groupby("id").right.mean()
+    easy = samples.id.map(pass_rates) >= too_easy
+    verified = samples[samples.finished & samples.right & ~easy].sort_values("tokens", kind="stable")
+    verified = verified.drop_duplicates("id").sort_index()
     by_source = samples.groupby("source")
     counts = {
         "asked": by_source.id.nunique(),
@@ -130,9 +159,10 @@ def keep_verified(
 
 
 def encode_verified(tokenizer, questions: pd.DataFrame, verified: pd.DataFrame) -> list[Example]:
-    """One example per sample: the question is given; the reasons, the answer and the end token are predicted."""
+    """One example per sample: the question is given; thought, reasons, answer and end token are predicted."""
     records, examples = {record["id"]: record for record in questions.to_dict("records")}, []
-    for id, text in verified[["id", "text"]].itertuples(index=False):
-        prompt_ids, answer_ids = templates.encode(tokenizer, templates.render(records[id], templates.RATIONALE), text)
+    for id, thought, text in verified[["id", "thought", "text"]].itertuples(index=False):
+        messages = templates.render(records[id], templates.RATIONALE)
+        prompt_ids, answer_ids = templates.encode(tokenizer, messages, text, thought or None)
         examples.append(Example([*prompt_ids, *answer_ids], len(prompt_ids)))
     return examples

@@ -24,13 +24,13 @@ from medkit.modeling.batches import Example
 from medkit.modeling.engine import WRITE_TOKENS, Engine
 from medkit.modeling.train_once import key_of, load_for_training, open_stage, train_once
 from medkit.modeling.trainer import Loss
-from medkit.params import Params
+from medkit.params import Params, ServerParams
 from medkit.prompts import templates
-from medkit.stage import Stage, StageError
+from medkit.stage import Stage, StageError, atomic_path
 
 STUDENTS = ("student_ce", "student_hard", "student_self", "student_kd", "student_ceiling", "student_seq")
 STAGES = ("teacher", *STUDENTS)
-MakeEngine = Callable[..., Engine]  # inference.TorchEngine, which stands below this room
+MakeEngine = Callable[..., Engine]  # inference.make_engine, which stands below this room
 
 
 # --- the teacher -----------------------------------------------------------------------------------------------------
@@ -131,9 +131,9 @@ def student_rows(
 
 def _collect(
     stage: Stage, params: Params, writer: str, questions: pd.DataFrame, make_engine: MakeEngine | None,
-    max_new_tokens: int, temperature: float = 0.0, file: str = "answers", **sampling,
+    max_new_tokens: int, temperature: float = 0.0, file: str = "answers", server: ServerParams | None = None, **asked,
 ) -> pd.DataFrame:  # fmt: skip
-    """Answers of a model of this stage, from its file or from an engine."""
+    """Answers of a model of this stage, from its file or from an engine; `server` may run the model."""
     folder, path = _part(stage, writer), stage.path(f"{writer}_{file}.parquet")
     tokenizer = loading.load_tokenizer(folder)
 
@@ -142,13 +142,13 @@ def _collect(
             raise StageError(f"{path} is not there: run notebook {stage.name} up to it (run={stage.run!r})")
         torch.manual_seed(params.seed)
         settings = {"batch_tokens": max(params.inference.batch_tokens, WRITE_TOKENS), "temperature": temperature}
-        model = loading.load_model(folder, params.models)
+        model = server or loading.load_model(folder, params.models)
         return make_engine(model, tokenizer.pad_token_id, scheduler="static", **settings)
 
-    settings = [temperature, params.seed] if temperature else []
+    settings = [temperature, params.seed, *([server.model] if server else [])] if temperature else []
     writer_key = key_of(None, _weights(stage, writer))
     return answers.collect_answers(
-        path, writer_key, load_engine, tokenizer, questions, max_new_tokens, settings=settings, **sampling
+        path, writer_key, load_engine, tokenizer, questions, max_new_tokens, settings=settings, **asked
     )
 
 
@@ -238,18 +238,28 @@ def distillation_loss(
 def _verified_examples(
     stage: Stage, params: Params, rows: pd.DataFrame, make_engine: MakeEngine | None
 ) -> list[Example]:
-    """The teacher's answers with reasons to labelled rows that are right. Writes `teacher_rationales.parquet`.
+    """The teacher's answers with reasons to labelled rows that are right, one of a question.
 
+    The student answers each question once, greedily, to tell which are too easy for it. Writes both models' answers to
+    `teacher_rationales.parquet` and `base_rationales.parquet`, and the yield per source to `rationale_yield.parquet`.
     The main process alone samples. With a large teacher, sample in one process before `accelerate launch`.
     """
     section, tokenizer = params.distillation.rationales, load_tokenizers(params)[1]
+    rows = rows[~rows.kind.isin(templates.FORMS)]
     if section.questions != "all":
         rows = rows.sample(min(section.questions, len(rows)), random_state=params.seed)
+    asked = {"template": templates.RATIONALE, "max_thinking_tokens": params.inference.max_thinking_tokens}
+    limit, file, own = section.max_new_tokens, "rationales", None
     samples = _collect(
-        stage, params, "teacher", rows, make_engine, section.max_new_tokens, section.temperature, "rationales",
-        num_samples=section.samples, template=templates.RATIONALE,
+        stage, params, "teacher", rows, make_engine, limit, section.temperature, file, section.server,
+        num_samples=section.samples, **asked,
     )  # fmt: skip
-    verified, _ = answers.keep_verified(samples, rows, section.too_easy)
+    if section.too_easy <= 1:
+        own = _collect(stage, params, "base", rows, make_engine, limit, file=file, **asked)
+    verified, counts = answers.keep_verified(samples, rows, section.too_easy, own)
+    if PartialState().is_main_process:
+        with atomic_path(stage.path("rationale_yield.parquet")) as scratch:
+            counts.to_parquet(scratch)
     if verified.empty:
         raise StageError(
             f"none of {len(samples)} rationales was verified; raise distillation.rationales.samples, max_new_tokens or "

@@ -77,7 +77,9 @@ def llama_server(
 
 
 class ServerEngine:
-    """An engine (`modeling.engine.Engine`) over the model `model` of the server at `url`, which ends in /v1. Greedy.
+    """An engine (`modeling.engine.Engine`) over the model `model` of the server at `url`, which ends in /v1.
+
+    Greedy, unless `temperature` is above 0.
 
     `model` None takes the first model that the server lists. The server must return token ids, as llama.cpp and vLLM
     do; `tokenizer` turns the text of other servers into ids, which may differ from what the model wrote. While no end
@@ -87,9 +89,10 @@ class ServerEngine:
     """
 
     def __init__(
-        self, url: str, model: str | None = None, api_key: str | None = None, tokenizer=None, timeout_s: float = 120.0
-    ):
-        self._url, self._tokenizer = url, tokenizer
+        self, url: str, model: str | None = None, api_key: str | None = None, tokenizer=None, timeout_s: float = 120.0,
+        temperature: float = 0.0,
+    ):  # fmt: skip
+        self._url, self._tokenizer, self._temperature = url, tokenizer, temperature
         self._client = openai.OpenAI(base_url=url, api_key=api_key or "none", timeout=timeout_s, max_retries=4)
         with self._explain():
             served = {m.id: m for m in self._client.with_options(timeout=10.0, max_retries=0).models.list()}
@@ -136,8 +139,8 @@ class ServerEngine:
     def _create(self, request: Request, **settings):
         extra = {"ignore_eos": not request.end_ids, "stop_token_ids": list(request.end_ids), **RETURN_IDS}
         return self._client.completions.create(
-            model=self._model, prompt=list(request.prompt_ids), max_tokens=request.max_new_tokens, temperature=0,
-            extra_body=extra, **settings,
+            model=self._model, prompt=list(request.prompt_ids), max_tokens=request.max_new_tokens,
+            temperature=self._temperature, extra_body=extra, **settings,
         )  # fmt: skip
 
     def _ask_llama_cpp(self, request: Request, began: float) -> Generation:

@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from torch import nn
 
 from medkit.inference.server_engine import ServerEngine, llama_server
+from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling import loading
 from medkit.modeling.engine import EngineError
 from medkit.params import Params, ServerParams
@@ -40,8 +41,19 @@ def edge_engine(run: str, edge_file: str, server: ServerParams | None, slots: in
         ):
             yield engine
         return
+    with closing(_connect(server, "inference.server")) as engine:
+        yield engine
+
+
+def make_engine(model: nn.Module | ServerParams, pad_token_id: int, **settings) -> TorchEngine | ServerEngine:
+    """An engine over a loaded model, with `TorchEngine`'s settings, or on a server, with its temperature alone."""
+    if isinstance(model, ServerParams):
+        return _connect(model, "distillation.rationales.server", settings.get("temperature", 0.0))
+    return TorchEngine(model, pad_token_id, **settings)
+
+
+def _connect(server: ServerParams, key: str, temperature: float = 0.0) -> ServerEngine:
     api_key = os.environ.get(server.api_key_env) if server.api_key_env else None
     if server.api_key_env and not api_key:
-        raise EngineError(f"inference.server: the key is read from {server.api_key_env}, which is not set; export it")
-    with closing(ServerEngine(server.base_url, server.model, api_key)) as engine:
-        yield engine
+        raise EngineError(f"{key}: the API key is read from {server.api_key_env}, which is not set; export it")
+    return ServerEngine(server.base_url, server.model, api_key, temperature=temperature)

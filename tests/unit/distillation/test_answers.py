@@ -73,13 +73,42 @@ def test_what_is_right_finished_new_and_not_too_easy_is_kept(engine, tokenizer, 
     assert example.input_ids[-1] == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize(
-    ("too_easy", "kept_ids"), [(2.0, ["q0", "q1", "q1", "q1"]), (1.0, ["q0"]), (0.75, []), (0.76, ["q0"])]
-)
+@pytest.mark.parametrize(("too_easy", "kept_ids"), [(2.0, ["q0", "q1"]), (1.0, ["q0"]), (0.75, []), (0.76, ["q0"])])
 def test_the_bound_says_what_is_too_easy(engine, tokenizer, known, too_easy, kept_ids):
     kept, counts = keep_verified(sample(engine, tokenizer, known), known, too_easy)
     assert kept.id.tolist() == kept_ids
     assert counts.too_easy.sum() == {2.0: 0, 1.0: 1, 0.76: 1, 0.75: 2}[too_easy]
+
+
+def test_the_shortest_of_a_question_is_kept_if_the_student_does_not_know_it(engine, tokenizer, known):
+    samples = sample(engine, tokenizer, known)
+    own = write_answers(Scripted(tokenizer, ["Answer: B", "Answer: B", "Who knows?"]), tokenizer, known, 60)
+    kept, counts = keep_verified(samples, known, 1.0, own)
+    assert kept[["id", "text"]].to_numpy().tolist() == [["q1", "Answer: A"]]
+    assert counts.set_index("source").too_easy.to_dict() == {"exam": 1, "trial": 0}
+
+
+def test_a_thought_is_verified_by_its_answer_and_learned_with_it(make_tokenizer, known):
+    chatml = make_tokenizer().chat_template
+    thinker = make_tokenizer(
+        chat_template=chatml.replace("assistant\n{% endif", "assistant\n{{ '<think>\\n' }}{% endif")
+    )
+    thinker.add_tokens(["<think>", "</think>"])
+
+    class Thinking(Scripted):
+        def generate(self, requests):
+            self.texts = [["It is A.\n</think>…"], ["\n\nAnswer: B"]][len(self.asked) // 2]
+            self.texts *= len(requests)
+            return super().generate(requests)
+
+    engine = Thinking(thinker, [])
+    table = write_answers(engine, thinker, known[known.id == "q0"], 60, 2, templates.RATIONALE, 20)
+    assert table[["thought", "text"]].to_numpy().tolist() == [["It is A.", "Answer: B"]] * 2 and table.finished.all()
+    kept, _ = keep_verified(table, known, too_easy=2.0)
+    (example,) = encode_verified(thinker, known, kept)
+    assert example.input_ids[: example.loss_start] == list(engine.asked[0].prompt_ids)
+    learned = thinker.decode(example.input_ids[example.loss_start :])
+    assert learned == "It is A.\n</think>\n\nAnswer: B<|im_end|>"
 
 
 def test_test_questions_are_refused(engine, tokenizer, known):
@@ -146,11 +175,28 @@ def test_an_engine_that_fails_is_closed_and_leaves_no_file(collect, engine, tmp_
     assert engine.closed == 1 and not list(tmp_path.iterdir())
 
 
+def test_a_killed_run_goes_on_behind_its_last_part(collect, engine, tokenizer, known, monkeypatch):
+    monkeypatch.setattr(answers, "PART_QUESTIONS", 1)
+    generate, engine.texts = engine.generate, TEXTS[:4]
+
+    def die_at_the_third(requests):
+        if len(engine.asked) == 8:
+            raise EngineError("the server is gone")
+        return generate(requests)
+
+    engine.generate = die_at_the_third
+    with pytest.raises(EngineError, match="gone"):
+        collect()
+    engine.generate = generate
+    assert collect().id.tolist() == [id for id in known.id for _ in range(4)]
+    assert len(engine.asked) == 12, "two questions were not asked again"
+
+
 def test_a_student_of_verified_answers_gives_the_reason_and_the_answer(
     make_llama, make_section, tokenizer, known, tmp_path
 ):
     """The toy learns one answer with its reason by heart; greedy writing gives it back, finished and right."""
-    taught = pd.DataFrame([("q0", "C it is. Answer: B")], columns=["id", "text"])
+    taught = pd.DataFrame([("q0", "", "C it is. Answer: B")], columns=["id", "thought", "text"])
     examples, student = encode_verified(tokenizer, known, taught) * 8, make_llama(seed=4)
     section = make_section(epochs=30.0, learning_rate=1e-2, save_every_steps=1000)
     trainer.train(student, examples, section, trainer.cross_entropy, tmp_path / "s", seed=0)

@@ -16,7 +16,7 @@ from medkit.variants import VARIANTS, list_variants
 
 TRAIN = {"epochs": 1.0, "batch_size": 4, "slice_tokens": 200, "learning_rate": 1e-2, "warmup_fraction": 0.1}
 TRAIN |= {"save_every_steps": 9, "bf16": False, "gradient_checkpointing": False}
-RATIONALES = {"questions": 4, "samples": 2, "max_new_tokens": 12, "temperature": 1.0, "too_easy": 2.0}
+RATIONALES = {"questions": 4, "samples": 2, "max_new_tokens": 12, "temperature": 1.0, "too_easy": 2.0, "server": None}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ class NoEngine:
 
 
 def the_liver(engine, tokenizer, questions, *settings):
-    table = questions[["id", "source"]].assign(sample=0, text="the liver", finished=True)
+    table = questions[["id", "source"]].assign(sample=0, thought="", text="the liver", tokens=3, finished=True)
     return table.reset_index(drop=True)
 
 
