@@ -28,8 +28,8 @@ test: .venv/done  ## unit, contract and smoke tests, then every notebook through
 	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder tests && \
 	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
 
-lab: .venv/done  ## JupyterLab on the notebooks
-	$(PY) -m jupyterlab notebooks
+lab: .venv/done  ## JupyterLab on notebooks/00_start.ipynb
+	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start.ipynb
 
 report: .venv/done  ## print a run's results as markdown
 	$(PY) -m medkit report --run $(RUN)

@@ -50,8 +50,8 @@ class StageStatus:
 
 
 def notebooks() -> list[Path]:
-    """The numbered notebooks; their order is the pipeline. Raises RunError where medkit is installed without them."""
-    paths = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    """The notebooks from 01 on; their order is the pipeline. Raises RunError where medkit is installed without them."""
+    paths = sorted((ROOT / "notebooks").glob("0[1-9]_*.ipynb"))
     if not paths:
         raise RunError(
             f"no notebooks in {ROOT / 'notebooks'}: medkit was installed without them; clone its repository and call "

@@ -40,6 +40,10 @@ FETCHED: dict[str, str] = {}  # what this process read from the cache: source â†
 class MedkitError(Exception):
     """Base of every error that a user can cause. Its message is one sentence: what, where, and the cure."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in a notebook: the sentence alone, without a hundred lines of calls."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class StageError(MedkitError):
     """A stage or run that cannot be used as asked; the message names it and the cure."""
@@ -132,13 +136,16 @@ class Stage:
     def require(self, stage: str, filename: str) -> Path:
         """Path of an artifact of an earlier, complete stage of the same run.
 
-        `filename` may be a folder. Raises StageError if that stage has not committed it.
+        `filename` may be a folder. Raises StageError if that stage has not committed it; the message names the first
+        notebook that has to run.
         """
         upstream = Stage(self.run, stage)
         listed = upstream.manifest().get("files", {})
         wanted = [f for f in listed if f == filename or f.startswith(filename + "/")]
         if not wanted or not all((upstream.dir / f).is_file() for f in wanted):
-            raise StageError(f"{stage}/{filename} is not there: run notebook {stage} first (run={self.run!r})")
+            names = [] if listed else sorted(path.stem for path in (ROOT / "notebooks").glob("0[1-9]_*.ipynb"))
+            first = next((n for n in names if n < stage and not Stage(self.run, n).manifest()), stage)
+            raise StageError(f"{stage}/{filename} is not there: run notebook {first} first (run={self.run!r})")
         return upstream.dir / filename
 
     def write_table(self, filename: str, table: pd.DataFrame) -> Path:

@@ -11,6 +11,7 @@ from math import ceil
 
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from medkit.modeling.batches import bucket_by_length
@@ -61,12 +62,14 @@ class TorchEngine:
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """The answers, in the order of the requests. Raises EngineError for a request that does not fit."""
         self._check(requests)
-        if self.scheduler == "continuous":
-            return self._generate_continuous(requests) if requests else []
-        began = time.perf_counter()
-        generations: dict[int, Generation] = {}
-        for batch in self._batches(requests):
-            generations |= zip(batch, self._generate_batch([requests[i] for i in batch], began), strict=True)
+        with tqdm(total=len(requests), desc="writing", unit="answer", delay=2, mininterval=10) as bar:
+            if self.scheduler == "continuous":
+                return self._generate_continuous(requests, bar) if requests else []
+            began = time.perf_counter()
+            generations: dict[int, Generation] = {}
+            for batch in self._batches(requests):
+                generations |= zip(batch, self._generate_batch([requests[i] for i in batch], began), strict=True)
+                bar.update(len(batch))
         return [generations[i] for i in range(len(requests))]
 
     def close(self) -> None:
@@ -152,7 +155,7 @@ class TorchEngine:
         manager.start()
         return manager
 
-    def _generate_continuous(self, requests: Sequence[Request]) -> list[Generation]:
+    def _generate_continuous(self, requests: Sequence[Request], bar: tqdm) -> list[Generation]:
         """A request enters when pages for all of its tokens are free, so transformers evicts none and reads it once."""
         self._manager = self._manager or self._start()
         began = time.perf_counter()
@@ -179,6 +182,7 @@ class TorchEngine:
                 raise EngineError(f"continuous batching failed: {result.error}; close this engine and make a new one")
             number = running.pop(result.request_id)
             free += _pages(requests[number])
+            bar.update()
             times_s = [moment - began for moment in result.timestamps]
             generations[number] = Generation(result.generated_tokens, times_s, result.lifespan[0] - began)
         return [generations[i] for i in range(len(requests))]

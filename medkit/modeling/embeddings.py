@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
 from medkit.modeling.batches import bucket_by_length
@@ -48,7 +49,8 @@ def embed_texts(embedder: Embedder, texts: Sequence[str], batch_tokens: int = 40
         return np.empty((0, hidden_size), np.float32)
     ids = embedder.tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
     vectors = np.empty((len(ids), hidden_size), np.float32)
-    for rows in bucket_by_length([len(i) for i in ids], batch_tokens):
+    batches = bucket_by_length([len(i) for i in ids], batch_tokens)
+    for rows in tqdm(batches, desc="embedding", unit="batch", delay=2, mininterval=10):
         batch = embedder.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
         batch = batch.to(embedder.model.device)
         states, mask = embedder.model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)

@@ -2,12 +2,16 @@
 
 import re
 
+import matplotlib.pyplot as plt
 import nbformat
 import papermill
 import pytest
+from ipykernel.ipkernel import IPythonKernel
+from ipykernel.kernelspec import get_kernel_dict
 
 from medkit.reporting import STAGES
 from medkit.runner import PARAMETERS, notebooks, stage_names
+from medkit.stage import ROOT
 
 CHECKED = {"nbval-check-output", "keep_output"}
 FORBIDDEN = re.compile(r"^\s*[!%]|sys\.path|^/|['\"]/(?:home|root|tmp|work)\b", re.MULTILINE)
@@ -27,6 +31,32 @@ def tags(cell):
 
 def test_the_six_are_there():
     assert stage_names() == STAGES
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_opening_it_changes_nothing(path):
+    """JupyterLab writes the kernel's names and language into an open notebook, and ids into its cells."""
+    notebook, kernel = nbformat.read(path, as_version=4), get_kernel_dict()
+    names = {"name": "python3", "display_name": kernel["display_name"], "language": kernel["language"]}
+    language = IPythonKernel.language_info | {"version": notebook.metadata.language_info.version}
+    assert notebook.metadata == {"kernelspec": names, "language_info": language}
+    assert notebook.nbformat_minor == 5 and all(cell.id for cell in notebook.cells)
+
+
+def test_start_shows_the_last_run_or_how_to_make_one(make_run, tmp_path, monkeypatch, capsys):
+    start = code(ROOT / "notebooks" / "00_start.ipynb")
+    assert [cell.execution_count for cell in start] == list(range(1, len(start) + 1))
+    assert not any(cell.outputs or FORBIDDEN.search(cell.source) for cell in start)
+    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
+    monkeypatch.setattr(plt, "show", lambda: print(f"{len(plt.gcf().axes)} panels"))
+    monkeypatch.setattr("IPython.display.display", lambda shown: print(shown.data))
+    printed = []
+    for prepare in (lambda: None, lambda: make_run(tmp_path / "toy")):
+        prepare()
+        exec("\n".join(cell.source for cell in start), {})
+        printed.append(capsys.readouterr().out)
+    assert "01_data.ipynb" in printed[0] and "`make run`" in printed[0]
+    assert "open 03_lora.ipynb" in printed[1] and "2 panels" in printed[1] and "Accuracy on icd_chapter" in printed[1]
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)

@@ -163,6 +163,15 @@ def test_require_refuses_what_was_not_committed(filename):
         Stage("r", "03_lora").require("02_distillation", filename)
 
 
+def test_a_missing_stage_names_the_first_notebook_to_run_in_one_sentence():
+    reader = Stage("r", "06_evaluation")
+    for first in ("01_data", "02_distillation"):
+        with pytest.raises(StageError, match=f"run notebook {first} first") as error:
+            reader.require("04_quantization", "ledger.parquet")
+        assert error.value._render_traceback_() == [f"StageError: {error.value}"]  # all that a notebook shows
+        committed(first)
+
+
 def test_require_refuses_an_open_stage():
     upstream = committed()
     upstream.reopen()

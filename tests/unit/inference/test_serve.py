@@ -170,7 +170,7 @@ def served(monkeypatch):
 def test_serve_takes_the_edge_file_of_the_run_and_no_profile(served, monkeypatch, tmp_path):
     """A profile given at the command line could load other layers than the run's; the file holds what the run made."""
     monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
-    with pytest.raises(StageError, match="run notebook 04_quantization first"):
+    with pytest.raises(StageError, match=r"edge/student\.gguf is not there: run notebook 01_data first"):
         serve.serve("mine")
     edge = tmp_path / "mine" / "04_quantization" / "edge" / "student.gguf"
     edge.parent.mkdir(parents=True)
