@@ -21,7 +21,6 @@ from medkit.data.raw_questions import (
     clean_text,
     count_rejected,
     make_record,
-    rejection_reason,
     split_options,
     strip_letters,
     whole_number,
@@ -246,7 +245,6 @@ def read_hub(name: str, folder: Path, subset: str) -> Iterator[dict]:
 OPEN_QUESTIONS = {"healthsearchqa": "healthsearchqa", "liveqa": "LiveQA", "medicationqa": "MedicationQA"}
 OPEN_COLUMNS = ["id", "source", "question"]
 DIALOGUE_COLUMNS = ["id", "source", "dialogue", "section_header", "section_text"]
-PAIR_COLUMNS = ["id", "question", "question_swapped", "options", "options_swapped", "answer"]
 
 
 def read_open_questions(folder: Path | None) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -293,45 +291,3 @@ def _turns(text: str) -> str:
     speakers = [(bracketed or named)[0].upper() for bracketed, named in zip(parts[1::3], parts[2::3], strict=True)]
     said = [f"{speaker}: {clean_text(turn)}" for speaker, turn in zip(speakers, parts[3::3], strict=True)]
     return "\n".join(said)
-
-
-def read_drug_pairs(folder: Path | None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Exam questions under two names of their drugs, generic and brand (PAIR_COLUMNS), and what was rejected.
-
-    No folder: no rows. Treat the pairs as test questions: no model may train on them or on their near-duplicates.
-    They are MedQA's, but not of its test questions, so an official training split probably holds them.
-    """
-    rows, rejected = [], []
-    path = folder / "DrugSwap" / "qa_generic_to_brand_v2.jsonl" if folder else None
-    for number, row in enumerate(_read_jsonl(path) if path else (), 1):
-        generic = _read_pair_side(row.get("original_question"), row.get("answer_option"))
-        brand = _read_pair_side(row.get("perturbed_question"), row.get("answer_option"))
-        reason = rejection_reason(generic)
-        reason = reason or ((fault := rejection_reason(brand)) and f"swapped: {fault}")
-        reason = reason or _mismatch(generic, brand, row.get("answer_orig"), row.get("answer"))
-        if reason:
-            rejected.append(("drug_pairs", reason, number, generic["question"]))
-        else:
-            content = [side[key] for side in (generic, brand) for key in ("question", "options")]
-            values = [content[0], content[2], content[1], content[3], generic["answer"]]
-            rows.append((f"drug_pairs-{digest(content)[:10]}", *values))
-    return pd.DataFrame(rows, columns=PAIR_COLUMNS), count_rejected(rejected)
-
-
-def _read_pair_side(text, letter) -> dict:
-    """`"Question:\\n…\\nOptions:\\nA: …\\nB: …"` as a record; a text of another form gives an empty question."""
-    match = re.fullmatch(r"Question:\n(.*)\nOptions:\n(.*)", text if isinstance(text, str) else "", re.DOTALL)
-    question, options = match.groups() if match else ("", "")
-    return make_record(question, split_options(options), letter, answer_form="letter", pool="test")
-
-
-def _mismatch(generic: dict, brand: dict, generic_answer, brand_answer) -> str | None:
-    """Why two usable records are not a pair; None if they are one."""
-    if len(generic["options"]) != len(brand["options"]):
-        return "options are not one to one"
-    if (generic["question"], generic["options"]) == (brand["question"], brand["options"]):
-        return "nothing is swapped"
-    for record, text in ((generic, generic_answer), (brand, brand_answer)):
-        if record["options"][record["answer"]] != clean_text(str(text or "")):
-            return "letter and text of the answer disagree"
-    return None

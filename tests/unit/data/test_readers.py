@@ -303,7 +303,7 @@ def test_letters_are_labels_if_a_row_shows_it_beyond_doubt(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    for read in (readers.READERS["mmlu"], readers.read_open_questions, readers.read_drug_pairs):
+    for read in (readers.READERS["mmlu"], readers.read_open_questions):
         with pytest.raises(DataError, match="no such file"):
             list(read(tmp_path))
 
@@ -442,71 +442,10 @@ def test_open_questions_are_cleaned_named_and_kept_once(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("read", [readers.read_open_questions, readers.read_drug_pairs])
-def test_no_folder_gives_empty_tables_with_their_columns(read):
-    table, rejected = read(None)
-    columns = readers.PAIR_COLUMNS if read is readers.read_drug_pairs else readers.OPEN_COLUMNS
-    assert table.empty and list(table.columns) == columns
+def test_no_folder_gives_empty_tables_with_their_columns():
+    table, rejected = readers.read_open_questions(None)
+    assert table.empty and list(table.columns) == readers.OPEN_COLUMNS
     assert rejected.empty and list(rejected.columns) == ["source", "reason", "count", "rows", "example"]
-
-
-# --- drug pairs ----------------------------------------------------------------------------------------------------
-
-
-def pair(
-    question="Which drug?", swapped="Which drug?", options=("aspirin", "warfarin"), brands=None, letter="B", **more
-):
-    brands = brands or ("bayer", "coumadin")
-    text = lambda q, names: f"Question:\n{q}\nOptions:\nA: {names[0]}\nB: {names[1]}"  # noqa: E731
-    return {
-        "original_question": text(question, options),
-        "perturbed_question": text(swapped, brands),
-        "answer_orig": options["AB".index(letter)],
-        "answer": brands["AB".index(letter)],
-        "answer_option": letter,
-        **more,
-    }
-
-
-def read_pairs(folder: Path, *told: dict) -> tuple[pd.DataFrame, pd.DataFrame]:
-    write_jsonl(folder / "DrugSwap" / "qa_generic_to_brand_v2.jsonl", list(told))
-    return readers.read_drug_pairs(folder)
-
-
-def test_a_drug_pair_is_one_question_under_two_names(tmp_path):
-    long = pair(
-        "He takes aspirin.\nLabs:\nA: high\nWhat now?", "He takes bayer.\nLabs:\nA: high\nWhat now?", letter="A"
-    )
-    pairs, refused = read_pairs(tmp_path, long, pair(brands=("aspirin", "coumadin")))
-    assert list(pairs.columns) == readers.PAIR_COLUMNS
-    assert list(pairs.question) == ["He takes aspirin. Labs: A: high What now?", "Which drug?"]
-    assert list(pairs.question_swapped) == ["He takes bayer. Labs: A: high What now?", "Which drug?"]
-    assert list(pairs.options) == [["aspirin", "warfarin"]] * 2
-    assert list(pairs.options_swapped) == [["bayer", "coumadin"], ["aspirin", "coumadin"]]
-    assert list(pairs.answer) == [0, 1]
-    assert pairs.id.is_unique
-    assert refused.empty
-
-
-@pytest.mark.parametrize(
-    ("told", "reason"),
-    [
-        (pair(brands=("coumadin", "coumadin")), "swapped: two options alike"),
-        (pair(brands=("aspirin", "warfarin")), "nothing is swapped"),
-        (pair(answer="bayer"), "letter and text of the answer disagree"),
-        (pair(answer_orig="aspirin"), "letter and text of the answer disagree"),
-        (pair(answer_option="C"), "answer is none of the options"),
-        (pair(perturbed_question="Which drug?"), "swapped: empty question"),
-        (pair(original_question=None), "empty question"),
-        (pair(perturbed_question="Question:\nWhich?\nOptions:\nnone"), "swapped: fewer than two options"),
-        (pair(perturbed_question="Question:\nq\nOptions:\nA: a\nB: coumadin\nC: c"), "options are not one to one"),
-        ({}, "empty question"),
-    ],
-)  # fmt: skip
-def test_a_malformed_pair_is_refused_with_its_reason(tmp_path, told, reason):
-    pairs, refused = read_pairs(tmp_path, pair(), told)
-    assert len(pairs) == 1
-    assert list(zip(refused.reason, refused["count"], strict=True)) == [(reason, 1)]
 
 
 # --- dialogues -----------------------------------------------------------------------------------------------------
