@@ -54,7 +54,7 @@ def plot_story(results: pd.DataFrame, facts: Mapping) -> plt.Figure:
             interval = [[row.value - row.ci_low], [row.ci_high - row.value]]
             ax.errorbar(sizes[name], row.value, interval, fmt="o", color=VARIANTS[name].colour, capsize=2,
                         label=_name(name, row))  # fmt: skip
-        ax.set(xscale="log", ylim=(0, 1.02), xlabel="weights, MB", ylabel="95 % interval")
+        ax.set(xscale="log", ylim=(0, 1.02), xlabel="weights, MB", ylabel="score, with its 95 % interval")
         ax.set_title(f"{titles[result]} (n = {rows.n.max():.0f})")
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -104,7 +104,7 @@ def tell_story(results: pd.DataFrame, facts: Mapping) -> list[str]:
         more = [
             _certificate(results, facts, variant),
             _gain(results, facts, variant),
-            _over_tfidf(results, facts, variant),
+            _over_baselines(results, facts, variant),
         ]
         sentences.append(" ".join([text, *(part for part in more if part)]))
     return sentences
@@ -117,10 +117,13 @@ def _certificate(results: pd.DataFrame, facts: Mapping, variant: str) -> str | N
     row, sizes = rows.iloc[0], megabytes(results)
     share = f"{sizes[variant] / sizes[row.baseline]:.0%} of the bytes of {label(row.baseline)} in bf16; " if (
         {variant, row.baseline} <= set(sizes)) else ""  # fmt: skip
+    cure = f"p = {row.p_equivalence_holm:.2g} after Holm's correction"
+    if row.n_needed > row.n:
+        cure = f"that needs about {row.n_needed:,.0f} questions"
     shown = (
         f"equivalent to it within {row.margin:g}"
         if row.within_margin
-        else f"not shown to be equivalent to it within {row.margin:g} (that needs about {row.n_needed:,.0f} questions)"
+        else f"not shown to be equivalent to it within {row.margin:g} ({cure})"
     )
     return f"It has {share}{shown}: {row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}], n = {row.n:.0f}."
 
@@ -135,8 +138,16 @@ def _gain(results: pd.DataFrame, facts: Mapping, variant: str) -> str | None:
     return f"Against labels alone: {step}." + (f" It closes {' and '.join(closed)}." if closed else "")
 
 
-def _over_tfidf(results: pd.DataFrame, facts: Mapping, variant: str) -> str | None:
-    if (row := _step(results, facts, variant, "tfidf")) is None:
-        return None
-    verb = "It beats" if row.verdict == "better" else "It does not beat"
-    return f"{verb} {label('tfidf')} with the same labels: {row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]."
+def _over_baselines(results: pd.DataFrame, facts: Mapping, variant: str) -> str | None:
+    """Whether a model beats what needs no language model, on each task."""
+    sentences = []
+    of_task = {"tfidf": ("accuracy", _step(results, facts, variant, "tfidf"))}
+    fields = results[(results.result == RECORDS.replace("field_f1", "field_delta")) & (results.baseline == "regex")]
+    fields = fields[fields.variant == variant]
+    of_task["regex"] = ("share of right fields", None if fields.empty else fields.iloc[0])
+    for baseline, (measure, row) in of_task.items():
+        if row is not None:
+            verb = "It beats" if row.verdict == "better" else "It does not beat"
+            change = f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
+            sentences.append(f"{verb} {label(baseline)}: {change} in {measure}.")
+    return " ".join(sentences) or None

@@ -73,11 +73,12 @@ def certificates_table(results: pd.DataFrame) -> str:
     for row in results[results.result.str.startswith("certificate/")].itertuples():
         drift = results[(results.variant == row.variant) & results.result.isin(["kl_nats", "top1_changed"])]
         drift = drift.set_index("result").value
+        shown = f"not shown; about {row.n_needed:,.0f} needed" if row.n_needed > row.n else "not shown after Holm"
         rows.append([
             f"{label(row.variant)}, {row.result.split('/')[1]}",
             f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]", f"{row.n:.0f}",
             f"{row.gained:.0f} / {row.lost:.0f}", f"{row.margin:g}", f"{row.p_equivalence_holm:.2g}",
-            "equivalent" if row.within_margin else f"not shown; about {row.n_needed:,.0f} needed",
+            "equivalent" if row.within_margin else shown,
             *(f"{drift[name]:{style}}" if name in drift else "–" for name, style in
               (("kl_nats", ".4f"), ("top1_changed", ".1%"))),
         ])  # fmt: skip
