@@ -3,7 +3,7 @@
 Everything is read from the rows of `results.json`: README, notebook 06 and the report page show the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -84,7 +84,7 @@ def _step(results: pd.DataFrame, facts: Mapping, variant: str, baseline: str) ->
     return None if rows.empty else rows.iloc[0]
 
 
-def tell_story(results: pd.DataFrame, facts: Mapping) -> list[str]:
+def tell_story(results: pd.DataFrame, facts: Mapping, variants: Sequence[str] = SHOWN) -> list[str]:
     """One computed sentence per point of the figure: size, both tasks, and what the comparison showed."""
     sizes, sentences = megabytes(results), []
     accuracy, records = (rows_of(results, result, facts) for result in (headline(facts), RECORDS))
@@ -99,7 +99,7 @@ def tell_story(results: pd.DataFrame, facts: Mapping) -> list[str]:
         size = f"{sizes[variant]:.3g} MB, " if variant in sizes else ""
         return size + ", ".join(found)
 
-    for variant in [v for v in SHOWN if v in accuracy.index or v in records.index]:
+    for variant in [v for v in variants if v in accuracy.index or v in records.index]:
         text = f"**{label(variant)}**: {numbers(variant)}."
         more = [
             _certificate(results, facts, variant),
