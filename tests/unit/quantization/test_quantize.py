@@ -278,5 +278,5 @@ def test_a_folder_without_a_plan_is_refused_and_a_quantized_one_by_transformers(
     plan = plan_for(model, "nf4_int8_embed")
     quantize.apply_plan(model, plan, True)
     folder = quantize.save_quantized(model, tokenizer, plan, tmp_path / "quantized")
-    with pytest.raises(OSError, match=r"model\.safetensors"):
+    with pytest.raises(loading.ModelError, match=r"model\.safetensors"):
         loading.load_model(folder, models_params)
