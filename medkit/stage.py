@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
+STAGES = ["01_data", "02_distillation", "03_lora", "04_quantization", "05_inference", "06_evaluation"]
 MANIFEST = "manifest.json"
 FINGERPRINT = "MEDKIT_FINGERPRINT"  # set by the runner; absent when a person runs the notebook
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -143,8 +144,8 @@ class Stage:
         listed = upstream.manifest().get("files", {})
         wanted = [f for f in listed if f == filename or f.startswith(filename + "/")]
         if not wanted or not all((upstream.dir / f).is_file() for f in wanted):
-            names = [] if listed else sorted(path.stem for path in (ROOT / "notebooks").glob("0[1-9]_*.ipynb"))
-            first = next((n for n in names if n < stage and not Stage(self.run, n).manifest()), stage)
+            earlier = [] if listed else [name for name in STAGES if name < stage]
+            first = next((name for name in earlier if not Stage(self.run, name).manifest()), stage)
             raise StageError(f"{stage}/{filename} is not there: run notebook {first} first (run={self.run!r})")
         return upstream.dir / filename
 

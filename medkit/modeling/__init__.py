@@ -1,6 +1,6 @@
-"""modeling"""
+"""Models: loading and saving, batches, scores of options, and training."""
 
-from medkit.modeling.batches import collect_logits, collect_nll, encode_questions, measure_drift
+from medkit.modeling.batches import collect_logits, encode_questions, measure_drift
 from medkit.modeling.embeddings import embed_texts, load_embedder
 from medkit.modeling.loading import (
     keep_layers,

@@ -1,4 +1,4 @@
-"""The edge file: one GGUF file with weights, tokenizer and chat template, for llama.cpp and OpenVINO GenAI.
+"""The edge file: one GGUF file with weights, tokenizer and chat template, for llama.cpp.
 
 Llama (SmolLM) and Qwen2 checkpoints only. The `gguf` package quantizes the matrices; norms and biases stay F32.
 """

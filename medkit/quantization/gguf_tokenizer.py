@@ -2,7 +2,7 @@
 
 GGUF names a splitting rule but does not describe it, so only known rules are written. It has no normalization: text
 must be NFC before it reaches a Qwen2 file. Added tokens beyond ASCII (<｜User｜> of R1-Distill) are written as
-llama.cpp wants them; OpenVINO GenAI 2026.4 and transformers 5.23 split them, so give those two token ids.
+llama.cpp wants them; transformers 5.23 splits them, so give it token ids.
 """
 
 import json

@@ -5,7 +5,6 @@ from medkit.reporting.model_card import write_card
 from medkit.reporting.paper_claims import change_per_token, paper_table, tokens_per_problem
 from medkit.reporting.report_page import write_report
 from medkit.reporting.results import (
-    STAGES,
     from_accuracy,
     from_bench,
     from_certificates,
@@ -21,3 +20,4 @@ from medkit.reporting.results import (
 )
 from medkit.reporting.story import plot_story, tell_story
 from medkit.reporting.tables import certificates_table, cost_table, run_tables, steps_table
+from medkit.stage import STAGES

@@ -14,7 +14,6 @@ from medkit.stage import DISCLAIMER, StageError, atomic_path, provenance
 from medkit.statistics import median_interval
 from medkit.variants import FINAL, VARIANTS
 
-STAGES = ["01_data", "02_distillation", "03_lora", "04_quantization", "05_inference", "06_evaluation"]
 COLUMNS = ["result", "variant", "metric", "value", "ci_low", "ci_high", "n", "unit", "baseline", "stage", "file"]
 
 
