@@ -11,6 +11,8 @@ import pandas as pd
 from medkit.stage import DISCLAIMER, ROOT
 from medkit.variants import VARIANTS
 
+KEYS_OF_STEP = ["result", "variant", "baseline"]
+
 
 def markdown(headers: list[str], rows: list[list[str]]) -> str:
     """A markdown table of ready texts; empty text if there are no rows."""
@@ -148,6 +150,46 @@ def run_tables(results: pd.DataFrame, facts: Mapping) -> dict[str, str]:
         "Energy and price (estimates)": variants_table(results, energy),
     }
     return {title: table for title, table in tables.items() if table}
+
+
+def seeds_table(runs: Sequence[tuple[pd.DataFrame, Mapping]]) -> str:
+    """Markdown: the comparisons that the method rests on, in several runs of one profile which differ in their seed.
+
+    `runs`: results and facts of each. A seed draws the rows of all splits, their order, and the adapters' first
+    weights, so the runs share few questions. "–": that run has no such comparison.
+    """
+    columns = []
+    for results, facts in runs:
+        results = results[results.metric.isin([facts["headline_scoring"], "generated"])]
+        columns.append(results.drop_duplicates(KEYS_OF_STEP).set_index(KEYS_OF_STEP))
+    keys = [key for key in dict.fromkeys(key for column in columns for key in column.index) if _is_rested_on(key)]
+    rows = []
+    for result, variant, baseline in keys:
+        name, task = result.split("/")
+        what = f"share of the gap to the teacher closed by {label(variant)}" if name == "gap_closed" else (
+            f"{label(baseline)} → {label(variant)}")  # fmt: skip
+        cells = []
+        for column in columns:
+            if (result, variant, baseline) not in column.index:
+                cells.append("–")
+                continue
+            row = column.loc[(result, variant, baseline)]
+            shown = "equivalent" if row.within_margin is True else "not shown equivalent"
+            verdict = {"gap_closed": "", "certificate": f", {shown} within {row.margin:g}"}.get(
+                name, f", {row.verdict}"
+            )
+            cells.append(f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}], n = {row.n:.0f}{verdict}")
+        rows.append([task, what, *cells])
+    return markdown(["task", "what", *(f"`{facts['run']}`" for _, facts in runs)], rows)
+
+
+def _is_rested_on(key: tuple[str, str, str]) -> bool:
+    """Whether a step (result, variant, baseline) is one of the method's own claims."""
+    result, variant, baseline = key
+    name = result.split("/")[0]
+    learned = {("teacher", "student_ce"), ("student_kd", "student_ce"), ("student_kd", "student_hard"),
+               ("student_kd", "tfidf"), ("student_kd", "regex"), ("lora", "student_kd"), ("plan", "nf4")}  # fmt: skip
+    return name in ("gap_closed", "certificate") or (name.endswith("_delta") and (variant, baseline) in learned)
 
 
 def provenance_line(facts: Mapping) -> str:
