@@ -61,6 +61,16 @@ def test_a_certificate_says_what_was_shown_and_what_it_would_take(toy_results):
     assert shown[6] == "equivalent"
 
 
+def test_runs_of_other_seeds_stand_side_by_side_and_a_missing_claim_is_a_dash(toy_results):
+    results, facts = toy_results
+    other = results[~results.result.str.startswith("certificate/")], facts | {"run": "seed 7"}
+    header, *rows = cells(tables.seeds_table([(results, facts), other]))
+    assert header == ["task", "what", f"`{facts['run']}`", "`seed 7`"]
+    certificate = next(row for row in rows if "equivalent" in row[2])
+    assert certificate[2:] == ["-0.008 [-0.038, +0.022], n = 240, not shown equivalent within 0.02", "–"]
+    assert all(row[2] == row[3] for row in rows if row is not certificate)
+
+
 def test_fewer_questions_are_said_in_the_cell(toy_results):
     results, _ = toy_results
     table = results.assign(n=results.n.where(results.variant != "base", 100))
