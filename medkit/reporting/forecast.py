@@ -171,11 +171,12 @@ def forecast_table(params: Params) -> str:
     headings = ["part", "million tokens", f"{DEVICE['name']} hours", "disk, GB", "memory, GB"]
     price = params.evaluation.price_per_machine_hour
     share = -(-total.memory_bytes // DEVICE["memory"])
-    devices = "one device holds it" if share == 1 else f"at least {share:.0f} devices must share it"
+    devices = f"at least {share:.0f} devices must share it (params/accelerate)"
+    if share == 1:
+        devices = f"one device holds it, and at {price:g} per hour the run costs {total.hours * price:,.0f}"
     return (
         f"{markdown(headings, rows)}\n\n"
         f"An estimate, not a measurement: {DEVICE['flops_share']:.0%} of the arithmetic and "
-        f"{DEVICE['bandwidth_share']:.0%} of the bandwidth of an {DEVICE['name']}. At {price:g} per hour the run costs "
-        f"{total.hours * price:,.0f}. Memory is without activations and caches; {devices} (params/accelerate). "
-        f"Writing is that of a server such as vLLM: transformers' own loop takes several times as long."
+        f"{DEVICE['bandwidth_share']:.0%} of the bandwidth of an {DEVICE['name']}. Memory is without activations and "
+        f"caches; {devices}. Writing is that of a server such as vLLM: transformers' own loop takes several times as long."
     )
