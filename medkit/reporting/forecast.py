@@ -178,5 +178,6 @@ def forecast_table(params: Params) -> str:
         f"{markdown(headings, rows)}\n\n"
         f"An estimate, not a measurement: {DEVICE['flops_share']:.0%} of the arithmetic and "
         f"{DEVICE['bandwidth_share']:.0%} of the bandwidth of an {DEVICE['name']}. Memory is without activations and "
-        f"caches; {devices}. Writing is that of a server such as vLLM: transformers' own loop takes several times as long."
+        f"caches; {devices}. Writing is that of a server such as vLLM; transformers' own loop takes several times as "
+        "long."
     )
