@@ -13,7 +13,7 @@ from medkit.plotting import set_style
 from medkit.reporting.tables import label
 from medkit.variants import FINAL, VARIANTS
 
-SHOWN = ("tfidf", "regex", "teacher", "student_ce", FINAL, "edge", "edge_small")
+SHOWN = ("tfidf", "regex", "teacher", "student_ce", "student_hard", FINAL, "edge", "edge_small")
 LINES = ("majority", "tfidf", "regex")
 RECORDS = "field_f1/records"
 
