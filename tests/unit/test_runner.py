@@ -16,7 +16,7 @@ from papermill.exceptions import PapermillExecutionError
 from medkit import __main__, code_digest, reporting, runner
 from medkit.params import ParamsError, load_params, load_run_params
 from medkit.runner import RunError, fingerprints, run_all
-from medkit.stage import FINGERPRINT, ROOT, Stage, run_dir
+from medkit.stage import FINGERPRINT, ROOT, Stage, outputs_root, run_dir
 
 SMOKE = ROOT / "params" / "smoke.yaml"
 STAGES = ["01_data", "02_distillation", "03_lora", "04_quantization", "05_inference", "06_evaluation"]
@@ -247,6 +247,20 @@ def test_notebooks_get_the_three_parameters_and_nothing_typed(executed, monkeypa
     for name in STAGES:
         given = json.loads((run_dir("r") / name / "artifact.json").read_text())
         assert given == {"params_file": str(SMOKE), "run": "r", "overrides": {"lora.adapter.rank": 4}}
+
+
+def test_a_relative_folder_counts_from_where_the_command_was_given(executed, monkeypatch, tmp_path):
+    """A notebook's kernel starts in another folder."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"HOME": str(tmp_path / "home"), "MEDKIT_OUTPUTS": "here/x", "MEDKIT_CACHE": "~/y"}.items():
+        monkeypatch.setenv(name, value)
+    working, seen = runner.papermill.execute_notebook, {}
+    monkeypatch.setattr(
+        runner.papermill, "execute_notebook", lambda *args, **more: (seen.update(os.environ), working(*args, **more))
+    )
+    run_all(SMOKE, "r")
+    assert seen["MEDKIT_OUTPUTS"] == str(tmp_path / "here" / "x") == str(outputs_root())
+    assert seen["MEDKIT_CACHE"] == str(tmp_path / "home" / "y")
 
 
 def test_only_what_reads_a_change_runs_again(executed):

@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 
 from medkit import stage as module
-from medkit.sources import cache_root
 from medkit.stage import FINGERPRINT, MANIFEST, Stage, StageError, atomic_path, run_dir
 
 TABLE = pd.DataFrame({"id": ["a", "b"], "options": [["x", "y"], ["z"]], "answer": [1, 0]})
@@ -44,17 +43,6 @@ def test_run_name_with_a_path_in_it_is_refused(name, root):
             use(name)
         assert repr(name) in str(error.value)
     assert list(root.iterdir()) == []
-
-
-def test_a_relative_folder_counts_from_where_it_was_first_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for variable, folder in (("MEDKIT_OUTPUTS", module.outputs_root), ("MEDKIT_CACHE", cache_root)):
-        for value, expected in (("here/x", tmp_path / "here" / "x"), ("~/y", tmp_path / "home" / "y")):
-            monkeypatch.chdir(tmp_path)
-            monkeypatch.setenv(variable, value)
-            assert folder() == expected
-            monkeypatch.chdir("/")
-            assert folder() == expected == Path(os.environ[variable])  # as a notebook's kernel sees it
 
 
 def test_commit_lists_every_file_with_its_size():
