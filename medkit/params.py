@@ -29,13 +29,11 @@ from medkit.stage import MedkitError, atomic_path, run_dir
 from medkit.variants import VARIANTS
 
 RUN_PARAMS = "params.yaml"  # in the folder of a run: its profile with the overrides in it
+SPLITS = ("private", "labelled", "transfer", "valid", "test")
 
 
 class ParamsError(MedkitError):
     """A profile or an override that cannot be used; the message names the key and the cure."""
-
-
-# --- where weights and questions come from ------------------------------------------------------------
 
 
 class Section(BaseModel):
@@ -80,35 +78,30 @@ class Local(Section):
     path: str  # Absolute, or relative to the profile's folder
 
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Device = Literal["auto", "cpu", "cuda"]
-Attention = Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
-SPLITS = ("private", "labelled", "transfer", "valid", "test")
-Scoring = Literal["option_text", "letter", "generated"]
-AnswerForm = Literal["index0", "index1", "letter", "text"]
 Source = Annotated[Wheel | Wheels | Hub | Local, Field(discriminator="kind")]
+Count = NonNegativeInt | Literal["all"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Scoring = Literal["option_text", "letter", "generated"]
+AnswerForm = Literal["index0", "index1", "letter", "text"]  # A place from 0 or 1, the option's letter, or its text
 
 
 class ModelParams(Section):
     source: Source
-    keep_layers: list[NonNegativeInt]
-    """Decoder layers to keep, in order; `[]` keeps all. Only the smoke profile cuts the model down with it."""
+    keep_layers: list[NonNegativeInt]  # Decoder layers to keep, in order; `[]` keeps all
 
 
 class ModelsParams(Section):
     teacher: ModelParams
     student: ModelParams | Literal["pruned_teacher"]
     """A model of its own, or the corrected teacher with layers removed (`distillation.num_layers`)."""
-    embedder: Source
-    """A BERT sentence encoder with mean pooling, e.g. all-MiniLM-L6-v2: finds paraphrases and similar examples."""
-    device: Device
+    embedder: Source  # A BERT sentence encoder with mean pooling, e.g. all-MiniLM-L6-v2: finds paraphrases
+    device: Literal["auto", "cpu", "cuda"]
     dtype: Literal["float32", "bfloat16"]
     """Of weights that do not learn, and of arithmetic. Without AMX or AVX512-BF16, CPUs are slower in bfloat16."""
-    attention: Attention
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3"]
     """`auto`: FlashAttention-2 where CUDA and flash-attn are there, SDPA elsewhere; the reason is recorded."""
 
 
-Count = NonNegativeInt | Literal["all"]
 ColumnName = Annotated[str, Field(min_length=1)]
 
 
@@ -121,10 +114,8 @@ class TableColumns(Section):
     answer: str
     context: str
     subject: str
-    group: str = ""
-    """What rows share that must not stand on both sides of a split: a drug, a patient, a document."""
-    split: str = ""
-    """The row's own split (train, valid, test or transfer); an empty cell takes the table's `pool`."""
+    group: str = ""  # What rows share that must not stand on both sides of a split: a drug, a patient, a document
+    split: str = ""  # The row's own split (train, valid, test or transfer); an empty cell takes the table's `pool`
 
 
 class Table(Section):
@@ -135,7 +126,7 @@ class Table(Section):
     pool: Literal["train", "test", "transfer"] | None
     """What the questions may be used for; null lets the near-duplicate groups decide, as for an exam without splits."""
     columns: TableColumns
-    answer_is: AnswerForm  # A place counted from 0 or from 1, the option's letter, or its whole text
+    answer_is: AnswerForm
 
     @model_validator(mode="after")
     def _has_answers_to_grade(self) -> Table:
@@ -148,8 +139,7 @@ class DatasetParams(Section):
     origin: Annotated[Wheel | Hub | Local | Table, Field(discriminator="kind")]
     private: Count  # Questions of the teacher alone
     labelled: Count  # The few questions whose answers the students see too
-    transfer: Count
-    """Questions whose answers no student sees; the teacher answers them. `all`: those without a published answer."""
+    transfer: Count  # Questions that the teacher answers for the students. `all`: those without a published answer
     valid: Count
     test: Count
 
@@ -167,17 +157,14 @@ class TrainParams(Section):
     """One training run through the transformers Trainer."""
 
     epochs: PositiveFloat
-    batch_size: PositiveInt
-    """Examples per optimiser step, on all devices together: how many there are changes no result."""
+    batch_size: PositiveInt  # Examples per optimiser step, on all devices together
     slice_tokens: PositiveInt
     """Tokens per forward pass, equal beginnings counted once: a batch is cut into slices whose gradients add up."""
     learning_rate: PositiveFloat  # Peak; linear warm-up, then cosine to zero
     warmup_fraction: Fraction
     save_every_steps: PositiveInt  # Optimiser steps between checkpoints; a killed run resumes from the last one
-    bf16: bool
-    """Arithmetic in bfloat16 (autocast). The weights that learn stay in float32: in bfloat16 small updates are lost."""
-    gradient_checkpointing: bool
-    """Activations are computed again in the backward pass: less memory, a third more arithmetic."""
+    bf16: bool  # Arithmetic in bfloat16. The weights that learn stay in float32: in bfloat16 small updates are lost
+    gradient_checkpointing: bool  # Activations are computed again in the backward pass: less memory, a third more work
 
 
 class AdapterParams(Section):
@@ -185,8 +172,7 @@ class AdapterParams(Section):
     rank: PositiveInt
     alpha: PositiveFloat  # The update is scaled by alpha / rank, with rslora by alpha / √rank
     dropout: Fraction
-    target_modules: list[str]
-    """Names of the linear layers that get an adapter, e.g. q_proj; every one must exist in the model."""
+    target_modules: list[str]  # Names of the linear layers that get an adapter, e.g. q_proj; every one must exist
 
 
 class ServerParams(Section):
@@ -206,9 +192,8 @@ class RationaleParams(Section):
     samples: PositiveInt
     max_new_tokens: PositiveInt
     temperature: PositiveFloat
-    too_easy: (
-        PositiveFloat  # A question of which the student has at least this share right is left out; above 1 none is
-    )
+    too_easy: PositiveFloat
+    """A question of which the student has at least this share right is left out; above 1 none is."""
     server: ServerParams | None  # It runs the corrected teacher; null: this process does
 
 
@@ -244,13 +229,9 @@ class DistillationParams(Section):
     rationales: RationaleParams | None
 
     @model_validator(mode="after")
-    def _has_layers_to_compare(self) -> DistillationParams:
+    def _terms_can_be_computed(self) -> DistillationParams:
         if self.hidden_weight and not self.hidden_layers:
             raise ValueError("hidden_layers: hidden_weight is not 0, so name at least one pair of layers")
-        return self
-
-    @model_validator(mode="after")
-    def _needs_one_vocabulary(self) -> DistillationParams:
         plain = {"divergence": "forward_kl", "temperature": 1.0, "hidden_weight": 0.0, "entity_weight": 0.0}
         for name, value in plain.items() if self.alignment != "tokens" else ():
             if getattr(self, name) != value:
@@ -348,20 +329,14 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _asks_for_what_is_there(self) -> Params:
-        counts = {f"inference.questions.{scoring}": wanted for scoring, wanted in self.inference.questions.items()}
-        counts |= {
-            "inference.exams": self.inference.exams,
-            "inference.shuffle.questions": self.inference.shuffle.questions,
-        }
-        asked = [(key, name) for key, wanted in counts.items() for name in wanted]
+        asked = {f"inference.questions.{scoring}": sources for scoring, sources in self.inference.questions.items()}
+        asked["inference.exams"] = self.inference.exams
+        asked["inference.shuffle.questions"] = self.inference.shuffle.questions
+        asked["evaluation.headline_source"] = [self.evaluation.headline_source]
         tested = sorted(name for name, dataset in self.data.datasets.items() if dataset.test != 0)
-        for key, name in [*asked, ("evaluation.headline_source", self.evaluation.headline_source)]:
-            if name not in tested:
-                raise ValueError(f"{key}: {name!r} is not tested; data.datasets with test questions: {tested}")
-        return self
-
-    @model_validator(mode="after")
-    def _has_two_tokenizers_to_align(self) -> Params:
+        for key, names in asked.items():
+            if unknown := [name for name in names if name not in tested]:
+                raise ValueError(f"{key}: {unknown[0]!r} is not tested; data.datasets with test questions: {tested}")
         if self.models.student == "pruned_teacher" and self.distillation.alignment == "spans":
             raise ValueError(
                 "distillation.alignment: 'spans' is for two tokenizers, and a student cut from its teacher keeps the "
@@ -375,7 +350,11 @@ def load_params(path: str | Path, overrides: dict | None = None) -> Params:
 
     Raises ParamsError for a missing file, a yaml that is no mapping, and every unknown, missing or mistyped key.
     """
-    raw = read_profile(Path(path), overrides or {})
+    path = Path(path)
+    raw = _read_mapping(path)
+    for dotted, value in (overrides or {}).items():
+        _override(raw, dotted, value, path)
+    _anchor(raw, path.parent.resolve())
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
@@ -422,11 +401,7 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
-# --- a params file as a plain mapping ------------------------------------------------------------
-
-
-def read_profile(path: Path, overrides: dict) -> dict:
-    """The profile's sections; `overrides` maps dotted keys, which must be there, to values. Raises ParamsError."""
+def _read_mapping(path: Path) -> dict:
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ParamsError(f"{path}: no such params file; there are {beside or 'none in that folder'}")
@@ -436,9 +411,6 @@ def read_profile(path: Path, overrides: dict) -> dict:
         raise ParamsError(f"{path}: not valid yaml: {str(error).splitlines()[0]}") from error
     if not isinstance(raw, dict):
         raise ParamsError(f"{path}: a profile is a mapping of sections, this is a {type(raw).__name__}")
-    for dotted, value in overrides.items():
-        _override(raw, dotted, value, path)
-    _anchor(raw, path.parent.resolve())
     return raw
 
 
