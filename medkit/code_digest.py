@@ -21,30 +21,23 @@ Symbol = tuple[str, str]  # a module's dotted name and a name in it; an empty na
 def digest_code(source: str) -> str:
     """Digest of a piece of source, such as a notebook's cells, and of all that it reaches in this package."""
     tree = _without_docstrings(ast.parse(source))
-    return digest([[ast.dump(tree)], _flat(_reached_from(tree))])
+    return digest([[ast.dump(tree)], _reached(_named_in(list(ast.walk(tree)), {}))])
 
 
 def digest_functions(*functions: Callable) -> str:
     """Digest of some functions or classes of this package and of all that they reach in it."""
-    return digest([[], _flat(_reached({(f.__module__, f.__qualname__.split(".")[0]) for f in functions}))])
+    return digest([[], _reached({(f.__module__, f.__qualname__.split(".")[0]) for f in functions})])
 
 
-def _reached_from(tree: ast.Module) -> dict[Symbol, list[str]]:
-    return _reached(_named_in(list(ast.walk(tree)), {}))
-
-
-def _flat(definitions: dict[Symbol, list[str]]) -> list:
-    return sorted((*symbol, parts) for symbol, parts in definitions.items())
-
-
-def _reached(todo: set[Symbol]) -> dict[Symbol, list[str]]:
+def _reached(todo: set[Symbol]) -> list[tuple[str, str, list[str]]]:
+    """Module, name and code of every definition that some symbols lead to, sorted."""
     seen: dict[Symbol, list[str]] = {}
     while todo:
         symbol = todo.pop()
         if symbol not in seen and _path(symbol[0]):
             seen[symbol], named = _definition(*symbol)
             todo |= named
-    return {symbol: parts for symbol, parts in seen.items() if parts}
+    return sorted((*symbol, parts) for symbol, parts in seen.items() if parts)
 
 
 @cache

@@ -14,6 +14,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -119,9 +120,6 @@ class Stage:
         self.dir = run_dir(run) / name
         self.started = time.monotonic()
 
-    def __repr__(self) -> str:
-        return f"Stage(run={self.run!r}, name={self.name!r})"
-
     def path(self, filename: str) -> Path:
         """Where this stage writes `filename`; creates the folder above it."""
         path = self.dir / filename
@@ -224,8 +222,6 @@ def provenance() -> dict:
 
 def device_name() -> str:
     """What the run computed on: the GPU torch sees if torch is loaded, else the CPU's model and core count."""
-    import sys
-
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return torch.cuda.get_device_name(0)
