@@ -22,7 +22,7 @@ from papermill.exceptions import PapermillExecutionError
 from medkit import sources
 from medkit.code_digest import digest_code
 from medkit.params import Params, digest, load_params, save_run_params
-from medkit.stage import FINGERPRINT, ROOT, MedkitError, Stage, library_versions, outputs_root, run_dir
+from medkit.stage import FINGERPRINT, ROOT, STAGES, MedkitError, Stage, library_versions, outputs_root, run_dir
 
 PARAMETERS = {"params_file", "run", "overrides"}
 # threads wait a short time actively before they sleep, and freed memory stays with the process: 1.4 times as fast on
@@ -50,18 +50,14 @@ class StageStatus:
 
 
 def notebooks() -> list[Path]:
-    """The notebooks from 01 on; their order is the pipeline. Raises RunError where medkit is installed without them."""
-    paths = sorted((ROOT / "notebooks").glob("0[1-9]_*.ipynb"))
-    if not paths:
+    """The notebook of every stage, in order. Raises RunError where medkit is installed without them."""
+    paths = [ROOT / "notebooks" / f"{name}.ipynb" for name in STAGES]
+    if not paths[0].is_file():
         raise RunError(
             f"no notebooks in {ROOT / 'notebooks'}: medkit was installed without them; clone its repository and call "
             f"`make run` there, or install the clone with `pip install --editable .`"
         )
     return paths
-
-
-def stage_names() -> list[str]:
-    return [notebook.stem for notebook in notebooks()]
 
 
 def source_digest(notebook: Path) -> str:
@@ -80,7 +76,7 @@ def fingerprints(params: Params) -> dict[str, str]:
     for name, dataset in params.data.datasets.items():
         if dataset.origin.kind == "table":
             values["data"]["datasets"][name]["content"] = sources.sha256_of(sources.fetch(dataset.origin))
-    sections = {name: name.split("_", 1)[1] for name in stage_names()}
+    sections = {name: name.split("_", 1)[1] for name in STAGES}
     shared = {key: value for key, value in values.items() if key not in sections.values()}
     upstream = digest([shared, library_versions()])
     chain = {}
@@ -113,9 +109,9 @@ def run_all(params_file: str | Path, run: str, overrides: dict | None = None, fi
     checked params are stored in the run's folder. Raises RunError for a notebook that fails, an unknown stage, and a
     run that another process is working on.
     """
-    names, params = stage_names(), load_params(params_file, overrides)
-    if first is not None and first not in names:
-        raise RunError(f"no stage {first!r}; the stages are {names}")
+    params = load_params(params_file, overrides)
+    if first is not None and first not in STAGES:
+        raise RunError(f"no stage {first!r}; the stages are {STAGES}")
     folder = run_dir(run)
     folder.mkdir(parents=True, exist_ok=True)
     parameters = {"params_file": str(Path(params_file).resolve()), "run": run, "overrides": overrides or {}}
