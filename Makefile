@@ -26,7 +26,8 @@ run: .venv/done  ## weights and data, all six notebooks, results (PARAMS=… RUN
 test: .venv/done  ## unit, contract and smoke tests, then every notebook through nbval on what the smoke run trained
 	export MEDKIT_SMOKE=$$(mktemp -d) && trap 'rm -rf "$$MEDKIT_SMOKE"' EXIT && \
 	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder tests && \
-	$(PY) -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
+	$(PY) -m pytest -n auto --maxprocesses 7 --dist loadfile --no-loadscope-reorder \
+		--nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
 
 lab: .venv/done  ## JupyterLab on notebooks/00_start.ipynb
 	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start.ipynb

@@ -1,16 +1,27 @@
 """Settings that must be in place before torch or a kernel starts."""
 
 import os
+import shutil
 import tempfile
+from pathlib import Path
 
 
 def pytest_configure(config):
-    """Notebook tests never write to outputs/; waiting threads spin only a little.
+    """Parallel workers share the cores; notebook tests never write to outputs/.
 
-    They write to the folder of the smoke run if `make test` made one: what it trained from the same settings, inputs
-    and code is read back there, and every cell runs all the same.
+    Notebooks write to the folder of the smoke run if `make test` made one: what it trained from the same settings,
+    inputs and code is read back there, and every cell runs all the same. Each parallel worker has its own copy of that
+    folder, so no notebook reads what another one is writing. The copy is made of hard links: no file is changed in
+    place.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    worker, workers = (os.environ.get(f"PYTEST_XDIST_WORKER{name}") for name in ("", "_COUNT"))
+    if worker:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
     if getattr(config.option, "nbval", False) or getattr(config.option, "nbval_lax", False):
-        os.environ["MEDKIT_OUTPUTS"] = os.environ.get("MEDKIT_SMOKE") or tempfile.mkdtemp(prefix="medkit-nbval-")
+        outputs = os.environ.get("MEDKIT_SMOKE") or tempfile.mkdtemp(prefix="medkit-nbval-")
+        if worker and os.environ.get("MEDKIT_SMOKE"):
+            smoke, outputs = Path(outputs) / "smoke", Path(outputs) / worker
+            shutil.copytree(smoke, outputs / "smoke", copy_function=os.link)
+        os.environ["MEDKIT_OUTPUTS"] = str(outputs)

@@ -21,17 +21,18 @@ Symbol = tuple[str, str]  # a module's dotted name and a name in it; an empty na
 def digest_code(source: str) -> str:
     """Digest of a piece of source, such as a notebook's cells, and of all that it reaches in this package."""
     tree = _without_docstrings(ast.parse(source))
-    return digest([[ast.dump(tree)], _reached(_named_in(list(ast.walk(tree)), {}))])
+    return digest([[ast.dump(tree)], _reached(frozenset(_named_in(list(ast.walk(tree)), {})))])
 
 
 def digest_functions(*functions: Callable) -> str:
     """Digest of some functions or classes of this package and of all that they reach in it."""
-    return digest([[], _reached({(f.__module__, f.__qualname__.split(".")[0]) for f in functions})])
+    return digest([[], _reached(frozenset((f.__module__, f.__qualname__.split(".")[0]) for f in functions))])
 
 
-def _reached(todo: set[Symbol]) -> list[tuple[str, str, list[str]]]:
+@cache
+def _reached(start: frozenset[Symbol]) -> list[tuple[str, str, list[str]]]:
     """Module, name and code of every definition that some symbols lead to, sorted."""
-    seen: dict[Symbol, list[str]] = {}
+    seen, todo = {}, set(start)
     while todo:
         symbol = todo.pop()
         if symbol not in seen and _path(symbol[0]):
