@@ -1,9 +1,8 @@
 """Which code a result depends on: the definitions that some code reaches, followed through imports, and their digest.
 
-A definition is a function, a class or a constant at the top of a module of this package. From a notebook's cells or
-from a function, every name is followed to the definition behind it, and on to the names in that definition. What is
-never reached does not count, so an edit of one function makes stale only the results that it can change. Comments,
-docstrings and layout never count. Tables and templates beside a module count for the definitions that name them.
+A definition is a function, a class or a constant at the top of a module of this package, with the files beside the
+module that it names. Every name in a notebook's cells or in a function is followed to its definition, and on to the
+names in that. So an edit makes stale only the results that it can change; comments, docstrings and layout never count.
 """
 
 import ast

