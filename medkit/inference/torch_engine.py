@@ -19,7 +19,6 @@ from medkit.modeling.engine import EngineError, Generation, Request
 
 SCHEDULERS = ("sequential", "static", "continuous")
 CACHE_FACTOR = 4  # the KV cache holds this many times `batch_tokens`: a row that writes needs logits at one position
-NO_END = -1  # an end token that no model writes; None would be replaced by the checkpoint's own
 PAGE_TOKENS = 64  # of the paged KV cache; requests share a common prefix by whole pages
 STEP_TOKENS = 512  # tokens per step of continuous batching: a long prompt is read in pieces, the others go on writing
 FREE_SHARE = 0.15  # transformers begins no prompt while a smaller share of the pages is free
@@ -51,8 +50,6 @@ class TorchEngine:
     ):
         if scheduler not in SCHEDULERS:
             raise EngineError(f"scheduler {scheduler!r}: give one of {', '.join(SCHEDULERS)}")
-        if temperature < 0:
-            raise EngineError(f"temperature {temperature:g}: give 0 (greedy) or more")
         self.model, self.pad_token_id, self.scheduler = model, pad_token_id, scheduler
         self.cache_tokens, self.prefix_sharing = CACHE_FACTOR * batch_tokens, prefix_sharing
         self.temperature = temperature
@@ -67,7 +64,11 @@ class TorchEngine:
                 return self._generate_continuous(requests, bar) if requests else []
             began = time.perf_counter()
             generations: dict[int, Generation] = {}
-            for batch in self._batches(requests):
+            batches = [[i] for i in range(len(requests))]
+            if self.scheduler == "static":
+                sizes = [len(request.prompt_ids) + request.max_new_tokens for request in requests]
+                batches = bucket_by_length(sizes, self.cache_tokens)
+            for batch in batches:
                 generations |= zip(batch, self._generate_batch([requests[i] for i in batch], began), strict=True)
                 bar.update(len(batch))
         return [generations[i] for i in range(len(requests))]
@@ -98,18 +99,11 @@ class TorchEngine:
     def _config(self, max_new_tokens: int | None = None) -> GenerationConfig:
         """Greedy, or sampled at the temperature, whatever the checkpoint recommends."""
         config = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=NO_END, pad_token_id=self.pad_token_id
-        )
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=[], pad_token_id=self.pad_token_id
+        )  # no end tokens, since each request has its own; None would be replaced by the checkpoint's
         if self.temperature:
             config.update(do_sample=True, temperature=self.temperature, top_k=0, top_p=1.0)
         return config
-
-    # --- sequential and static ---------------------------------------------------------------------------------------
-
-    def _batches(self, requests: Sequence[Request]) -> list[list[int]]:
-        if self.scheduler == "sequential":
-            return [[i] for i in range(len(requests))]
-        return bucket_by_length([len(r.prompt_ids) + r.max_new_tokens for r in requests], self.cache_tokens)
 
     @torch.inference_mode()
     def _generate_batch(self, requests: list[Request], began: float) -> list[Generation]:
@@ -128,8 +122,6 @@ class TorchEngine:
             stopping_criteria=StoppingCriteriaList([recorder]),
         )
         return recorder.generations
-
-    # --- continuous --------------------------------------------------------------------------------------------------
 
     @property
     def _num_pages(self) -> int:

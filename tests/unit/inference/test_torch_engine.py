@@ -1,5 +1,7 @@
 """Every scheduler writes the greedy tokens of the model, of the lengths asked for, within its cache."""
 
+import logging
+
 import pytest
 import torch
 
@@ -80,8 +82,9 @@ def test_every_scheduler_writes_the_greedy_tokens(make_engine, make_llama, workl
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_each_request_has_its_own_end_tokens(make_engine, workload, reference, scheduler):
-    requests, expected = [], []
+def test_each_request_has_its_own_end_tokens_and_no_warning(make_engine, workload, reference, scheduler, monkeypatch):
+    warnings, requests, expected = [], [], []
+    monkeypatch.setattr(logging.Logger, "warning", lambda logger, message, *args: warnings.append(message))
     for number, (request, answer) in enumerate(zip(workload, reference, strict=True)):
         ends = (answer[len(answer) // 2], 299) if number % 2 else ()
         requests.append(Request(request.prompt_ids, request.max_new_tokens, ends))
@@ -90,6 +93,7 @@ def test_each_request_has_its_own_end_tokens(make_engine, workload, reference, s
     answers = make_engine(scheduler).generate(requests)
     assert tokens_of(answers) == expected
     assert [len(answer.token_times_s) for answer in answers] == [len(tokens) for tokens in expected]
+    assert not [message for message in warnings if "eos_token_id" in str(message)]
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -168,5 +172,3 @@ def test_settings_that_do_not_exist_are_refused(make_engine):
         make_engine(batch_tokens=32).generate([Request([5] * 120, 9)])
     with pytest.raises(EngineError, match="scheduler 'best': give one of sequential, static, continuous"):
         make_engine("best")
-    with pytest.raises(EngineError, match="temperature -1"):
-        make_engine("static", temperature=-1.0)
