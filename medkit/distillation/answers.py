@@ -6,7 +6,6 @@ and of those that name the known answer the shortest is kept. A wrong reason can
 noticed.
 """
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -21,7 +20,7 @@ from medkit.modeling.writing import write
 from medkit.prompts import answer_parser, templates
 from medkit.stage import MedkitError, atomic_path
 
-PART_QUESTIONS = 64  # with several samples or with thoughts; what a killed run loses of what its teacher wrote
+PART_QUESTIONS = 64  # written at a time where several samples or thoughts are: what a killed run loses
 
 
 def collect_answers(
@@ -39,31 +38,27 @@ def collect_answers(
     """`write_answers`, kept in a parquet file at `path`.
 
     `make_engine` is not called if the file holds the answers of this writer (a digest of its weights) under these
-    settings. Of several processes the main one writes, and the others wait. Samples and thoughts are written in parts
-    to a folder beside the file, so that a run which was killed goes on behind its last part.
+    settings. Of several processes the main one writes, and the others wait. Samples and thoughts are written so many
+    questions at a time, so that a run which was killed goes on behind them.
     """
+    limits = max_new_tokens, num_samples, template, max_thinking_tokens
     asked = [max_new_tokens, num_samples, template and template.hash, *settings]
     asked += [max_thinking_tokens] if max_thinking_tokens else []
     key = key_of(asked, [writer, questions.id.tolist()], write_answers)
     if find_record(path, key) is None and PartialState().is_main_process:
-        in_parts, parts = num_samples > 1 or max_thinking_tokens, path.with_name(f"{path.stem}_parts")
-        step = PART_QUESTIONS if in_parts else max(1, len(questions))
-        tables, engine = [], make_engine()
+        at_once = PART_QUESTIONS if num_samples > 1 or max_thinking_tokens else max(1, len(questions))
+        unfinished = path.with_name(f"{path.name}.{key}.part")
+        parts = [pd.read_parquet(unfinished)] if unfinished.is_file() else []
+        engine = make_engine()
         try:
-            for start in range(0, max(1, len(questions)), step):
-                part = parts / f"{key}-{start:06}.parquet"
-                if not part.is_file():
-                    limits = max_new_tokens, num_samples, template, max_thinking_tokens
-                    table = write_answers(engine, tokenizer, questions.iloc[start : start + step], *limits)
-                    with atomic_path(part) as scratch:
-                        table.to_parquet(scratch)
-                tables.append(pd.read_parquet(part))
+            for start in range(sum(map(len, parts)) // num_samples, max(1, len(questions)), at_once):
+                parts.append(write_answers(engine, tokenizer, questions.iloc[start : start + at_once], *limits))
+                with atomic_path(unfinished) as scratch:
+                    pd.concat(parts, ignore_index=True).to_parquet(scratch)
         finally:
             engine.close()
-        with atomic_path(path) as scratch:
-            pd.concat(tables, ignore_index=True).to_parquet(scratch)
+        unfinished.replace(path)
         write_record(path, key)
-        shutil.rmtree(parts)
     PartialState().wait_for_everyone()
     return pd.read_parquet(path)
 
@@ -85,16 +80,14 @@ def write_answers(
     """
     if (questions.split == "test").any():
         raise MedkitError("a model must not answer test questions for training; give rows of another split")
-    records = [record for record in questions.to_dict("records") for _ in range(num_samples)]
-    budget = max_thinking_tokens if templates.thinking_of(tokenizer).closing else None
-    prompts = []
+    records, prompts = [record for record in questions.to_dict("records") for _ in range(num_samples)], []
     for record in records:
         messages = templates.render(record, template or templates.pick_template(record["kind"], "option_text"))
-        prompts.append(templates.encode(tokenizer, messages, thought="" if budget else None)[0])
-    written = write(engine, tokenizer, prompts, max_new_tokens, budget)
+        prompts.append(templates.encode(tokenizer, messages, thought="" if max_thinking_tokens else None)[0])
+    written = write(engine, tokenizer, prompts, max_new_tokens, max_thinking_tokens)
     table = pd.DataFrame({name: [record[name] for record in records] for name in ("id", "source")})
-    table["sample"] = [number % num_samples for number in range(len(records))]
     return table.assign(
+        sample=[number % num_samples for number in range(len(records))],
         thought=[one.thought for one in written],
         text=[one.answer.strip() for one in written],
         tokens=[one.thinking_tokens + one.answer_tokens for one in written],
@@ -115,10 +108,9 @@ def repeat_rows(sources: Sequence[str], counts: Mapping[str, int]) -> list[int]:
     sources: of each row. If a source has no rows, the others' rows fill its place, so the length is the sum of the
     counts. Raises MedkitError if there are no rows.
     """
-    by_source: dict[str, list[int]] = {}
-    for number, source in enumerate(sources):
-        by_source.setdefault(source, []).append(number)
-    numbers = [n for source, count in counts.items() for n in islice(cycle(by_source.get(source, [])), count)]
+    numbers = []
+    for source, count in counts.items():
+        numbers += islice(cycle([n for n, its_source in enumerate(sources) if its_source == source]), count)
     if not numbers:
         raise MedkitError("no rows to learn from: raise `labelled` or `transfer` in data.datasets")
     return [*numbers, *islice(cycle(numbers), sum(counts.values()) - len(numbers))]

@@ -4,8 +4,6 @@ An answer is the log-probability of each option, or generated text. Nothing is j
 text, `evaluation` judges it.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 from torch import nn
@@ -14,7 +12,7 @@ from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling.batches import letter_forms
 from medkit.modeling.engine import WRITE_TOKENS
 from medkit.modeling.option_scoring import Item, score_options
-from medkit.modeling.writing import Written, write
+from medkit.modeling.writing import write
 from medkit.prompts import templates
 from medkit.stage import MedkitError
 
@@ -66,18 +64,17 @@ def predict(
     rows, scored = [], []
     to_score: dict[tuple, dict[tuple, None]] = {}  # prompt → its answers to be scored, in order and each once
     generated: tuple[dict[tuple, list[dict]], ...] = ({}, {})  # without and with a thought: prompt → rows that want it
-    thinking = templates.thinking_of(tokenizer) if max_thinking_tokens else templates.Thinking("none", "", "")
     for question in asked.to_dict("records"):
-        question = {name: value for name, value in question.items() if not _is_nan(value)}
-        thinks = (
-            bool(thinking.closing) and question["scoring"] == "generated" and question["kind"] not in templates.FORMS
-        )
+        # a cell that is NaN was not given; other floats are values
+        question = {name: v for name, v in question.items() if not (isinstance(v, float) and np.isnan(v))}
+        is_generated = question["scoring"] == "generated"
+        thinks = bool(max_thinking_tokens) and is_generated and question["kind"] not in templates.FORMS
         template, prompt, answers = _encode(tokenizer, question, thinks)
         row = {"id": question["id"], "scoring": question["scoring"], "template": template.name}
         row |= {"logprobs": [], "answer_tokens": [len(forms[0]) for forms in answers]}
         row |= {"thinking_tokens": 0, "text": ""}
         rows.append(row | {name: question.get(name, "") for name in labels})
-        if question["scoring"] == "generated":
+        if is_generated:
             generated[thinks].setdefault(prompt, []).append(rows[-1])
         else:
             scored.append((rows[-1], prompt, answers))
@@ -87,32 +84,15 @@ def predict(
     scores = {p: dict(zip(to_score[p], values, strict=True)) for p, values in zip(to_score, scores, strict=True)}
     for row, prompt, answers in scored:  # the probability of an option is the sum over all of its forms
         row["logprobs"] = [float(np.logaddexp.reduce([scores[prompt][ids] for ids in forms])) for forms in answers]
+    thinking, size = templates.thinking_of(tokenizer), max(batch_tokens, WRITE_TOKENS)
+    engine = TorchEngine(model, tokenizer.pad_token_id, scheduler="static", batch_tokens=size)
     for budget, prompts in zip((None, max_thinking_tokens), generated, strict=True):
-        written = _generate(model, tokenizer, list(prompts), batch_tokens, max_new_tokens, budget) if prompts else []
+        written = write(engine, tokenizer, list(prompts), max_new_tokens, budget) if prompts else []
         for its_rows, one in zip(prompts.values(), written, strict=True):
             text = f"{thinking.opening}{one.thought}{thinking.closing}{one.answer}" if budget else one.answer
             for row in its_rows:
                 row |= {"text": text, "answer_tokens": [one.answer_tokens], "thinking_tokens": one.thinking_tokens}
     return pd.DataFrame(rows)
-
-
-def _is_nan(value) -> bool:
-    """Whether a cell was not given; other floats are values."""
-    return isinstance(value, float) and np.isnan(value)
-
-
-def _generate(
-    model: nn.Module,
-    tokenizer,
-    prompts: Sequence[Sequence[int]],
-    batch_tokens: int,
-    max_new_tokens: int,
-    max_thinking_tokens: int | None,
-) -> list[Written]:
-    """The greedy answer to each prompt."""
-    batch_tokens = max(batch_tokens, WRITE_TOKENS)
-    engine = TorchEngine(model, tokenizer.pad_token_id, scheduler="static", batch_tokens=batch_tokens)
-    return write(engine, tokenizer, prompts, max_new_tokens, max_thinking_tokens)
 
 
 def _encode(
@@ -131,12 +111,9 @@ def _encode(
         return template, prompt, []
     if scoring == "letter" and not template.lists_options:
         raise MedkitError(f"{question['id']}: the template {template.name!r} shows no letters; ask for option_text")
-    texts = templates.answers(shown, template) if scoring == "letter" else shown["options"]
-    if scoring == "letter" and not template.lead:
-        answers = [letter_forms(tokenizer, letter) for letter in texts]
+    if scoring == "letter":
+        answers = [letter_forms(tokenizer, letter) for letter in templates.answers(shown, template)]
     else:
-        answers = [[templates.encode(tokenizer, messages, text)[1]] for text in texts]
-        if scoring == "letter":  # it is judged by its own token; that it ends there says nothing about which letter
-            answers = [[ids[:-1]] for (ids,) in answers]
+        answers = [[templates.encode(tokenizer, messages, text)[1]] for text in shown["options"]]
     in_order = [forms for _, forms in sorted(zip(order, answers, strict=True))]
     return template, prompt, [[tuple(ids) for ids in forms] for forms in in_order]

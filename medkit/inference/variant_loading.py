@@ -29,20 +29,17 @@ def load_variant(run: str, folder: str, params: Params) -> nn.Module:
 
 
 @contextmanager
-def edge_engine(run: str, edge_file: str, server: ServerParams | None, slots: int = 1) -> Iterator[ServerEngine]:
+def edge_engine(run: str, edge_file: str, server: ServerParams | None) -> Iterator[ServerEngine]:
     """An engine on the run's edge file: on `server`, or (None) on llama.cpp's own server, which ends with the block.
 
     Raises EngineError if the server cannot be reached or its key is not in the environment.
     """
-    if server is None:
-        with (
-            llama_server(run_dir(run) / edge_file, slots) as (url, api_key),
-            closing(ServerEngine(url, api_key=api_key)) as engine,
-        ):
+    if server:
+        with closing(_connect(server, "inference.server")) as engine:
             yield engine
-        return
-    with closing(_connect(server, "inference.server")) as engine:
-        yield engine
+    else:
+        with llama_server(run_dir(run) / edge_file) as (url, key), closing(ServerEngine(url, api_key=key)) as engine:
+            yield engine
 
 
 def make_engine(model: nn.Module | ServerParams, pad_token_id: int, **settings) -> TorchEngine | ServerEngine:

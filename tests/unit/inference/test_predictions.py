@@ -158,24 +158,15 @@ def test_an_order_that_is_not_shown_changes_nothing(scorer, tokenizer, questions
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_every_template_scores_its_own_letters_and_the_options_texts(scorer, make_tokenizer, questions, chat):
+def test_a_listed_question_scores_its_letters_and_the_options_texts(scorer, make_tokenizer, questions, chat):
     tokenizer = make_tokenizer() if chat else make_tokenizer(chat_template=None)
     question = questions[questions.id == "q0"]
-    for name in ("letter", "rationale"):
-        template = templates.TEMPLATES[name]
-        rows = pd.concat([question.assign(scoring=scoring, template=name) for scoring in ("letter", "option_text")])
-        table = predictions.predict(scorer, tokenizer, rows, 300, 4)
-        messages = templates.render(question.iloc[0].to_dict(), template)
-        for row in table.itertuples():
-            if row.scoring == "letter" and not template.lead:
-                wanted = [letter_score(scorer, tokenizer, messages, x) for x in "ABCD"]
-            else:
-                texts = question.options[0] if row.scoring == "option_text" else [template.lead + x for x in "ABCD"]
-                pairs = [templates.encode(tokenizer, messages, text) for text in texts]
-                ends = -1 if row.scoring == "letter" else None
-                wanted = [plain_score(scorer, prompt, ids[:ends]) for prompt, ids in pairs]
-            assert row.logprobs == pytest.approx(wanted, abs=1e-4)
-            assert row.template == name
+    rows = pd.concat([question.assign(scoring=scoring, template="letter") for scoring in ("letter", "option_text")])
+    letters, texts = predictions.predict(scorer, tokenizer, rows, 300, 4).logprobs
+    messages = templates.render(question.iloc[0].to_dict(), templates.LETTER)
+    assert letters == pytest.approx([letter_score(scorer, tokenizer, messages, x) for x in "ABCD"], abs=1e-4)
+    pairs = [templates.encode(tokenizer, messages, text) for text in question.options[0]]
+    assert texts == pytest.approx([plain_score(scorer, *pair) for pair in pairs], abs=1e-4)
 
 
 def test_one_prompt_is_read_once_whoever_asks_for_it(scorer, tokenizer, asked, monkeypatch):
