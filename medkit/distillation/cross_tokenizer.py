@@ -31,9 +31,6 @@ from medkit.stage import MedkitError
 END = b"\xff<end>"  # stands for the end token; the byte 0xff is in no UTF-8 text
 
 
-# --- bytes -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Vocabulary:
     """The bytes of every token of a tokenizer."""
@@ -88,9 +85,6 @@ def read_vocabulary(tokenizer) -> Vocabulary:
         if pieces[token]:
             ids.setdefault(pieces[token], token)
     return Vocabulary(pieces, ids)
-
-
-# --- spans -----------------------------------------------------------------------------------------------------------
 
 
 class Span(NamedTuple):
@@ -228,9 +222,6 @@ class AlignedCache:
             values = (cached["teacher_ids"], cached["teacher_logprobs"], cached["teacher_target_logprobs"])
             projected.append(self.aligner.project(*self.answers[number], *values))
         return {name: torch.cat([one[name] for one in projected]) for name in projected[0]}
-
-
-# --- losses ----------------------------------------------------------------------------------------------------------
 
 
 def chain_logprobs(logprobs: torch.Tensor, targets: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """The distillation loss: λ1·CE + λ2·T²·D + λ3·MSE(hidden) + λ4·Σ_e w_e·|P_S(e) − P_T(e)| (arXiv 2505.00025, eq. 6).
 
-`DistillationLoss` is the sum, with T² after arXiv 1503.02531; the functions before it are its terms. Each term is a sum
-over predicted positions, so slices of a batch add up to the batch.
+Each term is a sum over predicted positions, so slices of a batch add up to the batch. T² is after arXiv 1503.02531.
 """
 
 from __future__ import annotations
@@ -24,9 +23,6 @@ PROJECTIONS = "hidden_projections"
 BETAS = {"forward_kl": 0.0, "reverse_kl": 1.0}
 
 
-# --- the distribution ------------------------------------------------------------------------------------------------
-
-
 def divergence(teacher: torch.Tensor, student: torch.Tensor, beta: float) -> torch.Tensor:
     """Generalised Jensen–Shannon divergence of two log-distributions (N, buckets) in nats, shape (N,).
 
@@ -34,16 +30,14 @@ def divergence(teacher: torch.Tensor, student: torch.Tensor, beta: float) -> tor
     2306.13649, eq. 1). This is zero at both ends of β. As in TRL, the ends mean the limits of its slope instead: β = 0
     is the forward KL(teacher ‖ student) = lim JSD/β, β = 1 the reverse KL(student ‖ teacher) = lim JSD/(1 − β).
     """
-    if beta == 0.0:
-        return _kl(teacher, student)
-    if beta == 1.0:
-        return _kl(student, teacher)
+
+    def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return (p.exp() * (p - q)).sum(-1)
+
+    if beta in (0.0, 1.0):
+        return kl(student, teacher) if beta else kl(teacher, student)
     mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
-
-
-def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    return (p.exp() * (p - q)).sum(-1)
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
 def sparse_divergence(
@@ -74,9 +68,6 @@ def _with_rest(logprobs: torch.Tensor, rest: int, temperature: float) -> torch.T
     tail = (-torch.expm1(logprobs.logsumexp(-1, keepdim=True))).clamp(min=0).add(FLOOR).log()
     buckets = torch.cat([logprobs / temperature, (tail - math.log(rest)) / temperature + math.log(rest)], -1)
     return buckets.log_softmax(-1)
-
-
-# --- hidden states ---------------------------------------------------------------------------------------------------
 
 
 def hidden_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -135,9 +126,6 @@ def hidden_projections(
         delattr(student, PROJECTIONS)
 
 
-# --- entities --------------------------------------------------------------------------------------------------------
-
-
 def entity_gaps(
     student: torch.Tensor, teacher: torch.Tensor, entity: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
@@ -155,15 +143,11 @@ def entity_gaps(
     return weights * (probabilities(student) - probabilities(teacher)).abs()
 
 
-# --- the sum ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class DistillationLoss:
     """The weighted sum of the terms, for `modeling.train`. A term of weight 0 is not computed and needs no extras.
 
-    Terms are logged without their weights, as `ce`, the divergence's name, `hidden` and `entity`: their size tells
-    whether a weight has an effect.
+    Terms are logged without their weights, as `ce`, the divergence's name, `hidden` and `entity`.
     """
 
     ce_weight: float = 0.0
@@ -178,9 +162,9 @@ class DistillationLoss:
 
     @classmethod
     def from_params(cls, section: DistillationParams) -> DistillationLoss:
-        names = cls.__dataclass_fields__.keys() - {"layers"}
+        names = set(cls.__dataclass_fields__) - {"layers"}
         layers = tuple((student, teacher) for student, teacher in section.hidden_layers)
-        return cls(**section.model_dump(include=set(names)), layers=layers)
+        return cls(**section.model_dump(include=names), layers=layers)
 
     @property
     def hidden_layers(self) -> tuple[int, ...]:
@@ -208,7 +192,7 @@ class DistillationLoss:
             both = (_with_rest(each, rest, self.temperature) for each in (extras["teacher_logprobs"], top))
             weighted[self.divergence] = self.kl_weight * self.temperature**2, divergence(*both, beta).sum()
         if self.hidden_weight:
-            pairs = [(predicted.hidden[ours], extras["teacher_hidden"][theirs]) for ours, theirs in self.layers]
+            pairs = [(predicted.hidden[ours], extras[f"teacher_hidden_{theirs}"]) for ours, theirs in self.layers]
             weighted["hidden"] = self.hidden_weight, sum(hidden_error(*pair).sum() for pair in pairs) / len(pairs)
         if self.entity_weight:
             gaps = entity_gaps(target, extras["teacher_target_logprobs"], extras["entity"], extras["entity_weights"])

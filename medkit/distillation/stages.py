@@ -33,9 +33,6 @@ STAGES = ("teacher", *STUDENTS)
 MakeEngine = Callable[..., Engine]  # inference.make_engine, which stands below this room
 
 
-# --- the teacher -----------------------------------------------------------------------------------------------------
-
-
 def load_tokenizers(params: Params) -> tuple:
     """The teacher's tokenizer and the student's; with one vocabulary the teacher's, twice.
 
@@ -98,9 +95,6 @@ def _part(stage: Stage, name: str) -> Path:
     return stage.dir / name
 
 
-# --- what each student reads -----------------------------------------------------------------------------------------
-
-
 def list_students(params: Params) -> list[str]:
     """Names of the students that the profile asks for, in the order of their training."""
     section = params.distillation
@@ -150,9 +144,6 @@ def _collect(
     return answers.collect_answers(
         path, writer_key, load_engine, tokenizer, questions, max_new_tokens, settings=settings, **asked
     )
-
-
-# --- the students ----------------------------------------------------------------------------------------------------
 
 
 def train_student(
@@ -266,9 +257,6 @@ def _verified_examples(
             f"too_easy"
         )
     return answers.encode_verified(tokenizer, rows, verified)
-
-
-# --- the command line ------------------------------------------------------------------------------------------------
 
 
 def train_stage(name: str, run: str, params: Params, make_engine: MakeEngine | None = None) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 from torch import nn
 from tqdm import tqdm
@@ -32,7 +32,6 @@ from medkit.sources import sha256_of
 from medkit.stage import MedkitError, atomic_path
 
 INDEX = "index.json"
-FORMAT = 3  # a cache in another format is captured again
 LOW_BITS = 16
 OPEN_SHARDS = 4  # most shards that a reader keeps open
 REQUESTS = 16  # most requests to a server at the same time
@@ -46,9 +45,6 @@ def top_k_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
     """Ids and log-probabilities (N, k) of the k most likely tokens, after the softmax over the whole vocabulary."""
     logprobs, ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
     return ids, logprobs
-
-
-# --- capture -------------------------------------------------------------------------------------------------------
 
 
 def capture_teacher(
@@ -73,7 +69,6 @@ def capture_teacher(
     is_model = isinstance(teacher, nn.Module)
     vocab_size = teacher.config.get_text_config().vocab_size if is_model else vocab_size
     settings = {
-        "format": FORMAT,
         "key": key,
         "examples": digest([(e.input_ids, e.loss_start) for e in examples]),
         "top_k": min(top_k, vocab_size),
@@ -159,9 +154,6 @@ def read_index(folder: Path) -> dict:
         return {}
 
 
-# --- arrays --------------------------------------------------------------------------------------------------------
-
-
 def _pack(arrays: dict[str, np.ndarray], counts: Sequence[int], vocab_size: int) -> dict[str, np.ndarray]:
     """A shard's arrays: ids as bits, values in fp16, and the first position of each example; `counts` by example."""
     packed = pack_ids(arrays["ids"], vocab_size)
@@ -205,77 +197,51 @@ def unpack_ids(low: np.ndarray, high: np.ndarray | None, vocab_size: int) -> np.
     return ids
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
-
-
 class TeacherCache:
     """Reader of a teacher cache by example number, in any order.
 
-    Raises CacheError for a cache of another teacher, template or tokenizer than `key`, for missing shards, and for a
-    shard that is cut short. A shard with any other damage is refused when it is first read.
+    Raises CacheError for a cache of another teacher, template or tokenizer than `key`, and for missing or damaged
+    shards: now, and not in the middle of a training.
     """
 
     def __init__(self, folder: Path, key: str):
-        self.folder, self.index = folder, read_index(folder)
-        if self.index.get("key") != key or self.index.get("format") != FORMAT:
+        self.index = read_index(folder)
+        if self.index.get("key") != key:
             raise CacheError(
                 f"{folder}: the cache has key {self.index.get('key')!r}, this run needs {key!r}; capture the teacher "
                 f"again with this teacher, template and tokenizer"
             )
-        self.shards = [_shard_path(folder, n) for n in range(-(-self.index["num_examples"] // self.shard_examples))]
-        if missing := [path.name for path in self.shards if not path.is_file()]:
-            raise CacheError(f"{folder}: {missing[0]} of {len(self.shards)} shards is missing; run the capture again")
-        for path in self.shards:  # now, and not in the middle of a training
-            _open(path)
-        checked = set()
-
-        def open_shard(number: int) -> tuple:
-            path = self.shards[number]
-            if number not in checked and sha256_of(path) != self.index["sha256"].get(path.name):
-                raise _damaged(path, "its sha256 is not the one in the index")
-            checked.add(number)  # once: in a random order shards are opened again and again
-            return _open(path)
-
-        self._shard = lru_cache(OPEN_SHARDS)(open_shard)
-
-    @property
-    def shard_examples(self) -> int:
-        return self.index["shard_examples"]
+        count = -(-self.index["num_examples"] // self.index["shard_examples"])
+        self.shards = [_shard_path(folder, number) for number in range(count)]
+        for path in self.shards:
+            if not path.is_file() or sha256_of(path) != self.index["sha256"].get(path.name):
+                raise CacheError(
+                    f"{path} is missing or damaged; run the capture again: it writes this shard and keeps the others"
+                )
+        self._open = lru_cache(OPEN_SHARDS)(_open)  # in a random order shards are opened again and again
 
     @property
     def bytes_per_position(self) -> float:
         return sum(path.stat().st_size for path in self.shards) / self.index["num_positions"]
 
-    def example(self, number: int) -> dict[str, torch.Tensor | dict[int, torch.Tensor]]:
+    def example(self, number: int) -> dict[str, torch.Tensor]:
         """The teacher at the P predicted positions of one example.
 
         `teacher_ids` (P, k) int64, `teacher_logprobs` (P, k) float32, most likely token first,
-        `teacher_target_logprobs` (P,) float32, and `teacher_hidden`, layer → (P, H) float32, if any were captured.
+        `teacher_target_logprobs` (P,) float32, and for each captured layer n `teacher_hidden_n` (P, H) float32.
         """
-        shard, row = divmod(number, self.shard_examples)
-        file, offsets = self._shard(shard)
+        shard, row = divmod(number, self.index["shard_examples"])
+        file, offsets = self._open(self.shards[shard])
         positions = slice(int(offsets[row]), int(offsets[row + 1]))
         arrays = {name: file.get_slice(name)[positions] for name in file.keys() if name != "offsets"}  # noqa: SIM118
-        ids = unpack_ids(arrays["ids_low"], arrays.get("ids_high"), self.index["vocab_size"])
-        values = {name: torch.from_numpy(array).float() for name, array in arrays.items() if array.dtype == np.float16}
-        tensors = {
-            "teacher_ids": torch.from_numpy(ids),
-            "teacher_logprobs": values["logprobs"],
-            "teacher_target_logprobs": values["target_logprobs"],
-        }
-        if layers := self.index["hidden_layers"]:
-            tensors["teacher_hidden"] = {layer: values[f"hidden_{layer}"] for layer in layers}
-        return tensors
+        ids = unpack_ids(arrays.pop("ids_low"), arrays.pop("ids_high", None), self.index["vocab_size"])
+        values = {f"teacher_{name}": torch.from_numpy(array).float() for name, array in arrays.items()}
+        return {"teacher_ids": torch.from_numpy(ids), **values}
 
-    def batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor | dict[int, torch.Tensor]]:
+    def batch(self, numbers: Sequence[int]) -> dict[str, torch.Tensor]:
         """The same for a batch, flattened in the order of its labelled positions: N of them."""
         examples = [self.example(number) for number in numbers]
-        names = ("teacher_ids", "teacher_logprobs", "teacher_target_logprobs")
-        tensors = {name: torch.cat([example[name] for example in examples]) for name in names}
-        if layers := self.index["hidden_layers"]:
-            hidden = [example["teacher_hidden"] for example in examples]
-            tensors["teacher_hidden"] = {layer: torch.cat([states[layer] for states in hidden]) for layer in layers}
-        return tensors
+        return {name: torch.cat([example[name] for example in examples]) for name in examples[0]}
 
     def mean_nll(self) -> list[float]:
         """The teacher's mean −log p of each example's target tokens, in nats."""
@@ -285,12 +251,5 @@ class TeacherCache:
 
 def _open(path: Path) -> tuple:
     """A mapped file, of which a slice reads only its own bytes, and the offsets of its examples."""
-    try:
-        file = safe_open(path, "numpy")
-        return file, file.get_tensor("offsets")
-    except SafetensorError as error:
-        raise _damaged(path, str(error)) from error
-
-
-def _damaged(path: Path, reason: str) -> CacheError:
-    return CacheError(f"{path} is damaged ({reason}); run the capture again: it writes this shard and keeps the others")
+    file = safe_open(path, "numpy")
+    return file, file.get_tensor("offsets")

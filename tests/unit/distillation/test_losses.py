@@ -222,7 +222,7 @@ def extras():
         "teacher_ids": ids,
         "teacher_logprobs": logprobs,
         "teacher_target_logprobs": random_logits(6, 20, seed=1).log_softmax(-1)[range(6), range(6)],
-        "teacher_hidden": {layer: random_logits(6, 8, layer) for layer in (4, 6)},
+        **{f"teacher_hidden_{layer}": random_logits(6, 8, layer) for layer in (4, 6)},
         "entity": torch.tensor([-1, 0, 0, 1, -1, -1]),
         "entity_weights": torch.tensor([2.0, 1.0]),
     }
@@ -232,7 +232,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(predicted, extras):
     loss, terms = FULL(predicted, extras)
     target = predicted.logits.log_softmax(-1)[range(6), range(6)]
     gaps = losses.entity_gaps(target, extras["teacher_target_logprobs"], extras["entity"], extras["entity_weights"])
-    errors = [losses.hidden_error(predicted.hidden[a], extras["teacher_hidden"][b]).sum() for a, b in FULL.layers]
+    errors = [losses.hidden_error(predicted.hidden[a], extras[f"teacher_hidden_{b}"]).sum() for a, b in FULL.layers]
     expected = {
         "ce": trainer.cross_entropy(predicted, {})[0],
         "forward_kl": sparse_divergence(
@@ -263,7 +263,7 @@ def test_each_divergence_goes_by_its_name(predicted, extras, name, beta):
     [
         ("ce_weight", []),
         ("kl_weight", ["teacher_ids", "teacher_logprobs"]),
-        ("hidden_weight", ["teacher_hidden"]),
+        ("hidden_weight", ["teacher_hidden_4", "teacher_hidden_6"]),
         ("entity_weight", ["teacher_target_logprobs", "entity", "entity_weights"]),
     ],
 )
@@ -315,7 +315,7 @@ class Teacher:
             "teacher_ids": torch.cat(ids),
             "teacher_logprobs": torch.cat(kept),
             "teacher_target_logprobs": torch.cat(target),
-            "teacher_hidden": {layer: torch.cat([h[layer] for h in hidden]) for layer in self.layers},
+            **{f"teacher_hidden_{layer}": torch.cat([h[layer] for h in hidden]) for layer in self.layers},
             "entity": torch.tensor(entity),
             "entity_weights": 1.0 + torch.arange(count) % 2,
         }
