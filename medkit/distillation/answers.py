@@ -1,9 +1,7 @@
 """A model's own answers as training rows: its greedy answers to questions without labels, or verified reasons.
 
-Greedy answers to the transfer questions are what a student learns its teacher's distribution along (student_kd), or
-learns as text (student_hard, student_self). Verified answers are rejection sampling: k answers with reasons are drawn,
-and of those that name the known answer the shortest is kept. A wrong reason can lead to a right answer: that is not
-noticed.
+Verified answers are rejection sampling: k answers with reasons are drawn, and of those that name the known answer the
+shortest is kept. A wrong reason can lead to a right answer: that is not noticed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,45 +9,59 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import pandas as pd
+import torch
 from accelerate import PartialState
 
+from medkit import sources
+from medkit.modeling import loading
 from medkit.modeling.batches import Example
-from medkit.modeling.engine import Engine
+from medkit.modeling.engine import WRITE_TOKENS, Engine
 from medkit.modeling.train_once import find_record, key_of, write_record
 from medkit.modeling.writing import write
+from medkit.params import Params, ServerParams
 from medkit.prompts import answer_parser, templates
-from medkit.stage import MedkitError, atomic_path
+from medkit.stage import MedkitError, StageError, atomic_path
 
+MakeEngine = Callable[..., Engine]  # inference.make_engine, which stands below this room
 PART_QUESTIONS = 64  # written at a time where several samples or thoughts are: what a killed run loses
 
 
 def collect_answers(
     path: Path,
-    writer: str,
-    make_engine: Callable[[], Engine],
-    tokenizer,
+    writer: Path,
+    params: Params,
     questions: pd.DataFrame,
+    make_engine: MakeEngine | None,
     max_new_tokens: int,
     num_samples: int = 1,
+    temperature: float = 0.0,
     template: templates.Template | None = None,
-    settings: Sequence = (),
     max_thinking_tokens: int | None = None,
+    server: ServerParams | None = None,
 ) -> pd.DataFrame:
-    """`write_answers`, kept in a parquet file at `path`.
+    """`write_answers` of the model in the folder `writer`, which `server` may run, kept in a parquet file at `path`.
 
-    `make_engine` is not called if the file holds the answers of this writer (a digest of its weights) under these
-    settings. Of several processes the main one writes, and the others wait. Samples and thoughts are written so many
-    questions at a time, so that a run which was killed goes on behind them.
+    `make_engine` is needed if the file does not hold the answers of these weights under these settings. Of several
+    processes the main one writes, and the others wait. Samples and thoughts are written so many questions at a time, so
+    that a run which was killed goes on behind them. Raises StageError without `make_engine`.
     """
-    limits = max_new_tokens, num_samples, template, max_thinking_tokens
-    asked = [max_new_tokens, num_samples, template and template.hash, *settings]
+    tokenizer, limits = loading.load_tokenizer(writer), (max_new_tokens, num_samples, template, max_thinking_tokens)
+    asked = [max_new_tokens, num_samples, template and template.hash]
+    asked += [temperature, params.seed, *([server.model] if server else [])] if temperature else []
     asked += [max_thinking_tokens] if max_thinking_tokens else []
-    key = key_of(asked, [writer, questions.id.tolist()], write_answers)
+    key = key_of(asked, [weights_of(writer), questions.id.tolist()], write_answers)
     if find_record(path, key) is None and PartialState().is_main_process:
+        if make_engine is None:
+            raise StageError(f"{path} is not there: run notebook {path.parent.name} up to it")
+        torch.manual_seed(params.seed)
+        model = server or loading.load_model(writer, params.models)
+        size = max(params.inference.batch_tokens, WRITE_TOKENS)
+        engine = make_engine(
+            model, tokenizer.pad_token_id, scheduler="static", batch_tokens=size, temperature=temperature
+        )
         at_once = PART_QUESTIONS if num_samples > 1 or max_thinking_tokens else max(1, len(questions))
         unfinished = path.with_name(f"{path.name}.{key}.part")
         parts = [pd.read_parquet(unfinished)] if unfinished.is_file() else []
-        engine = make_engine()
         try:
             for start in range(sum(map(len, parts)) // num_samples, max(1, len(questions)), at_once):
                 parts.append(write_answers(engine, tokenizer, questions.iloc[start : start + at_once], *limits))
@@ -61,6 +73,11 @@ def collect_answers(
         write_record(path, key)
     PartialState().wait_for_everyone()
     return pd.read_parquet(path)
+
+
+def weights_of(folder: Path) -> list[str]:
+    """Digests of the model's weights in a folder."""
+    return [sources.sha256_of(path) for path in sorted(folder.glob("*.safetensors"))]
 
 
 def write_answers(

@@ -1,14 +1,12 @@
 """Distillation between two tokenizers: the answer is cut into spans of bytes, and spans are compared.
 
-A span ends wherever both tokenizations have a border, so student and teacher write the same bytes in it, with m and n
-tokens. By the chain rule each model gives the span a probability. Only the last token of a span is open: the teacher's
-k cached tokens at that place are k other ways to end the span. A teacher's token and a student's token are the same
-event if they write the same bytes; token names ("Ġ", "▁", "<0x0A>") are never compared. Events that both models can
-write are compared one by one, and the rest of the probability as one bucket. This is a KL divergence over one partition
-for both models. With one tokenizer each span is one token, and the result is `losses.sparse_divergence`.
+A span ends wherever both tokenizations have a border. By the chain rule each model gives it a probability, and the
+teacher's k cached tokens at its last place are k ways to end it. A teacher's token and a student's token are the same
+event if they write the same bytes. Events that both models can write are compared one by one, and the rest of the
+probability as one bucket: a KL divergence over one partition. With one tokenizer it is `losses.sparse_divergence`.
 
-Limits: a probability here is that of one path of tokens, and other paths can write the same bytes. There is no
-temperature, because a bucket of paths is not a set of tokens.
+A probability here is that of one path of tokens, and other paths can write the same bytes. There is no temperature,
+because a bucket of paths is not a set of tokens.
 """
 
 from __future__ import annotations
@@ -184,10 +182,7 @@ class TokenAligner:
 def measure_spans(
     aligner: TokenAligner, student: Sequence[Example], teacher: Sequence[Example]
 ) -> list[tuple[int, int, int]]:
-    """Size of every span in the answers: student tokens, teacher tokens, bytes. The end token is left out.
-
-    `student` and `teacher` are the same questions in the same order.
-    """
+    """Size of every span in the answers to the same questions: student tokens, teacher tokens, bytes; no end tokens."""
     sizes = []
     for ours, theirs in zip(student, teacher, strict=True):
         answers = ours.input_ids[ours.loss_start :], theirs.input_ids[theirs.loss_start :]

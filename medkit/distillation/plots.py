@@ -122,8 +122,6 @@ def plot_closing(scores: pd.DataFrame, shares: pd.DataFrame) -> Drawn:
             ax.annotate(f"{row.score:.2f}", (row.score, y), (0, 7), textcoords="offset points", ha="center", fontsize=9)
         ax.set(yticks=range(len(part)), xlabel=f"score on {task}  (n = {part.n.max()})", ylim=(len(part) - 0.4, -0.8))
         ax.set_yticklabels([VARIANTS[name].label for name in part.variant])
-        found = (
-            f"{closed.share:.0%} [{closed.ci_low:.0%}, {closed.ci_high:.0%}]" if closed.share == closed.share else ""
-        )
-        ax.set_title(f"{found} of the gap closed" if found else "no gap to close", loc="left")
+        share = f"{closed.share:.0%} [{closed.ci_low:.0%}, {closed.ci_high:.0%}] of the gap closed"
+        ax.set_title("no gap to close" if np.isnan(closed.share) else share, loc="left")
     return fig, scores

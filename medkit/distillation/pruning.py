@@ -1,7 +1,5 @@
 """Students cut from their teacher by removing a block of layers, and the order of examples from easy to hard."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

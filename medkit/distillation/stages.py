@@ -9,28 +9,25 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import pandas as pd
-import torch
 from accelerate import PartialState
 from torch import nn
 from transformers import AutoConfig
 
-from medkit import sources
 from medkit.data import splits
 from medkit.distillation import answers, cross_tokenizer, entities, losses, pruning
+from medkit.distillation.answers import MakeEngine
 from medkit.distillation.teacher_cache import TeacherCache, capture_teacher
 from medkit.lora import adapters
 from medkit.modeling import batches, loading, trainer
 from medkit.modeling.batches import Example
-from medkit.modeling.engine import WRITE_TOKENS, Engine
 from medkit.modeling.train_once import key_of, load_for_training, open_stage, train_once
 from medkit.modeling.trainer import Loss
-from medkit.params import Params, ServerParams
+from medkit.params import Params
 from medkit.prompts import templates
 from medkit.stage import Stage, StageError, atomic_path
 
 STUDENTS = ("student_ce", "student_hard", "student_self", "student_kd", "student_ceiling", "student_seq")
 STAGES = ("teacher", *STUDENTS)
-MakeEngine = Callable[..., Engine]  # inference.make_engine, which stands below this room
 
 
 def load_tokenizers(params: Params) -> tuple:
@@ -81,11 +78,8 @@ def correct_teacher(stage: Stage, params: Params, rows: pd.DataFrame) -> tuple[n
 
 def teacher_key(stage: Stage, tokenizer) -> str:
     """Digest of the teacher's weights, its tokenizer, the prompt template and the code of the capture."""
-    return key_of(templates.TEXT.hash, [_weights(stage, "teacher"), tokenizer.get_vocab()], capture_teacher)
-
-
-def _weights(stage: Stage, name: str) -> list[str]:
-    return [sources.sha256_of(path) for path in sorted(_part(stage, name).glob("*.safetensors"))]
+    weights = answers.weights_of(_part(stage, "teacher"))
+    return key_of(templates.TEXT.hash, [weights, tokenizer.get_vocab()], capture_teacher)
 
 
 def _part(stage: Stage, name: str) -> Path:
@@ -119,31 +113,9 @@ def student_rows(
         return pd.concat([labelled, splits.transfer_answers(questions)], ignore_index=True)
     transfer = splits.training_rows(questions, "transfer")
     writer = "student_ce" if name == "student_self" else "teacher"
-    table = _collect(stage, params, writer, transfer, make_engine, params.inference.max_new_tokens)
+    path, limit = stage.path(f"{writer}_answers.parquet"), params.inference.max_new_tokens
+    table = answers.collect_answers(path, _part(stage, writer), params, transfer, make_engine, limit)
     return pd.concat([labelled, answers.answer_rows(transfer, table)], ignore_index=True)
-
-
-def _collect(
-    stage: Stage, params: Params, writer: str, questions: pd.DataFrame, make_engine: MakeEngine | None,
-    max_new_tokens: int, temperature: float = 0.0, file: str = "answers", server: ServerParams | None = None, **asked,
-) -> pd.DataFrame:  # fmt: skip
-    """Answers of a model of this stage, from its file or from an engine; `server` may run the model."""
-    folder, path = _part(stage, writer), stage.path(f"{writer}_{file}.parquet")
-    tokenizer = loading.load_tokenizer(folder)
-
-    def load_engine() -> Engine:
-        if make_engine is None:
-            raise StageError(f"{path} is not there: run notebook {stage.name} up to it (run={stage.run!r})")
-        torch.manual_seed(params.seed)
-        settings = {"batch_tokens": max(params.inference.batch_tokens, WRITE_TOKENS), "temperature": temperature}
-        model = server or loading.load_model(folder, params.models)
-        return make_engine(model, tokenizer.pad_token_id, scheduler="static", **settings)
-
-    settings = [temperature, params.seed, *([server.model] if server else [])] if temperature else []
-    writer_key = key_of(None, _weights(stage, writer))
-    return answers.collect_answers(
-        path, writer_key, load_engine, tokenizer, questions, max_new_tokens, settings=settings, **asked
-    )
 
 
 def train_student(
@@ -152,10 +124,9 @@ def train_student(
     """Train a student by its name; returns the model and the log. Writes a folder called `name`.
 
     All students start from `base/` and see as many examples, in as many steps: those of the labelled and the transfer
-    rows together. Who has fewer different rows (`student_rows`) sees them several times. `student_kd` learns
-    the distribution in `teacher_cache/` too; `student_seq` learns the teacher's verified answers with reasons.
-    Raises StageError for a student that the profile does not ask for, for missing inputs, and if no answer was
-    verified.
+    rows together. Who has fewer different rows (`student_rows`) sees them several times. `student_kd` learns the
+    distribution in `teacher_cache/` too; `student_seq` learns the teacher's verified answers with reasons. Raises
+    StageError for a student that the profile does not ask for, for missing inputs, and if no answer was verified.
     """
     if name not in list_students(params):
         key = "rationales" if name == "student_seq" else "students"
@@ -239,14 +210,16 @@ def _verified_examples(
     rows = rows[~rows.kind.isin(templates.FORMS)]
     if section.questions != "all":
         rows = rows.sample(min(section.questions, len(rows)), random_state=params.seed)
-    asked = {"template": templates.RATIONALE, "max_thinking_tokens": params.inference.max_thinking_tokens}
-    limit, file, own = section.max_new_tokens, "rationales", None
-    samples = _collect(
-        stage, params, "teacher", rows, make_engine, limit, section.temperature, file, section.server,
-        num_samples=section.samples, **asked,
-    )  # fmt: skip
-    if section.too_easy <= 1:
-        own = _collect(stage, params, "base", rows, make_engine, limit, file=file, **asked)
+
+    def collect(writer: str, **sampling) -> pd.DataFrame:
+        return answers.collect_answers(
+            stage.path(f"{writer}_rationales.parquet"), _part(stage, writer), params, rows, make_engine,
+            section.max_new_tokens, template=templates.RATIONALE,
+            max_thinking_tokens=params.inference.max_thinking_tokens, **sampling,
+        )  # fmt: skip
+
+    sampling = {"num_samples": section.samples, "temperature": section.temperature, "server": section.server}
+    samples, own = collect("teacher", **sampling), collect("base") if section.too_easy <= 1 else None
     verified, counts = answers.keep_verified(samples, rows, section.too_easy, own)
     if PartialState().is_main_process:
         with atomic_path(stage.path("rationale_yield.parquet")) as scratch:

@@ -1,13 +1,10 @@
 """The teacher cache: a teacher's top-k log-probabilities, written to disk once and read back while a student trains.
 
-The teacher runs once over the training examples and need not be in memory while the student trains. At each predicted
-position the k most likely tokens are kept, with log-probabilities after the softmax over the whole vocabulary, and the
-log-probability of the target token.
-
-On disk a cache is some shards (safetensors) and `index.json`, which holds the settings and the sha256 of each shard.
-Bytes per position at k = 64: 128 for log-probabilities in fp16, 128 for the low 16 bits of the token ids, 8 for each
-higher bit that an id of this vocabulary can have (none up to 65,536 tokens, 2 up to 262,144), and 2 for the target
-token: 258 to 274 bytes. Each layer of hidden states adds 2 bytes per unit.
+At each predicted position the k most likely tokens are kept, with log-probabilities after the softmax over the whole
+vocabulary, and the log-probability of the target token. A cache is some shards (safetensors) and `index.json`, which
+holds the settings and the sha256 of each shard. Bytes per position at k = 64: 128 for log-probabilities in fp16, 128
+for the low 16 bits of the token ids, 8 for each higher bit of an id (none up to 65,536 tokens, 2 up to 262,144), and 2
+for the target token: 258 to 274 bytes. Each layer of hidden states adds 2 bytes per unit.
 """
 
 from __future__ import annotations

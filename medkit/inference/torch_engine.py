@@ -3,8 +3,6 @@
 The model comes loaded, with its dtype, its attention implementation and its quantization plan.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from math import ceil

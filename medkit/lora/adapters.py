@@ -64,10 +64,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 
 def train_adapter(stage: Stage, params: Params, examples: Sequence[Example]) -> tuple[PeftModel, pd.DataFrame]:
-    """The distilled student with a trained adapter beside its own weights, not merged, and the log.
-
-    Writes `adapter/` (in bfloat16), or reads it back if the same training made it before.
-    """
+    """The distilled student with a trained adapter beside its weights, not merged, and the log. Writes `adapter/`."""
     folder, section = stage.require("02_distillation", "student_kd"), params.lora
     tokenizer = loading.load_tokenizer(folder)
     model = attach(load_for_training(folder, params.models, adapter=True), section.adapter, params.seed)

@@ -8,7 +8,7 @@ notebook goes on with what `accelerate launch -m medkit train` made, and a kille
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 
@@ -98,12 +98,14 @@ def train_once(
     loss: Loss,
     seed: int,
     half: bool = False,
+    around: AbstractContextManager | None = None,
     **options,
 ) -> pd.DataFrame:
     """Train the model in place and save it as the stage's folder `name`, or read that back; returns the log.
 
-    half: of `save_adapter`. options: `add_extras`, `difficulty` of `trainer.train`. A killed training goes
-    on from its checkpoints; those under `name` that other settings left are removed.
+    half: of `save_adapter`. around: entered for the training alone; what it adds to the model is not saved. options:
+    `add_extras`, `difficulty` of `trainer.train`. A killed training goes on from its checkpoints; those under `name`
+    that other settings left are removed.
     """
     is_main, folder, checkpoints = PartialState().is_main_process, stage.dir / name, stage.path(f"checkpoints/{name}")
     # with FSDP the other processes do not have the weights yet
@@ -119,7 +121,8 @@ def train_once(
                 shutil.rmtree(stale)
     # checkpoints of shards cannot be read by a process that holds whole weights
     kind = "sharded" if trainer.is_sharded() else "whole"
-    log = trainer.train(model, examples, section, loss, checkpoints / key / kind, seed, **options)
+    with around or nullcontext():
+        log = trainer.train(model, examples, section, loss, checkpoints / key / kind, seed, **options)
     if is_main:
         stage.reopen()
         save_adapter(model, folder, half) if isinstance(model, PeftModel) else loading.save_model(

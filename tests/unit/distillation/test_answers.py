@@ -1,12 +1,14 @@
 """A model's answers are written once; finished ones become rows; of answers with reasons the right ones stay."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
 
 from medkit.distillation import answers
 from medkit.distillation.answers import answer_rows, collect_answers, encode_verified, keep_verified, write_answers
 from medkit.inference.torch_engine import TorchEngine
-from medkit.modeling import batches, trainer
+from medkit.modeling import batches, loading, trainer
 from medkit.modeling.engine import EngineError, Generation
 from medkit.prompts import templates
 from medkit.stage import MedkitError
@@ -138,12 +140,16 @@ def test_rows_are_repeated_by_source_and_others_fill_the_place_of_a_source_witho
 
 
 @pytest.fixture
-def collect(engine, tokenizer, known, tmp_path):
+def collect(engine, tokenizer, known, make_llama, models_params, tmp_path, tmp_path_factory):
     """collect(**changes): the answers, from the engine or from the file."""
 
-    def run(writer="teacher", max_new_tokens=60, num_samples=4, settings=()):
-        path, more = tmp_path / "answers.parquet", (max_new_tokens, num_samples, templates.RATIONALE, settings)
-        return collect_answers(path, writer, lambda: engine, tokenizer, known, *more)
+    def run(writer=0, max_new_tokens=60, num_samples=4, temperature=1.0, seed=0):
+        folder = loading.save_model(
+            make_llama(seed=writer, layers=1), tokenizer, tmp_path_factory.mktemp("w") / "model"
+        )
+        params = SimpleNamespace(models=models_params, inference=SimpleNamespace(batch_tokens=512), seed=seed)
+        path, how = tmp_path / "answers.parquet", (max_new_tokens, num_samples, temperature, templates.RATIONALE)
+        return collect_answers(path, folder, params, known, lambda *args, **settings: engine, *how)
 
     return run
 
@@ -156,7 +162,7 @@ def test_what_was_written_is_read_back(collect, engine, tokenizer, known):
 
 
 @pytest.mark.parametrize(
-    "change", [{"writer": "other"}, {"settings": [0.5, 1]}, {"num_samples": 2}, {"max_new_tokens": 9}], ids=str
+    "change", [{"writer": 1}, {"temperature": 0.5}, {"seed": 1}, {"num_samples": 2}, {"max_new_tokens": 9}], ids=str
 )
 def test_another_writer_or_way_to_ask_is_asked_anew(collect, engine, change):
     collect()

@@ -5,7 +5,7 @@ import pytest
 import torch
 import yaml
 
-from medkit.distillation import answers, entities, pruning, stages, teacher_cache
+from medkit.distillation import answers, entities, losses, pruning, stages, teacher_cache
 from medkit.distillation.teacher_cache import CacheError, TeacherCache
 from medkit.inference.torch_engine import TorchEngine
 from medkit.lora import adapters
@@ -99,7 +99,8 @@ def capture(stage, rows, folders, load, monkeypatch):
         loading.save_model(model, teacher_tokenizer, stage.path("teacher"))
         monkeypatch.setattr(answers, "write_answers", the_liver)
         key, examples = stages.teacher_key(stage, teacher_tokenizer), batches.encode_questions(teacher_tokenizer, rows)
-        return teacher_cache.capture_teacher(model, examples, stage.path("teacher_cache"), 300, 4, key)
+        layers = losses.DistillationLoss.from_params(params.distillation).teacher_layers
+        return teacher_cache.capture_teacher(model, examples, stage.path("teacher_cache"), 300, 4, key, layers)
 
     return capture
 
@@ -210,17 +211,25 @@ def test_a_teacher_that_does_not_lead_stops_the_notebook():
     assert stages.check_lead({"icd": 0.1}, {"icd": 0.7}, None) == pytest.approx({"icd": -0.6})
 
 
-@pytest.mark.parametrize(("alignment", "term"), [("tokens", "forward_kl"), ("spans", "span_kl")])
+HIDDEN = {"kl_weight": 0.0, "hidden_weight": 1.0, "hidden_layers": [[1, 2]]}
+
+
+@pytest.mark.parametrize(
+    ("alignment", "term", "changes"),
+    [("tokens", "forward_kl", {}), ("spans", "span_kl", {}), ("tokens", "hidden", HIDDEN)],
+    ids=["tokens", "spans", "hidden states"],
+)
 def test_a_student_learns_from_its_teacher_once_and_keeps_its_tokenizer(
-    stage, load, capture, trained, tokenizer, alignment, term
+    stage, load, capture, trained, tokenizer, alignment, term, changes
 ):
     train = {**TRAIN, "epochs": 8.0, "learning_rate": 3e-3, "save_every_steps": 99}
-    params = load(alignment, ce_weight=0.0, kl_weight=1.0, student_train=train)
+    params = load(alignment, student_train=train, **{"ce_weight": 0.0, "kl_weight": 1.0} | changes)
     capture(params)
     log = stages.train_stage("student_kd", "toy", params, NoEngine)
     assert log[term].tail(3).mean() < 0.6 * log[term].head(3).mean()
     pd.testing.assert_frame_equal(stages.train_stage("student_kd", "toy", params), log)
     assert len(trained) == 1
+    assert not [n for n in weights(loading.load_model(stage.dir / "student_kd", params.models)) if "projection" in n]
     saved = loading.load_tokenizer(stage.dir / "student_kd")
     assert saved.get_vocab() == tokenizer.get_vocab() and saved.chat_template == tokenizer.chat_template
 
