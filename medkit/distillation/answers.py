@@ -139,9 +139,8 @@ def keep_verified(
     """The samples to learn, at most one of a question, and the yield per source.
 
     Kept is the shortest sample that is finished and right (it names the question's answer). A question is left out if
-    the student's share of right samples is `too_easy` or more (above 1: none is); `own` are the student's samples,
-    the teacher's count without them. The yield counts questions `asked`, samples `sampled`, `right` and `kept`, and
-    questions that were `too_easy`.
+    the student's share of right samples is `too_easy` or more (above 1: none is); `own` are the student's samples, the
+    teacher's count without them. The yield counts questions asked and too easy, and samples drawn, right and kept.
     """
     records = questions.set_index("id").to_dict("index")
 

@@ -1,8 +1,4 @@
-"""The test questions, and a model's answers to them.
-
-An answer is the log-probability of each option, or generated text. Nothing is judged here: `prompts` reads an answer's
-text, `evaluation` judges it.
-"""
+"""The test questions, and a model's answers to them. Nothing is judged here: `evaluation` does."""
 
 import numpy as np
 import pandas as pd
@@ -55,10 +51,8 @@ def predict(
     Columns id, scoring, template, logprobs, answer_tokens, thinking_tokens, text, and study and condition where `asked`
     has them. Log-probabilities stand in the question's own order of options. A model that thinks does so before a
     generated answer, for at most `max_thinking_tokens` tokens; then `text` begins with its thought, in its marks.
-    Otherwise its thought is empty, as it is before options and records, whose answers are learned without one.
-
-    A row may also bring its `template` (a name) and `order` (option `order[p]` is shown at place p). A prompt is read
-    once.
+    Otherwise its thought is empty, as it is before options and records, whose answers are learned without one. A row
+    may bring its `template` (a name) and `order` (option `order[p]` is shown at place p). A prompt is read once.
     """
     labels = [name for name in ("study", "condition") if name in asked]
     rows, scored = [], []

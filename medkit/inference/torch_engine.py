@@ -1,7 +1,4 @@
-"""The transformers engine, with three ways to schedule requests: sequential, static batches, continuous batching.
-
-The model comes loaded, with its dtype, its attention implementation and its quantization plan.
-"""
+"""The transformers engine, with three ways to schedule requests: sequential, static batches, continuous batching."""
 
 import time
 from collections.abc import Sequence
@@ -24,7 +21,7 @@ POLL_S = 0.01
 
 
 class TorchEngine:
-    """An engine (`modeling.engine.Engine`) over a loaded transformers model.
+    """An engine (`modeling.engine.Engine`) over a loaded model, with its dtype, attention and quantization.
 
     `scheduler`: "sequential" answers one request after the other. "static" pads requests to batches; a batch runs until
     its longest answer is done. "continuous" is transformers' own continuous batching: a request leaves when it is done.

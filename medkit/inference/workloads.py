@@ -104,8 +104,7 @@ def summarise(name: str, requests: Sequence[Request], generations: Sequence[Gene
 
     `ttft_s` is the time to a request's first token, so waiting in a queue counts. `latency_s_per_token` is the time
     from the first token to the last over the steps between. Both are medians over the requests, with 95th percentiles;
-    `throughput_tokens_per_s` is of all tokens over the whole pass. Raises EngineError for answers of another length
-    than asked.
+    throughput is of all tokens over the whole pass. Raises EngineError for answers of another length than asked.
     """
     wanted = [request.max_new_tokens for request in requests]
     written = [len(generation.token_ids) for generation in generations]

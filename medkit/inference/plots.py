@@ -1,4 +1,4 @@
-"""Figures of notebook 05. Each function returns a matplotlib figure."""
+"""Figures of notebook 05."""
 
 import matplotlib.pyplot as plt
 import pandas as pd
