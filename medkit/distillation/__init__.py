@@ -10,7 +10,6 @@ from medkit.distillation.plots import (
     plot_directions,
     plot_kept_mass,
     plot_spans,
-    tabulate_closing,
 )
 from medkit.distillation.pruning import measure_blocks, remove_block
 from medkit.distillation.stages import (

@@ -87,41 +87,31 @@ def plot_curves(history: Mapping[str, pd.DataFrame]) -> Drawn:
     return fig, log
 
 
-def tabulate_closing(scores: Mapping[str, pd.DataFrame], confidence: float) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Mean scores with intervals by variant and task, and by task the share of the gap that student_kd closes.
+def plot_closing(scores: Mapping[str, pd.DataFrame], confidence: float) -> tuple[Figure, pd.DataFrame, pd.DataFrame]:
+    """Per task the mean score of each model on validation rows; the title says how much of the gap student_kd closes.
 
-    scores: by variant a table of `evaluation.score_questions` of the same questions. The gap is that between student_ce
-    and teacher; each interval is a bootstrap over groups of questions (`statistics.gap_closed`).
+    scores: by variant a table of `evaluation.score_questions` of the same questions. Returns the figure, the means
+    (variant, source, score, ci_low, ci_high, n), and by task the gap between student_ce and teacher with the share that
+    is closed (`statistics.gap_closed`). Intervals are bootstraps over groups of questions.
     """
-    means, shares, table = [], [], pd.concat(scores.values(), ignore_index=True)
-    for task, part in table.groupby("source", sort=False):
+    table, means, shares = pd.concat(scores.values(), ignore_index=True), [], []
+    size = (SIZE[0], 1.2 + 0.35 * len(scores))
+    fig, axes = plt.subplots(1, table.source.nunique(), figsize=size, sharey=True, squeeze=False)
+    for ax, (task, part) in zip(axes[0], table.groupby("source", sort=False), strict=True):
         by_id = part.pivot(index=["id", "group"], columns="variant", values="score")[list(scores)]
         groups = by_id.index.get_level_values("group")
         low, high = mean_intervals(by_id.to_numpy(), groups, confidence)
         columns = {"score": by_id.mean().to_numpy(), "ci_low": low, "ci_high": high, "n": len(by_id)}
         means.append(pd.DataFrame({"variant": list(scores), "source": task, **columns}))
-        three = [by_id[name] for name in ("student_ce", "student_kd", "teacher")]
-        shares.append({"source": task} | gap_closed(*three, groups, confidence))
-    return pd.concat(means, ignore_index=True), pd.DataFrame(shares)
-
-
-def plot_closing(scores: pd.DataFrame, shares: pd.DataFrame) -> Drawn:
-    """Per task the mean score of each model on validation rows; the title says how much of the gap student_kd closes.
-
-    scores: columns variant, source, score, ci_low, ci_high, n. shares: source, share, ci_low, ci_high (`gap_closed`).
-    """
-    tasks, share_of = list(shares.source), shares.set_index("source")
-    size = (SIZE[0], 1.2 + 0.35 * scores.variant.nunique())
-    fig, axes = plt.subplots(1, len(tasks), figsize=size, sharey=True, squeeze=False)
-    for ax, task in zip(axes[0], tasks, strict=True):
-        part, closed = scores[scores.source == task], share_of.loc[task]
-        for y, row in enumerate(part.itertuples()):
+        for y, row in enumerate(means[-1].itertuples()):
             colour = VARIANTS[row.variant].colour
             ax.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=2.5, solid_capstyle="round")
             ax.plot(row.score, y, "o", color=colour, ms=7)
             ax.annotate(f"{row.score:.2f}", (row.score, y), (0, 7), textcoords="offset points", ha="center", fontsize=9)
-        ax.set(yticks=range(len(part)), xlabel=f"score on {task}  (n = {part.n.max()})", ylim=(len(part) - 0.4, -0.8))
-        ax.set_yticklabels([VARIANTS[name].label for name in part.variant])
-        share = f"{closed.share:.0%} [{closed.ci_low:.0%}, {closed.ci_high:.0%}] of the gap closed"
-        ax.set_title("no gap to close" if np.isnan(closed.share) else share, loc="left")
-    return fig, scores
+        ax.set(yticks=range(len(scores)), xlabel=f"score on {task}  (n = {len(by_id)})", ylim=(len(scores) - 0.4, -0.8))
+        ax.set_yticklabels([VARIANTS[name].label for name in scores])
+        closed = gap_closed(*(by_id[name] for name in ("student_ce", "student_kd", "teacher")), groups, confidence)
+        shares.append({"source": task, **closed})
+        share = f"{closed['share']:.0%} [{closed['ci_low']:.0%}, {closed['ci_high']:.0%}] of the gap closed"
+        ax.set_title("no gap to close" if np.isnan(closed["share"]) else share, loc="left")
+    return fig, pd.concat(means, ignore_index=True), pd.DataFrame(shares)
