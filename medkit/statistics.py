@@ -9,8 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 import pandas as pd
-from scipy import optimize, sparse, stats
-from statsmodels.stats.contingency_tables import mcnemar
+from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
@@ -22,9 +21,6 @@ CELLS_AT_ONCE = 4_000_000  # counts held at a time: bounds memory, changes no re
 
 class StatisticsError(MedkitError):
     """Numbers that no interval or test can be computed from."""
-
-
-# --- intervals -----------------------------------------------------------------------------------------------------
 
 
 def wilson(successes: int, n: int, confidence: float) -> tuple[float, float]:
@@ -42,17 +38,13 @@ def resample_groups(groups: Sequence, resamples: int = RESAMPLES, seed: int = 0)
     codes = pd.factorize(np.asarray(groups))[0]
     if not len(codes) or codes.min() < 0:
         raise StatisticsError(f"{len(codes)} rows, {(codes < 0).sum()} of them in no group: every row needs a group")
-    for drawn in _draw(codes.max() + 1, resamples, seed, len(codes)):
-        yield drawn[:, codes]
-
-
-def _draw(count: int, resamples: int, seed: int, width: int) -> Iterator[np.ndarray]:
-    """Counts of `count` things in chunks of resamples; a chunk has at most CELLS_AT_ONCE cells of this width."""
-    draw, at_once = np.random.default_rng(seed), max(1, CELLS_AT_ONCE // max(count, width))
+    count = codes.max() + 1
+    draw, at_once = np.random.default_rng(seed), max(1, CELLS_AT_ONCE // len(codes))
     for start in range(0, resamples, at_once):
-        rows = min(at_once, resamples - start)
-        cells = draw.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
-        yield np.bincount(cells.ravel(), minlength=rows * count).reshape(rows, count).astype(np.int16)
+        size = min(at_once, resamples - start)
+        cells = draw.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
+        drawn = np.bincount(cells.ravel(), minlength=size * count).reshape(size, count).astype(np.int16)
+        yield drawn[:, codes]
 
 
 def mean_intervals(
@@ -68,13 +60,11 @@ def mean_intervals(
     mean, extra = np.nanmean(values, axis=0), np.asarray(imagined, float)
     values = np.vstack([values, np.repeat(extra[:, None], values.shape[1], axis=1)])
     codes = np.append(codes, codes.max() + 1 + np.arange(len(extra)))
-    member = sparse.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))))  # (groups, rows)
-    sums, counts = member @ np.nan_to_num(values), member @ ~np.isnan(values)  # (groups, columns)
-    means = []
-    for drawn in _draw(len(sums), RESAMPLES, seed, len(sums)):
-        drawn, rows = drawn.astype(float), drawn @ counts
-        means.append(np.divide(drawn @ sums, rows, out=np.full(rows.shape, np.nan), where=rows > 0))
-    low, high = np.nanquantile(np.vstack(means), [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    values, present = np.nan_to_num(values), (~np.isnan(values)).astype(float)
+    with np.errstate(invalid="ignore"):  # 0 / 0: none of a column's rows was drawn
+        drawn = (times.astype(float) for times in resample_groups(codes, RESAMPLES, seed))
+        means = np.vstack([(times @ values) / (times @ present) for times in drawn])
+    low, high = np.nanquantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return np.minimum(low, mean), np.maximum(high, mean)
 
 
@@ -103,17 +93,13 @@ def gap_closed(
     ends = [(1 - confidence) / 2, (1 + confidence) / 2]
     gaps, gap = means[:, 2] - means[:, 0], scores[2].mean() - scores[0].mean()
     gap_low, gap_high = np.quantile(gaps, ends)
-    found = {"gap": gap, "gap_low": gap_low, "gap_high": gap_high}
     share = ci_low = ci_high = np.nan
     if gap_low > 0 or gap_high < 0:
         share = (scores[1].mean() - scores[0].mean()) / gap
         shares = np.divide(means[:, 1] - means[:, 0], gaps, out=np.full(len(gaps), np.nan), where=gaps != 0)
         ci_low, ci_high = np.nanquantile(shares, ends)
-    found |= {"share": share, "ci_low": ci_low, "ci_high": ci_high}
+    found = {"gap": gap, "gap_low": gap_low, "gap_high": gap_high, "share": share, "ci_low": ci_low, "ci_high": ci_high}
     return {name: float(value) for name, value in found.items()} | {"n": scores.shape[1]}
-
-
-# --- pairs ---------------------------------------------------------------------------------------------------------
 
 
 def paired_difference(
@@ -122,7 +108,7 @@ def paired_difference(
     """ours − theirs on the same questions: difference, interval, flips, p-values, minimum detectable effect.
 
     ci: Wald with one pseudo-observation per discordant cell (Bonett & Price 2012), which keeps its coverage at small n.
-    p_value: McNemar's exact test. p_clustered: `sign_flip_p`; without groups every question is its own group.
+    p_value: McNemar's exact test, `sign_flip_p` of single questions. p_clustered: the same of whole groups.
     design_effect: variance of the difference by groups over that of independent questions, at least 1. mde:
     `detectable_effect` at n / design_effect questions and the flip rate seen here (with the pseudo-observations).
     """
@@ -144,16 +130,11 @@ def paired_difference(
         "n": n,
         "gained": gained,
         "lost": lost,
-        "p_value": mcnemar_p(gained, lost),
+        "p_value": sign_flip_p(ours.astype(int) - theirs),
         "p_clustered": sign_flip_p(sums),
         "design_effect": float(design_effect),
         "mde": detectable_effect(max(1, round(n / design_effect)), up + down, confidence, power),
     }
-
-
-def mcnemar_p(gained: int, lost: int) -> float:
-    """Two-sided p of McNemar's exact test of the numbers of flips."""
-    return float(mcnemar([[0, gained], [lost, 0]], exact=True).pvalue) if gained + lost else 1.0
 
 
 def sign_flip_p(sums: Sequence[int]) -> float:
