@@ -9,11 +9,10 @@ from medkit.evaluation.accuracy import (
     measure_accuracy,
     measure_gaps,
 )
-from medkit.evaluation.baselines import predict_baselines
+from medkit.evaluation.baselines import predict_baselines, regex_baseline
 from medkit.evaluation.calibration import add_confidence, measure_calibration, reliability, risk_coverage
 from medkit.evaluation.energy import cost_table, meter
 from medkit.evaluation.plots import plot_accuracies, plot_calibration, plot_safety, plot_steps
-from medkit.evaluation.record_baseline import regex_baseline
 from medkit.evaluation.record_scores import (
     compare_records,
     measure_records,

@@ -1,71 +1,153 @@
-"""Baselines without a language model: the most frequent answer, and TF-IDF with logistic regression.
+"""Baselines without a language model, which a model must beat to have learned more than a table of words could hold.
 
-A model that does not beat these has learned nothing that a table of words could not hold. Both learn from the same
-labelled rows as the student. They see an answer as a class, so they fit sources whose options come from one list,
-such as the chapters of ICD-10-CM, and not exams, where every question has options of its own.
+For questions: the most frequent answer, and TF-IDF with logistic regression, on the student's labelled rows. For
+records of the first form: regular expressions, written by reading the phrases of the training pool alone.
 """
+
+import re
 
 import numpy as np
 import pandas as pd
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import FeatureUnion, Pipeline, make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline, make_union
 
-BASELINES = ("majority", "tfidf")
+from medkit.prompts import templates
 
 
 def predict_baselines(training: pd.DataFrame, questions: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, int]]:
     """The baselines' scores of the questions' options, and what each baseline weighs in bytes.
 
-    training, questions: rows with `question`, `options` and `answer` (an index into `options`). Returns rows like
-    those of `inference.predict`: variant, id, scoring (`option_text`) and `logprobs`, one per option, in nats. An
-    option that no training row had as its answer has the smallest probability. Raises ValueError without training rows.
+    training, questions: rows with `question`, `options` and `answer` (an index into `options`). An answer is a class,
+    so the options must come from one list, as the chapters of ICD-10-CM do and those of an exam do not. Returns rows
+    like those of `inference.predict`: variant, id, scoring (`option_text`) and `logprobs`, one per option, in nats. An
+    option that no training row had as its answer has half of the smallest probability.
     """
-    if training.empty:
-        raise ValueError("a baseline needs training rows, there are none")
-    texts, answers = training.question.tolist(), _answers(training)
+    answers = [options[answer] for options, answer in zip(training.options, training.answer, strict=True)]
+    model = fit_tfidf(training.question.tolist(), answers)
     classes, counts = np.unique(answers, return_counts=True)
-    model = fit_tfidf(texts, answers)
     probabilities = {
         "majority": np.tile(counts / counts.sum(), (len(questions), 1)),
         "tfidf": model.predict_proba(questions.question.tolist()),
     }
-    sizes = {"majority": counts.nbytes, "tfidf": count_bytes(model)}
-    rows = [
-        pd.DataFrame({"variant": name, "id": questions.id.to_numpy(), "scoring": "option_text",
-                      "logprobs": _option_logprobs(questions, classes, probabilities[name])})
-        for name in BASELINES
-    ]  # fmt: skip
-    return pd.concat(rows, ignore_index=True), sizes
+    rows = []
+    for name, table in probabilities.items():
+        least = table[table > 0].min() / 2
+        for id, options, row in zip(questions.id, questions.options, table, strict=True):
+            of_class = dict(zip(classes, row, strict=True))
+            logprobs = np.log([of_class.get(option, least) for option in options])
+            rows.append({"variant": name, "id": id, "scoring": "option_text", "logprobs": logprobs})
+    return pd.DataFrame(rows), {"majority": counts.nbytes, "tfidf": count_bytes(model)}
 
 
 def fit_tfidf(texts: list[str], answers: list[str]) -> Pipeline:
     """Logistic regression on TF-IDF of words and of character 3- to 5-grams."""
-    features = FeatureUnion(
-        [
-            ("words", TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))),
-            ("characters", TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(3, 5))),
-        ]
-    )
-    return make_pipeline(features, LogisticRegression(C=10.0, max_iter=1000)).fit(texts, answers)
+    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+    characters = TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(3, 5))
+    model = make_pipeline(make_union(words, characters), LogisticRegression(C=10.0, max_iter=1000))
+    return model.fit(texts, answers)
 
 
 def count_bytes(model: Pipeline) -> int:
     """Bytes of the coefficients as 32-bit floats, of the inverse document frequencies, and of the vocabulary."""
-    features, classifier = model[0], model[-1]
+    features, classifier = model
     parts = [part for _, part in features.transformer_list]
     words = sum(len(word.encode()) for part in parts for word in part.vocabulary_)
     return 4 * (classifier.coef_.size + sum(len(part.vocabulary_) for part in parts)) + words
 
 
-def _answers(questions: pd.DataFrame) -> list[str]:
-    return [options[answer] for options, answer in zip(questions.options, questions.answer, strict=True)]
+# --- records, by regular expressions ---------------------------------------------------------------------------------
+
+NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
+DURATION = re.compile(rf"\b(\d+|{'|'.join(NUMBERS)}) ((?:day|week|month|year)s?)\b")
+RELATIVE = re.compile(r"\b(?:my|the family, my) (?:\w+)\b.*\b(?:has|had|got|is|at|with|reacts|cannot)\b")
+OTHER_TIME = re.compile(r"\b(?:worse|worst|stopped|visit|trip|slept|last)\b")
+STOPPED = re.compile(
+    r"\b(?:stop(?:ped)?|before that|no longer|replaced|used to|off|did not help|ended|my old|finished|quit|past|"
+    r"gave up)\b"
+)
+TOPICS = {
+    "age": r"\bage\b|\bold\b",
+    "allergy": r"allerg|tolerate|react",
+    "drug": r"medicin|medicat|drug|tablet|\btak(?:e|ing)\b|treated|prescri",
+    "duration": r"how long|since when|when did|how many",
+}
+COMPLAINT = re.compile(
+    r"\b(?:i have had|have|had|having|because of|problem is|about some|it is my|it is|my(?! problem)|the(?! past)|got|"
+    r"came for|with|was|some) ([a-z ]+?)(?= for\b| ago| began| is killing| now|[.,]|$)"
+)
+DRUG = re.compile(r"(?:^|\b(?:take|of|on|me|is|yes,|just|present|use|my|only) )([a-z]{5,})\b")
+NO_DRUG = {"doctor", "every", "about", "after", "daily", "taking", "nothing", "there", "which"}
+ALLERGY = re.compile(r"(?:\b(?:to|from|with|after|avoid|stand) |^yes, )(?:the )?([a-z ]+?)(?= i\b|[.,;]|$)")
+DENIED = re.compile(r"\b(?:no|not|none|never|without)\b")
+WOMAN = re.compile(r"\b(?:mrs|ms|ma'am|woman|(?:grand)?mother)\b")
+MAN = re.compile(r"\b(?:mr|sir|man|(?:grand)?father)\b")
 
 
-def _option_logprobs(questions: pd.DataFrame, classes: np.ndarray, probabilities: np.ndarray) -> list[np.ndarray]:
-    column = {name: i for i, name in enumerate(classes)}
-    least = probabilities[probabilities > 0].min() / 2
-    return [
-        np.log([row[column[option]] if option in column else least for option in options])
-        for options, row in zip(questions.options, probabilities, strict=True)
-    ]
+def regex_baseline(questions: pd.DataFrame) -> pd.DataFrame:
+    """Rows of variant, id, scoring, template and text, like those of `inference.predict`, for kind `record`."""
+    rows = questions[questions.kind == "record"]
+    form = templates.FORMS["record"]
+    texts = [form.model_construct(**fill_form(dialogue)).model_dump_json() for dialogue in rows.question]
+    return pd.DataFrame(
+        {"variant": "regex", "id": rows.id, "scoring": "generated", "template": "record", "text": texts}
+    )
+
+
+def fill_form(dialogue: str) -> dict:
+    """The fields of the first form in a dialogue with a line per turn, `D: …` and `P: …`.
+
+    The doctor's question names the topic, the patient's next line answers it. Sentences about relatives, about drugs
+    that were stopped and about other times are left out.
+    """
+    record = dict.fromkeys(templates.FORMS["record"].model_fields)
+    lines = [line[3:].casefold() for line in dialogue.splitlines()]
+    for i, (question, answer) in enumerate(zip(lines[::2], lines[1::2], strict=False)):
+        topic = next((name for name, pattern in TOPICS.items() if re.search(pattern, question)), "symptom")
+        sentences = re.split(r"(?<=[.;?]) ", answer)
+        own = [part for part in sentences if not RELATIVE.search(part)]
+        if i == 0:
+            record["complaint"] = _first(COMPLAINT, DURATION.sub("", sentences[0]).replace("  ", " "))
+        if i == 0 or topic == "duration":
+            times = DURATION.findall(" ".join(part for part in sentences if not OTHER_TIME.search(part)))
+            if times:
+                number, unit = times[-1]
+                record["duration"] = f"{NUMBERS.get(number, number)} {unit}"
+        elif topic == "age":
+            numbers = re.findall(r"\b\d{2,3}\b", " ".join(own))
+            record["age"] = int(numbers[-1]) if numbers else None
+            record["sex"] = "female" if WOMAN.search(" ".join(own)) else "male" if MAN.search(" ".join(own)) else None
+        elif topic == "drug":
+            taken = " ".join(part for part in sentences if not STOPPED.search(part))
+            doses = re.findall(r"\b(\d+) (?:mg|milligram)", taken)
+            names = [name for name in DRUG.findall(taken) if name not in NO_DRUG]
+            record |= {"dose": f"{doses[-1]} mg", "drug": names[0] if names else None} if doses else {}
+        elif topic == "allergy" and not DENIED.search(answer) and own:
+            record["allergy"] = _first(ALLERGY, " ".join(own))
+        elif topic == "symptom":
+            record["denies"] = _denied(question, answer) or record["denies"]
+    titles = lines[0] if lines else ""
+    if WOMAN.search(titles) or MAN.search(titles):
+        record["sex"] = "female" if WOMAN.search(titles) else "male"
+    return record
+
+
+def _first(pattern: re.Pattern, text: str) -> str | None:
+    match = pattern.search(text)
+    return match[1].strip() if match else None
+
+
+def _denied(question: str, answer: str) -> str | None:
+    """The symptom of the question that the answer denies."""
+    asked = re.sub(
+        r"^.*?\b(?:any|some|have|about|and|is there|did|also|come with it)\b (?:any |you have )?", "", question
+    )
+    asked = re.sub(r"(?: as well| too| come with it|, too)?[?.]$", "", asked).replace(",", "")
+    symptoms = re.split(r" or (?:maybe )?| and ", asked)
+    if len(symptoms) == 1:
+        return symptoms[0] if DENIED.search(answer) else None
+    for symptom in symptoms:
+        name = re.escape(symptom)
+        if re.search(rf"\b(?:no|never|without|not have|not had|no to) (?:any )?{name}|{name}, (?:no|never)[.]", answer):
+            return symptom
+    return None
