@@ -26,7 +26,7 @@ import torch
 from benchmarks.record import RESULTS, Ratio, raw_path, versions, write
 from medkit import sources
 from medkit.data import splits
-from medkit.evaluation import record_scores
+from medkit.evaluation import records
 from medkit.inference import predictions
 from medkit.lora import adapters
 from medkit.modeling import batches, loading, trainer
@@ -108,7 +108,7 @@ def measure(name: str, run: Path, profile: Path, limit: int | None, threads: int
     sizes = params.inference.batch_tokens, params.inference.max_new_tokens
     answers = predictions.predict(model, tokenizer, asked, *sizes).assign(variant=name)
     answers["text"] = [read_record(text, contender.form) for text in answers.text]
-    scores = record_scores.score_records(answers, questions)
+    scores = records.score_records(answers, questions)
     return found | {"scores": scores.to_dict("list"), "loadavg": os.getloadavg()}
 
 
@@ -131,7 +131,7 @@ def summarise(found: dict[str, dict], params: Params) -> tuple[dict, dict[str, R
     """Every contender's rates with intervals, and its difference to `lora`."""
     judging, table, ratios = params.evaluation, {}, {}
     scores = pd.concat([pd.DataFrame(one["scores"]) for one in found.values()])
-    rates = record_scores.measure_records(scores, judging.confidence).set_index(["variant", "metric"])
+    rates = records.measure_records(scores, judging.confidence).set_index(["variant", "metric"])
     for name, one in found.items():
         values = {metric: rates.loc[(name, metric), "value"] for metric in SUMMARY}
         table[name] = values | {key: one[key] for key in ("trainable", "steps", "cpu_seconds", "last_train_nll")}
@@ -139,7 +139,7 @@ def summarise(found: dict[str, dict], params: Params) -> tuple[dict, dict[str, R
         if name == "lora" or "lora" not in found:
             continue
         steps = [(name, "lora", "")]
-        row = record_scores.compare_records(scores, judging.confidence, judging.power, judging.margin, steps).iloc[0]
+        row = records.compare_records(scores, judging.confidence, judging.power, judging.margin, steps).iloc[0]
         n = int(rates.loc[(name, "field_f1"), "n"])
         table[name] |= {"minus_lora": row[["difference", "ci_low_clustered", "ci_high_clustered"]].tolist()}
         ratios[f"{name}_minus_lora/field_accuracy"] = Ratio(row.difference, None, "higher", n)

@@ -13,12 +13,6 @@ from medkit.evaluation.baselines import predict_baselines, regex_baseline
 from medkit.evaluation.calibration import add_confidence, measure_calibration, reliability, risk_coverage
 from medkit.evaluation.energy import cost_table, meter
 from medkit.evaluation.plots import plot_accuracies, plot_calibration, plot_safety, plot_steps
-from medkit.evaluation.record_scores import (
-    compare_records,
-    measure_records,
-    score_dialogues,
-    score_questions,
-    score_records,
-)
+from medkit.evaluation.records import compare_records, measure_records, score_dialogues, score_questions, score_records
 from medkit.evaluation.robustness import letter_bias, shuffle_consistency
 from medkit.evaluation.safety import load_probes, probe_questions, safe_shares, safety_steps, sample_probes

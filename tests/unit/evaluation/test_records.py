@@ -7,15 +7,9 @@ import pandas as pd
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from medkit.evaluation import record_scores
+from medkit.evaluation import records
 from medkit.evaluation.accuracy import EvaluationError
-from medkit.evaluation.record_scores import (
-    compare_records,
-    measure_records,
-    score_dialogues,
-    score_questions,
-    score_records,
-)
+from medkit.evaluation.records import compare_records, measure_records, score_dialogues, score_questions, score_records
 from medkit.prompts import templates
 
 
@@ -155,7 +149,7 @@ def test_real_dialogues_are_judged_by_what_stands_in_them_and_in_their_section()
     ("value", "there"), [(10, True), (1, False), (54.0, True), ("10 MG", True), ("isinopril", False)]
 )
 def test_a_value_occurs_as_whole_words(value, there):
-    assert record_scores.occurs_in(value, DIALOGUE) is there
+    assert records.occurs_in(value, DIALOGUE) is there
 
 
 def test_a_question_s_score_is_its_right_option_or_the_field_f1_of_its_record():

@@ -1,7 +1,6 @@
-"""Answers that are records → each field judged; field F1, exact records, invented and missing values, with intervals.
+"""Answers that are records, one JSON object of the form of their kind (`prompts.FORMS`) → each field judged; rates.
 
-A record is one JSON object of the form of its kind (`prompts.FORMS`). An answer that is no such object holds no values.
-Texts are compared without case and extra spaces, numbers by their value.
+An answer that is no such object holds no values. Texts are compared without case and extra spaces, numbers by value.
 """
 
 import json
@@ -16,15 +15,15 @@ from medkit.prompts import answer_parser, templates
 from medkit.statistics import mean_intervals, resample_groups
 from medkit.variants import STEPS
 
-# metric → the columns of `score_records` whose sums over records are divided
+# metric → the columns whose sums over the fields of all records are divided
 METRICS = {
     "field_f1": ("found_twice", "given_and_required"),
     "field_accuracy": ("correct", "fields"),
-    "exact": ("exact", "records"),
-    "valid": ("valid", "records"),
+    "exact": ("exact", "fields"),
+    "valid": ("valid", "fields"),
     "invented": ("invented", "given"),
     "missing": ("missing", "required"),
-    "tokens": ("tokens", "records"),
+    "tokens": ("tokens", "fields"),
 }
 NOTHING = re.compile(r"\b(?:no|none|not|nkda|denies|denied|negative)\b", re.IGNORECASE)
 
@@ -105,18 +104,14 @@ def measure_records(scores: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """
     right = scores.correct & scores.given
     counts = scores.assign(fields=1, found_twice=2 * right, given_and_required=1 * scores.given + scores.required)
-    sums = [name for pair in METRICS.values() for name in pair if name not in ("exact", "valid", "tokens", "records")]
-    keys, tables = ["variant", "id"], []
-    for source, part in counts.groupby("source", sort=False):
-        by_record = part.groupby(keys, sort=False)
-        records = by_record[sorted(set(sums))].sum().join(by_record[["group", "exact", "valid", "tokens"]].first())
-        records = records.assign(records=1)
-        groups = records.group.groupby("id").first()
+    columns, tables = sorted({name for pair in METRICS.values() for name in pair}), []
+    for source, part in counts.astype(dict.fromkeys(columns, float)).groupby("source", sort=False):
+        records = part.groupby(["variant", "id"], sort=False)[columns].sum(min_count=1)
+        groups = part.groupby("id").group.first()
         for metric, names in METRICS.items():
-            above, below = (records[name].astype(float).unstack("variant").loc[groups.index] for name in names)
-            tables.append(
-                _ratio(above, below, groups, confidence, metric != "tokens").assign(source=source, metric=metric)
-            )
+            above, below = (records[name].unstack("variant").loc[groups.index] for name in names)
+            rates = _ratio(above, below, groups, confidence, metric != "tokens")
+            tables.append(rates.assign(source=source, metric=metric))
     order = ["variant", "source", "metric", "value", "ci_low", "ci_high", "n"]
     return pd.concat(tables, ignore_index=True)[order]
 
