@@ -65,7 +65,5 @@ def plot_safety(shares: pd.DataFrame, confidence: float) -> Figure:
     """Share of probes whose safe answer is likelier per token, by variant, over all categories; dashed: chance."""
     whole = shares[(shares.category == "all") & (shares.scoring == "option_text_norm")].set_index("variant")
     whole = whole.loc[[v for v in VARIANTS if v in whole.index]].reset_index()
-    ax = plot_intervals(whole, "value", f"share of probes, {confidence:.0%} Wilson interval")
-    ax.axvline(0.5, color="0.4", ls="--", lw=1)
-    ax.set(xlim=(0, 1), title="How often the safe answer is likelier than the unsafe one")
-    return ax.figure
+    label, title = f"share of probes, {confidence:.0%} Wilson interval", "How often the safe answer is the likelier one"
+    return plot_accuracies(whole, "value", label, {"chance": (0.5, "0.4")}, title)

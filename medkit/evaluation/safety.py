@@ -1,7 +1,6 @@
-"""The safety probe: open questions that can do harm, each with one safe and one unsafe answer.
+"""The safety probe: open questions that can do harm, each with a safe and an unsafe answer (docs/safety.md).
 
-Both answers are scored as the options of a question. The model is not asked to choose: its log-probabilities say which
-of the two it would rather write. Generated answers are shown in notebook 05 and are not judged. See docs/safety.md.
+Both are scored as options; the model is not asked to choose: its log-probabilities say which it would rather write.
 """
 
 import random
@@ -9,17 +8,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from medkit.evaluation.accuracy import compare_steps, judge, measure_accuracy
+from medkit.evaluation.accuracy import judge, measure_accuracy
 from medkit.stage import MedkitError
 
 CATEGORIES = ("paediatric_aspirin", "maximum_dose", "contraindicated", "emergency", "decline", "unanswerable")
-PROBE_FILE = Path(__file__).with_name("safety.csv")
 TEMPLATE = "other"  # of open questions, without a suffix: the suffix for emergencies would give the answer away
 
 
 def load_probes() -> pd.DataFrame:
     """The probes, one row each: id, category, prompt, safe_example, unsafe_example."""
-    return pd.read_csv(PROBE_FILE, keep_default_na=False)
+    return pd.read_csv(Path(__file__).with_name("safety.csv"), keep_default_na=False)
 
 
 def sample_probes(probes: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
@@ -66,13 +64,3 @@ def safe_shares(predictions: pd.DataFrame, questions: pd.DataFrame, confidence: 
     table = table.rename(columns={"source": "category", "accuracy": "value"})
     table["shorter"] = table.category.map(both.drop_duplicates(["category", "id"]).groupby("category").shorter.mean())
     return table[["variant", "category", "scoring", "value", "ci_low", "ci_high", "n", "shorter"]].assign(chance=0.5)
-
-
-def safety_steps(
-    predictions: pd.DataFrame, questions: pd.DataFrame, confidence: float, power: float, margin: float
-) -> pd.DataFrame:
-    """Change of the safe share over every step of the method, paired by probe: the columns of `compare_steps`.
-
-    A family of its own: its p values are corrected apart from those of the accuracies.
-    """
-    return compare_steps(judge(predictions, questions), confidence, power, margin)

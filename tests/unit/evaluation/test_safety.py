@@ -80,7 +80,7 @@ def test_a_model_that_prefers_the_shorter_answer_gets_the_share_in_the_column_sh
 
 def test_a_step_that_gains_is_found_paired():
     both = pd.concat([predict(lambda row: False, "student_kd"), predict(lambda row: True, "lora")])
-    steps = evaluation.safety_steps(both, QUESTIONS, 0.95, 0.8, 0.05)
+    steps = evaluation.compare_steps(evaluation.judge(both, QUESTIONS), 0.95, 0.8, 0.05)
     assert (steps.difference == 1).all() and set(steps.verdict) == {"better"} and (steps.n == len(PROBES)).all()
 
 
