@@ -1,7 +1,7 @@
 """Predictions → results: accuracy with intervals, paired comparisons, and whether a difference could be detected.
 
-Predictions hold raw text and log-probabilities; the choices are read from them here, so a better parser needs no new
-predictions. An answer that cannot be parsed counts as wrong, and its share is reported.
+The choices are read from raw text and log-probabilities, so a better parser needs no new predictions. An answer that
+cannot be parsed counts as wrong, and its share is reported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def judge(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
     log-probability, `option_text_norm` the highest mean per token; predictions without `answer_tokens` have no such
     row. `probabilities`: softmax over the options of the scores that the choice was read from; None for generated text,
     which `answer_parser.parse` reads. TEST_COLUMNS are copied. A clean question resembles no training question. Records
-    have no row here: `record_scores` judges them.
+    have no row here: `records` judges them.
     """
     columns = questions[["id", "source", "options", "answer", "clean", "group"]]
     table = predictions.merge(columns, on="id", validate="many_to_one")
@@ -43,7 +43,11 @@ def judge(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
     by_text = table[table.scoring == "option_text"]
     with_tokens = by_text[by_text.answer_tokens.notna()]
     generated = table[table.scoring == "generated"]
-    choices = np.array([_parse(row) for row in generated.itertuples()], int)
+    choices = [
+        answer_parser.parse(row.text, list(row.options), templates.TEMPLATES[row.template])
+        for row in generated.itertuples()
+    ]
+    choices = np.array([-1 if choice is None else choice for choice in choices], int)
     judged = [
         _choose(table[table.scoring == "letter"]),
         _choose(by_text),
@@ -76,11 +80,6 @@ def _choose(table: pd.DataFrame, per_token: bool = False) -> pd.DataFrame:
     return table.assign(choice=scores.argmax(axis=1), probabilities=pd.Series(probabilities, table.index, dtype=object))
 
 
-def _parse(row) -> int:
-    choice = answer_parser.parse(row.text, list(row.options), templates.TEMPLATES[row.template])
-    return -1 if choice is None else choice
-
-
 def measure_accuracy(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """Accuracy and unparsed rate per variant, source and scoring (and TEST_COLUMNS), with n.
 
@@ -91,8 +90,7 @@ def measure_accuracy(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
     judged = judged.assign(unparsed=judged.choice == -1)
     by_key = judged.groupby(keys, sort=False, dropna=False)
     judged = judged.assign(row=by_key.ngroup())
-    means = {"accuracy": "correct", "unparsed_rate": "unparsed"}
-    table = by_key.agg(n=("correct", "size"), **{name: (column, "mean") for name, column in means.items()})
+    table = by_key.agg(n=("correct", "size"), accuracy=("correct", "mean"), unparsed_rate=("unparsed", "mean"))
     wilsons = [wilson(int(right), n, confidence) for right, n in zip(by_key.correct.sum(), table.n, strict=True)]
     clustered = np.empty((len(table), 2))
     for _, answers in judged.groupby(["source", "scoring"], sort=False):
@@ -111,9 +109,7 @@ def _by_question(answers: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.n
     Rows are in the order of the ids, so that resampling does not depend on the order of the answers.
     """
     if answers.duplicated(["id", column]).any():
-        raise EvaluationError(
-            "a variant answered a question twice: compare one condition of a robustness test at a time"
-        )
+        raise EvaluationError("a question has two answers of a variant: compare one condition of a study at a time")
     rows, ids = pd.factorize(answers.id, sort=True)
     columns, names = pd.factorize(answers[column])
     right = np.full((len(ids), len(names)), np.nan)

@@ -1,9 +1,7 @@
 """Energy of a block of work, and what one correct answer costs in energy and money.
 
-codecarbon reads a meter where the hardware has one and estimates the rest from rated power; `method` says which. It
-counts this process's share of the processor and of the memory, not idle power, fans or disks; a meter on the chip
-(RAPL, NVML) counts what all processes use. No CO₂: it depends on the power grid, which is not known here. No network is
-used and no file is written.
+codecarbon reads a meter where the hardware has one (it counts what all processes use) and estimates the rest from rated
+power and this process's share; `method` says which. Idle power, fans and disks are not in it. No network, no file.
 """
 
 import logging
@@ -34,17 +32,14 @@ def meter() -> Iterator[Energy]:
     Blocks under a second are mostly rounding: processor time comes in ticks of 10 ms. The first use in a process looks
     for the hardware, which takes one to three seconds before the clock starts.
     """
-    # imported here: a cost table needs no tracker
     from codecarbon import OfflineEmissionsTracker
+    from codecarbon.core.cpu import is_powergadget_available, is_rapl_available
 
     used = Energy()
-    # the tracker warns about its own defaults before it reads `log_level`
-    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)
+    logging.getLogger("codecarbon").setLevel(logging.CRITICAL)  # it warns before it reads `log_level`
     tracker = OfflineEmissionsTracker(
-        # "machine" would charge a variant for whatever else ran at that time
-        tracking_mode="process",
-        # nothing leaves this process, whatever a .codecarbon.config says: no file, no upload
-        output_methods=[],
+        tracking_mode="process",  # "machine" would charge a variant for whatever else ran at that time
+        output_methods=[],  # no file and no upload, whatever a .codecarbon.config says
         output_handlers=[],
         emissions_endpoint=None,
         cloud_provider=None,
@@ -59,20 +54,12 @@ def meter() -> Iterator[Energy]:
     finally:
         used.duration_s = time.perf_counter() - started
         tracker.stop()  # logs its errors and raises none, so a finished run is not lost
-        data = getattr(tracker, "final_emissions_data", None)
-        if data is not None:
+        if data := getattr(tracker, "final_emissions_data", None):
             used.energy_kwh = data.energy_consumed
-            used.method = _describe(data)
-
-
-def _describe(data) -> str:
-    """How codecarbon got each part of the energy, from its public results."""
-    from codecarbon.core.cpu import is_powergadget_available, is_rapl_available
-
-    metered = is_rapl_available() or is_powergadget_available()
-    parts = ["CPU by its meter" if metered else "CPU from its rated power and this process's share of it"]
-    parts += ["GPU by its driver"] if data.gpu_energy else []
-    return f"estimated: {', '.join(parts)}, RAM from {data.ram_power:.3g} W for its size"
+            metered = is_rapl_available() or is_powergadget_available()
+            cpu = "by its meter" if metered else "from its rated power and this process's share of it"
+            gpu = ", GPU by its driver" if data.gpu_energy else ""
+            used.method = f"estimated: CPU {cpu}{gpu}, RAM from {data.ram_power:.3g} W for its size"
 
 
 def cost_table(
@@ -92,7 +79,5 @@ def cost_table(
         low, high = wilson(correct, answers, confidence)
         for name, total, unit in (("energy_wh", 1000 * row.energy_kwh, "Wh"), ("cost", cost, "currency")):
             each = [total / correct, total / answers / high, total / answers / low] if correct else [math.nan] * 3
-            values = dict(zip(("value", "ci_low", "ci_high"), each, strict=True))
-            rows.append({"variant": row.variant, "metric": f"{name}_per_correct_answer", **values, "n": answers,
-                         "unit": unit, "method": row.method})  # fmt: skip
-    return pd.DataFrame(rows)
+            rows.append((row.variant, f"{name}_per_correct_answer", *each, answers, unit, row.method))
+    return pd.DataFrame(rows, columns=["variant", "metric", "value", "ci_low", "ci_high", "n", "unit", "method"])

@@ -1,8 +1,4 @@
-"""Robustness: how far an answer depends on the order of the options.
-
-Input: judged answers to `inference.shuffled` questions. Output: tidy tables with `value`, `ci_low`, `ci_high` and `n`
-questions. Beside consistency stands what a model would get that does not read the options.
-"""
+"""Robustness: how far an answer depends on the order of the options, from judged answers to `inference.shuffled`."""
 
 import numpy as np
 import pandas as pd

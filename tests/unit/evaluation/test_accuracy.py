@@ -186,7 +186,7 @@ def test_only_steps_whose_variants_are_there_are_compared(judged):
 
 def test_two_answers_of_one_variant_to_one_question_are_not_averaged(judged):
     twice = pd.concat([judged.assign(condition=c) for c in ("a", "b")])
-    with pytest.raises(EvaluationError, match="one condition of a robustness test at a time"):
+    with pytest.raises(EvaluationError, match="one condition of a study at a time"):
         compare(twice, 0.95, 0.8, 0.05)
     assert len(accuracy.measure_accuracy(twice, 0.95)) == len(RATES) * 4  # but every condition has its own accuracy
 
