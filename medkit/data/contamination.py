@@ -1,28 +1,21 @@
-"""Contamination: test questions that a model may have seen in training, for every training and every test source.
+"""Contamination: test questions that a model may have seen in training. Nothing is removed here.
 
 Three rules compare words and one compares embeddings; each can see what the others miss. The word rules ignore what
-many questions share: a template ("Which ICD-10-CM chapter lists …") or usual options do not make a copy. Nothing is
-removed here; `clean_mask` says which rows no rule touched.
+many questions share: a template ("Which ICD-10-CM chapter lists …") or usual options do not make a copy.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from rapidfuzz import fuzz, process
 from scipy.sparse import csr_matrix
+from sklearn.preprocessing import MultiLabelBinarizer
 
-from medkit.data.near_duplicates import (
-    SHINGLE_WORDS,
-    count_families,
-    distinct_texts,
-    find_families,
-    normalise,
-    word_runs,
-)
+from medkit.data.near_duplicates import count_families, distinct_texts, find_families, normalise, word_runs
 from medkit.data.raw_questions import DataError
 
 RUN_WORDS = 13
@@ -34,17 +27,17 @@ LONG_WORDS = 8  # a question with fewer words of its own must also share an opti
 MIN_UNUSUAL_OPTIONS = 3
 SHARED_WEIGHT = 0.5  # of the shared words, over the weight of the question with the smaller weight
 COSINE = 0.95
-ROWS_AT_ONCE, COLUMNS_AT_ONCE = 256, 16_384
+ROWS_AT_ONCE = 256
 RULES = ["ngram13", "fuzzy", "options", "embedding"]
 COLUMNS = ["id_test", "id_train", "rule", "score", "source_test", "source_train"]
 
-Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # index among the test rows, index among the other rows, score
+Pairs = tuple[np.ndarray, np.ndarray, np.ndarray]  # a test row, another row, score
 
 
-def find_contamination(questions: pd.DataFrame, embeddings: np.ndarray | None = None) -> pd.DataFrame:
+def find_contamination(questions: pd.DataFrame, embeddings: np.ndarray) -> pd.DataFrame:
     """Pairs of a test question and a question of another split: a row per pair and rule that joins them (COLUMNS).
 
-    `questions` is the final table; `embeddings`, if given, has a unit vector for each of its rows. Scores are 0 to 1.
+    `questions` is the final table; `embeddings` has a unit vector for each of its rows. Scores are 0 to 1.
 
     `ngram13`   question and context share runs of 13 words, without stock phrases: a quarter of the shorter text's.
                 The usual rule asks for a single run; vignettes share "his temperature is 37 C, pulse is …" by chance.
@@ -57,30 +50,22 @@ def find_contamination(questions: pd.DataFrame, embeddings: np.ndarray | None = 
     A family is what `near_duplicates.find_families` joins: a hundred copies of one question make nothing usual.
     Raises DataError if the number of embeddings is not the number of questions.
     """
-    questions = questions.reset_index(drop=True)
-    is_test = (questions.split == "test").to_numpy()
-    features = _compute_features(questions)
-    test, train = features.select(is_test), features.select(~is_test)
-    found = {"ngram13": _share_runs(test, train), "fuzzy": _nearly_equal(test, train)}
-    found["options"] = _same_options(test, train)
-    if embeddings is not None:
-        if len(embeddings) != len(questions):
-            raise DataError(f"{len(embeddings)} embeddings for {len(questions)} questions; give one for each row")
-        found["embedding"] = _near(embeddings[is_test], embeddings[~is_test])
-    id_test, id_train = (questions.id[side].to_numpy() for side in (is_test, ~is_test))
-    source_test, source_train = (questions.source[side].to_numpy() for side in (is_test, ~is_test))
-    pairs = pd.concat([
-        pd.DataFrame({
-            "id_test": id_test[i], "id_train": id_train[j], "rule": rule, "score": score,
-            "source_test": source_test[i], "source_train": source_train[j],
-        })
-        for rule, parts in found.items() for i, j, score in parts
-    ])  # fmt: skip
+    if len(embeddings) != len(questions):
+        raise DataError(f"{len(embeddings)} embeddings for {len(questions)} questions; give one for each row")
+    test, train = (np.flatnonzero(side) for side in (questions.split == "test", questions.split != "test"))
+    features, ids, sources = _compute_features(questions), questions.id.to_numpy(), questions.source.to_numpy()
+    found = [rule(features, test, train) for rule in (_share_runs, _nearly_equal, _same_options)]
+    tables = []
+    for rule, parts in zip(RULES, [*found, _near(embeddings, test, train)], strict=True):
+        for i, j, score in parts:
+            columns = ids[i], ids[j], rule, score, sources[i], sources[j]
+            tables.append(pd.DataFrame(dict(zip(COLUMNS, columns, strict=True))))
+    pairs = pd.concat(tables)
     return pairs.sort_values(COLUMNS, ascending=[True, True, True, False, True, True], ignore_index=True)
 
 
-def contamination_table(pairs: pd.DataFrame, questions: pd.DataFrame, rules: Sequence[str] = RULES[:3]) -> pd.DataFrame:
-    """Counts for every training source × test source × rule, zeros included; `rules` are the rules that were used.
+def contamination_table(pairs: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
+    """Counts for every training source × test source × rule, zeros included.
 
     Columns: source_train, source_test, rule, pairs, touched (test questions in a pair), tested (test questions of that
     source), share (touched / tested). A rule or source_train `any` counts each pair and question once over all.
@@ -92,7 +77,7 @@ def contamination_table(pairs: pd.DataFrame, questions: pd.DataFrame, rules: Seq
     keys = ["source_train", "source_test", "rule"]
     counts = both.drop_duplicates(["id_test", "id_train", *keys]).groupby(keys)
     counts = counts.agg(pairs=("id_test", "size"), touched=("id_test", "nunique"))
-    grid = pd.MultiIndex.from_product([[*train_sources, "any"], tested.index, [*rules, "any"]], names=keys)
+    grid = pd.MultiIndex.from_product([[*train_sources, "any"], tested.index, [*RULES, "any"]], names=keys)
     table = counts.reindex(grid, fill_value=0).reset_index()
     table["tested"] = table.source_test.map(tested)
     return table.assign(share=table.touched / table.tested)
@@ -116,13 +101,10 @@ class _Features:
     option_set: np.ndarray  # all options as one text in a fixed order; "" if the set is usual
     item: np.ndarray  # question and all options as one text
 
-    def select(self, rows: np.ndarray) -> _Features:
-        return _Features(*(getattr(self, field.name)[rows] for field in fields(self)))
-
 
 def _compute_features(questions: pd.DataFrame) -> _Features:
     texts, copy_of = distinct_texts(questions.question + " " + questions.context)
-    runs, family = word_runs(texts, RUN_WORDS), find_families(word_runs(texts, SHINGLE_WORDS))
+    runs, family = word_runs(texts, RUN_WORDS), find_families(word_runs(texts))
     is_long = np.array([text.count(" ") >= RUN_WORDS - 1 for text in texts], bool)
     run_count = np.diff(runs.indptr) * is_long
     runs, family = runs[:, count_families(runs, family) <= COMMON], family[copy_of]
@@ -152,12 +134,8 @@ def _compute_features(questions: pd.DataFrame) -> _Features:
 
 def _incidence(rows: Sequence[Sequence[str]]) -> tuple[csr_matrix, np.ndarray]:
     """Rows × distinct members, 1.0 where the row has the member; and the members."""
-    columns, members = pd.factorize(np.array([member for row in rows for member in row], object))
-    indices = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    holds = csr_matrix((np.ones(len(columns)), (indices, columns)), shape=(len(rows), len(members)))
-    holds.sum_duplicates()
-    holds.data[:] = 1
-    return holds, members
+    binarizer = MultiLabelBinarizer(sparse_output=True)
+    return binarizer.fit_transform(rows).astype(float), binarizer.classes_
 
 
 def _unusual(rows: Sequence[Sequence[str]], family: np.ndarray) -> set[str]:
@@ -165,55 +143,56 @@ def _unusual(rows: Sequence[Sequence[str]], family: np.ndarray) -> set[str]:
     return set(members[count_families(holds, family) <= COMMON])
 
 
-def _products(test: csr_matrix, train: csr_matrix) -> Iterator[Pairs]:
-    """Entries of test @ train.T that are not zero, some rows at a time."""
-    train = train.T.tocsr()
-    for start in range(0, test.shape[0], ROWS_AT_ONCE):
-        part = (test[start : start + ROWS_AT_ONCE] @ train).tocoo()
-        yield part.row + start, part.col, part.data
+def _products(table: csr_matrix, test: np.ndarray, train: np.ndarray) -> Iterator[Pairs]:
+    """Entries of table[test] @ table[train].T that are not zero, some rows at a time."""
+    others = table[train].T.tocsr()
+    for start in range(0, len(test), ROWS_AT_ONCE):
+        part = (table[test[start : start + ROWS_AT_ONCE]] @ others).tocoo()
+        yield test[part.row + start], train[part.col], part.data
 
 
-def _share_runs(test: _Features, train: _Features) -> Iterator[Pairs]:
-    for i, j, shared in _products(test.runs, train.runs):
-        shorter = np.minimum(test.run_count[i], train.run_count[j])
+def _share_runs(features: _Features, test: np.ndarray, train: np.ndarray) -> Iterator[Pairs]:
+    for i, j, shared in _products(features.runs, test, train):
+        shorter = np.minimum(features.run_count[i], features.run_count[j])
         copied = (shared >= SHARED_RUNS * shorter) & (shorter > 0)
         yield i[copied], j[copied], shared[copied] / shorter[copied]
 
 
-def _equal(test: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of equal texts; the empty text equals nothing."""
-    left, right = (pd.DataFrame({"text": side, "index": np.arange(len(side))}) for side in (test, train))
+def _equal(texts: np.ndarray, test: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of equal texts; the empty text equals nothing."""
+    left, right = (pd.DataFrame({"text": texts[side], "row": side}) for side in (test, train))
     both = left[left.text != ""].merge(right, on="text")
-    return both.index_x.to_numpy(np.int64), both.index_y.to_numpy(np.int64)
+    return both.row_x.to_numpy(np.int64), both.row_y.to_numpy(np.int64)
 
 
-def _nearly_equal(test: _Features, train: _Features) -> Iterator[Pairs]:
-    i, j = _equal(test.item, train.item)  # equal with the options too: no word of its own is needed
+def _nearly_equal(features: _Features, test: np.ndarray, train: np.ndarray) -> Iterator[Pairs]:
+    i, j = _equal(features.item, test, train)  # equal with the options too: no word of its own is needed
     yield i, j, np.ones(len(i))
-    test_sizes, train_sizes = np.diff(test.words.indptr), np.diff(train.words.indptr)
-    for i, j, shared in _products(test.words.sign(), train.words.sign()):
-        likely = shared >= 0.5 * np.maximum(test_sizes[i], train_sizes[j])  # else the ratio hardly reaches RATIO
+    sizes, options = np.diff(features.words.indptr), features.unusual_options
+    for i, j, shared in _products(features.words.sign(), test, train):
+        likely = shared >= 0.5 * np.maximum(sizes[i], sizes[j])  # else the ratio hardly reaches RATIO
         i, j = i[likely], j[likely]
-        for left, right in ((test.own_text, train.own_text), (test.question, train.question)):
-            score = process.cpdist(left[i], right[j], scorer=fuzz.ratio, score_cutoff=RATIO)
+        for texts in (features.own_text, features.question):
+            score = process.cpdist(texts[i], texts[j], scorer=fuzz.ratio, score_cutoff=RATIO)
             i, j, score = i[score > 0], j[score > 0], score[score > 0]
-        is_long = np.minimum(test_sizes[i], train_sizes[j]) >= LONG_WORDS
-        shares = [bool(a & b) for a, b in zip(test.unusual_options[i], train.unusual_options[j], strict=True)]
-        copied = (is_long | np.array(shares, bool)) & (test.item[i] != train.item[j])
+        is_long = np.minimum(sizes[i], sizes[j]) >= LONG_WORDS
+        shares = [bool(a & b) for a, b in zip(options[i], options[j], strict=True)]
+        copied = (is_long | np.array(shares, bool)) & (features.item[i] != features.item[j])
         yield i[copied], j[copied], score[copied] / 100
 
 
-def _same_options(test: _Features, train: _Features) -> Iterator[Pairs]:
-    i, j = _equal(test.option_set, train.option_set)
-    shared = np.asarray(test.words[i].multiply(train.words[j].sign()).sum(axis=1)).ravel()
-    smaller = np.asarray(np.minimum(test.words.sum(axis=1)[i], train.words.sum(axis=1)[j])).ravel()
+def _same_options(features: _Features, test: np.ndarray, train: np.ndarray) -> Iterator[Pairs]:
+    i, j = _equal(features.option_set, test, train)
+    words, weights = features.words, np.asarray(features.words.sum(axis=1)).ravel()
+    shared = np.asarray(words[i].multiply(words[j].sign()).sum(axis=1)).ravel()
+    smaller = np.minimum(weights[i], weights[j])
     alike = (shared >= SHARED_WEIGHT * smaller) & (smaller > 0)
     yield i[alike], j[alike], shared[alike] / smaller[alike]
 
 
-def _near(test: np.ndarray, train: np.ndarray) -> Iterator[Pairs]:
+def _near(embeddings: np.ndarray, test: np.ndarray, train: np.ndarray) -> Iterator[Pairs]:
+    others = embeddings[train].T
     for start in range(0, len(test), ROWS_AT_ONCE):
-        for begin in range(0, len(train), COLUMNS_AT_ONCE):
-            cosine = test[start : start + ROWS_AT_ONCE] @ train[begin : begin + COLUMNS_AT_ONCE].T
-            i, j = np.nonzero(cosine >= COSINE)
-            yield i + start, j + begin, cosine[i, j].clip(max=1)
+        cosine = embeddings[test[start : start + ROWS_AT_ONCE]] @ others
+        i, j = np.nonzero(cosine >= COSINE)
+        yield test[i + start], train[j], cosine[i, j].clip(max=1)

@@ -1,7 +1,6 @@
 """Groups of near-duplicate questions, so that no copy of a question stands on both sides of a split.
 
-Texts are compared by the runs of words that they share, as sparse matrices: the work is linear in the words. Copies of
-*test* questions are found in `contamination`; nothing here knows a split.
+Texts are compared by the runs of words that they share, as sparse matrices: the work is linear in the words.
 """
 
 import re
@@ -28,7 +27,7 @@ def group_near_duplicates(texts: pd.Series) -> np.ndarray:
     are one family, and do not make a phrase stock.
     """
     texts, copy_of = distinct_texts(texts)
-    holds = word_runs(texts, SHINGLE_WORDS)
+    holds = word_runs(texts)
     rare = holds[:, count_families(holds, find_families(holds)) <= COMMON_SHINGLE]
     return _components(rare, np.diff(holds.indptr), np.minimum)[copy_of]
 
@@ -60,7 +59,7 @@ def distinct_texts(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return distinct[order], rank[copy_of]
 
 
-def word_runs(texts: Sequence[str], length: int) -> csr_matrix:
+def word_runs(texts: Sequence[str], length: int = SHINGLE_WORDS) -> csr_matrix:
     """Texts × distinct runs of `length` words, 1 where the text holds the run; texts must be normalised.
 
     A shorter text is one run. Runs are told apart by a 64-bit hash of their words.
