@@ -1,19 +1,11 @@
-"""The data card: what a table of questions holds, where it comes from, and what was rejected.
-
-Every number is computed from the tables of notebook 01. Licences are as the sources published them.
-"""
+"""The data card: what a table of questions holds, where it comes from, and what was rejected."""
 
 import pandas as pd
 
 from medkit.stage import DISCLAIMER
 
-LICENCES = {
-    "icd": "public domain (CMS); wheel: MIT",
-    "medqa": "MIT",
-    "medmcqa": "Apache-2.0",
-    "pubmedqa": "MIT",
-    "mmlu": "MIT",
-}
+LICENCES = {"icd": "public domain (CMS); wheel: MIT", "medmcqa": "Apache-2.0"}  # as the sources published them
+LICENCES |= dict.fromkeys(("medqa", "pubmedqa", "mmlu"), "MIT")
 
 
 def licence_of(source: str) -> str:
@@ -45,11 +37,6 @@ def build_card(table: pd.DataFrame, rejected: pd.DataFrame, contamination: pd.Da
         "groups": int(table.group.nunique()),
         "sources": sources.astype(object).where(sources.notna(), None).to_dict("index"),  # json has no NaN
         "subjects": {name: subjects.value_counts().to_dict() for name, subjects in by_source.subject},
-        "answer_places": {name: answers.value_counts().sort_index().to_dict() for name, answers in labelled},
-        "prompt_tokens": {
-            name: {f"p{q}": int(tokens.quantile(q / 100)) for q in (5, 50, 95, 100)}
-            for name, tokens in by_source.prompt_tokens
-        },
         "rejected": rejected.to_dict("records"),
         "contamination": contamination.to_dict("records"),
     }

@@ -1,8 +1,7 @@
 """The problem type of an open question, which decides its prompt template: by keywords, as in the paper.
 
-The paper (arXiv 2505.00025) names five types and counts keywords, argmax_c Σ_w 1[w ∈ K_c]; it publishes neither its
-lists nor its accuracy. Ours are measured on questions with labels (docs/labelling.md). A logistic regression on
-sentence embeddings was not detectably better (docs/log).
+The paper (arXiv 2505.00025) names five types and publishes neither its keywords nor its accuracy. Ours are measured on
+questions with labels (docs/labelling.md). A regression on sentence embeddings was not detectably better (docs/log).
 """
 
 import re
@@ -19,7 +18,6 @@ PROBLEMS = ("medication", "diagnosis", "treatment", "prevention", "emergency")
 OTHER = "other"  # definitions, prognosis, anatomy: the paper has no such type
 LABELS = (*PROBLEMS, OTHER)
 PRECEDENCE = ("emergency", "medication", "prevention", "treatment", "diagnosis")  # of equal counts, as in the labelling
-LABEL_FILE = Path(__file__).with_name("problem_types.csv")
 KEYWORDS: dict[str, frozenset[str]] = {
     problem: frozenset(words.split())
     for problem, words in yaml.safe_load(Path(__file__).with_name("problem_keywords.yaml").read_text()).items()
@@ -35,21 +33,14 @@ DRUG_NAME = re.compile(
 )
 
 
-def count_keywords(question: str) -> dict[str, int]:
-    """Number of words of the question in each type's list; a repeated word counts again, as in the paper's sum."""
-    words = re.findall(r"[a-z]+", question.casefold())
-    return {
-        problem: sum(w in listed or (problem == "medication" and bool(DRUG_NAME.fullmatch(w))) for w in words)
-        for problem, listed in KEYWORDS.items()
-    }
-
-
 def classify_by_keywords(question: str) -> str:
-    """The type with the most keywords; of equal counts the first in PRECEDENCE; `other` if there is no keyword.
+    """The type c with the most keywords, argmax_c Σ_w 1[w ∈ K_c]; of equal counts the first in PRECEDENCE.
 
-    For a question without keywords the paper's argmax would return the first type of its list.
+    Names of drugs count for `medication`. Without a keyword `other`, where the paper's argmax gives its first type.
     """
-    counts = count_keywords(question)
+    words = re.findall(r"[a-z]+", question.casefold())
+    counts = {problem: sum(word in listed for word in words) for problem, listed in KEYWORDS.items()}
+    counts["medication"] += sum(bool(DRUG_NAME.fullmatch(w)) for w in words if w not in KEYWORDS["medication"])
     best = max(PRECEDENCE, key=counts.__getitem__)  # max returns the first of equals
     return best if counts[best] else OTHER
 
@@ -60,7 +51,7 @@ def read_labels() -> pd.DataFrame:
     `drawn` is random (the sample that accuracy is reported on) or enriched (from further questions, which were read to
     find the two rarest types). `second_label` is "" if the question was read once.
     """
-    return pd.read_csv(LABEL_FILE, keep_default_na=False)
+    return pd.read_csv(Path(__file__).with_name("problem_types.csv"), keep_default_na=False)
 
 
 def join_labels(open_questions: pd.DataFrame) -> pd.DataFrame:

@@ -79,7 +79,7 @@ def test_drug_names_are_known_by_their_stem():
     drugs = (
         "amoxicillin ceftriaxone doxycycline omeprazole metoprolol lisinopril losartan amlodipine rituximab acyclovir"
     )
-    assert problem_types.count_keywords(drugs)["medication"] == 10
+    assert {problem_types.classify_by_keywords(drug) for drug in drugs.split()} == {"medication"}
 
 
 def test_keywords_can_match():
