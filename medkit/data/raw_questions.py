@@ -1,8 +1,7 @@
 """One question as a record: clean text, options without their letters, the answer as an index; and why one is rejected.
 
 A record is a dict with question, context, options, answer, subject, kind and pool, and with group where it is known.
-Every reader builds its records with `make_record`, so all files are cleaned in the same way. Nothing is guessed: a
-value that cannot be used stays in the record, and `rejection_reason` names it.
+Nothing is guessed: a value that cannot be used stays in the record, and `rejection_reason` names it.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from pathlib import Path
 from typing import Literal, get_args
 
 import pandas as pd
@@ -18,10 +18,8 @@ from medkit.params import AnswerForm
 from medkit.prompts.templates import FORMS, LETTERS
 from medkit.stage import MedkitError
 
-Kind = Literal["choice", "abstract", "icd_chapter", "record", "record_b"]
 Pool = Literal["train", "valid", "test", "transfer"]
 POOL_SHARES = {"test": 0.35, "valid": 0.05, "train": 0.60}  # of the groups of a source that has no official split
-EXAMPLE_CHARACTERS = 80
 # Characters that nobody sees, such as the byte order marks inside MMLU; joiners stay where Arabic, Indian scripts and
 # emoji need them.
 INVISIBLE = re.compile(
@@ -41,6 +39,13 @@ LETTERED_ANSWER = re.compile(r"\(?([A-Ja-j])(?:[).:]+\s*(.*))?")
 
 class DataError(MedkitError):
     """Data that cannot be used as asked; the message names the source, the value and the cure."""
+
+
+def wheel_file(path: Path) -> Path:
+    """The path of a file of the data wheel. Raises DataError if it is not there."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; the source must be a folder laid out like the data wheel's")
+    return path
 
 
 def pool_of_group(group: str, seed: int) -> Pool:
@@ -124,23 +129,13 @@ def whole_number(value) -> int | None:
 
 
 def make_record(
-    question,
-    options,
-    answer,
-    *,
-    answer_form: AnswerForm,
-    pool: Pool | None,
-    context="",
-    subject="",
-    kind: Kind = "choice",
-    labelled: bool = True,
+    question, options, answer, *, answer_form: AnswerForm, pool, context="", subject="", kind="choice", labelled=True
 ) -> dict:
-    """The record of what a file holds. A value of the wrong type stays as it is; `rejection_reason` names it later.
+    """The record of what a file holds; a value that cannot be used stays as it is.
 
     A list of texts as context is joined, an answer alone in a list is taken out, numbers as options become text.
-    `labelled`: see `strip_letters`.
-
-    `pool` is the question's official split, None if it has none. An `answer` of −1 is not known: for `transfer` alone.
+    `pool` (Pool) is the question's official split, None if it has none. `kind`: choice, abstract, icd_chapter, record
+    or record_b. `labelled`: see `strip_letters`. An `answer` of −1 is not known: for `transfer` alone.
     """
 
     def clean(value):
@@ -199,11 +194,9 @@ def count_rejected(rejected: list[tuple[str, str, int, str]]) -> pd.DataFrame:
 
     Columns source, reason, count, rows (the first ten, as text) and example, the first question, cut.
     """
-    columns = ["source", "reason", "rows", "example"]
     # pandas cannot hold a lone surrogate
-    shown = [str(question).encode(errors="backslashreplace").decode()[:EXAMPLE_CHARACTERS] for *_, question in rejected]
-    rejected = [(*start, text) for (*start, _), text in zip(rejected, shown, strict=True)]
-    table = pd.DataFrame(rejected, columns=columns).astype(str)
+    rows = [(*start, str(question).encode(errors="backslashreplace").decode()[:80]) for *start, question in rejected]
+    table = pd.DataFrame(rows, columns=["source", "reason", "rows", "example"]).astype(str)
     groups = table.groupby(["source", "reason"], sort=False)
     first_rows = {"rows": ("rows", lambda rows: ", ".join(rows[:10])), "example": ("example", "first")}
     return groups.agg(count=("rows", "size"), **first_rows).reset_index()

@@ -1,7 +1,6 @@
 """Files → records: one reader per dataset of the data wheel, a column map for the hub and for a user's own file.
 
-Readers return what a file holds; `raw_questions.rejection_reason` judges it. Questions without options (what consumers
-ask) and pairs of one question under two drug names are returned as tables, each with a table of what was rejected.
+Readers return what a file holds; `raw_questions.rejection_reason` judges it.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
+import pyarrow
+from pyarrow import parquet
 
 from medkit import sources
 from medkit.data.raw_questions import (
@@ -23,6 +24,7 @@ from medkit.data.raw_questions import (
     make_record,
     split_options,
     strip_letters,
+    wheel_file,
     whole_number,
 )
 from medkit.params import AnswerForm, Table, TableColumns, digest
@@ -37,9 +39,7 @@ _DECODER = json.JSONDecoder(
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
     """The objects of a file in UTF-8, -16 or -32, one on each line. A byte that is not UTF-8 is a lone surrogate."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; the source must be a folder laid out like the data wheel's")
-    with path.open("rb") as file:
+    with wheel_file(path).open("rb") as file:
         encoding = json.detect_encoding(file.read(4))
     with path.open(encoding=encoding, errors="surrogateescape" if encoding.startswith("utf-8") else "replace") as lines:
         for number, line in enumerate(lines, 1):
@@ -62,10 +62,9 @@ YES_NO_MAYBE = ["yes", "no", "maybe"]
 
 def _read_lettered(path: Path, pool: str | None, subject: str = "") -> Iterator[dict]:
     for row in _read_jsonl(path):
-        options = row.get("options")
-        options = split_options(options) if isinstance(options, str) else []
-        texts = {"question": row.get("question"), "subject": row.get("subject") or subject}
-        yield make_record(options=options, answer=row.get("answer"), answer_form="letter", pool=pool, **texts)
+        options = split_options(row["options"]) if isinstance(row.get("options"), str) else []
+        form = {"answer_form": "letter", "pool": pool, "subject": row.get("subject") or subject}
+        yield make_record(row.get("question"), options, row.get("answer"), **form)
 
 
 def _read_medmcqa(folder: Path) -> Iterator[dict]:
@@ -78,9 +77,8 @@ def _read_medmcqa(folder: Path) -> Iterator[dict]:
 def _read_abstracts(path: Path, pool: str | None) -> Iterator[dict]:
     for row in _read_jsonl(path):
         abstract = re.sub(r"Context \(\d+\): ", "", str(row.get("passage") or ""))
-        texts = {"question": row.get("question"), "context": abstract, "subject": "biomedical research"}
-        answer = {"answer": row.get("answer"), "answer_form": "text"}
-        yield make_record(options=YES_NO_MAYBE, pool=pool, kind="abstract", **texts, **answer)
+        form = {"answer_form": "text", "pool": pool, "kind": "abstract", "subject": "biomedical research"}
+        yield make_record(row.get("question"), YES_NO_MAYBE, row.get("answer"), context=abstract, **form)
 
 
 READERS: dict[str, Callable[[Path], Iterator[dict]]] = {
@@ -142,7 +140,10 @@ def read_table(path: Path, table: Table) -> Iterator[dict]:
         case ".jsonl":
             rows = list(_read_jsonl(path))
         case ".parquet":
-            rows = _read_parquet(path)
+            try:
+                rows = parquet.read_table(path).to_pylist()
+            except pyarrow.ArrowInvalid as error:
+                raise DataError(f"{path}: not a whole parquet file ({error}); write it again") from error
         case ending:
             raise DataError(f"{path}: a table is a .jsonl or a .parquet file, not {ending or 'one without ending'!r}")
     names = table.columns.model_dump().values()
@@ -177,27 +178,15 @@ def _check_answers(path: Path, table: Table, answers: list, records: list[dict])
         warnings.warn(f"{path}: `answer_is` is index0, but none of {len(numbers)} answers is 0", stacklevel=2)
 
 
-def _read_parquet(path: Path) -> list[dict]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{path}: not a whole parquet file ({error}); write it again") from error
-
-
 def _columns(options: str | list[str], answer: str, context: str = "", subject: str = "") -> TableColumns:
     return TableColumns(question="question", options=options, answer=answer, context=context, subject=subject)
 
 
-_PUBMEDQA = (_columns("options", "final_decision", context="abstract", subject="subject"), "text")
 HUB_COLUMNS: dict[str, tuple[TableColumns, AnswerForm]] = {
     "medqa": (_columns("options", "answer_idx"), "letter"),
     "mmlu": (_columns("choices", "answer", subject="subject"), "index0"),
     "medmcqa": (_columns(["opa", "opb", "opc", "opd"], "cop", subject="subject_name"), "index0"),
-    "pubmedqa": _PUBMEDQA,
-    "pubmedqa_a": _PUBMEDQA,
+    **dict.fromkeys(["pubmedqa", "pubmedqa_a"], (_columns("options", "final_decision", "abstract", "subject"), "text")),
 }
 # Split of the hub → pool; None: not read. The answers of MedMCQA's test split are not public, so its validation split
 # is the test here.
@@ -233,10 +222,10 @@ def read_hub(name: str, folder: Path, subset: str) -> Iterator[dict]:
         for row in rows if HUB_POOLS[name][split] else ():
             if name == "mmlu" and row["subject"] not in MMLU_MEDICAL:
                 continue
-            kind = "choice"
-            if columns is _PUBMEDQA[0]:
-                kind, abstract = "abstract", " ".join(row["context"]["contexts"])
-                row |= {"abstract": abstract, "options": YES_NO_MAYBE, "subject": "biomedical research"}
+            kind = "abstract" if name.startswith("pubmedqa") else "choice"
+            if kind == "abstract":
+                row |= {"abstract": " ".join(row["context"]["contexts"]), "options": YES_NO_MAYBE}
+                row |= {"subject": "biomedical research"}
             yield _map_columns(row, columns, form, HUB_POOLS[name][split], kind=kind)
 
 
@@ -273,17 +262,17 @@ def read_dialogues(folder: Path | None) -> pd.DataFrame:
     """
     if folder is None:
         return pd.DataFrame(columns=DIALOGUE_COLUMNS)
-    paths = folder / "MTSDialog" / "validation.csv", folder / "ACIBench" / "aci_bench_test_1.json"
-    for path in paths:
-        if not path.is_file():
-            raise DataError(f"{path}: no such file; the source must be a folder laid out like the data wheel's")
-    sections = pd.read_csv(paths[0], keep_default_na=False, dtype=str)
-    names = sections[["ID", "dialogue", "section_header", "section_text"]].itertuples(index=False, name=None)
-    rows = [("mts_dialog", *row) for row in names]
-    visits = json.loads(paths[1].read_text(encoding="utf-8"))
-    rows += [("aci_bench", visit["file"], visit["src"], "whole note", visit["tgt"]) for visit in visits]
-    table = [(f"{source}-{name}", source, _turns(text), header, note) for source, name, text, header, note in rows]
-    return pd.DataFrame(table, columns=DIALOGUE_COLUMNS)
+    sections = pd.read_csv(wheel_file(folder / "MTSDialog" / "validation.csv"), keep_default_na=False, dtype=str)
+    visits = json.loads(wheel_file(folder / "ACIBench" / "aci_bench_test_1.json").read_text(encoding="utf-8"))
+    rows = [
+        (f"mts_dialog-{row.ID}", "mts_dialog", _turns(row.dialogue), row.section_header, row.section_text)
+        for row in sections.itertuples()
+    ]
+    rows += [
+        (f"aci_bench-{visit['file']}", "aci_bench", _turns(visit["src"]), "whole note", visit["tgt"])
+        for visit in visits
+    ]
+    return pd.DataFrame(rows, columns=DIALOGUE_COLUMNS)
 
 
 def _turns(text: str) -> str:

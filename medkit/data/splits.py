@@ -1,8 +1,4 @@
-"""One table of questions, split so that near-duplicates never stand on both sides.
-
-`load_questions` reads all sources and counts what it rejects. `assign_pools` decides by group, not by row, which split
-a question may go to. `take_splits` draws the numbers that the params ask for. Nothing here knows a model.
-"""
+"""One table of questions, split so that near-duplicates never stand on both sides: read, give pools, draw splits."""
 
 from __future__ import annotations
 
@@ -63,16 +59,15 @@ def load_questions(
 
 
 def _read_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> Iterator[dict]:
-    if dataset.origin.kind == "table":
-        return readers.read_table(path, dataset.origin)
+    origin = dataset.origin
+    if origin.kind == "table":
+        return readers.read_table(path, origin)
     if name in MADE:
         return _make_records(name, dataset, path, seed)
     if name not in readers.READERS:
         known = sorted([*readers.READERS, *MADE])
         raise DataError(f"{name}: no reader for this dataset; known: {known}; your own file is of kind `table`")
-    if dataset.origin.kind == "hub":
-        return readers.read_hub(name, path, dataset.origin.subset)
-    return readers.READERS[name](path)
+    return readers.read_hub(name, path, origin.subset) if origin.kind == "hub" else readers.READERS[name](path)
 
 
 def _make_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> Iterator[dict]:
