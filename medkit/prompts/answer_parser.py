@@ -1,9 +1,7 @@
 """Generated text → the option that it declares, or the record that it holds: the inverse of `templates`.
 
-A small grammar on plain text. A letter or an option's text is an answer only where the text *declares* it: alone at the
-start, after a lead ("the answer is", "final answer:", "I choose"), before a verdict ("is correct") or in a box. After
-it must come an end: nothing, a new line or sentence, or a reason. There is no fuzzy match and no guess: a text that
-declares nothing gives None.
+A letter or an option's text is an answer only where the text *declares* it: alone at the start, after a lead ("the
+answer is", "I choose"), before a verdict ("is correct") or in a box, and with an end behind it. Nothing is guessed.
 """
 
 from __future__ import annotations
@@ -178,8 +176,7 @@ class _Reading:
         for lead in _LEAD.finditer(self.text):
             choice = self.declared_at(_NAMED.match(self.text, lead.end()).end())
             kind = "final" if "final" in lead[0].casefold() else "declared"
-            if choice is not None or kind == "final":
-                yield choice, self.doubt(lead.start(), lead[0]) or kind
+            yield choice, self.doubt(lead.start(), lead[0]) or kind
 
     def before_verdicts(self) -> Iterator[tuple[int, Kind]]:
         has_verdict = _RIGHT.search(self.text) or _WRONG.search(self.text)

@@ -1,8 +1,6 @@
 """Question → chat messages and token ids: a registry of named, hashed templates, one for each way of asking.
 
-A template renders a question row (`data.COLUMNS`) to chat messages and names the answer text of each option;
-`answer_parser` reads a generated answer back. Scoring and training both use `encode`, so prompt and answer are
-tokenised in one way only.
+Scoring and training both use `encode`, so prompt and answer are tokenised in one way only.
 """
 
 from __future__ import annotations
@@ -71,7 +69,7 @@ class Template:
 
     @property
     def hash(self) -> str:
-        """Changes with any word of the prompt; stored with predictions and with cached log-probabilities."""
+        """Changes with any word of the prompt; part of the key of cached log-probabilities."""
         return digest([asdict(self), SYSTEM])
 
 
@@ -212,7 +210,6 @@ def _apply(tokenizer, template: str, messages: list[dict]) -> list[int]:
     except TemplateError as error:
         if messages[0]["role"] == "system":
             system, first, *rest = messages
-            return _apply(
-                tokenizer, template, [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
-            )
+            first = first | {"content": f"{system['content']}\n\n{first['content']}"}
+            return _apply(tokenizer, template, [first, *rest])
         raise MedkitError(f"the chat template refuses these turns ({error}); correct it in the tokenizer") from error

@@ -49,13 +49,10 @@ class Thinking:
     """
 
     mode: Literal["none", "open", "closed"]
-    open_template: str
-    """The chat template whose prompt ends in an opened thought."""
-    closed_template: str
-    """The one whose prompt ends in an empty thought, closed in the way of the model family."""
-    opening: str = ""
-    """What begins a thought, and what ends it, with the white space of the family."""
-    closing: str = ""
+    open_template: str  # the chat template whose prompt ends in an opened thought
+    closed_template: str  # the one whose prompt ends in an empty thought, closed in the way of the model family
+    opening: str = ""  # what begins a thought, with the white space of the family
+    closing: str = ""  # what ends it
 
 
 @lru_cache(maxsize=8)
