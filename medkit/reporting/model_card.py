@@ -1,6 +1,6 @@
 """The model card of a run: Hugging Face front matter, and what a person must know before using the model.
 
-The text is `model_card.md.j2`; every number is from `results.json`. A section without results is left out.
+The text is `model_card.md.j2`; every number is from `results.json`.
 """
 
 import re
@@ -31,46 +31,38 @@ def write_card(path: Path, results_file: Path) -> Path:
 
 
 def build_card(results: pd.DataFrame, facts: Mapping) -> ModelCard:
-    """The card as `huggingface_hub.ModelCard`.
-
-    `facts` need run, headline_source, headline_scoring, date and device; params, base_model, license, chance,
-    git_commit and versions are used where they exist.
-    """
-    params = facts.get("params", {})
+    """The card as `huggingface_hub.ModelCard`, from what `load_results` returns."""
+    params = facts["params"]
     settings = pd.json_normalize({key: params[key] for key in SETTINGS if key in params})
-    counts = params.get("data", {}).get("datasets", {})
     data = [
-        [source, *(str(of_split.get(split, 0)) for split in SPLITS), licence_of(source)]
-        for source, of_split in counts.items()
+        [source, *(str(of_split[split]) for split in SPLITS), licence_of(source)]
+        for source, of_split in params["data"]["datasets"].items()
     ]
-    versions = facts.get("versions", {})
     card = ModelCard.from_template(
         _front_matter(results, facts),
         template_path=Path(__file__).with_name("model_card.md.j2"),
         facts=facts,
         disclaimer=DISCLAIMER,
         tables=tables.run_tables(results, facts),
-        settings=tables.markdown(["setting", "value"], [[f"`{k}`", str(v)] for k, v in settings.iloc[0].items()])
-        if len(settings.columns)
-        else "",
+        settings=tables.markdown(["setting", "value"], [[f"`{k}`", str(v)] for k, v in settings.iloc[0].items()]),
         data=tables.markdown(["source", *SPLITS, "licence"], data),
-        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+        versions=", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
     )
     card.text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip() + "\n"
     return card
 
 
 def _front_matter(results: pd.DataFrame, facts: Mapping) -> ModelCardData:
-    source = facts.get("params", {}).get("models", {}).get("teacher", {}).get("source") or {}
-    licence = facts.get("license") or ("other" if "repo" in source else "apache-2.0")  # of a hub model: unknown here
+    source = facts["params"]["models"]["teacher"]["source"]
+    of_hub = "repo" in source  # then its licence is not known here
     rows = results[results.result.str.startswith("accuracy/") & (results.metric == facts["headline_scoring"])]
     return ModelCardData(
         language="en",
-        license=licence,
-        license_name="that-of-the-base-model" if licence == "other" else None,
+        license="other" if of_hub else "apache-2.0",
+        license_name="that-of-the-base-model" if of_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=facts.get("base_model") or source.get("repo"),
+        base_model=source.get("repo"),
         tags=["medical", "distillation", "lora", "nf4", "research"],
         model_name=f"medkit-{facts['run']}",
         eval_results=[

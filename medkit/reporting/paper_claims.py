@@ -37,7 +37,7 @@ class PaperClaim(NamedTuple):
     unit: str
     digits: int
     success: str
-    contenders: Sequence[Sequence[str]] = ()
+    contenders: Sequence[str] = ()
 
 
 CLAIMS = {c["id"]: PaperClaim(**c) for c in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())}
@@ -64,8 +64,8 @@ def compare_with_paper(results: pd.DataFrame, facts: Mapping, benchmarks: Sequen
         for ours in numbers or [Ours(None, None, None, "–", "no model of this size was run here", "not measured")]:
             verdict = ours.verdict or judge(claim, ours.low, ours.high)
             paper = "no number given" if claim.value is None else show(claim, claim.value)
-            what = f"{claim.what} ({claim.where})"
-            texts = (claim.id, what, paper, _show_ours(claim, ours), ours.measured_on, verdict, ours.why)
+            shown = "–" if ours.value is None else show(claim, *ours[:3]).replace(" GB", " GiB")
+            texts = (claim.id, f"{claim.what} ({claim.where})", paper, shown, ours.measured_on, verdict, ours.why)
             rows.append((*texts, ours.value, ours.low, ours.high))
     columns = ["id", "claim", "paper", "ours", "measured_on", "verdict", "why", "ours_value", "ci_low", "ci_high"]
     return pd.DataFrame(rows, columns=columns)
@@ -77,10 +77,8 @@ def paper_table(results: pd.DataFrame, facts: Mapping) -> str:
     headers = ["the paper's claim", "paper", "ours", "ours measured on", "verdict", "why"]
     rows = table[["claim", "paper", "ours", "measured_on", "verdict", "why"]].to_numpy().tolist()
     criteria = " ".join(__doc__.partition("Verdicts:\n")[2].split())
-    size = weight_bytes(STUDENT)
-    unit = (
-        f"The paper's GB must be GiB: its 7B model has {size / 1e9:.2f} · 10⁹ bytes of weights, {size / GIB:.2f} GiB."
-    )
+    size = f"{weight_bytes(STUDENT) / 1e9:.2f} · 10⁹ bytes of weights, {weight_bytes(STUDENT) / GIB:.2f} GiB"
+    unit = f"The paper's GB must be GiB: its 7B model has {size}."
     return f"{markdown(headers, rows)}\n\n{criteria[0].upper()}{criteria[1:]} {unit}"
 
 
@@ -98,18 +96,14 @@ def judge(claim: PaperClaim, low: float, high: float) -> str:
     return "reproduced" if sign * (best - claim.value) >= -0.5 * 10**-claim.digits else "not reproduced"
 
 
-# --- our numbers -----------------------------------------------------------------------------------------------------
-
-
 @cache
 def weight_bytes(model: str, plan: str = "bf16") -> int:
     """Bytes of a known model's weights under a plan, quantisation state included, from its shapes."""
     from medkit.quantization import memory_budget, memory_ledger  # imports torch, which other tables do not need
 
     shapes = memory_ledger.model_shapes(memory_budget.read_config(model))
-    return int(
-        memory_ledger.plan_bytes(shapes, memory_budget.preset_schemes(shapes)[plan], BF16_BYTES, True).bytes.sum()
-    )
+    schemes = memory_budget.preset_schemes(shapes)[plan]
+    return int(memory_ledger.plan_bytes(shapes, schemes, BF16_BYTES, True).bytes.sum())
 
 
 def tokens_per_problem(model: str) -> float:
@@ -147,24 +141,25 @@ def _from_arithmetic(claim: PaperClaim) -> Iterator[Ours]:
 def _from_benchmark(claim: PaperClaim, benchmarks: Sequence[dict]) -> Iterator[Ours]:
     """Both contenders of a ratio come from the same file, because times of two runs differ."""
     quantity = claim.id.split("_")[0 if claim.unit == "share" else -1]
-    for names in claim.contenders:
-        files = [c["raw"]["contenders"] | {"device": c["device"]} for c in benchmarks]
-        for content in [c for c in files if all("generation_peak_bytes" in c.get(name, {}) for name in names)][:1]:
-            measured = [content[name] for name in names]
-            times = [median_interval(m["latency_s_per_token_runs"], 0.95) for m in measured]
-            peaks = [m["generation_peak_bytes"] for m in measured]
-            why = ", against ".join(CONTENDERS[name] for name in names)
-            if quantity == "memory":
-                numbers, why = [peaks[0] / peaks[1] - 1 if len(peaks) > 1 else peaks[0] / GIB] * 3, f"{why}; peak"
-            elif len(names) > 1:
-                numbers, why = quotient(*times), f"{why}; time per token at equal length"
-            elif quantity == "rate":
-                numbers = [1 / times[0][place] for place in (0, 2, 1)]
-            else:
-                tokens = tokens_per_problem(claim.id.split("_")[0])
-                numbers = [measured[0]["time_to_first_token_s"] + (tokens - 1) * each for each in times[0]]
-                why += f"; at the {tokens:.1f} tokens of the paper's own table"
-            yield Ours(*numbers, f"7B shapes, random weights, {content['device']}", why)
+    for content in benchmarks if claim.contenders else ():
+        measured = [content["raw"]["contenders"].get(name, {}) for name in claim.contenders]
+        if not all("generation_peak_bytes" in one for one in measured):
+            continue
+        times = [median_interval(one["latency_s_per_token_runs"], 0.95) for one in measured]
+        peaks = [one["generation_peak_bytes"] for one in measured]
+        why = ", against ".join(CONTENDERS[name] for name in claim.contenders)
+        if quantity == "memory":
+            numbers, why = [peaks[0] / peaks[1] - 1 if len(peaks) > 1 else peaks[0] / GIB] * 3, f"{why}; peak"
+        elif len(measured) > 1:
+            numbers, why = quotient(*times), f"{why}; time per token at equal length"
+        elif quantity == "rate":
+            numbers = [1 / times[0][place] for place in (0, 2, 1)]
+        else:
+            tokens = tokens_per_problem(claim.id.split("_")[0])
+            numbers = [measured[0]["time_to_first_token_s"] + (tokens - 1) * each for each in times[0]]
+            why += f"; at the {tokens:.1f} tokens of the paper's own table"
+        yield Ours(*numbers, f"7B shapes, random weights, {content['device']}", why)
+        return
 
 
 def _from_run(claim: PaperClaim, results: pd.DataFrame, facts: Mapping) -> Iterator[Ours]:
@@ -200,23 +195,12 @@ def _from_run(claim: PaperClaim, results: pd.DataFrame, facts: Mapping) -> Itera
             yield Ours(*numbers, measured_on, why, verdict or other)
 
 
-# --- numbers as text -------------------------------------------------------------------------------------------------
-
-
-def show(claim: PaperClaim, value: float) -> str:
-    """A number in the claim's unit with the paper's printed decimals."""
-    if claim.unit == "share":
-        return f"{value:+.{claim.digits - 2}%}"
-    return f"{value:.1%}" if claim.unit == "accuracy" else f"{value:.{claim.digits}f} {claim.unit}"
-
-
-def _show_ours(claim: PaperClaim, ours: Ours) -> str:
-    if ours.value is None:
-        return "–"
-    difference = claim.value is None  # of two accuracies
-    value, low, high = (f"{x:+.3f}" if difference else show(claim, x).replace("GB", "GiB") for x in ours[:3])
-    return (
-        value
-        if low == high
-        else f"{value} [{low.removesuffix(f' {claim.unit}')}, {high.removesuffix(f' {claim.unit}')}]"
-    )
+def show(claim: PaperClaim, *numbers: float) -> str:
+    """A number, or a number and the ends of its interval, in the claim's unit with the paper's printed decimals."""
+    style, unit = f".{claim.digits}f", f" {claim.unit}"
+    if claim.value is None:  # a difference of two accuracies
+        style, unit = "+.3f", ""
+    elif claim.unit in ("share", "accuracy"):
+        style, unit = f"+.{claim.digits - 2}%" if claim.unit == "share" else ".1%", ""
+    value, *ends = [f"{number:{style}}" for number in numbers]
+    return f"{value}{unit}" + (f" [{', '.join(ends)}]" if len(set(ends)) > 1 else "")

@@ -3,14 +3,14 @@
 Everything is read from the rows of `results.json`: README, notebook 06 and the report page show the same.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from medkit.plotting import set_style
-from medkit.reporting.tables import label
+from medkit.reporting.tables import difference, label
 from medkit.variants import FINAL, VARIANTS
 
 SHOWN = ("tfidf", "regex", "teacher", "student_ce", "student_hard", FINAL, "edge", "edge_small")
@@ -25,9 +25,12 @@ def headline(facts: Mapping) -> str:
 
 def rows_of(results: pd.DataFrame, result: str, facts: Mapping) -> pd.DataFrame:
     """The rows of one result by variant, as it is read in the headline; generated text for records."""
-    scoring = facts["headline_scoring"] if result == headline(facts) else "generated"
-    rows = results[(results.result == result) & (results.metric == scoring)]
-    return rows.drop_duplicates("variant").set_index("variant")
+    return _scored(results, result, facts).drop_duplicates("variant").set_index("variant")
+
+
+def _scored(results: pd.DataFrame, result: str, facts: Mapping) -> pd.DataFrame:
+    scoring = facts["headline_scoring"] if result.endswith(f"/{facts['headline_source']}") else "generated"
+    return results[(results.result == result) & (results.metric == scoring)]
 
 
 def megabytes(results: pd.DataFrame) -> dict[str, float]:
@@ -68,86 +71,70 @@ def _name(variant: str, row: pd.Series) -> str:
     return f"{label(variant)}, {row.value:.2f}"
 
 
-def describe_step(results: pd.DataFrame, facts: Mapping, variant: str, baseline: str) -> str | None:
-    """A comparison on the headline source, e.g. "0.77 → 0.72, -0.050 [-0.096, -0.003], n = 240, worse"."""
-    accuracy, row = rows_of(results, headline(facts), facts).value, _step(results, facts, variant, baseline)
-    if row is None or not {variant, baseline} <= set(accuracy.index):
-        return None
-    change = f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
-    return f"{accuracy[baseline]:.2f} → {accuracy[variant]:.2f}, {change}, n = {row.n:.0f}, {row.verdict}"
-
-
-def _step(results: pd.DataFrame, facts: Mapping, variant: str, baseline: str) -> pd.Series | None:
-    """The row of a comparison on the headline source, as it is read in the headline."""
-    rows = results[results.result == f"accuracy_delta/{facts['headline_source']}"]
-    rows = rows[(rows.variant == variant) & (rows.baseline == baseline) & (rows.metric == facts["headline_scoring"])]
-    return None if rows.empty else rows.iloc[0]
-
-
 def tell_story(results: pd.DataFrame, facts: Mapping, variants: Sequence[str] = SHOWN) -> list[str]:
-    """One computed sentence per point of the figure: size, both tasks, and what the comparison showed."""
+    """One computed sentence per point of the figure: size, both tasks, and what the comparisons showed."""
     sizes, sentences = megabytes(results), []
-    accuracy, records = (rows_of(results, result, facts) for result in (headline(facts), RECORDS))
-
-    def numbers(variant: str) -> str:
-        tasks = [(accuracy, "accuracy"), (records, "F1 of the record fields")]
-        found = [
-            f"{task} {rows.value[variant]:.2f} [{rows.ci_low[variant]:.2f}, {rows.ci_high[variant]:.2f}]"
-            for rows, task in tasks
-            if variant in rows.index
+    tasks = {"accuracy": rows_of(results, headline(facts), facts)}
+    tasks["F1 of the record fields"] = rows_of(results, RECORDS, facts)
+    for variant in [v for v in variants if any(v in rows.index for rows in tasks.values())]:
+        numbers = [f"{sizes[variant]:.3g} MB"] if variant in sizes else []
+        for task, rows in tasks.items():
+            if variant in rows.index:
+                row = rows.loc[variant]
+                numbers.append(f"{task} {row.value:.2f} [{row.ci_low:.2f}, {row.ci_high:.2f}]")
+        parts = [
+            f"**{label(variant)}**: {', '.join(numbers)}.",
+            *_certificate(results, facts, variant),
+            *(_gain(results, facts) if variant == FINAL else ()),
+            *_over_baselines(results, facts, variant),
         ]
-        size = f"{sizes[variant]:.3g} MB, " if variant in sizes else ""
-        return size + ", ".join(found)
-
-    for variant in [v for v in variants if v in accuracy.index or v in records.index]:
-        text = f"**{label(variant)}**: {numbers(variant)}."
-        more = [
-            _certificate(results, facts, variant),
-            _gain(results, facts, variant),
-            _over_baselines(results, facts, variant),
-        ]
-        sentences.append(" ".join([text, *(part for part in more if part)]))
+        sentences.append(" ".join(parts))
     return sentences
 
 
-def _certificate(results: pd.DataFrame, facts: Mapping, variant: str) -> str | None:
-    rows = results[(results.result == f"certificate/{facts['headline_source']}") & (results.variant == variant)]
-    if rows.empty:
-        return None
-    row, sizes = rows.iloc[0], megabytes(results)
-    share = f"{sizes[variant] / sizes[row.baseline]:.0%} of the bytes of {label(row.baseline)} in bf16; " if (
-        {variant, row.baseline} <= set(sizes)) else ""  # fmt: skip
-    cure = f"p = {row.p_equivalence_holm:.2g} after Holm's correction"
-    if row.n_needed > row.n:
-        cure = f"that needs about {row.n_needed:,.0f} questions"
-    shown = (
-        f"equivalent to it within {row.margin:g}"
-        if row.within_margin
-        else f"not shown to be equivalent to it within {row.margin:g} ({cure})"
-    )
-    return f"It has {share}{shown}: {row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}], n = {row.n:.0f}."
+def _step(results: pd.DataFrame, result: str, facts: Mapping, variant: str, baseline: str) -> Iterator:
+    """The row of a comparison, if the run has it."""
+    rows = _scored(results, result, facts)
+    yield from rows[(rows.variant == variant) & (rows.baseline == baseline)].head(1).itertuples()
 
 
-def _gain(results: pd.DataFrame, facts: Mapping, variant: str) -> str | None:
-    if variant != FINAL or (step := describe_step(results, facts, FINAL, "student_ce")) is None:
-        return None
-    closed = [
-        f"{row.value:.0%} [{row.ci_low:.0%}, {row.ci_high:.0%}] of the gap to the teacher on {row.result.split('/')[1]}"
-        for row in results[results.result.str.startswith("gap_closed/")].itertuples()
-    ]
-    return f"Against labels alone: {step}." + (f" It closes {' and '.join(closed)}." if closed else "")
+def _certificate(results: pd.DataFrame, facts: Mapping, variant: str) -> Iterator[str]:
+    sizes = megabytes(results)
+    result = f"certificate/{facts['headline_source']}"
+    for row in _step(results, result, facts, variant, VARIANTS[variant].baseline):
+        share = ""
+        if {variant, row.baseline} <= set(sizes):
+            share = f"{sizes[variant] / sizes[row.baseline]:.0%} of the bytes of {label(row.baseline)} in bf16; "
+        cure = f"p = {row.p_equivalence_holm:.2g} after Holm's correction"
+        if row.n_needed > row.n:
+            cure = f"that needs about {row.n_needed:,.0f} questions"
+        shown = f"equivalent to it within {row.margin:g}"
+        if not row.within_margin:
+            shown = f"not shown to be {shown} ({cure})"
+        yield f"It has {share}{shown}: {difference(row)}, n = {row.n:.0f}."
 
 
-def _over_baselines(results: pd.DataFrame, facts: Mapping, variant: str) -> str | None:
+def _gain(results: pd.DataFrame, facts: Mapping) -> Iterator[str]:
+    """What the distilled student has over labels alone."""
+    accuracy = rows_of(results, headline(facts), facts).value
+    for row in _step(results, f"accuracy_delta/{facts['headline_source']}", facts, FINAL, "student_ce"):
+        change = f"{accuracy['student_ce']:.2f} → {accuracy[FINAL]:.2f}, {difference(row)}"
+        yield f"Against labels alone: {change}, n = {row.n:.0f}, {row.verdict}."
+        closed = [
+            f"{gap.value:.0%} [{gap.ci_low:.0%}, {gap.ci_high:.0%}] of the gap to the teacher on "
+            f"{gap.result.split('/')[1]}"
+            for gap in results[results.result.str.startswith("gap_closed/")].itertuples()
+        ]
+        if closed:
+            yield f"It closes {' and '.join(closed)}."
+
+
+def _over_baselines(results: pd.DataFrame, facts: Mapping, variant: str) -> Iterator[str]:
     """Whether a model beats what needs no language model, on each task."""
-    sentences = []
-    of_task = {"tfidf": ("accuracy", _step(results, facts, variant, "tfidf"))}
-    fields = results[(results.result == RECORDS.replace("field_f1", "field_delta")) & (results.baseline == "regex")]
-    fields = fields[fields.variant == variant]
-    of_task["regex"] = ("share of right fields", None if fields.empty else fields.iloc[0])
-    for baseline, (measure, row) in of_task.items():
-        if row is not None:
-            verb = "It beats" if row.verdict == "better" else "It does not beat"
-            change = f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
-            sentences.append(f"{verb} {label(baseline)}: {change} in {measure}.")
-    return " ".join(sentences) or None
+    for result, baseline, measure in (
+        (f"accuracy_delta/{facts['headline_source']}", "tfidf", "accuracy"),
+        ("field_delta/records", "regex", "share of right fields"),
+    ):
+        for row in _step(results, result, facts, variant, baseline):
+            verb = "beats" if row.verdict == "better" else "does not beat"
+            yield f"It {verb} {label(baseline)}: {difference(row)} in {measure}."

@@ -25,6 +25,11 @@ def label(variant: str) -> str:
     return VARIANTS[variant].label if variant in VARIANTS else variant
 
 
+def difference(row) -> str:
+    """The value of a comparison with its interval, e.g. "+0.193 [+0.148, +0.237]"."""
+    return f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]"
+
+
 def variants_table(results: pd.DataFrame, columns: Sequence[tuple[str, str, str, float]]) -> str:
     """Markdown: one row per variant, cells "0.52 [0.47, 0.57]"; "–" where nothing was measured.
 
@@ -44,26 +49,24 @@ def variants_table(results: pd.DataFrame, columns: Sequence[tuple[str, str, str,
     for variant in sorted(names, key=lambda name: order.get(name, -1)):  # baselines first
         cells = [label(variant)]
         for rows, style, factor in present.values():
-            numbers = rows.loc[variant, ["value", "ci_low", "ci_high"]].dropna() if variant in rows.index else []
-            value, *interval = [f"{x * factor:{style}}" for x in numbers] or ["–"]
-            notes = _notes(rows.loc[variant], rows.n.max()) if variant in rows.index else ""
-            cells.append((f"{value} [{', '.join(interval)}]" if interval else value) + notes)
+            if variant not in rows.index:
+                cells.append("–")
+                continue
+            row = rows.loc[variant]
+            value, *interval = [f"{x * factor:{style}}" for x in row[["value", "ci_low", "ci_high"]].dropna()]
+            cell = f"{value} [{', '.join(interval)}]" if interval else value
+            cell += f", n = {row.n:.0f}" if row.n < rows.n.max() else ""
+            cells.append(cell + (", at chance" if row.get("at_chance") is True else ""))
         table.append(cells)
     return markdown(["variant", *present], table)
-
-
-def _notes(row: pd.Series, most: float) -> str:
-    """What a cell must say of its number: fewer questions than the others, or no better than chance."""
-    fewer = f", n = {row.n:.0f}" if row.n < most else ""
-    return fewer + (", at chance" if row.get("at_chance") is True else "")
 
 
 def steps_table(results: pd.DataFrame, source: str, scoring: str, name: str = "accuracy_delta") -> str:
     """Markdown: each step of the method on one source: paired difference, n, adjusted p, verdict, detectable effect."""
     table = results[(results.result == f"{name}/{source}") & (results.metric == scoring)]
     rows = [
-        [f"{label(row.baseline)} → {label(row.variant)}", f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]",
-         f"{row.n:.0f}", f"{row.p_holm:.2g}", row.verdict, f"{row.mde:.3f}"]
+        [f"{label(row.baseline)} → {label(row.variant)}", difference(row), f"{row.n:.0f}", f"{row.p_holm:.2g}",
+         row.verdict, f"{row.mde:.3f}"]
         for row in table.itertuples()
     ]  # fmt: skip
     return markdown(["step", "difference [interval]", "n", "p (Holm)", "verdict", "detectable from"], rows)
@@ -78,8 +81,8 @@ def certificates_table(results: pd.DataFrame) -> str:
         shown = f"not shown; about {row.n_needed:,.0f} needed" if row.n_needed > row.n else "not shown after Holm"
         rows.append([
             f"{label(row.variant)}, {row.result.split('/')[1]}",
-            f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}]", f"{row.n:.0f}",
-            f"{row.gained:.0f} / {row.lost:.0f}", f"{row.margin:g}", f"{row.p_equivalence_holm:.2g}",
+            difference(row), f"{row.n:.0f}", f"{row.gained:.0f} / {row.lost:.0f}", f"{row.margin:g}",
+            f"{row.p_equivalence_holm:.2g}",
             "equivalent" if row.within_margin else shown,
             *(f"{drift[name]:{style}}" if name in drift else "–" for name, style in
               (("kl_nats", ".4f"), ("top1_changed", ".1%"))),
@@ -178,7 +181,7 @@ def seeds_table(runs: Sequence[tuple[pd.DataFrame, Mapping]]) -> str:
             verdict = {"gap_closed": "", "certificate": f", {shown} within {row.margin:g}"}.get(
                 name, f", {row.verdict}"
             )
-            cells.append(f"{row.value:+.3f} [{row.ci_low:+.3f}, {row.ci_high:+.3f}], n = {row.n:.0f}{verdict}")
+            cells.append(f"{difference(row)}, n = {row.n:.0f}{verdict}")
         rows.append([task, what, *cells])
     return markdown(["task", "what", *(f"`{facts['run']}`" for _, facts in runs)], rows)
 
@@ -195,9 +198,6 @@ def _is_rested_on(key: tuple[str, str, str]) -> bool:
 def provenance_line(facts: Mapping) -> str:
     """One sentence: which run, where, when, and the disclaimer."""
     return f"Run `{facts['run']}` on {facts['device']}, {facts['date']}. {DISCLAIMER}"
-
-
-# --- benchmarks ------------------------------------------------------------------------------------------------------
 
 
 def load_benchmarks(name: str = "") -> list[dict]:

@@ -40,13 +40,7 @@ def test_the_model_index_holds_each_accuracy_of_the_products_with_its_interval(t
 def test_a_hub_teacher_brings_its_own_licence(toy_results):
     results, facts = toy_results
     hub = {"models": {"teacher": {"source": {"kind": "hub", "repo": "a/b", "revision": "c"}}}}
-    head = yaml.safe_load(str(model_card.build_card(results, {**facts, "params": hub})).split("---")[1])
+    head = yaml.safe_load(
+        str(model_card.build_card(results, {**facts, "params": facts["params"] | hub})).split("---")[1]
+    )
     assert (head["base_model"], head["license"]) == ("a/b", "other")
-
-
-def test_fewer_results_make_a_card_without_their_sections(toy_results):
-    results, facts = toy_results
-    least = {key: facts[key] for key in ("run", "headline_source", "headline_scoring", "date", "device")}
-    text = str(model_card.build_card(results[results.result.str.startswith("accuracy/")], least))
-    assert "Calibration" not in text and "Training data" not in text and "Cost" not in text
-    assert "## Accuracy" in text and DISCLAIMER in text
