@@ -88,11 +88,8 @@ def hidden_projections(
 
     The projections are parameters of the student: its optimizer trains them and its checkpoints hold them. They start
     as the identity where the sizes agree, else as a random orthogonal map, and are removed after the block: save the
-    student then. Raises MedkitError for a layer that the student does not have, and for an adapter model, whose
-    checkpoints hold only the adapter.
+    student then. Raises MedkitError for a layer that the student does not have.
     """
-    if hasattr(student, "peft_config"):
-        raise MedkitError("hidden states cannot be distilled into an adapter; set distillation.hidden_weight to 0")
     config, like = student.config.get_text_config(), next(student.parameters())
     if unknown := sorted(layer for layer in layers if layer > config.num_hidden_layers):
         raise MedkitError(

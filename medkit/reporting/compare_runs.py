@@ -42,21 +42,21 @@ def compare(folder_a: Path, folder_b: Path) -> Comparison:
         raise StageError(f"{folder_a.name} and {folder_b.name} have no common question: compare runs on the same data")
     rows = []
     for key, group in common.groupby(KEYS, sort=False):
-        answers = group.correct_b, group.correct_a
-        paired = paired_difference(*answers, settings["confidence"], settings["power"], group.group)
-        accuracies = {"accuracy_a": answers[1].mean(), "accuracy_b": answers[0].mean()}
-        rows.append({**dict(zip(KEYS, key, strict=True)), **accuracies, **paired})
+        sizes = settings["confidence"], settings["power"], group.group
+        means = {"accuracy_a": group.correct_a.mean(), "accuracy_b": group.correct_b.mean()}
+        paired = paired_difference(group.correct_b, group.correct_a, *sizes)
+        rows.append(dict(zip(KEYS, key, strict=True)) | means | paired)
     counts = (t.groupby(KEYS, as_index=False).correct.agg(right="sum", n="count") for t in (a, b))
     accuracies = pd.merge(*counts, on=KEYS, how="outer", suffixes=("_a", "_b"))
     accuracies["same"] = (accuracies.right_a == accuracies.right_b) & (accuracies.n_a == accuracies.n_b)
     deltas = verdicts(pd.DataFrame(rows), settings["confidence"], settings["margin"])
-    order = {variant: number for number, variant in enumerate(VARIANTS)}
-    deltas = deltas.sort_values(["source", "scoring"], kind="stable", ignore_index=True)
-    deltas = deltas.sort_values("variant", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+    place = {variant: number for number, variant in enumerate(VARIANTS)}
+    deltas = deltas.sort_values(KEYS, key=lambda column: column.map(place) if column.name == "variant" else column)
     keys = ("params", "date", "device", "git_commit", "versions")
     values = (pd.json_normalize({k: facts.get(k) for k in keys}).iloc[0].astype(str) for facts in (facts_a, facts_b))
     differing = pd.concat(values, axis=1, keys=["a", "b"]).fillna("–").query("a != b").rename_axis("setting")
-    return Comparison(folder_a.name, folder_b.name, accuracies, deltas, differing.reset_index())
+    names = folder_a.name, folder_b.name
+    return Comparison(*names, accuracies, deltas.reset_index(drop=True), differing.reset_index())
 
 
 def _read_judged(folder: Path) -> pd.DataFrame:
@@ -70,9 +70,10 @@ def write_comparison(comparison: Comparison, folder: Path) -> str:
     """Write `comparison.md` and `deltas.csv` into `folder`; returns the text."""
     with atomic_path(folder / "deltas.csv") as scratch:
         comparison.deltas.to_csv(scratch, index=False)
+    text = comparison_text(comparison)
     with atomic_path(folder / "comparison.md") as scratch:
-        scratch.write_text(comparison_text(comparison))
-    return comparison_text(comparison)
+        scratch.write_text(text)
+    return text
 
 
 def comparison_text(comparison: Comparison) -> str:
@@ -80,8 +81,9 @@ def comparison_text(comparison: Comparison) -> str:
     a, b, accuracies = comparison.name_a, comparison.name_b, comparison.accuracies
     both = accuracies.dropna()
     changed = len(both) - int(both.same.sum())
-    same = f"**{changed} of {len(both)} accuracies are not the same.**" if changed else (
-        f"All {len(both)} accuracies are the same to the digit.")  # fmt: skip
+    same = f"All {len(both)} accuracies are the same to the digit."
+    if changed:
+        same = f"**{changed} of {len(both)} accuracies are not the same.**"
     alone = ", ".join("/".join(row) for row in accuracies[accuracies.isna().any(axis=1)][KEYS].itertuples(index=False))
     counts = ", ".join(f"{count} {verdict}" for verdict, count in comparison.deltas.verdict.value_counts().items())
     rows = [

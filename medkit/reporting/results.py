@@ -17,9 +17,7 @@ from medkit.variants import FINAL, VARIANTS
 COLUMNS = ["result", "variant", "metric", "value", "ci_low", "ci_high", "n", "unit", "baseline", "stage", "file"]
 
 
-def from_table(
-    table: pd.DataFrame, name: str, file: str, unit: str = "fraction", stage: str = "06_evaluation", extras: str = ""
-) -> Iterator[dict]:
+def from_table(table: pd.DataFrame, name: str, file: str, unit: str = "fraction", extras: str = "") -> Iterator[dict]:
     """Yield one row of `results.json` for each row of a tidy table that has a value.
 
     `name` is a pattern over the table's columns, e.g. `"{metric}/{source}"`. The columns `variant`, `value`, `ci_low`,
@@ -30,7 +28,7 @@ def from_table(
     metric = next((c for c in ("scoring", "category") if c in table), None)
     for row in table[table.value.notna()].to_dict("records"):
         columns = {column: row[column] for column in copied} | {"metric": row[metric] if metric else ""}
-        columns = {"unit": row.get("unit", unit), "stage": stage, "file": file} | columns
+        columns = {"unit": row.get("unit", unit), "stage": "06_evaluation", "file": file} | columns
         yield result_row(name.format(**row), row.get("variant", ""), row["value"], **columns)
 
 
@@ -45,42 +43,42 @@ def result_row(result: str, variant: str, value: float, **columns) -> dict:
 def from_accuracy(table: pd.DataFrame) -> Iterator[dict]:
     """Rows `accuracy/<source>`; `metric` is the scoring method."""
     extras = "chance at_chance"
-    yield from from_table(table.assign(value=table.accuracy), "accuracy/{source}", "metrics.parquet", extras=extras)
+    return from_table(table.assign(value=table.accuracy), "accuracy/{source}", "metrics.parquet", extras=extras)
 
 
 def from_records(table: pd.DataFrame) -> Iterator[dict]:
     """Rows `<metric>/<source>` of the records: field_f1, exact, valid, invented, missing, tokens."""
     units = table.metric.map({"tokens": "tokens"}).fillna("fraction")
     table = table.assign(scoring="generated", unit=units)
-    yield from from_table(table, "{metric}/{source}", "records.parquet")
+    return from_table(table, "{metric}/{source}", "records.parquet")
 
 
 def from_steps(table: pd.DataFrame, name: str = "accuracy_delta") -> Iterator[dict]:
     """Rows `<name>/<source>` with flips, adjusted p, verdict and detectable effect."""
     tests = "p_clustered p_holm p_equivalence verdict margin mde gained lost"
-    yield from from_table(table.assign(value=table.difference), name + "/{source}", "steps.parquet", extras=tests)
+    return from_table(table.assign(value=table.difference), name + "/{source}", "steps.parquet", extras=tests)
 
 
 def from_certificates(table: pd.DataFrame) -> Iterator[dict]:
     """Rows `certificate/<source>`: was the compressed variant shown to be equivalent to what it was made from?"""
     tests = "margin p_equivalence p_equivalence_holm within_margin n_needed gained lost"
     table = table.assign(value=table.difference)
-    yield from from_table(table, "certificate/{source}", "certificates.parquet", extras=tests)
+    return from_table(table, "certificate/{source}", "certificates.parquet", extras=tests)
 
 
 def from_ledger(ledger: pd.DataFrame) -> Iterator[dict]:
     """Rows `memory_bytes/weights`: stored bytes per variant, quantisation state included. Exact, so no interval."""
-    totals = ledger.groupby("variant", sort=False).bytes.sum().rename("value").reset_index()
-    where = {"unit": "bytes", "stage": "04_quantization"}
-    yield from from_table(totals.assign(scoring="as stored"), "memory_bytes/weights", "ledger.parquet", **where)
+    where = {"metric": "as stored", "unit": "bytes", "stage": "04_quantization", "file": "ledger.parquet"}
+    for variant, size in ledger.groupby("variant", sort=False).bytes.sum().items():
+        yield result_row("memory_bytes/weights", variant, size, **where)
 
 
 def from_drift(table: pd.DataFrame) -> Iterator[dict]:
     """Rows `kl_nats` and `top1_changed`: how far a compressed variant's predictions are from those of its baseline."""
+    where = {"stage": "04_quantization", "file": "certificates.parquet"}
     for name, unit in (("kl_nats", "nats"), ("top1_changed", "fraction")):
-        drift = table.assign(value=table[name], n=table.positions)
-        where = {"unit": unit, "stage": "04_quantization"}
-        yield from from_table(drift, name, "certificates.parquet", **where)
+        for row in table.to_dict("records"):
+            yield result_row(name, row["variant"], row[name], n=row["positions"], unit=unit, **where)
 
 
 def from_bench(bench: pd.DataFrame, confidence: float) -> Iterator[dict]:
@@ -88,16 +86,14 @@ def from_bench(bench: pd.DataFrame, confidence: float) -> Iterator[dict]:
 
     Values are medians over the repeats. `metric` is the engine, or how requests were scheduled.
     """
-    rows = []
     for (variant, workload, engine), repeats in bench.groupby(["variant", "workload", "engine"], sort=False):
+        lengths = repeats[["prompt_tokens", "output_tokens", "requests"]].iloc[0]
+        where = {"metric": engine, "n": len(repeats), "stage": "05_inference", "file": "bench.parquet", **lengths}
         single = workload == "single"
-        for name in ("ttft_s", "latency_s_per_token") if single else ("throughput_tokens_per_s",):
-            value, low, high = median_interval(repeats[name], confidence)
-            row = {"name": name if single else f"{name}/{workload}", "unit": "s" if single else "tokens/s"}
-            row |= {"variant": variant, "scoring": engine, "value": value, "ci_low": low, "ci_high": high}
-            rows.append({**row, "n": len(repeats), **repeats[["prompt_tokens", "output_tokens", "requests"]].iloc[0]})
-    lengths = "prompt_tokens output_tokens requests"
-    yield from from_table(pd.DataFrame(rows), "{name}", "bench.parquet", stage="05_inference", extras=lengths)
+        for column in ("ttft_s", "latency_s_per_token") if single else ("throughput_tokens_per_s",):
+            value, low, high = median_interval(repeats[column], confidence)
+            name, unit = (column, "s") if single else (f"{column}/{workload}", "tokens/s")
+            yield result_row(name, variant, value, ci_low=low, ci_high=high, unit=unit, **where)
 
 
 def ratios(rows: list[dict]) -> Iterator[dict]:
