@@ -11,7 +11,9 @@ import pandas as pd
 from medkit.stage import DISCLAIMER, ROOT
 from medkit.variants import VARIANTS
 
-KEYS_OF_STEP = ["result", "variant", "baseline"]
+STEP = ["result", "variant", "baseline"]
+CLAIMED = [("teacher", "student_ce"), ("student_kd", "student_ce"), ("student_kd", "student_hard"),
+           ("student_kd", "tfidf"), ("student_kd", "regex"), ("lora", "student_kd"), ("plan", "nf4")]  # fmt: skip
 
 
 def markdown(headers: list[str], rows: list[list[str]]) -> str:
@@ -163,36 +165,26 @@ def seeds_table(runs: Sequence[tuple[pd.DataFrame, Mapping]]) -> str:
     """
     columns = []
     for results, facts in runs:
-        results = results[results.metric.isin([facts["headline_scoring"], "generated"])]
-        columns.append(results.drop_duplicates(KEYS_OF_STEP).set_index(KEYS_OF_STEP))
-    keys = [key for key in dict.fromkeys(key for column in columns for key in column.index) if _is_rested_on(key)]
+        table = results[results.metric.isin([facts["headline_scoring"], "generated"])].drop_duplicates(STEP)
+        family = table.result.str.split("/").str[0]
+        claimed = family.str.endswith("_delta") & table.set_index(["variant", "baseline"]).index.isin(CLAIMED)
+        table = table[claimed | family.isin(["gap_closed", "certificate"])]
+        columns.append({(row.result, row.variant, row.baseline): row for row in table.itertuples()})
     rows = []
-    for result, variant, baseline in keys:
-        name, task = result.split("/")
-        what = f"share of the gap to the teacher closed by {label(variant)}" if name == "gap_closed" else (
-            f"{label(baseline)} → {label(variant)}")  # fmt: skip
+    for key in dict.fromkeys(key for column in columns for key in column):
+        (family, task), what = key[0].split("/"), f"{label(key[2])} → {label(key[1])}"
+        if family == "gap_closed":
+            what = f"share of the gap to the teacher closed by {label(key[1])}"
         cells = []
-        for column in columns:
-            if (result, variant, baseline) not in column.index:
-                cells.append("–")
-                continue
-            row = column.loc[(result, variant, baseline)]
-            shown = "equivalent" if row.within_margin is True else "not shown equivalent"
-            verdict = {"gap_closed": "", "certificate": f", {shown} within {row.margin:g}"}.get(
-                name, f", {row.verdict}"
-            )
-            cells.append(f"{difference(row)}, n = {row.n:.0f}{verdict}")
+        for row in [column.get(key) for column in columns]:
+            cell = "–" if row is None else f"{difference(row)}, n = {row.n:.0f}"
+            if row is not None and family == "certificate":
+                cell += f", {'' if row.within_margin else 'not shown '}equivalent within {row.margin:g}"
+            elif row is not None and family != "gap_closed":
+                cell += f", {row.verdict}"
+            cells.append(cell)
         rows.append([task, what, *cells])
     return markdown(["task", "what", *(f"`{facts['run']}`" for _, facts in runs)], rows)
-
-
-def _is_rested_on(key: tuple[str, str, str]) -> bool:
-    """Whether a step (result, variant, baseline) is one of the method's own claims."""
-    result, variant, baseline = key
-    name = result.split("/")[0]
-    learned = {("teacher", "student_ce"), ("student_kd", "student_ce"), ("student_kd", "student_hard"),
-               ("student_kd", "tfidf"), ("student_kd", "regex"), ("lora", "student_kd"), ("plan", "nf4")}  # fmt: skip
-    return name in ("gap_closed", "certificate") or (name.endswith("_delta") and (variant, baseline) in learned)
 
 
 def provenance_line(facts: Mapping) -> str:
