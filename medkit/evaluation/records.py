@@ -129,7 +129,8 @@ def _ratio(
             above, below = np.vstack([above, mean * [[0], [0], [1], [1]]]), np.vstack([below, mean])
             codes = np.append(codes, codes.max() + 1 + np.arange(4))
         drawn = np.vstack([(weights @ above) / (weights @ below) for weights in resample_groups(codes)])
-    low, high = np.quantile(drawn, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    # pandas leaves out resamples with nothing to divide by
+    low, high = pd.DataFrame(drawn).quantile([(1 - confidence) / 2, (1 + confidence) / 2]).to_numpy()
     intervals = {"ci_low": np.fmin(low, value), "ci_high": np.fmax(high, value)}
     return pd.DataFrame({"variant": names, "value": value, **intervals, "n": n.to_numpy()})
 

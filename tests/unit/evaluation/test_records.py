@@ -111,6 +111,15 @@ def test_intervals_hold_the_value_have_a_width_and_are_those_of_the_binomial():
     assert exact.ci_high - exact.ci_low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 200), rel=0.35)
 
 
+def test_a_rate_of_few_values_keeps_the_width_of_its_interval():
+    questions = [question(f"r{i}", f"g{i}") for i in range(40)]
+    texts = [json.dumps(GOLD), *["no record"] * 39]  # most resamples hold no value that could be invented
+    answers = [{"variant": "lora", "id": f"r{i}", "text": text} for i, text in enumerate(texts)]
+    table = measure_records(score_records(pd.DataFrame(answers), pd.DataFrame(questions)), 0.95)
+    invented = table.set_index("metric").loc["invented"]
+    assert invented.value == 0 and invented.ci_high > 0.5
+
+
 def test_a_step_is_paired_by_field_and_the_number_of_fields_is_no_number_of_records():
     steps = [("nf4", "lora", "What does it cost?")]
     row = compare_records(many({"lora": 0.95, "nf4": 0.6}), 0.95, 0.8, 0.05, steps).iloc[0]
