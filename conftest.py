@@ -1,4 +1,4 @@
-"""Settings that must be in place before torch or a kernel starts."""
+"""Settings that must be in place before torch or a kernel starts, and the order of the tests."""
 
 import os
 import shutil
@@ -25,3 +25,8 @@ def pytest_configure(config):
             smoke, outputs = Path(outputs) / "smoke", Path(outputs) / worker
             shutil.copytree(smoke, outputs / "smoke", copy_function=os.link)
         os.environ["MEDKIT_OUTPUTS"] = str(outputs)
+
+
+def pytest_collection_modifyitems(items):
+    """The smoke run comes first: it takes longest, and the other workers do the rest meanwhile."""
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/smoke/"))
