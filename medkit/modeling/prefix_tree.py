@@ -117,14 +117,14 @@ def additive_masks(model: nn.Module, mask: torch.Tensor, position_ids: torch.Ten
     """
 
     def additive(allowed: torch.Tensor) -> torch.Tensor:
-        filled = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(~allowed, torch.finfo(model.dtype).min)
-        return filled.unsqueeze(1).to(model.device)
+        zeros = torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device)
+        return zeros.masked_fill(~allowed, torch.finfo(model.dtype).min).unsqueeze(1).to(model.device)
 
     config = model.config.get_text_config()
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if window is None or (kinds and "sliding_attention" not in kinds):
         return additive(mask)
-    before = torch.arange(mask.shape[2] - mask.shape[1]).expand(len(mask), -1)
+    before = torch.arange(mask.shape[2] - mask.shape[1], device=mask.device).expand(len(mask), -1)
     distances = position_ids[:, :, None] - torch.cat([before, position_ids], dim=1)[:, None, :]
     near = additive(mask & (distances < window))
     return {"full_attention": additive(mask), "sliding_attention": near} if kinds else near

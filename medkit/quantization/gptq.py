@@ -5,7 +5,7 @@ as far as their inputs are correlated. Format and bytes are those of plain round
 `rowwise` rounds to NF4 this way, `gguf_blocks` to llama.cpp's formats.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 
 import torch
@@ -13,7 +13,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from medkit.modeling import batches as batching
-from medkit.modeling import prefix_tree
 from medkit.modeling.batches import Example
 from medkit.quantization.plans import layer_of
 
@@ -70,7 +69,7 @@ def calibrate(model: nn.Module, modules: Iterable[str], examples: Sequence[Examp
         stored[name], weight.data = round_weight(name, weight.data, hessian)
 
     try:
-        inputs = list(packed_inputs(model, examples))
+        inputs = [batching.model_inputs(model, batch) for _, batch in batching.iterate_packed(model, examples)]
         calls = [_record_call(decoder, batch) for batch in inputs]
         for name in [name for name in exact if layer_of(name) is None]:
             is_head = model.get_submodule(name).weight is head.weight
@@ -87,17 +86,6 @@ def calibrate(model: nn.Module, modules: Iterable[str], examples: Sequence[Examp
         for name, weight in exact.items():
             model.get_submodule(name).weight.data = weight
     return stored
-
-
-def packed_inputs(model: nn.Module, examples: Sequence[Example], batch_tokens: int = 512) -> Iterator[dict]:
-    """Keyword arguments of the model for batches of examples, in which a shared prefix is read once."""
-    share = prefix_tree.takes_branches(model)
-    for rows in batching.cut(examples, batch_tokens, share):
-        batch = batching.pack([examples[i] for i in rows], share)
-        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
-        if share:
-            inputs["attention_mask"] = prefix_tree.additive_masks(model, batch["attention_mask"], batch["position_ids"])
-        yield {**inputs, "use_cache": False}
 
 
 def _record_call(decoder: nn.Module, batch: dict) -> tuple[torch.Tensor, list[dict]]:

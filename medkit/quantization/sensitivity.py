@@ -63,13 +63,12 @@ def measure_sensitivity(
     generator = torch.Generator(model.device).manual_seed(seed)
     squares, positions = dict.fromkeys(estimated, 0.0), 0
     batches = batching.bucket_by_length([len(example.input_ids) for example in examples], batch_tokens)
-    with _without_weight_gradients(model):
-        for rows in tqdm(batches, desc="sensitivity", unit="batch", delay=2, mininterval=10):
-            batch = batching.collate([examples[i] for i in rows], pad_token_id=0)
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            for choice, slopes in _slopes(model, batch, estimated, double_quant, generator).items():
-                squares[choice] += slopes.square().sum().item()
-            positions += len(batch["labels"])
+    for rows in tqdm(batches, desc="sensitivity", unit="batch", delay=2, mininterval=10):
+        batch = batching.collate([examples[i] for i in rows], pad_token_id=0)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        for choice, slopes in _slopes(model, batch, estimated, double_quant, generator).items():
+            squares[choice] += slopes.square().sum().item()
+        positions += len(batch["labels"])
     kl_nats = {choice: square / (2 * positions) for choice, square in squares.items()}
     exact = batching.collect_logits(model, examples)
     weights = {weight.module: weight for weight in memory_ledger.model_shapes(model.config) if len(weight.shape) == 2}
@@ -125,9 +124,10 @@ def _slopes(
     positions are uncorrelated, and the expected square of their sum is the sum of their expected squares.
     """
     slopes: dict[tuple[str, Scheme], torch.Tensor] = {}
+    embedded: list[torch.Tensor] = []  # gradients go back to the embedded input, and into no weight
 
-    def start_gradients(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        output.requires_grad_()  # gradients stop at the embedded input
+    def start(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        embedded.append(output.requires_grad_())
 
     def watch(name: str, module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
         output.register_hook(lambda gradient: add_slopes(name, module.weight.detach(), args[0].detach(), gradient))
@@ -138,22 +138,10 @@ def _slopes(
             slopes[name, scheme] = (gradient * change).sum(-1).float().sum(1)  # (B, L, rows) → (B,)
 
     with ExitStack() as hooks, torch.enable_grad():
-        hooks.callback(model.get_input_embeddings().register_forward_hook(start_gradients).remove)
+        hooks.callback(model.get_input_embeddings().register_forward_hook(start).remove)
         for name in dict.fromkeys(name for name, _ in choices):
             hooks.callback(model.get_submodule(name).register_forward_hook(partial(watch, name)).remove)
-        logits, _ = batching.predicted_logits(model, batch)
-        logprobs = logits.log_softmax(-1)
+        logprobs = batching.predict(model, batch).logits.log_softmax(-1)
         drawn = torch.multinomial(logprobs.detach().exp(), 1, generator=generator)
-        logprobs.gather(1, drawn).sum().backward()
+        torch.autograd.grad(logprobs.gather(1, drawn).sum(), embedded)
     return slopes
-
-
-@contextmanager
-def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_()
