@@ -1,4 +1,4 @@
-"""What an engine is, it turns token ids into new ones whatever runs underneath; and `write`, texts that it writes.
+"""Engines, which turn token ids into new token ids whatever runs underneath, and `write`, which asks one for texts.
 
 An engine is greedy unless it was made with a temperature.
 """

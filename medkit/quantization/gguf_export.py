@@ -16,6 +16,7 @@ from torch import nn
 
 from medkit.quantization.gguf_blocks import Blocks
 from medkit.quantization.gguf_tokenizer import ExportError, write_tokenizer
+from medkit.quantization.memory_ledger import head_dim
 from medkit.sources import sha256_of
 from medkit.stage import DISCLAIMER, atomic_path
 
@@ -58,12 +59,8 @@ def _check_config(config) -> None:
         raise ExportError(f"hidden_act {config.hidden_act!r}: only 'silu' can be exported")
     if getattr(config, "use_sliding_window", False):
         raise ExportError("use_sliding_window true: only full attention can be exported")
-    if config.model_type == "qwen2" and _head_dim(config) * config.num_attention_heads != config.hidden_size:
-        raise ExportError(f"head_dim {_head_dim(config)}: a qwen2 file can only hold {config.hidden_size} / heads")
-
-
-def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if config.model_type == "qwen2" and head_dim(config) * config.num_attention_heads != config.hidden_size:
+        raise ExportError(f"head_dim {head_dim(config)}: a qwen2 file can only hold {config.hidden_size} / heads")
 
 
 def _write_file(
@@ -85,9 +82,9 @@ def _write_file(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(_head_dim(config))
-    writer.add_key_length(_head_dim(config))
-    writer.add_value_length(_head_dim(config))
+    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
     write_tokenizer(writer, tokenizer, config.vocab_size)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight  # whatever the config says
     for name, tensor in model.state_dict().items():

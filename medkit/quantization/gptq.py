@@ -7,6 +7,7 @@ as far as their inputs are correlated. Format and bytes are those of plain round
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import nn
@@ -102,18 +103,16 @@ def _record_call(decoder: nn.Module, batch: dict) -> tuple[torch.Tensor, list[di
 def _hessians(
     layer: nn.Module, modules: Mapping[str, nn.Module], hidden: Sequence[torch.Tensor], arguments: Sequence[dict]
 ) -> dict[str, torch.Tensor]:
-    """Module → Σ x xᵀ (columns, columns) of its inputs, when the layer reads `hidden`. Modules share an input's sum."""
+    """Module → Σ x xᵀ (columns, columns) of its inputs, when the layer reads `hidden`."""
     sums: dict[str, torch.Tensor] = {}
-    first: dict[str, str] = {}
-    for states, kwargs in zip(hidden, arguments, strict=True):
-        seen: dict[str, torch.Tensor] = {}
-        with ExitStack() as hooks:
-            for name, module in modules.items():
-                note = lambda _, args, name=name, seen=seen: seen.update({name: args[0]})  # noqa: E731
-                hooks.callback(module.register_forward_pre_hook(note).remove)
+
+    def add(name: str, module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        x = args[0].flatten(0, -2).float()
+        sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_pre_hook(partial(add, name)).remove)
+        for states, kwargs in zip(hidden, arguments, strict=True):
             layer(states, **kwargs)
-        first = {name: next(n for n in seen if seen[n] is x) for name, x in seen.items()}
-        for name in set(first.values()):
-            x = seen[name].flatten(0, -2).float()
-            sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
-    return {name: sums[shared] for name, shared in first.items()}
+    return sums
