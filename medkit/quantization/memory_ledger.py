@@ -57,31 +57,23 @@ def measure_bytes(model: nn.Module) -> pd.DataFrame:
     counts as well; `get_memory_footprint()` leaves it out for NF4. Other buffers (rotary frequencies) are computed at
     load, are no weights, and do not count.
     """
-    rows, seen = [], set()
     tied = model.config.get_text_config().tie_word_embeddings
+    rows: dict[int, tuple] = {}  # by address
 
-    def unseen_bytes(tensors: list[torch.Tensor]) -> int:
-        new = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.data_ptr() not in seen}
-        seen.update(new)
-        return sum(new.values())
+    def add(component: str, tensor: torch.Tensor, count: int = 0) -> None:
+        rows.setdefault(tensor.data_ptr(), (component, count, tensor.nbytes, 2 * count))
 
     for module_name, module in model.named_modules():
-        tensors = dict(module.named_parameters(recurse=False))
-        has_codes = any(tensor.dtype == torch.int8 for tensor in tensors.values())
-        if has_codes:
-            tensors |= dict(module.named_buffers(recurse=False))
-        for name, tensor in tensors.items():
-            if tensor.data_ptr() in seen:
-                continue
-            component, count, size = _component(f"{module_name}.{name}", tied), tensor.numel(), unseen_bytes([tensor])
-            state = getattr(tensor, "quant_state", None)  # of bitsandbytes' 4-bit parameters
-            if state is not None:
-                count = state.shape.numel()
-                rows.append(("quantization state", 0, unseen_bytes(_state_tensors(state)), 0))
-            elif has_codes and tensor.is_floating_point() and name != "bias":
-                component, count = "quantization state", 0
-            rows.append((component, count, size, 2 * count))
-    return _table(rows)
+        for name, parameter in module.named_parameters(recurse=False):
+            state = getattr(parameter, "quant_state", None)  # of bitsandbytes' 4-bit parameters
+            count = parameter.numel() if state is None else state.shape.numel()
+            add(_component(f"{module_name}.{name}", tied), parameter, count)
+            for tensor in [] if state is None else _state_tensors(state):
+                add("quantization state", tensor)
+        if any(parameter.dtype == torch.int8 for parameter in module.parameters(recurse=False)):
+            for scale in module.buffers(recurse=False):
+                add("quantization state", scale)
+    return _table([*rows.values()])
 
 
 def _state_tensors(state) -> list[torch.Tensor]:
