@@ -5,7 +5,7 @@ a question with its options as the branches of a tree, and a mask lets each toke
 """
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -38,10 +38,10 @@ def score_options(model: nn.Module, items: Sequence[Item], batch_tokens: int, pa
     scores: list[list[float]] = [[] for _ in items]
     # the last token of an answer is predicted, and not read
     trees = [build_tree([[*item.prompt_ids, *answer[:-1]] for answer in item.answer_ids]) for item in items]
-    with (
-        _dense_attention(model),
-        tqdm(total=len(items), desc="scoring", unit="question", delay=2, mininterval=10) as bar,
-    ):
+    with ExitStack() as after, tqdm(total=len(items), desc="scoring", unit="question", delay=2, mininterval=10) as bar:
+        if not takes_branches(model):  # FlashAttention takes no mask of a tree
+            after.callback(model.set_attn_implementation, model.config._attn_implementation)
+            model.set_attn_implementation("sdpa")
         for shared, members in group_by_prefix([item.prompt_ids for item in items], LEAST_SAVED):
             prefix = _read_prefix(model, items[members[0]].prompt_ids[:shared])
             for places in bucket_by_length([len(trees[i].token_ids) - shared for i in members], batch_tokens):
@@ -51,20 +51,6 @@ def score_options(model: nn.Module, items: Sequence[Item], batch_tokens: int, pa
                     scores[row] = values
                 bar.update(len(rows))
     return scores
-
-
-@contextmanager
-def _dense_attention(model: nn.Module):
-    """Inside the block the model uses SDPA if it uses FlashAttention otherwise, which takes no mask of a tree."""
-    if takes_branches(model):
-        yield
-        return
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(attention)
 
 
 class _PrefixLayer(DynamicLayer):
