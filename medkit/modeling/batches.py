@@ -17,6 +17,7 @@ from medkit.modeling.prefix_tree import shared_length
 from medkit.prompts import templates
 
 PASSES = 32  # so many nearly empty forward passes take as long as a full batch
+PACKED_TOKENS = 512  # of a forward pass over packed examples: attention grows with the square
 
 
 @dataclass(frozen=True)
@@ -165,21 +166,21 @@ def predict(model: nn.Module, batch: dict, hidden_layers: Sequence[int] = ()) ->
 
 
 def iterate_packed(
-    model: nn.Module, examples: Sequence[Example], batch_tokens: int = 512
+    model: nn.Module, examples: Sequence[Example]
 ) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
     """Batches of examples that share prefixes: the examples' indices, and `pack` of them on the model's device."""
     share = prefix_tree.takes_branches(model)
-    for rows in cut(examples, batch_tokens, share):
+    for rows in cut(examples, PACKED_TOKENS, share):
         batch = pack([examples[i] for i in rows], share)
         yield rows, {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 @torch.inference_mode()
 def iterate_predicted(
-    model: nn.Module, examples: Sequence[Example], batch_tokens: int = 512, hidden_layers: Sequence[int] = ()
+    model: nn.Module, examples: Sequence[Example], hidden_layers: Sequence[int] = ()
 ) -> Iterator[tuple[list[int], Predicted]]:
     """Batches as of `iterate_packed`: the examples' indices, and the model's output at their predicted positions."""
-    for rows, batch in iterate_packed(model, examples, batch_tokens):
+    for rows, batch in iterate_packed(model, examples):
         yield rows, predict(model, batch, hidden_layers)
 
 

@@ -16,14 +16,15 @@ from medkit.modeling.batches import bucket_by_length
 from medkit.modeling.loading import pick_device, quiet_transformers, read_weights
 
 MAX_TOKENS = 256  # the encoder was trained on texts up to this length; the rest of a text is cut off
+BATCH_TOKENS = 4096  # of a forward pass
 
 
 @torch.inference_mode()
-def embed_texts(folder: Path, texts: Sequence[str], device: str = "auto", batch_tokens: int = 4096) -> np.ndarray:
+def embed_texts(folder: Path, texts: Sequence[str], device: str = "auto") -> np.ndarray:
     """Unit vectors (len(texts), hidden) in float32: the mean of the last hidden states over a text's tokens.
 
-    folder: encoder and tokenizer in transformers' format. batch_tokens: tokens per forward pass; it changes memory, not
-    the vectors. Raises ModelError for a folder without safetensors, because a pickle can run any code.
+    folder: encoder and tokenizer in transformers' format. Raises ModelError for a folder without safetensors, because a
+    pickle can run any code.
     """
     options = {"dtype": torch.float32, "attn_implementation": "sdpa", "add_pooling_layer": False}
     model = read_weights(AutoModel, folder, other_heads=True, **options).to(pick_device(device)).eval()
@@ -31,7 +32,7 @@ def embed_texts(folder: Path, texts: Sequence[str], device: str = "auto", batch_
         tokenizer = AutoTokenizer.from_pretrained(folder)
     vectors = np.empty((len(texts), model.config.hidden_size), np.float32)
     ids = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"] if len(texts) else []
-    batches = bucket_by_length([len(i) for i in ids], batch_tokens)
+    batches = bucket_by_length([len(i) for i in ids], BATCH_TOKENS)
     for rows in tqdm(batches, desc="embedding", unit="batch", delay=2, mininterval=10):
         batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(model.device)
         states, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)

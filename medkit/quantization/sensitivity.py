@@ -21,6 +21,8 @@ from medkit.modeling.batches import Example
 from medkit.quantization import memory_ledger, quantize, rowwise
 from medkit.quantization.plans import SCHEMES, Plan, Scheme, layer_of
 
+BATCH_TOKENS = 1024  # of a forward and backward pass
+
 
 @contextmanager
 def fake_quantized(
@@ -45,9 +47,7 @@ def fake_quantized(
             model.get_submodule(name).weight.data = weight
 
 
-def measure_sensitivity(
-    model: nn.Module, examples: Sequence[Example], double_quant: bool, batch_tokens: int = 1024, seed: int = 0
-) -> pd.DataFrame:
+def measure_sensitivity(model: nn.Module, examples: Sequence[Example], double_quant: bool) -> pd.DataFrame:
     """One row per module and scheme: `module`, `layer` (<NA> for embeddings and head), `kind`, `scheme`, `kl_nats`,
     `bytes`.
 
@@ -58,9 +58,9 @@ def measure_sensitivity(
     shapes = quantize.weight_shapes(model)
     choices = [(m, s) for m in shapes for s in SCHEMES if s != "nf4" or quantize.can_be_nf4(shapes[m])]
     estimated = [(m, s) for m, s in choices if s != "unquantized" and layer_of(m) is not None]
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(0)
     squares, positions = dict.fromkeys(estimated, 0.0), 0
-    batches = batching.bucket_by_length([len(example.input_ids) for example in examples], batch_tokens)
+    batches = batching.bucket_by_length([len(example.input_ids) for example in examples], BATCH_TOKENS)
     for rows in tqdm(batches, desc="sensitivity", unit="batch", delay=2, mininterval=10):
         batch = batching.collate([examples[i] for i in rows], pad_token_id=0)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}

@@ -171,10 +171,11 @@ def test_a_letter_that_is_no_token_is_an_error(make_sentencepiece_like):
         batches.letter_forms(make_sentencepiece_like(["A", "▁A"]), "C")
 
 
-def test_each_example_is_predicted_once_and_as_if_alone(make_llama, make_examples):
+def test_each_example_is_predicted_once_and_as_if_alone(make_llama, make_examples, monkeypatch):
+    monkeypatch.setattr(batches, "PACKED_TOKENS", 60)
     model, examples = make_llama(), make_examples(7)
     seen = []
-    for rows, found in batches.iterate_predicted(model, examples, batch_tokens=60):
+    for rows, found in batches.iterate_predicted(model, examples):
         alone = [batches.collect_logits(model, [examples[i]]) for i in rows]
         torch.testing.assert_close(found.logits, torch.cat(alone), rtol=0, atol=1e-5)
         assert found.targets.tolist() == [t for i in rows for t in examples[i].input_ids[examples[i].loss_start :]]

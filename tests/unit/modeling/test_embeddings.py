@@ -43,8 +43,8 @@ def toy_folder(tmp_path_factory):
     return folder
 
 
-def embed(folder, texts, **options):
-    return embeddings.embed_texts(folder, texts, "cpu", **options)
+def embed(folder, texts):
+    return embeddings.embed_texts(folder, texts, "cpu")
 
 
 def test_vectors_are_units_in_the_order_of_the_texts(toy_folder):
@@ -57,9 +57,10 @@ def test_vectors_are_units_in_the_order_of_the_texts(toy_folder):
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 16, 4096])
-def test_a_text_is_embedded_alike_alone_and_in_company(toy_folder, batch_tokens):
+def test_a_text_is_embedded_alike_alone_and_in_company(toy_folder, batch_tokens, monkeypatch):
     alone = np.vstack([embed(toy_folder, [text]) for text in TEXTS])
-    assert np.allclose(embed(toy_folder, TEXTS, batch_tokens=batch_tokens), alone, atol=1e-5)
+    monkeypatch.setattr(embeddings, "BATCH_TOKENS", batch_tokens)
+    assert np.allclose(embed(toy_folder, TEXTS), alone, atol=1e-5)
 
 
 def test_the_vector_is_the_mean_over_the_tokens(toy_folder):

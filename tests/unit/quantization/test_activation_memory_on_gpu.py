@@ -19,7 +19,7 @@ def covered(shapes):
     return {
         "bf16_sdpa": {},
         "nf4_library": plans.nf4_plan(matrices).schemes,
-        "paper_mix": plans.paper_plan(matrices, "nf4").schemes,  # LLM.int8() stores what int8 does
+        "paper_mix": plans.paper_plan(matrices).schemes | {"lm_head": "nf4"},  # LLM.int8() stores what int8 does
     }
 
 

@@ -21,8 +21,8 @@ def examples(make_examples):
     return make_examples(5)
 
 
-def measure(model, examples, **settings):
-    return sensitivity.measure_sensitivity(model, examples, True, **settings)
+def measure(model, examples):
+    return sensitivity.measure_sensitivity(model, examples, True)
 
 
 def brute_force(model, examples, module, scheme):
