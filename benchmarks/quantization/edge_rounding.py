@@ -79,8 +79,9 @@ def learn_scales(
     logs = {name: torch.zeros(b.scales.shape, device=model.device, requires_grad=True) for name, b in blocks.items()}
     optimizer = torch.optim.Adam(logs.values(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    batches = itertools.islice(_repeat(list(gptq.packed_inputs(model, examples)), seed), steps)
-    for inputs in tqdm(batches, total=steps, desc="scales", unit="step", delay=2, mininterval=10):
+    packed = [batches.model_inputs(model, batch) for _, batch in batches.iterate_packed(model, examples)]
+    repeated = itertools.islice(_repeat(packed, seed), steps)
+    for inputs in tqdm(repeated, total=steps, desc="scales", unit="step", delay=2, mininterval=10):
         with torch.no_grad():
             target = model(**inputs).logits[0].float().log_softmax(-1)
         weights = {
@@ -101,11 +102,11 @@ def _scales(blocks: Blocks, logs: torch.Tensor) -> torch.Tensor:
     return exact + (exact.half().float() - exact).detach()
 
 
-def _repeat(batches: list[dict], seed: int) -> Iterator[dict]:
+def _repeat(packed: list[dict], seed: int) -> Iterator[dict]:
     """The batches again and again, each time in another order."""
     draw = random.Random(seed)
     while True:
-        yield from draw.sample(batches, len(batches))
+        yield from draw.sample(packed, len(packed))
 
 
 def main() -> None:

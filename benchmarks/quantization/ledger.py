@@ -27,7 +27,7 @@ from benchmarks.inputs import STUDENT, make_parser
 from benchmarks.record import Ratio, versions, write
 from medkit.modeling import loading
 from medkit.params import Params, load_params
-from medkit.quantization import activation_memory, memory_ledger, plans, quantize
+from medkit.quantization import memory_ledger, plans, quantize
 from medkit.stage import ROOT
 
 SHAPES = [(1, 512), (4, 512), (1, 2048), (4, 2048)]  # sequences, tokens each
@@ -73,7 +73,7 @@ def computed(form: str, folder: Path, params: Params, batch: int, context: int) 
     schemes = schemes_of(form, folder, shapes)
     weights = int(memory_ledger.plan_bytes(shapes, schemes, size, params.quantization.double_quant).bytes.sum())
     cache = memory_ledger.kv_cache_bytes(config, batch, context, size)
-    activations = activation_memory.activation_bytes(config, shapes, schemes, batch, context, size)
+    activations = memory_ledger.activation_bytes(config, shapes, schemes, batch, context, size)
     totals = {name: weights + cache + extra for name, extra in activations.items()}
     return {"weights": weights, "kv_cache": cache, "activations": activations, "total": totals}
 

@@ -209,7 +209,7 @@ def compare_training(folder: Path, tokenizer, params, rows, valid, losses, args,
             logged = {"steps": len(log), "first": log.iloc[0][terms].to_dict(), "last": log.iloc[-1][terms].to_dict()}
         seconds = time.perf_counter() - began
         scores = score(model, tokenizer, some, params)
-        found[name] = {"nll": batches.collect_nll(model, judged), "option_nll": right_nll(scores, some)}
+        found[name] = {"nll": batches.predict_examples(model, judged).nll, "option_nll": right_nll(scores, some)}
         record["arms"][name] = logged | {
             "train_seconds": seconds, "nll": float(np.mean(found[name]["nll"])),
             "option_nll": float(np.mean(found[name]["option_nll"])), "accuracy": accuracy(scores, some),

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def gkd(args, accumulate: int = 1) -> None:
     student, teacher = (loading.load_model(folder / name, params.models) for name in ("base", "teacher"))
     student.train()
     clock = StepClock(student)
-    order = list(samplers.EpochSampler(args.batch, lengths=[len(e.input_ids) for e in examples], seed=0))
+    order = chain.from_iterable(samplers.EpochBatches([len(e.input_ids) for e in examples], args.batch, seed=0))
     rows = Dataset.from_list([{"input_ids": examples[i].input_ids, "labels": examples[i].loss_start} for i in order])
 
     def collate(features: list[dict]) -> dict:

@@ -15,9 +15,8 @@ from accelerate import PartialState
 from medkit import sources
 from medkit.modeling import loading
 from medkit.modeling.batches import Example
-from medkit.modeling.engine import WRITE_TOKENS, Engine
+from medkit.modeling.engine import WRITE_TOKENS, Engine, write
 from medkit.modeling.train_once import find_record, key_of, write_record
-from medkit.modeling.writing import write
 from medkit.params import Params, ServerParams
 from medkit.prompts import answer_parser, templates
 from medkit.stage import MedkitError, StageError, atomic_path

@@ -6,9 +6,8 @@ from torch import nn
 
 from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling.batches import letter_forms
-from medkit.modeling.engine import WRITE_TOKENS
+from medkit.modeling.engine import WRITE_TOKENS, write
 from medkit.modeling.option_scoring import Item, score_options
-from medkit.modeling.writing import write
 from medkit.prompts import templates
 from medkit.stage import MedkitError
 

@@ -1,7 +1,7 @@
 """Models: loading and saving, batches, scores of options, and training."""
 
-from medkit.modeling.batches import collect_logits, encode_questions, measure_drift
-from medkit.modeling.embeddings import embed_texts, load_embedder
+from medkit.modeling.batches import collect_logits, encode_questions, measure_drift, predict_examples
+from medkit.modeling.embeddings import embed_texts
 from medkit.modeling.loading import (
     keep_layers,
     load_model,

@@ -17,6 +17,7 @@ from medkit.modeling.prefix_tree import shared_length
 from medkit.prompts import templates
 
 PASSES = 32  # so many nearly empty forward passes take as long as a full batch
+PACKED_TOKENS = 512  # of a forward pass over packed examples: attention grows with the square
 
 
 @dataclass(frozen=True)
@@ -141,41 +142,46 @@ class Predicted:
     """Layer → hidden states (N, H) float32; layer 0 is the embedding, n the output of layer n."""
 
 
+def model_inputs(model: nn.Module, batch: dict) -> dict:
+    """The model's keyword arguments for a batch of `collate` or `pack`."""
+    mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 3:
+        mask = prefix_tree.additive_masks(model, mask, batch["position_ids"])
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "use_cache": False}
+
+
 def predict(model: nn.Module, batch: dict, hidden_layers: Sequence[int] = ()) -> Predicted:
     """Logits, and hidden states of `hidden_layers`, at the predicted positions; the head computes no others.
 
     Layers count as in transformers' `output_hidden_states`: the states of the last one are after the final norm.
     """
-    inner, at, positions = extract_model_from_parallel(model), batch["predicted_at"], batch["position_ids"]
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.dim() == 3:
-        mask = prefix_tree.additive_masks(inner, mask, positions)
+    inner, at = extract_model_from_parallel(model), batch["predicted_at"]
     # transformers' `logits_to_keep` keeps the same columns of all rows; this keeps each row's predicted positions.
     # the call is `model(...)`, because DDP and FSDP hook into it
     with inner.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[at],)):
-        output = model(
-            input_ids=batch["input_ids"], attention_mask=mask, position_ids=positions, use_cache=False,
-            output_hidden_states=bool(hidden_layers),
-        )  # fmt: skip
+        output = model(**model_inputs(inner, batch), output_hidden_states=bool(hidden_layers))
     hidden = {layer: output.hidden_states[layer].flatten(0, 1)[at].float() for layer in hidden_layers}
     return Predicted(output.logits.float(), batch["labels"], hidden)
 
 
-def predicted_logits(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, vocab_size) and targets (N,) at the N predicted positions."""
-    predicted = predict(model, batch)
-    return predicted.logits, predicted.targets
+def iterate_packed(
+    model: nn.Module, examples: Sequence[Example]
+) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Batches of examples that share prefixes: the examples' indices, and `pack` of them on the model's device."""
+    share = prefix_tree.takes_branches(model)
+    for rows in cut(examples, PACKED_TOKENS, share):
+        batch = pack([examples[i] for i in rows], share)
+        yield rows, {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
 @torch.inference_mode()
 def iterate_predicted(
-    model: nn.Module, examples: Sequence[Example], batch_tokens: int = 512, hidden_layers: Sequence[int] = ()
+    model: nn.Module, examples: Sequence[Example], hidden_layers: Sequence[int] = ()
 ) -> Iterator[tuple[list[int], Predicted]]:
-    """Batches of examples that share prefixes: the examples' indices, and the output at their positions."""
-    share = prefix_tree.takes_branches(model)
-    for rows in cut(examples, batch_tokens, share):
-        batch = pack([examples[i] for i in rows], share)
-        yield rows, predict(model, {name: tensor.to(model.device) for name, tensor in batch.items()}, hidden_layers)
+    """Batches as of `iterate_packed`: the examples' indices, and the model's output at their predicted positions."""
+    for rows, batch in iterate_packed(model, examples):
+        yield rows, predict(model, batch, hidden_layers)
 
 
 def collect_logits(model: nn.Module, examples: Sequence[Example]) -> torch.Tensor:
@@ -183,20 +189,23 @@ def collect_logits(model: nn.Module, examples: Sequence[Example]) -> torch.Tenso
     return torch.cat([predicted.logits.cpu() for _, predicted in iterate_predicted(model, examples)])
 
 
-def collect_nll(model: nn.Module, examples: Sequence[Example]) -> list[float]:
-    """Mean −log p of each example's predicted tokens, in nats: one number per example, for paired comparisons."""
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicts for some examples."""
+
+    logits: torch.Tensor  # (N, vocab_size) of all predicted positions, on the CPU
+    nll: np.ndarray  # (examples,) mean −log p of each example's predicted tokens, in nats
+
+
+def predict_examples(model: nn.Module, examples: Sequence[Example]) -> Predictions:
+    """Logits and losses of the examples from one pass without dropout, in the same order for every model."""
     model.eval()
-    nll_by_example = [0.0] * len(examples)
+    logits, nll = [], np.empty(len(examples))
     for rows, predicted in iterate_predicted(model, examples):
-        for row, nll in zip(rows, mean_nll(predicted, [examples[i] for i in rows]), strict=True):
-            nll_by_example[row] = nll
-    return nll_by_example
-
-
-def mean_nll(predicted: Predicted, examples: Sequence[Example]) -> list[float]:
-    """Mean −log p of each example's predicted tokens, in nats, from a model's output for these examples."""
-    nll = nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
-    return [part.mean().item() for part in nll.split([example.num_predicted for example in examples])]
+        losses = nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
+        nll[rows] = [part.mean().item() for part in losses.split([examples[i].num_predicted for i in rows])]
+        logits.append(predicted.logits.cpu())
+    return Predictions(torch.cat(logits), nll)
 
 
 def measure_drift(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:

@@ -4,7 +4,6 @@ There is no index: for up to 10⁵ texts a matrix product is quicker than buildi
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,43 +16,26 @@ from medkit.modeling.batches import bucket_by_length
 from medkit.modeling.loading import pick_device, quiet_transformers, read_weights
 
 MAX_TOKENS = 256  # the encoder was trained on texts up to this length; the rest of a text is cut off
-
-
-@dataclass(frozen=True)
-class Embedder:
-    """An encoder in eval mode, and its tokenizer."""
-
-    model: nn.Module
-    tokenizer: object
-
-
-def load_embedder(folder: Path, device: str = "auto") -> Embedder:
-    """The encoder and tokenizer in a folder in transformers' format, in float32 on the device.
-
-    Raises ModelError for a folder without safetensors, because a pickle can run any code.
-    """
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa", "add_pooling_layer": False}
-    model = read_weights(AutoModel, folder, other_heads=True, **options)
-    with quiet_transformers():
-        return Embedder(model.to(pick_device(device)).eval(), AutoTokenizer.from_pretrained(folder))
+BATCH_TOKENS = 4096  # of a forward pass
 
 
 @torch.inference_mode()
-def embed_texts(embedder: Embedder, texts: Sequence[str], batch_tokens: int = 4096) -> np.ndarray:
+def embed_texts(folder: Path, texts: Sequence[str], device: str = "auto") -> np.ndarray:
     """Unit vectors (len(texts), hidden) in float32: the mean of the last hidden states over a text's tokens.
 
-    batch_tokens: tokens per forward pass; it changes memory, not the vectors.
+    folder: encoder and tokenizer in transformers' format. Raises ModelError for a folder without safetensors, because a
+    pickle can run any code.
     """
-    hidden_size = embedder.model.config.hidden_size
-    if not len(texts):
-        return np.empty((0, hidden_size), np.float32)
-    ids = embedder.tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"]
-    vectors = np.empty((len(ids), hidden_size), np.float32)
-    batches = bucket_by_length([len(i) for i in ids], batch_tokens)
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa", "add_pooling_layer": False}
+    model = read_weights(AutoModel, folder, other_heads=True, **options).to(pick_device(device)).eval()
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    vectors = np.empty((len(texts), model.config.hidden_size), np.float32)
+    ids = tokenizer(list(texts), truncation=True, max_length=MAX_TOKENS)["input_ids"] if len(texts) else []
+    batches = bucket_by_length([len(i) for i in ids], BATCH_TOKENS)
     for rows in tqdm(batches, desc="embedding", unit="batch", delay=2, mininterval=10):
-        batch = embedder.tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt")
-        batch = batch.to(embedder.model.device)
-        states, mask = embedder.model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
+        batch = tokenizer.pad({"input_ids": [ids[i] for i in rows]}, return_tensors="pt").to(model.device)
+        states, mask = model(**batch).last_hidden_state, batch["attention_mask"].unsqueeze(-1)
         mean = (states * mask).sum(1) / mask.sum(1)
         vectors[rows] = nn.functional.normalize(mean, dim=1).cpu().numpy()
     return vectors

@@ -96,9 +96,8 @@ def _convert_gguf(gguf: Path) -> Path:
     target = sources.cache_root() / "converted" / f"{gguf.stem}-{sources.sha256_of(gguf)[:12]}"
     with sources.building(target) as scratch, quiet_transformers():
         if scratch is not None:
-            origin = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
             read_weights(AutoModelForCausalLM, gguf, dtype=torch.float32).save_pretrained(scratch)
-            AutoTokenizer.from_pretrained(**origin).save_pretrained(scratch)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
     return target
 
 
@@ -188,14 +187,8 @@ def load_model(folder: Path, models: ModelsParams, keep: Sequence[int] = (), **q
     """
     device = pick_device(models.device)
     attention, _ = pick_attention(models.attention, device)
-    model = read_weights(
-        AutoModelForCausalLM,
-        folder,
-        dtype=getattr(torch, models.dtype),
-        attn_implementation=attention,
-        device_map={"": device},
-        **quantization,
-    )
+    options = {"dtype": getattr(torch, models.dtype), "attn_implementation": attention, "device_map": {"": device}}
+    model = read_weights(AutoModelForCausalLM, folder, **options, **quantization)
     # greedy, whatever the checkpoint recommends
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return keep_layers(model, keep).eval()
@@ -211,15 +204,8 @@ def save_model(model: nn.Module, tokenizer, folder: Path) -> Path:
 
 def make_toy_model(vocab_size: int = 64) -> nn.Module:
     """A two-layer Llama with random weights from torch's seed, to try code on."""
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
 
 
 def keep_layers(model: nn.Module, keep: Sequence[int]) -> nn.Module:

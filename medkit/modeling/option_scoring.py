@@ -5,7 +5,7 @@ a question with its options as the branches of a tree, and a mask lets each toke
 """
 
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -36,34 +36,21 @@ def score_options(model: nn.Module, items: Sequence[Item], batch_tokens: int, pa
     follow the prompt. Items of similar length share batches of at most `batch_tokens` tokens, without the prefix.
     """
     scores: list[list[float]] = [[] for _ in items]
-    trees = [_build_item_tree(item) for item in items]
-    with (
-        _dense_attention(model),
-        tqdm(total=len(items), desc="scoring", unit="question", delay=2, mininterval=10) as bar,
-    ):
+    # the last token of an answer is predicted, and not read
+    trees = [build_tree([[*item.prompt_ids, *answer[:-1]] for answer in item.answer_ids]) for item in items]
+    with ExitStack() as after, tqdm(total=len(items), desc="scoring", unit="question", delay=2, mininterval=10) as bar:
+        if not takes_branches(model):  # FlashAttention takes no mask of a tree
+            after.callback(model.set_attn_implementation, model.config._attn_implementation)
+            model.set_attn_implementation("sdpa")
         for shared, members in group_by_prefix([item.prompt_ids for item in items], LEAST_SAVED):
             prefix = _read_prefix(model, items[members[0]].prompt_ids[:shared])
-            for batch in bucket_by_length([len(trees[i].token_ids) - shared for i in members], batch_tokens):
-                rows = [members[i] for i in batch]
-                batch_scores = _score_batch(model, [trees[i] for i in rows], prefix, shared, pad_token_id)
-                for row, values in zip(rows, batch_scores, strict=True):
+            for places in bucket_by_length([len(trees[i].token_ids) - shared for i in members], batch_tokens):
+                rows = [members[place] for place in places]
+                batch = [items[i] for i in rows], [trees[i] for i in rows]
+                for row, values in zip(rows, _score_batch(model, *batch, prefix, shared, pad_token_id), strict=True):
                     scores[row] = values
                 bar.update(len(rows))
     return scores
-
-
-@contextmanager
-def _dense_attention(model: nn.Module):
-    """Inside the block the model uses SDPA if it uses FlashAttention otherwise, which takes no mask of a tree."""
-    if takes_branches(model):
-        yield
-        return
-    attention = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(attention)
 
 
 class _PrefixLayer(DynamicLayer):
@@ -86,44 +73,22 @@ def _read_prefix(model: nn.Module, token_ids: list[int]) -> Cache | None:
     return cache
 
 
-@dataclass(frozen=True)
-class _Tree(Tree):
-    """An item as the model reads it: the prompt, then its answers without their last tokens."""
-
-    answer_ids: list[list[int]]
-    predicted_at: list[list[int]]  # Per answer, the places whose logits predict its tokens
-
-    @property
-    def first_logits(self) -> int:
-        """Place of the last prompt token: the first whose logits are needed."""
-        return self.predicted_at[0][0]
-
-
-def _build_item_tree(item: Item) -> _Tree:
-    tree, last = build_tree([[*item.prompt_ids, *answer[:-1]] for answer in item.answer_ids]), len(item.prompt_ids) - 1
-    return _Tree(**vars(tree), answer_ids=item.answer_ids, predicted_at=[path[last:] for path in tree.paths])
-
-
 def _score_batch(
-    model: nn.Module, trees: Sequence[_Tree], prefix: Cache | None, shared: int, pad_token_id: int
+    model: nn.Module, items: Sequence[Item], trees: Sequence[Tree], prefix: Cache | None, shared: int, pad_token_id: int
 ) -> list[list[float]]:
     """Scores of items whose first `shared` tokens are in `prefix`."""
     length = max(len(tree.token_ids) for tree in trees) - shared
-    num_logits = max(len(tree.token_ids) - tree.first_logits for tree in trees)
+    num_logits = max(len(tree.token_ids) - len(item.prompt_ids) for item, tree in zip(items, trees, strict=True)) + 1
     input_ids = torch.full((len(trees), length), pad_token_id)
     position_ids = torch.zeros(len(trees), length, dtype=torch.long)
     mask = torch.zeros(len(trees), length, shared + length, dtype=torch.bool)
     mask[:, :, shared:] = torch.eye(length, dtype=torch.bool)  # padding attends to itself, so no softmax is empty
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
     for row, tree in enumerate(trees):
         start = shared + length - len(tree.token_ids)  # trees stand at the right edge
         input_ids[row, start:] = torch.tensor(tree.token_ids[shared:])
         position_ids[row, start:] = torch.tensor(tree.depths[shared:])
-        prompt = tree.first_logits + 1 - shared
         mask[row, start:, :shared] = True
-        mask[row, start : start + prompt, shared + start : shared + start + prompt] = causal[:prompt, :prompt]
-        for place in range(tree.first_logits + 1, len(tree.token_ids)):
-            mask[row, start + place - shared] |= mask[row, start + tree.parents[place] - shared]
+        mask[row, start:, shared + start :] = tree.mask()[shared:, shared:]
     logits = model(
         input_ids=input_ids.to(model.device),
         attention_mask=additive_masks(model, mask, position_ids),
@@ -132,14 +97,14 @@ def _score_batch(
         use_cache=prefix is not None,
         logits_to_keep=num_logits,
     ).logits
-    return [_score_tree(tree, row_logits) for tree, row_logits in zip(trees, logits, strict=True)]
+    return [_score_tree(item, tree, last) for item, tree, last in zip(items, trees, logits, strict=True)]
 
 
-def _score_tree(tree: _Tree, logits: torch.Tensor) -> list[float]:
+def _score_tree(item: Item, tree: Tree, logits: torch.Tensor) -> list[float]:
     """Summed log-probability of each answer, from the logits (K, vocab_size) of the row's last K places."""
-    first = len(tree.token_ids) - len(logits)
-    logits = logits[tree.first_logits - first :]
-    places = torch.tensor([p - tree.first_logits for path in tree.predicted_at for p in path], device=logits.device)
-    targets = torch.tensor([token for answer in tree.answer_ids for token in answer], device=logits.device)
+    last = len(item.prompt_ids) - 1  # place of the last prompt token, which predicts the first token of every answer
+    logits = logits[last - len(tree.token_ids) :]
+    places = torch.tensor([place - last for path in tree.paths for place in path[last:]], device=logits.device)
+    targets = torch.tensor([token for answer in item.answer_ids for token in answer], device=logits.device)
     logprobs = logits[places, targets].float() - logits.float().logsumexp(-1)[places]
-    return [part.sum().item() for part in logprobs.split([len(answer) for answer in tree.answer_ids])]
+    return [part.sum().item() for part in logprobs.split([len(answer) for answer in item.answer_ids])]

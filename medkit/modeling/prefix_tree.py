@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -53,22 +54,20 @@ class Tree:
     """Several sequences as one row of tokens, in which a shared prefix stands once."""
 
     token_ids: list[int]
-    parents: list[int]  # Per token, the place of the token before it; −1 for a first token
     depths: list[int]  # Per token, the number of tokens before it in its sequence: its position id
     paths: list[list[int]]  # Per sequence, the places of its tokens
 
     def mask(self) -> torch.Tensor:
         """(T, T) bool: each token attends to itself and to the tokens before it in its sequence."""
-        mask = torch.eye(len(self.token_ids), dtype=torch.bool)
-        for place, parent in enumerate(self.parents):
-            if parent >= 0:
-                mask[place] |= mask[parent]
-        return mask
+        mask = np.zeros((len(self.token_ids), len(self.token_ids)), dtype=bool)
+        for path in self.paths:
+            mask[np.ix_(path, path)] |= np.tri(len(path), dtype=bool)
+        return torch.from_numpy(mask)
 
 
 def build_tree(sequences: Sequence[Sequence[int]], share: bool = True) -> Tree:
     """The tree of these sequences; with `share` off they stand whole, one after another."""
-    token_ids, parents, depths, paths = [], [], [], []
+    token_ids, depths, paths = [], [], []
     places: dict[tuple[int, int], int] = {}  # a place and the token after it → that token's place
     for number, sequence in enumerate(sequences):
         path, previous = [], -1 if share else -1 - number
@@ -76,12 +75,11 @@ def build_tree(sequences: Sequence[Sequence[int]], share: bool = True) -> Tree:
             place = places.setdefault((previous, token), len(token_ids))
             if place == len(token_ids):
                 token_ids.append(token)
-                parents.append(max(previous, -1))
                 depths.append(depth)
             path.append(place)
             previous = place
         paths.append(path)
-    return Tree(token_ids, parents, depths, paths)
+    return Tree(token_ids, depths, paths)
 
 
 def cut_by_prefix(sequences: Sequence[Sequence[int]], most_tokens: int, share: bool = True) -> list[list[int]]:
@@ -116,14 +114,14 @@ def additive_masks(model: nn.Module, mask: torch.Tensor, position_ids: torch.Ten
     """
 
     def additive(allowed: torch.Tensor) -> torch.Tensor:
-        filled = torch.zeros(allowed.shape, dtype=model.dtype).masked_fill(~allowed, torch.finfo(model.dtype).min)
-        return filled.unsqueeze(1).to(model.device)
+        zeros = torch.zeros(allowed.shape, dtype=model.dtype, device=allowed.device)
+        return zeros.masked_fill(~allowed, torch.finfo(model.dtype).min).unsqueeze(1).to(model.device)
 
     config = model.config.get_text_config()
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if window is None or (kinds and "sliding_attention" not in kinds):
         return additive(mask)
-    before = torch.arange(mask.shape[2] - mask.shape[1]).expand(len(mask), -1)
+    before = torch.arange(mask.shape[2] - mask.shape[1], device=mask.device).expand(len(mask), -1)
     distances = position_ids[:, :, None] - torch.cat([before, position_ids], dim=1)[:, None, :]
     near = additive(mask & (distances < window))
     return {"full_attention": additive(mask), "sliding_attention": near} if kinds else near

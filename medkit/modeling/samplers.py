@@ -4,58 +4,54 @@ The order depends on seed and epoch only. So a resumed epoch equals the killed o
 communication.
 """
 
-from collections.abc import Callable, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch.utils.data import BatchSampler, DataLoader
-from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
+from torch.utils.data import DataLoader
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
-class EpochSampler(LengthGroupedSampler):
-    """Batches of similar length in a random order that depends on seed and epoch.
+class EpochBatches:
+    """Batches of row numbers, of similar length and in a random order that depends on seed and epoch.
 
     transformers' own sampler uses the global random generator, whose state a checkpoint does not hold. With
     `difficulty` the first epoch goes from easy to hard: in parts of eight batches, each part shuffled as other epochs
     are.
     """
 
-    def __init__(self, *args, seed: int, difficulty: Sequence[float] | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.seed, self.epoch, self.difficulty = seed, 0, difficulty
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, difficulty: Sequence[float] | None = None):
+        self.lengths, self.batch_size, self.seed, self.difficulty = lengths, batch_size, seed, difficulty
+        self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __iter__(self):
+    def __len__(self) -> int:
+        return -(-len(self.lengths) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         if self.epoch or self.difficulty is None:
-            return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+            rows = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+            yield from _cut(rows, self.batch_size)
+            return
         easy_first = sorted(range(len(self.lengths)), key=lambda i: self.difficulty[i])
-        return chain.from_iterable(self._batches(part, generator) for part in _cut(easy_first, 8 * self.batch_size))
-
-    def _batches(self, part: list[int], generator: torch.Generator) -> list[int]:
-        """Indices of one part, batch after batch; the batch that is not full is last, so all others stay whole."""
-        batches = _cut(sorted(part, key=lambda i: self.lengths[i], reverse=True), self.batch_size)
-        order = torch.randperm(len(part) // self.batch_size, generator=generator).tolist()
-        return list(chain.from_iterable(batches[n] for n in [*order, *range(len(order), len(batches))]))
+        for part in _cut(easy_first, 8 * self.batch_size):
+            batches = _cut(sorted(part, key=lambda i: self.lengths[i], reverse=True), self.batch_size)
+            order = torch.randperm(len(part) // self.batch_size, generator=generator).tolist()
+            # the batch that is not full is last, so all others stay whole
+            yield from (batches[n] for n in [*order, *range(len(order), len(batches))])
 
 
 def _cut(items: list[int], size: int) -> list[list[int]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-class _EpochBatches(BatchSampler):
-    def set_epoch(self, epoch: int) -> None:
-        self.sampler.set_epoch(epoch)
-
-
 class EpochLoader(DataLoader):
-    """A sampler's batches. The Trainer sets the epoch on the loader, or on its batch sampler when it resumes."""
+    """Collated batches. The Trainer sets the epoch on the loader, or on its batch sampler when it resumes."""
 
-    def __init__(self, sampler: EpochSampler, collate: Callable[[list[int]], dict]):
-        batches = _EpochBatches(sampler, sampler.batch_size, drop_last=False)
-        super().__init__(range(len(sampler)), batch_sampler=batches, collate_fn=collate)
+    def __init__(self, batches: EpochBatches, collate: Callable[[list[int]], dict]):
+        super().__init__(range(len(batches.lengths)), batch_sampler=batches, collate_fn=collate)
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)

@@ -112,8 +112,10 @@ def train_once(
     key = training_key(model, examples, section, loss, seed, **options) if is_main else None
     (key,) = broadcast_object_list([key])
     if (facts := find_record(folder, key)) is not None:
-        if is_main:
-            read_weights(model, folder)
+        if is_main and isinstance(model, PeftModel):
+            set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        elif is_main:
+            load_checkpoint_in_model(model, str(folder))
         return pd.DataFrame(facts["log"])
     if is_main:
         for stale in checkpoints.iterdir() if checkpoints.is_dir() else ():
@@ -168,9 +170,6 @@ def _byte_sum(value: torch.Tensor | dict) -> int | dict:
     return value.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64).item()
 
 
-# --- weights on disk ---
-
-
 def save_adapter(model: PeftModel, folder: Path, half: bool = False) -> Path:
     """Write the adapter alone (safetensors and its config), whole or not at all; it fits the original base.
 
@@ -192,14 +191,6 @@ def save_adapter(model: PeftModel, folder: Path, half: bool = False) -> Path:
 
 def _is_factor(name: str) -> bool:
     return "lora_A" in name or "lora_B" in name
-
-
-def read_weights(model: nn.Module, folder: Path) -> None:
-    """Put saved weights back into the model that was trained: all of them, or those of its adapter."""
-    if not isinstance(model, PeftModel):
-        load_checkpoint_in_model(model, str(folder))
-    else:
-        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
 
 
 # --- the command line ---

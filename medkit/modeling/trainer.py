@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from medkit.modeling import loading
 from medkit.modeling.batches import Example, Predicted, cut, pack, predict
 from medkit.modeling.prefix_tree import takes_branches
-from medkit.modeling.samplers import EpochLoader, EpochSampler, share
+from medkit.modeling.samplers import EpochBatches, EpochLoader, share
 from medkit.params import TrainParams
 from medkit.stage import MedkitError
 
@@ -100,8 +100,8 @@ def train(
     if is_sharded() and not sharded:
         raise TrainingError("accelerate shards on GPUs only: use `accelerate launch` without the config file on CPUs")
     trainer.remove_callback(PrinterCallback)  # prints a line per step
-    sampler = EpochSampler(section.batch_size, lengths=lengths, seed=seed, difficulty=difficulty)
-    trainer.loader, trainer.terms = EpochLoader(sampler, collate_slices), {}
+    batches = EpochBatches(lengths, section.batch_size, seed, difficulty)
+    trainer.loader, trainer.terms = EpochLoader(batches, collate_slices), {}
     model.train()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
     if sharded:

@@ -5,7 +5,6 @@ Llama (SmolLM) and Qwen2 checkpoints only. The `gguf` package quantizes the matr
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path
 
 import gguf
@@ -16,6 +15,7 @@ from torch import nn
 
 from medkit.quantization.gguf_blocks import Blocks
 from medkit.quantization.gguf_tokenizer import ExportError, write_tokenizer
+from medkit.quantization.memory_ledger import head_dim
 from medkit.sources import sha256_of
 from medkit.stage import DISCLAIMER, atomic_path
 
@@ -36,10 +36,6 @@ def export_gguf(
     if weight_type not in WEIGHT_TYPES:
         raise ExportError(f"weight type {weight_type!r} cannot be written; choose one of {', '.join(WEIGHT_TYPES)}")
     _check_config(model.config)
-    for name, weight in model.named_parameters():
-        if not weight.is_floating_point():
-            raise ExportError(f"{name} is quantized already: export the model from before it was quantized")
-        _gguf_name(name, model.config)  # raises before anything is written
     with atomic_path(path) as scratch:
         _write_file(model, tokenizer, scratch, gguf.GGMLQuantizationType[weight_type], blocks or {})
     _write_manifest(path, model.config)
@@ -58,18 +54,14 @@ def _check_config(config) -> None:
         raise ExportError(f"hidden_act {config.hidden_act!r}: only 'silu' can be exported")
     if getattr(config, "use_sliding_window", False):
         raise ExportError("use_sliding_window true: only full attention can be exported")
-    if config.model_type == "qwen2" and _head_dim(config) * config.num_attention_heads != config.hidden_size:
-        raise ExportError(f"head_dim {_head_dim(config)}: a qwen2 file can only hold {config.hidden_size} / heads")
-
-
-def _head_dim(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if config.model_type == "qwen2" and head_dim(config) * config.num_attention_heads != config.hidden_size:
+        raise ExportError(f"head_dim {head_dim(config)}: a qwen2 file can only hold {config.hidden_size} / heads")
 
 
 def _write_file(
     model: nn.Module, tokenizer, path: Path, kind: gguf.GGMLQuantizationType, blocks: Mapping[str, Blocks]
 ) -> None:
-    config = model.config
+    config, names = model.config, _gguf_names(model)
     writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_name("medkit student")
     writer.add_description(DISCLAIMER)
@@ -85,24 +77,21 @@ def _write_file(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(_head_dim(config))
-    writer.add_key_length(_head_dim(config))
-    writer.add_value_length(_head_dim(config))
+    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(head_dim(config))
     write_tokenizer(writer, tokenizer, config.vocab_size)
-    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight  # whatever the config says
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and tied:
-            continue
+    for name, gguf_name in names.items():
         if name.removesuffix(".weight") in blocks:
             module = blocks[name.removesuffix(".weight")]
             values, stored = module.pack(), gguf.GGMLQuantizationType[module.kind]
         else:
-            values, stored = tensor.detach().float().cpu().numpy(), gguf.GGMLQuantizationType.F32
+            values, stored = model.get_parameter(name).detach().float().cpu().numpy(), gguf.GGMLQuantizationType.F32
             if values.ndim > 1:
                 fits = values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
                 stored = kind if fits else gguf.GGMLQuantizationType.F16
             values = gguf.quantize(values, stored)
-        writer.add_tensor(_gguf_name(name, config), _reorder(name, values, config), raw_dtype=stored)
+        writer.add_tensor(gguf_name, _reorder(name, values, config), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -110,28 +99,25 @@ def _write_file(
 
 
 def _reorder(name: str, rows: np.ndarray, config) -> np.ndarray:
-    """Rows of queries and keys in the order that llama.cpp expects: for Llama in pairs, for others as they are."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    number = heads.get(name.split(".")[-2]) if config.model_type == "llama" else None
-    return permute_rotary(rows, number) if number else rows
+    """Rows of Llama's queries and keys go from transformers' rotary order (halves) to GGUF's (pairs)."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    if heads is None or config.model_type != "llama":
+        return rows
+    halves = rows.reshape(heads, 2, len(rows) // heads // 2, *rows.shape[1:])
+    return halves.swapaxes(1, 2).reshape(rows.shape)
 
 
-def permute_rotary(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Rows (out, in) of a Llama query or key projection from transformers' rotary order (halves) to GGUF's (pairs)."""
-    halves = weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
-_name_map = cache(lambda architecture, layers: gguf.get_tensor_name_map(ARCHITECTURES[architecture], layers))
-
-
-def _gguf_name(name: str, config) -> str:
-    """GGUF's name of a weight. Raises ExportError if a file of this architecture has no place for it."""
-    names = _name_map(config.model_type, config.num_hidden_layers)
-    gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
-    if gguf_name is None or (name.endswith(".bias") and config.model_type == "llama"):
-        raise ExportError(f"{name}: a {config.model_type} file has no place for this weight; export a plain checkpoint")
-    return gguf_name
+def _gguf_names(model: nn.Module) -> dict[str, str]:
+    """GGUF's name of each weight; a tied head is none. Raises ExportError for a weight that the file cannot hold."""
+    kind, names = model.config.model_type, {}
+    known = gguf.get_tensor_name_map(ARCHITECTURES[kind], model.config.num_hidden_layers)
+    for name, weight in model.named_parameters():
+        if not weight.is_floating_point():
+            raise ExportError(f"{name} is quantized already: export the model from before it was quantized")
+        names[name] = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        if names[name] is None or (name.endswith(".bias") and kind == "llama"):
+            raise ExportError(f"{name}: a {kind} file has no place for this weight; export a plain checkpoint")
+    return names
 
 
 # --- the manifest ----------------------------------------------------------------------------------------------------

@@ -5,15 +5,15 @@ as far as their inputs are correlated. Format and bytes are those of plain round
 `rowwise` rounds to NF4 this way, `gguf_blocks` to llama.cpp's formats.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
 from medkit.modeling import batches as batching
-from medkit.modeling import prefix_tree
 from medkit.modeling.batches import Example
 from medkit.quantization.plans import layer_of
 
@@ -70,7 +70,7 @@ def calibrate(model: nn.Module, modules: Iterable[str], examples: Sequence[Examp
         stored[name], weight.data = round_weight(name, weight.data, hessian)
 
     try:
-        inputs = list(packed_inputs(model, examples))
+        inputs = [batching.model_inputs(model, batch) for _, batch in batching.iterate_packed(model, examples)]
         calls = [_record_call(decoder, batch) for batch in inputs]
         for name in [name for name in exact if layer_of(name) is None]:
             is_head = model.get_submodule(name).weight is head.weight
@@ -89,17 +89,6 @@ def calibrate(model: nn.Module, modules: Iterable[str], examples: Sequence[Examp
     return stored
 
 
-def packed_inputs(model: nn.Module, examples: Sequence[Example], batch_tokens: int = 512) -> Iterator[dict]:
-    """Keyword arguments of the model for batches of examples, in which a shared prefix is read once."""
-    share = prefix_tree.takes_branches(model)
-    for rows in batching.cut(examples, batch_tokens, share):
-        batch = batching.pack([examples[i] for i in rows], share)
-        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
-        if share:
-            inputs["attention_mask"] = prefix_tree.additive_masks(model, batch["attention_mask"], batch["position_ids"])
-        yield {**inputs, "use_cache": False}
-
-
 def _record_call(decoder: nn.Module, batch: dict) -> tuple[torch.Tensor, list[dict]]:
     """Final hidden states (tokens, hidden) in float32, and the keyword arguments of every decoder layer."""
     arguments = []
@@ -114,18 +103,16 @@ def _record_call(decoder: nn.Module, batch: dict) -> tuple[torch.Tensor, list[di
 def _hessians(
     layer: nn.Module, modules: Mapping[str, nn.Module], hidden: Sequence[torch.Tensor], arguments: Sequence[dict]
 ) -> dict[str, torch.Tensor]:
-    """Module → Σ x xᵀ (columns, columns) of its inputs, when the layer reads `hidden`. Modules share an input's sum."""
+    """Module → Σ x xᵀ (columns, columns) of its inputs, when the layer reads `hidden`."""
     sums: dict[str, torch.Tensor] = {}
-    first: dict[str, str] = {}
-    for states, kwargs in zip(hidden, arguments, strict=True):
-        seen: dict[str, torch.Tensor] = {}
-        with ExitStack() as hooks:
-            for name, module in modules.items():
-                note = lambda _, args, name=name, seen=seen: seen.update({name: args[0]})  # noqa: E731
-                hooks.callback(module.register_forward_pre_hook(note).remove)
+
+    def add(name: str, module: nn.Module, args: tuple[torch.Tensor]) -> None:
+        x = args[0].flatten(0, -2).float()
+        sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
+
+    with ExitStack() as hooks:
+        for name, module in modules.items():
+            hooks.callback(module.register_forward_pre_hook(partial(add, name)).remove)
+        for states, kwargs in zip(hidden, arguments, strict=True):
             layer(states, **kwargs)
-        first = {name: next(n for n in seen if seen[n] is x) for name, x in seen.items()}
-        for name in set(first.values()):
-            x = seen[name].flatten(0, -2).float()
-            sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
-    return {name: sums[shared] for name, shared in first.items()}
+    return sums

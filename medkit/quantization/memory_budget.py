@@ -16,8 +16,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig
 
 from medkit.params import ParamsError
 from medkit.quantization import plans
-from medkit.quantization.activation_memory import activation_bytes
-from medkit.quantization.memory_ledger import Weight, kv_cache_bytes, model_shapes, plan_bytes
+from medkit.quantization.memory_ledger import Weight, activation_bytes, kv_cache_bytes, model_shapes, plan_bytes
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 BF16_BYTES = 2
@@ -84,11 +83,10 @@ def read_config(model: str) -> PreTrainedConfig:
 
 
 def preset_schemes(shapes: list[Weight]) -> dict[str, dict[str, str]]:
-    """Name of each preset plan → module → scheme, without the modules that stay unquantized."""
+    """Name of each preset plan → module → scheme."""
     matrices = {weight.module: weight.shape for weight in shapes if len(weight.shape) == 2}
     presets = [plans.paper_plan(matrices), *(plans.nf4_plan(matrices, scheme) for scheme in plans.SCHEMES)]
-    quantized = {plan.name: {m: s for m, s in plan.schemes.items() if s != "unquantized"} for plan in presets}
-    return {"bf16": {}, "int8": dict.fromkeys(matrices, "int8"), **quantized}
+    return {"bf16": {}, "int8": dict.fromkeys(matrices, "int8"), **{plan.name: plan.schemes for plan in presets}}
 
 
 def estimate_presets(config: PreTrainedConfig, batch: int, context: int) -> list[Estimate]:

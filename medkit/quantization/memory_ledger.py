@@ -1,8 +1,7 @@
 """The memory ledger: bytes of a model by component, measured on a loaded model or computed from shapes alone.
 
-`measure_bytes` counts loaded tensors. `plan_bytes` and `kv_cache_bytes` need a config and no weights, so they answer
-before a download; tests check that both agree to the byte. `activation_memory` adds what a forward pass needs, and
-`memory_budget` compares plans with the memory of a device.
+`measure_bytes` counts loaded tensors; the other functions need a config and no weights, so they answer before a
+download. `memory_budget` compares plans with the memory of a device.
 """
 
 import math
@@ -58,31 +57,23 @@ def measure_bytes(model: nn.Module) -> pd.DataFrame:
     counts as well; `get_memory_footprint()` leaves it out for NF4. Other buffers (rotary frequencies) are computed at
     load, are no weights, and do not count.
     """
-    rows, seen = [], set()
     tied = model.config.get_text_config().tie_word_embeddings
+    rows: dict[int, tuple] = {}  # by address
 
-    def unseen_bytes(tensors: list[torch.Tensor]) -> int:
-        new = {tensor.data_ptr(): tensor.nbytes for tensor in tensors if tensor.data_ptr() not in seen}
-        seen.update(new)
-        return sum(new.values())
+    def add(component: str, tensor: torch.Tensor, count: int = 0) -> None:
+        rows.setdefault(tensor.data_ptr(), (component, count, tensor.nbytes, 2 * count))
 
     for module_name, module in model.named_modules():
-        tensors = dict(module.named_parameters(recurse=False))
-        has_codes = any(tensor.dtype == torch.int8 for tensor in tensors.values())
-        if has_codes:
-            tensors |= dict(module.named_buffers(recurse=False))
-        for name, tensor in tensors.items():
-            if tensor.data_ptr() in seen:
-                continue
-            component, count, size = _component(f"{module_name}.{name}", tied), tensor.numel(), unseen_bytes([tensor])
-            state = getattr(tensor, "quant_state", None)  # of bitsandbytes' 4-bit parameters
-            if state is not None:
-                count = state.shape.numel()
-                rows.append(("quantization state", 0, unseen_bytes(_state_tensors(state)), 0))
-            elif has_codes and tensor.is_floating_point() and name != "bias":
-                component, count = "quantization state", 0
-            rows.append((component, count, size, 2 * count))
-    return _table(rows)
+        for name, parameter in module.named_parameters(recurse=False):
+            state = getattr(parameter, "quant_state", None)  # of bitsandbytes' 4-bit parameters
+            count = parameter.numel() if state is None else state.shape.numel()
+            add(_component(f"{module_name}.{name}", tied), parameter, count)
+            for tensor in [] if state is None else _state_tensors(state):
+                add("quantization state", tensor)
+        if any(parameter.dtype == torch.int8 for parameter in module.parameters(recurse=False)):
+            for scale in module.buffers(recurse=False):
+                add("quantization state", scale)
+    return _table([*rows.values()])
 
 
 def _state_tensors(state) -> list[torch.Tensor]:
@@ -144,3 +135,55 @@ def kv_cache_bytes(config: PreTrainedConfig, batch: int, context: int, dtype_byt
     config = config.get_text_config()
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim(config)
     return per_token * batch * context * dtype_bytes
+
+
+def activation_bytes(
+    config: PreTrainedConfig,
+    shapes: list[Weight],
+    schemes: Mapping[str, str],
+    batch: int,
+    context: int,
+    dtype_bytes: int = 2,
+) -> dict[str, int]:
+    """Peak bytes beside weights and cache: of the `prefill` of (batch, context), and of the next `decode` step.
+
+    For dense decoders of the Llama kind with gated MLPs and full attention, without padding. The maximum over the
+    moments of a pass that hold most, with SDPA and `logits_to_keep=1`: no S×S scores, and logits of the last position.
+    """
+    config = config.get_text_config()
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    query, kv = config.num_attention_heads * head_dim(config), config.num_key_value_heads * head_dim(config)
+    decoded = _decoded_bytes(shapes, schemes, dtype_bytes)
+    head = decoded["embeddings" if config.tie_word_embeddings else "head"]
+    # a norm of the queries runs in float32: its input and its output
+    normed = 8 * query if any(weight.module.endswith("q_norm") for weight in shapes) else 0
+
+    def peak(tokens: int, attention: int) -> int:
+        """`attention` are the bytes that the attention kernel itself holds."""
+        # alive until the end of the pass: the embedded input, and the input of the layer
+        carried = min(2, config.num_hidden_layers) * hidden
+        moments = [  # numbers per token, and other bytes
+            (carried + hidden + 4 * query + 2 * kv, 0),  # q, k, v; q·cos, the rotated q, its product with sin
+            (carried + hidden + 4 * query, attention),  # q, the repeated k and v, the result
+            (carried + hidden + query + 2 * kv, max(decoded["attention"], normed * tokens)),
+            (carried + 2 * hidden + 3 * mlp, 0),  # residual and normed input; act(gate), up, their product
+            (carried + 2 * hidden + 2 * mlp, decoded["mlp"]),
+            (hidden, head + dtype_bytes * batch * config.vocab_size),
+        ]
+        return max(tokens * width * dtype_bytes + extra for width, extra in moments)
+
+    rotary = context * (2 * head_dim(config) * dtype_bytes + 8)  # cosines, sines and positions
+    copied = batch * context * kv * dtype_bytes  # in a decode step a layer holds its old keys beside the new ones
+    return {"prefill": peak(batch * context, 0) + rotary, "decode": peak(batch, copied)}
+
+
+def _decoded_bytes(shapes: list[Weight], schemes: Mapping[str, str], dtype_bytes: int) -> dict[str, int]:
+    """Component → the most of a quantized matrix that is decoded at once; bitsandbytes' 4-bit layers decode all."""
+    most = dict.fromkeys(("embeddings", "attention", "mlp", "head"), 0)
+    for weight in shapes:
+        scheme = schemes.get(weight.module, "unquantized")
+        if weight.component in most and scheme != "unquantized":
+            whole = weight.count * dtype_bytes
+            by_rows = scheme == "int8" or weight.component in ("embeddings", "head")
+            most[weight.component] = max(most[weight.component], min(whole, DECODED_BYTES) if by_rows else whole)
+    return most

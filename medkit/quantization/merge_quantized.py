@@ -9,19 +9,16 @@ Rounding is to the nearest level. If the dense base exists, merge into that and 
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import bitsandbytes as bnb
-import numpy as np
 import torch
 from peft import PeftConfig
 from torch import nn
 
 from medkit.lora import adapters
 from medkit.lora.adapters import AdapterError
-from medkit.modeling import batches
-from medkit.modeling.batches import Example
+from medkit.modeling.batches import Predictions, measure_drift
 from medkit.quantization.quantize import is_repacked
 from medkit.quantization.rowwise import dequantize_nf4, quantize_nf4
 from medkit.statistics import mean_intervals
@@ -69,24 +66,6 @@ def surviving_share(before: torch.Tensor, update: torch.Tensor, after: torch.Ten
     return (((after - before).double() * update).sum() / update.square().sum()).item()
 
 
-@dataclass(frozen=True)
-class Predictions:
-    """Predictions of a model at the predicted positions of some examples."""
-
-    logits: torch.Tensor  # (N, vocab_size), on the CPU
-    nll: np.ndarray  # (examples,) mean −log p of each example's tokens, in nats
-
-
-def predict_examples(model: nn.Module, examples: Sequence[Example]) -> Predictions:
-    """Logits and losses of the examples from one pass, in the same order for every model."""
-    model.eval()
-    logits, nll = [], np.empty(len(examples))
-    for rows, predicted in batches.iterate_predicted(model, examples):
-        nll[rows] = batches.mean_nll(predicted, [examples[i] for i in rows])
-        logits.append(predicted.logits.cpu())
-    return Predictions(torch.cat(logits), nll)
-
-
 def compare_predictions(
     before: Predictions, after: Predictions, groups: Sequence, confidence: float
 ) -> dict[str, float]:
@@ -96,5 +75,5 @@ def compare_predictions(
     """
     change = after.nll - before.nll
     low, high = mean_intervals(change[:, None], groups, confidence)
-    drift = batches.measure_drift(before.logits, after.logits)
+    drift = measure_drift(before.logits, after.logits)
     return {**drift, "nll_change": change.mean(), "ci_low": low[0], "ci_high": high[0]}

@@ -49,16 +49,13 @@ def nf4_plan(shapes: Shapes, embeddings: Scheme = "unquantized") -> Plan:
     return Plan(name=name, schemes={m: embeddings if layer_of(m) is None else "nf4" for m in shapes})
 
 
-def paper_plan(shapes: Shapes, head: Scheme = "unquantized") -> Plan:
+def paper_plan(shapes: Shapes) -> Plan:
     """The mix of arXiv 2505.00025: attention in 8 bits, the other linear layers in NF4.
 
-    The paper does not say what happens to embeddings and head. Here the embeddings stay unquantized, and the head gets
-    the scheme `head`. If the two are tied, both get the scheme `head`.
+    The paper does not say what happens to embeddings and head; here they stay unquantized.
     """
-    outside = [module for module in shapes if layer_of(module) is None]
-    layers = {m: "int8" if "attn" in m else "nf4" for m in shapes if m not in outside}
-    name = "paper_mix" if head == "unquantized" else f"paper_mix_{head}_head"
-    return Plan(name=name, schemes={m: layers.get(m, head if m == outside[-1] else "unquantized") for m in shapes})
+    layers = {m: "int8" if "attn" in m else "nf4" for m in shapes if layer_of(m) is not None}
+    return Plan(name="paper_mix", schemes={m: layers.get(m, "unquantized") for m in shapes})
 
 
 def budget_plan(choices: pd.DataFrame, budget_bytes: int, name: str = "plan") -> Plan:

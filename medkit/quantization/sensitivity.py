@@ -5,8 +5,6 @@ For a small change of the weights, KL is half the mean squared slope of the log-
 model, along the change (Fisher information). So one forward and one backward pass estimate all modules of the decoder
 layers at once; one run per module would take hours. Embeddings and head are measured by whole runs, because their
 change is not small: for tied embeddings in NF4 the estimate was 0.026 nats, and a run measured 0.045.
-
-KLs of single modules add up only approximately. `measure_plans` compares their sum with the KL of a whole plan.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +21,8 @@ from medkit.modeling.batches import Example
 from medkit.quantization import memory_ledger, quantize, rowwise
 from medkit.quantization.plans import SCHEMES, Plan, Scheme, layer_of
 
+BATCH_TOKENS = 1024  # of a forward and backward pass
+
 
 @contextmanager
 def fake_quantized(
@@ -33,23 +33,21 @@ def fake_quantized(
     NF4 is rounded to the nearest level, or, with `calibration`, by GPTQ for these examples.
     """
     calibrated = rowwise.calibrate_nf4(model, schemes, calibration, double_quant) if calibration else {}
-    modules = {name: model.get_submodule(name) for name in schemes}
-    exact = {name: module.weight.data for name, module in modules.items()}
+    exact = {name: model.get_submodule(name).weight.data for name in schemes}
     try:
-        for name, module in modules.items():
+        for name, weight in exact.items():
             if name in calibrated:
-                module.weight.data = rowwise.dequantize_nf4(calibrated[name])
+                rounded = rowwise.dequantize_nf4(calibrated[name])
             else:
-                module.weight.data = rowwise.fake_quantize(exact[name], schemes[name], double_quant)
+                rounded = rowwise.fake_quantize(weight, schemes[name], double_quant)
+            model.get_submodule(name).weight.data = rounded
         yield
     finally:
-        for name, module in modules.items():
-            module.weight.data = exact[name]
+        for name, weight in exact.items():
+            model.get_submodule(name).weight.data = weight
 
 
-def measure_sensitivity(
-    model: nn.Module, examples: Sequence[Example], double_quant: bool, batch_tokens: int = 1024, seed: int = 0
-) -> pd.DataFrame:
+def measure_sensitivity(model: nn.Module, examples: Sequence[Example], double_quant: bool) -> pd.DataFrame:
     """One row per module and scheme: `module`, `layer` (<NA> for embeddings and head), `kind`, `scheme`, `kl_nats`,
     `bytes`.
 
@@ -60,16 +58,15 @@ def measure_sensitivity(
     shapes = quantize.weight_shapes(model)
     choices = [(m, s) for m in shapes for s in SCHEMES if s != "nf4" or quantize.can_be_nf4(shapes[m])]
     estimated = [(m, s) for m, s in choices if s != "unquantized" and layer_of(m) is not None]
-    generator = torch.Generator(model.device).manual_seed(seed)
+    generator = torch.Generator(model.device).manual_seed(0)
     squares, positions = dict.fromkeys(estimated, 0.0), 0
-    batches = batching.bucket_by_length([len(example.input_ids) for example in examples], batch_tokens)
-    with _without_weight_gradients(model):
-        for rows in tqdm(batches, desc="sensitivity", unit="batch", delay=2, mininterval=10):
-            batch = batching.collate([examples[i] for i in rows], pad_token_id=0)
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            for choice, slopes in _slopes(model, batch, estimated, double_quant, generator).items():
-                squares[choice] += slopes.square().sum().item()
-            positions += len(batch["labels"])
+    batches = batching.bucket_by_length([len(example.input_ids) for example in examples], BATCH_TOKENS)
+    for rows in tqdm(batches, desc="sensitivity", unit="batch", delay=2, mininterval=10):
+        batch = batching.collate([examples[i] for i in rows], pad_token_id=0)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        for choice, slopes in _slopes(model, batch, estimated, double_quant, generator).items():
+            squares[choice] += slopes.square().sum().item()
+        positions += len(batch["labels"])
     kl_nats = {choice: square / (2 * positions) for choice, square in squares.items()}
     exact = batching.collect_logits(model, examples)
     weights = {weight.module: weight for weight in memory_ledger.model_shapes(model.config) if len(weight.shape) == 2}
@@ -99,8 +96,9 @@ def measure_plans(
 ) -> pd.DataFrame:
     """One row per plan: `plan`, `kl_nats` of the whole plan, `top1_changed`, `summed_kl_nats`, `bytes`.
 
-    `summed_kl_nats` is the sum of the plan's rows in `sensitivity`, a table of `measure_sensitivity`. With
-    `calibration`, NF4 is rounded by GPTQ for these examples; the sum is always that of plain rounding.
+    `summed_kl_nats` is the sum of the plan's rows in `sensitivity`, a table of `measure_sensitivity`: KLs of single
+    modules add up only approximately. With `calibration`, NF4 is rounded by GPTQ for these examples; the sum is always
+    that of plain rounding.
     """
     single = sensitivity.set_index(["module", "scheme"])
     exact, rows = batching.collect_logits(model, examples), []
@@ -125,9 +123,10 @@ def _slopes(
     positions are uncorrelated, and the expected square of their sum is the sum of their expected squares.
     """
     slopes: dict[tuple[str, Scheme], torch.Tensor] = {}
+    embedded: list[torch.Tensor] = []  # gradients go back to the embedded input, and into no weight
 
-    def start_gradients(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        output.requires_grad_()  # gradients stop at the embedded input
+    def start(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        embedded.append(output.requires_grad_())
 
     def watch(name: str, module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
         output.register_hook(lambda gradient: add_slopes(name, module.weight.detach(), args[0].detach(), gradient))
@@ -138,22 +137,10 @@ def _slopes(
             slopes[name, scheme] = (gradient * change).sum(-1).float().sum(1)  # (B, L, rows) → (B,)
 
     with ExitStack() as hooks, torch.enable_grad():
-        hooks.callback(model.get_input_embeddings().register_forward_hook(start_gradients).remove)
+        hooks.callback(model.get_input_embeddings().register_forward_hook(start).remove)
         for name in dict.fromkeys(name for name, _ in choices):
             hooks.callback(model.get_submodule(name).register_forward_hook(partial(watch, name)).remove)
-        logits, _ = batching.predicted_logits(model, batch)
-        logprobs = logits.log_softmax(-1)
+        logprobs = batching.predict(model, batch).logits.log_softmax(-1)
         drawn = torch.multinomial(logprobs.detach().exp(), 1, generator=generator)
-        logprobs.gather(1, drawn).sum().backward()
+        torch.autograd.grad(logprobs.gather(1, drawn).sum(), embedded)
     return slopes
-
-
-@contextmanager
-def _without_weight_gradients(model: nn.Module) -> Iterator[None]:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_()

@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCa
 from medkit.inference.torch_engine import SCHEDULERS, TorchEngine
 from medkit.modeling.engine import Request
 from medkit.params import load_params
-from medkit.quantization import activation_memory, memory_ledger, plans, quantize
+from medkit.quantization import memory_ledger, plans, quantize
 from medkit.stage import ROOT
 
 pytestmark = pytest.mark.gpu
@@ -259,5 +259,5 @@ def test_the_measured_peak_is_the_computed_total():
             measured[step] = torch.cuda.max_memory_allocated() - libraries
     shapes = memory_ledger.model_shapes(config)
     rest = memory_ledger.plan_bytes(shapes, {}).bytes.sum() + memory_ledger.kv_cache_bytes(config, batch, context, 2)
-    for step, activations in activation_memory.activation_bytes(config, shapes, {}, batch, context).items():
+    for step, activations in memory_ledger.activation_bytes(config, shapes, {}, batch, context).items():
         assert rest + activations == pytest.approx(measured[step], rel=0.05), step

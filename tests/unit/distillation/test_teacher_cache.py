@@ -94,7 +94,7 @@ def test_log_probabilities_come_back_as_they_were_computed(teacher, make_example
         torch.testing.assert_close(cached["teacher_target_logprobs"], expected, rtol=1e-3, atol=1e-3)
         outside += (ids != targets[:, None]).all(1).sum()
     assert outside > 10  # target tokens that are not among the k
-    assert cache.mean_nll() == pytest.approx(batches.collect_nll(teacher, examples), rel=1e-3)
+    assert cache.mean_nll() == pytest.approx(batches.predict_examples(teacher, examples).nll, rel=1e-3)
 
 
 def test_a_batch_is_its_examples_one_after_the_other(teacher, make_examples, tmp_path):

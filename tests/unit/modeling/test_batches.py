@@ -47,10 +47,10 @@ def alike(make_examples):
 def test_predicted_logits_of_a_batch_are_those_of_each_example_alone(make_llama, alike, attention, batch):
     model = make_llama(attn_implementation=attention)
     with torch.no_grad():
-        logits, targets = batches.predicted_logits(model, BATCHES[batch](alike))
+        predicted = batches.predict(model, BATCHES[batch](alike))
         alone = [model(torch.tensor([e.input_ids])).logits[0, e.loss_start - 1 : -1] for e in alike]
-    assert targets.tolist() == [t for e in alike for t in e.input_ids[e.loss_start :]]
-    torch.testing.assert_close(logits, torch.cat(alone), rtol=0, atol=1e-5)
+    assert predicted.targets.tolist() == [t for e in alike for t in e.input_ids[e.loss_start :]]
+    torch.testing.assert_close(predicted.logits, torch.cat(alone), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -59,16 +59,14 @@ def test_hidden_states_of_a_batch_are_those_that_made_the_logits(make_llama, ali
     model, examples, made = make_llama(), alike, BATCHES[batch](alike)
     with torch.no_grad():
         found = batches.predict(model, made, [layer])
-        logits, targets = batches.predicted_logits(model, made)
         alone = [
             model(torch.tensor([e.input_ids]), output_hidden_states=True).hidden_states[layer][0, e.loss_start - 1 : -1]
             for e in examples
         ]
-    assert torch.equal(found.logits, logits) and torch.equal(found.targets, targets)
     assert list(found.hidden) == [layer]
     torch.testing.assert_close(found.hidden[layer], torch.cat(alone), rtol=0, atol=1e-5)
     if layer == 3:
-        torch.testing.assert_close(model.lm_head(found.hidden[layer]), logits, rtol=0, atol=1e-5)
+        torch.testing.assert_close(model.lm_head(found.hidden[layer]), found.logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("batch", ["packed", "packed, nothing shared"])
@@ -76,8 +74,8 @@ def test_gradients_of_a_packed_batch_are_those_of_a_padded_one(make_llama, alike
     gradients = []
     for name in ("padded", batch):
         model = make_llama()
-        logits, targets = batches.predicted_logits(model, BATCHES[name](alike))
-        torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+        predicted = batches.predict(model, BATCHES[name](alike))
+        torch.nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="sum").backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-4)
@@ -173,10 +171,11 @@ def test_a_letter_that_is_no_token_is_an_error(make_sentencepiece_like):
         batches.letter_forms(make_sentencepiece_like(["A", "▁A"]), "C")
 
 
-def test_each_example_is_predicted_once_and_as_if_alone(make_llama, make_examples):
+def test_each_example_is_predicted_once_and_as_if_alone(make_llama, make_examples, monkeypatch):
+    monkeypatch.setattr(batches, "PACKED_TOKENS", 60)
     model, examples = make_llama(), make_examples(7)
     seen = []
-    for rows, found in batches.iterate_predicted(model, examples, batch_tokens=60):
+    for rows, found in batches.iterate_predicted(model, examples):
         alone = [batches.collect_logits(model, [examples[i]]) for i in rows]
         torch.testing.assert_close(found.logits, torch.cat(alone), rtol=0, atol=1e-5)
         assert found.targets.tolist() == [t for i in rows for t in examples[i].input_ids[examples[i].loss_start :]]
@@ -184,10 +183,11 @@ def test_each_example_is_predicted_once_and_as_if_alone(make_llama, make_example
     assert sorted(seen) == list(range(7))
 
 
-def test_collect_nll_equals_the_hand_calculation_and_ignores_dropout(make_llama, make_examples):
+def test_losses_equal_the_hand_calculation_and_ignores_dropout(make_llama, make_examples):
     model, examples = make_llama(attention_dropout=0.5).train(), make_examples(4)
-    found = batches.collect_nll(model, examples)
-    for example, nll in zip(examples, found, strict=True):
+    found = batches.predict_examples(model, examples)
+    assert torch.equal(found.logits, batches.collect_logits(model, examples))
+    for example, nll in zip(examples, found.nll, strict=True):
         with torch.no_grad():
             logprobs = model.eval()(torch.tensor([example.input_ids])).logits[0].log_softmax(-1)
         by_hand = [

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer
 
 from medkit import sources
 from medkit.modeling import embeddings
@@ -42,37 +43,38 @@ def toy_folder(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def embedder(toy_folder):
-    return embeddings.load_embedder(toy_folder, "cpu")
+def embed(folder, texts):
+    return embeddings.embed_texts(folder, texts, "cpu")
 
 
-def test_vectors_are_units_in_the_order_of_the_texts(embedder):
-    vectors = embeddings.embed_texts(embedder, TEXTS)
+def test_vectors_are_units_in_the_order_of_the_texts(toy_folder):
+    vectors = embed(toy_folder, TEXTS)
     assert vectors.shape == (len(TEXTS), 32) and vectors.dtype == np.float32
     assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     assert np.allclose(vectors[0], vectors[3], atol=1e-6)
     assert not np.allclose(vectors[0], vectors[4], atol=1e-2)
-    assert embeddings.embed_texts(embedder, []).shape == (0, 32)
+    assert embed(toy_folder, []).shape == (0, 32)
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 16, 4096])
-def test_a_text_is_embedded_alike_alone_and_in_company(embedder, batch_tokens):
-    alone = np.vstack([embeddings.embed_texts(embedder, [text]) for text in TEXTS])
-    assert np.allclose(embeddings.embed_texts(embedder, TEXTS, batch_tokens), alone, atol=1e-5)
+def test_a_text_is_embedded_alike_alone_and_in_company(toy_folder, batch_tokens, monkeypatch):
+    alone = np.vstack([embed(toy_folder, [text]) for text in TEXTS])
+    monkeypatch.setattr(embeddings, "BATCH_TOKENS", batch_tokens)
+    assert np.allclose(embed(toy_folder, TEXTS), alone, atol=1e-5)
 
 
-def test_the_vector_is_the_mean_over_the_tokens(embedder):
-    ids = embedder.tokenizer("broken wrist", return_tensors="pt")["input_ids"]
+def test_the_vector_is_the_mean_over_the_tokens(toy_folder):
+    model, tokenizer = AutoModel.from_pretrained(toy_folder).eval(), AutoTokenizer.from_pretrained(toy_folder)
+    ids = tokenizer("broken wrist", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
-        mean = embedder.model(input_ids=ids).last_hidden_state[0].mean(0).numpy()
-    assert np.allclose(embeddings.embed_texts(embedder, ["broken wrist"])[0], mean / np.linalg.norm(mean), atol=1e-5)
+        mean = model(input_ids=ids).last_hidden_state[0].mean(0).numpy()
+    assert np.allclose(embed(toy_folder, ["broken wrist"])[0], mean / np.linalg.norm(mean), atol=1e-5)
 
 
-def test_long_texts_are_cut(embedder):
+def test_long_texts_are_cut(toy_folder):
     kept = embeddings.MAX_TOKENS - 2  # both ends are tokens too
     texts = ["pain " * kept, "pain " * kept + "fever " * 50, "pain " * (kept - 1) + "fever"]
-    vectors = embeddings.embed_texts(embedder, texts)
+    vectors = embed(toy_folder, texts)
     assert np.allclose(vectors[0], vectors[1], atol=1e-6)
     assert not np.allclose(vectors[0], vectors[2], atol=1e-6)
 
@@ -83,15 +85,13 @@ def test_pickled_weights_are_refused(toy_folder, tmp_path):
             (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
     with pytest.raises(ModelError, match="only a pickle"):
-        embeddings.load_embedder(tmp_path, "cpu")
+        embed(tmp_path, ["fever"])
 
 
 @pytest.mark.weights
 def test_the_real_encoder_knows_a_heart_attack():
-    embedder = embeddings.load_embedder(
-        sources.fetch(load_params(ROOT / "params" / "smoke.yaml").models.embedder), "cpu"
-    )
-    vectors = embeddings.embed_texts(embedder, ["myocardial infarction", "heart attack", "broken wrist"])
+    folder = sources.fetch(load_params(ROOT / "params" / "smoke.yaml").models.embedder)
+    vectors = embed(folder, ["myocardial infarction", "heart attack", "broken wrist"])
     assert vectors.shape == (3, 384)
     near, far = vectors[1:] @ vectors[0]
     assert near > far + 0.2

@@ -5,7 +5,7 @@ from itertools import chain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medkit.modeling.samplers import EpochLoader, EpochSampler, share
+from medkit.modeling.samplers import EpochBatches, EpochLoader, share
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=40)
 
@@ -26,7 +26,7 @@ def test_epochs_hold_every_row_once_and_differ_only_by_their_number(lengths, siz
     difficulty = [-length for length in lengths] if curriculum else None
 
     def epoch(number):
-        loader = EpochLoader(EpochSampler(size, lengths=lengths, seed=3, difficulty=difficulty), list)
+        loader = EpochLoader(EpochBatches(lengths, size, seed=3, difficulty=difficulty), list)
         loader.set_epoch(number)
         return list(loader)
 
@@ -44,7 +44,7 @@ def test_a_loader_that_skips_to_a_checkpoint_still_hears_the_epoch():
     lengths = list(range(1, 30))
 
     def loader():
-        return EpochLoader(EpochSampler(4, lengths=lengths, seed=0), list)
+        return EpochLoader(EpochBatches(lengths, 4, seed=0), list)
 
     whole = loader()
     whole.set_epoch(5)

@@ -62,7 +62,7 @@ def test_slices_of_a_batch_change_nothing(make_llama, make_examples, make_sectio
 
 def test_training_learns_and_its_log_is_per_token(make_llama, make_examples, make_section, tmp_path):
     model, examples = make_llama(layers=2), make_examples(8)
-    before = batches.collect_nll(model, examples)
+    before = batches.predict_examples(model, examples).nll
     section = make_section(epochs=6.0, learning_rate=1e-2)
     log = trainer.train(model, examples, section, trainer.cross_entropy, tmp_path / "c", seed=0)
     tokens = sum(len(e.input_ids) - e.loss_start for e in examples)
@@ -70,7 +70,7 @@ def test_training_learns_and_its_log_is_per_token(make_llama, make_examples, mak
     assert log.loss_tokens.groupby((log.step - 1) // 2).sum().tolist() == [tokens] * 6
     assert log.ce.to_numpy() == pytest.approx(log.loss.to_numpy(), abs=2e-4)  # the Trainer rounds its own
     assert not model.training
-    assert sum(batches.collect_nll(model, examples)) < 0.7 * sum(before)
+    assert batches.predict_examples(model, examples).nll.sum() < 0.7 * before.sum()
 
 
 @pytest.mark.parametrize(("save_every", "step"), [(3, 4), (2, 5)], ids=["between epochs", "second epoch"])

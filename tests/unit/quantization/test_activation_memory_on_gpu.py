@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from medkit.quantization import activation_memory, memory_budget, memory_ledger, plans
+from medkit.quantization import memory_budget, memory_ledger, plans
 from medkit.stage import ROOT
 
 STUDENT = "DeepSeek-R1-Distill-Qwen-7B"
@@ -19,7 +19,7 @@ def covered(shapes):
     return {
         "bf16_sdpa": {},
         "nf4_library": plans.nf4_plan(matrices).schemes,
-        "paper_mix": plans.paper_plan(matrices, "nf4").schemes,  # LLM.int8() stores what int8 does
+        "paper_mix": plans.paper_plan(matrices).schemes | {"lm_head": "nf4"},  # LLM.int8() stores what int8 does
     }
 
 
@@ -62,7 +62,7 @@ def test_the_peak_of_a_generation_is_what_the_ledger_computes(model, run, name):
     weights = int(memory_ledger.plan_bytes(shapes, schemes).bytes.sum())
     beside = max(
         memory_ledger.kv_cache_bytes(config, batch, tokens, 2)
-        + activation_memory.activation_bytes(config, shapes, schemes, batch, tokens)[of]
+        + memory_ledger.activation_bytes(config, shapes, schemes, batch, tokens)[of]
         for of, tokens in (("prefill", prompt), ("decode", last))
     )
     ratios = {
@@ -79,7 +79,6 @@ def test_scores_that_eager_attention_holds_are_not_in_the_formula(model):
     result, setup = MEASURED["shape7b/contenders", "bf16_eager"]
     cache = memory_ledger.kv_cache_bytes(config, setup["batch"], setup["prompt_tokens"], 2)
     computed = (
-        cache
-        + activation_memory.activation_bytes(config, shapes, {}, setup["batch"], setup["prompt_tokens"])["prefill"]
+        cache + memory_ledger.activation_bytes(config, shapes, {}, setup["batch"], setup["prompt_tokens"])["prefill"]
     )
     assert result["generation_peak_bytes"] - result["weight_bytes"] > 1.15 * computed

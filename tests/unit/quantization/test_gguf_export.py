@@ -297,11 +297,6 @@ def test_a_quantized_model_is_refused_with_the_cure(make_llama, tokenizer, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_rotary_rows_go_from_halves_to_pairs():
-    rows = np.arange(8)[:, None]  # two heads of four: (0 1 | 2 3), (4 5 | 6 7)
-    assert gguf_export.permute_rotary(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-
-
 def test_another_architecture_is_refused(make_llama, tokenizer, tmp_path):
     model = make_llama()
     model.config.model_type = "gpt_neox"

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, Qwen2Config, Qwen3Config
 
 from medkit.modeling import loading
-from medkit.quantization import activation_memory, memory_budget, memory_ledger, quantize
+from medkit.quantization import memory_budget, memory_ledger, quantize
 from medkit.quantization.plans import Plan, PlanError
 
 GIB = 2**30
@@ -142,7 +142,7 @@ def test_computed_peaks_are_those_of_live_tensors(config, dtype, preset, toleran
     size, shapes = dtype.itemsize, memory_ledger.model_shapes(config)
     prefill, decode = measured_peaks(quantized(config, dtype, preset), batch, context)
     schemes = memory_budget.preset_schemes(shapes)[preset]
-    computed = activation_memory.activation_bytes(config, shapes, schemes, batch, context, size)
+    computed = memory_ledger.activation_bytes(config, shapes, schemes, batch, context, size)
     cache = memory_ledger.kv_cache_bytes(config, batch, context, size)
     if config.model_type == "qwen3" and dtype == torch.bfloat16:
         tolerance = 0.1  # its estimate is up to 9 % too high
@@ -155,10 +155,10 @@ def test_bitsandbytes_decodes_a_whole_matrix_and_storage_by_rows_does_not():
     config = memory_budget.read_config("DeepSeek-R1-Distill-Qwen-7B")
     shapes = memory_ledger.model_shapes(config)
     decode = {
-        name: activation_memory.activation_bytes(config, shapes, schemes, 2, 16)["decode"]
+        name: memory_ledger.activation_bytes(config, shapes, schemes, 2, 16)["decode"]
         for name, schemes in memory_budget.preset_schemes(shapes).items()
     }
     matrix = 2 * config.hidden_size * config.intermediate_size
     assert matrix < decode["nf4"] < 1.05 * matrix
-    assert decode["bf16"] < decode["int8"] < decode["bf16"] + 2 * activation_memory.DECODED_BYTES
+    assert decode["bf16"] < decode["int8"] < decode["bf16"] + 2 * memory_ledger.DECODED_BYTES
     assert decode["nf4_all"] == decode["nf4_int8_embed"] == decode["nf4"]

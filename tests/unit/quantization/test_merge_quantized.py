@@ -129,13 +129,13 @@ def test_an_adapter_learns_over_4_bits_and_most_of_it_survives_merging(
     targets, examples = [*TARGETS, "gate_proj", "up_proj"], make_examples(8)
     section = AdapterParams(variant="lora", rank=8, alpha=16.0, dropout=0.0, target_modules=targets)
     model, base = adapters.attach(nf4_llama(make_llama), section, seed=0), nf4_llama(make_llama)
-    before = merge_quantized.predict_examples(model, examples)
+    before = batches.predict_examples(model, examples)
     long = make_section(epochs=20.0, learning_rate=1e-2)
     trainer.train(model, examples, long, trainer.cross_entropy, tmp_path / "c", seed=0)
-    beside = merge_quantized.predict_examples(model, examples)
+    beside = batches.predict_examples(model, examples)
     merged = merge_quantized.merge_into_quantized(base, train_once.save_adapter(model, tmp_path / "adapter"))
     merge_quantized.dequantize(merged)
-    after = merge_quantized.predict_examples(merged, examples)
+    after = batches.predict_examples(merged, examples)
     learned, kept = before.nll.mean() - beside.nll.mean(), before.nll.mean() - after.nll.mean()
     assert learned > 1.0
     assert kept > 0.5 * learned
@@ -169,13 +169,11 @@ def test_a_base_that_has_run_is_refused(make_llama, save):
 
 def test_what_merging_did_is_measured(make_llama, make_examples, save):
     examples = make_examples(12)
-    plain = merge_quantized.predict_examples(make_llama(), examples)
-    assert torch.equal(plain.logits, batches.collect_logits(make_llama(), examples))
-    np.testing.assert_allclose(plain.nll, batches.collect_nll(make_llama(), examples), atol=1e-6)
+    plain = batches.predict_examples(make_llama(), examples)
     same = merge_quantized.compare_predictions(plain, plain, range(12), 0.95)
     assert (same["max_abs_logit"], same["top1_changed"], same["nll_change"]) == (0, 0, 0)
     assert same["ci_low"] == same["ci_high"] == 0
-    other = merge_quantized.predict_examples(make_llama(seed=1), examples)
+    other = batches.predict_examples(make_llama(seed=1), examples)
     found = merge_quantized.compare_predictions(plain, other, range(12), 0.95)
     assert found["nll_change"] == pytest.approx((other.nll - plain.nll).mean())
     assert found["ci_low"] < found["nll_change"] < found["ci_high"]

@@ -9,7 +9,7 @@ import pytest
 
 from medkit import __main__
 from medkit.params import ParamsError
-from medkit.quantization import activation_memory, memory_budget, memory_ledger
+from medkit.quantization import memory_budget, memory_ledger
 
 STUDENT = "DeepSeek-R1-Distill-Qwen-7B"
 PRESETS = ["bf16", "int8", "paper_mix", "nf4", "nf4_int8_embed", "nf4_all"]
@@ -46,7 +46,7 @@ def test_presets_come_with_most_bits_first_and_totals_add_up(student):
     config = memory_budget.read_config(STUDENT)
     shapes = memory_ledger.model_shapes(config)
     schemes = memory_budget.preset_schemes(shapes)["paper_mix"]
-    peaks = activation_memory.activation_bytes(config, shapes, schemes, 4, 4096)
+    peaks = memory_ledger.activation_bytes(config, shapes, schemes, 4, 4096)
     stored = memory_ledger.plan_bytes(shapes, schemes).bytes.sum()
     mix = student[PRESETS.index("paper_mix")]
     assert mix.total == stored + memory_ledger.kv_cache_bytes(config, 4, 4096, 2) + max(peaks.values())

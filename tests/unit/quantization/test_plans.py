@@ -74,13 +74,11 @@ def test_nf4_plan_is_nf4_but_for_embeddings_and_head(tied, embeddings):
     assert len({plans.nf4_plan(shapes, e).name for e in BITS}) == 3
 
 
-@pytest.mark.parametrize("head", ["unquantized", "nf4"])
-def test_paper_plan_is_8_bits_where_attention_is(head):
-    plan = plans.paper_plan(make_shapes(), head).schemes
+def test_paper_plan_is_8_bits_where_attention_is():
+    plan = plans.paper_plan(make_shapes()).schemes
     assert {m for m, s in plan.items() if s == "int8"} == {m for m in plan if "self_attn" in m}
-    assert {m for m, s in plan.items() if s == "nf4"} - {"lm_head"} == {m for m in plan if "mlp" in m}
-    assert (plan["model.embed_tokens"], plan["lm_head"]) == ("unquantized", head)
-    assert plans.paper_plan(make_shapes(tied=True), head).schemes["model.embed_tokens"] == head
+    assert {m for m, s in plan.items() if s == "nf4"} == {m for m in plan if "mlp" in m}
+    assert {m for m, s in plan.items() if s == "unquantized"} == set(OUTSIDE)
 
 
 def test_budget_plan_is_the_best_of_all_plans():

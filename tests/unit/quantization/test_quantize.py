@@ -74,7 +74,6 @@ PLANS = {
     "unquantized": lambda shapes: Plan(name="unquantized", schemes=dict.fromkeys(shapes, "unquantized")),
     "nf4": plans.nf4_plan,
     "paper_mix": plans.paper_plan,
-    "paper_mix_nf4_head": lambda shapes: plans.paper_plan(shapes, "nf4"),
     "nf4_int8_embed": lambda shapes: plans.nf4_plan(shapes, "int8"),
     "nf4_all": lambda shapes: plans.nf4_plan(shapes, "nf4"),
     "int8": lambda shapes: Plan(name="int8", schemes=dict.fromkeys(shapes, "int8")),

@@ -21,8 +21,8 @@ def examples(make_examples):
     return make_examples(5)
 
 
-def measure(model, examples, **settings):
-    return sensitivity.measure_sensitivity(model, examples, True, **settings)
+def measure(model, examples):
+    return sensitivity.measure_sensitivity(model, examples, True)
 
 
 def brute_force(model, examples, module, scheme):
@@ -45,7 +45,7 @@ def test_a_slope_is_what_finite_differences_find(model, examples, scheme, step):
     chosen = [(module, scheme) for module in modules]
     found = sensitivity._slopes(model, batch, chosen, True, torch.Generator().manual_seed(3))
     with torch.no_grad():
-        logprobs = batches.predicted_logits(model, batch)[0].log_softmax(-1)
+        logprobs = batches.predict(model, batch).logits.log_softmax(-1)
     drawn = torch.multinomial(logprobs.exp(), 1, generator=torch.Generator().manual_seed(3))
     of_example = batch["predicted_at"] // batch["input_ids"].shape[1]
     for module in modules:
@@ -55,7 +55,7 @@ def test_a_slope_is_what_finite_differences_find(model, examples, scheme, step):
         with torch.no_grad():
             for way in (step, -step):
                 weight.copy_(exact + way * change)
-                picked = batches.predicted_logits(model, batch)[0].double().log_softmax(-1).gather(1, drawn)[:, 0]
+                picked = batches.predict(model, batch).logits.double().log_softmax(-1).gather(1, drawn)[:, 0]
                 sums.append(torch.zeros(len(examples), dtype=torch.double).index_add(0, of_example, picked))
             weight.copy_(exact)
         wanted = ((sums[0] - sums[1]) / (2 * step)).float()

@@ -2,8 +2,7 @@
 
 import pytest
 
-from medkit.modeling.engine import Generation
-from medkit.modeling.writing import write
+from medkit.modeling.engine import Generation, write
 from medkit.prompts import templates
 from medkit.stage import MedkitError
 
