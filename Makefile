@@ -9,10 +9,10 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab report lint format notebooks readme bench ablation doctor size
+.PHONY: help run test lab report lint format notebooks student-copy readme bench ablation doctor size
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 .venv/done: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
@@ -47,12 +47,18 @@ format: .venv/done  ## ruff's fixes and layout
 	$(PY) -m ruff format --quiet .
 
 notebooks: .venv/done  ## run the notebooks in place with the smoke profile, keep only checked outputs
-	MEDKIT_OUTPUTS=$$(mktemp -d) .venv/bin/jupyter execute --inplace notebooks/[0-9]*.ipynb
-	.venv/bin/nbstripout --keep-count --keep-id notebooks/[0-9]*.ipynb
+	MEDKIT_OUTPUTS=$$(mktemp -d) .venv/bin/jupyter execute --inplace notebooks/[0-9]*.ipynb notebooks/solutions/*.ipynb
+	.venv/bin/nbstripout --keep-count --keep-id notebooks/[0-9]*.ipynb notebooks/solutions/*.ipynb
+	$(MAKE) student-copy
+
+student-copy: .venv/done  ## notebooks/exercises: the solutions without the cells tagged `solution`
+	.venv/bin/jupyter nbconvert --to notebook --output-dir notebooks/exercises --NbConvertApp.use_output_suffix=False \
+		--ClearOutputPreprocessor.enabled=True --TagRemovePreprocessor.enabled=True \
+		--TagRemovePreprocessor.remove_cell_tags=solution notebooks/solutions/*.ipynb
 
 readme: .venv/done  ## figure and tables of README and docs from a run's results (RUN=…)
 	$(PY) -m medkit.reporting.readme outputs/$(RUN)/results.json
-	$(PY) -m cogapp -r README.md docs/results.md docs/benchmarks.md
+	$(PY) -m cogapp -r README.md docs/results.md docs/benchmarks.md docs/teaching.md
 
 bench: .venv/done  ## measurements beside their peers; results under benchmarks/results
 	for module in $$(grep -l __main__ benchmarks/*/*.py | sed 's/\.py$$//' | tr / .); do \

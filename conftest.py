@@ -5,6 +5,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+collect_ignore = ["notebooks/exercises"]  # the students' copy: its answers are missing
+
 
 def pytest_configure(config):
     """Parallel workers share the cores; notebook tests never write to outputs/.

@@ -9,10 +9,13 @@ import pytest
 from ipykernel.ipkernel import IPythonKernel
 from ipykernel.kernelspec import get_kernel_dict
 
+from medkit.checks import EXERCISES
 from medkit.runner import PARAMETERS, notebooks
 from medkit.stage import ROOT, STAGES
 
-EVERY = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
+EVERY = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *SOLUTIONS]
+COPIES = [ROOT / "notebooks" / "exercises" / path.name for path in SOLUTIONS]
 CHECKED = {"nbval-check-output", "keep_output"}
 FORBIDDEN = re.compile(r"^\s*[!%]|sys\.path|^/|['\"]/(?:home|root|tmp|work)\b", re.MULTILINE)
 
@@ -30,10 +33,10 @@ def tags(cell):
 
 
 def test_the_six_are_there():
-    assert [path.stem for path in EVERY] == ["00_start", *STAGES]
+    assert [path.stem for path in EVERY if path not in SOLUTIONS] == ["00_start", *STAGES]
 
 
-@pytest.mark.parametrize("path", EVERY, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*EVERY, *COPIES], ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_opening_it_changes_nothing(path):
     """JupyterLab writes the kernel's names and language into an open notebook, and ids into its cells."""
     notebook, kernel = nbformat.read(path, as_version=4), get_kernel_dict()
@@ -58,13 +61,13 @@ def test_start_shows_the_last_run_or_how_to_make_one(make_run, tmp_path, monkeyp
     assert "open 03_lora.ipynb" in printed[1] and "2 panels" in printed[1] and "Accuracy on icd_chapter" in printed[1]
 
 
-@pytest.mark.parametrize("path", EVERY, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", EVERY, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_ran_top_to_bottom(path):
     # nbval compares only cells with a count: a stripped notebook would pass with any output
     assert [cell.execution_count for cell in code(path)] == list(range(1, len(code(path)) + 1))
 
 
-@pytest.mark.parametrize("path", EVERY, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", EVERY, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_keeps_output_if_and_only_if_it_is_checked(path):
     for cell in code(path):
         assert tags(cell) & CHECKED in (set(), CHECKED), "the two tags go together"
@@ -72,7 +75,7 @@ def test_keeps_output_if_and_only_if_it_is_checked(path):
     assert any(tags(cell) & CHECKED for cell in code(path))
 
 
-@pytest.mark.parametrize("path", EVERY, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", EVERY, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_checked_output_is_portable(path):
     for cell in code(path):
         for output in cell.outputs:
@@ -107,3 +110,36 @@ class TestStage:
     def test_no_magic_and_no_absolute_path(self, path):
         for cell in code(path):
             assert not FORBIDDEN.search(cell.source), cell.source
+
+
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
+class TestExercises:
+    def test_a_student_gets_all_but_the_solutions(self, path):
+        copy = ROOT / "notebooks" / "exercises" / path.name
+        shown = [cell for cell in read(path) if "solution" not in tags(cell)]
+        assert [(c.id, c.source) for c in read(copy)] == [(c.id, c.source) for c in shown], "run `make student-copy`"
+        assert all(cell.execution_count is None and not cell.outputs for cell in code(copy))
+        text = "\n".join(cell.source for cell in read(copy))
+        hidden = [line.strip() for cell in read(path) if "solution" in tags(cell) for line in cell.source.splitlines()]
+        assert not [line for line in hidden if len(line) > 30 and line in text]
+
+    def test_every_exercise_is_there_with_its_points(self, path):
+        number = path.name[1]
+        exercises = {name: e for name, e in EXERCISES.items() if name.startswith(number)}
+        assert len(exercises) >= 4
+        text = "\n".join(cell.source for cell in read(path))
+        points, minutes = (sum(e[key] for e in exercises.values()) for key in ("points", "minutes"))
+        assert f"{len(exercises)} exercises, {points} points, about {minutes} minutes" in text
+        for name, exercise in exercises.items():
+            heading = rf"^## {name} · .+ \({exercise['points']} points, {exercise['minutes']} minutes\)$"
+            assert re.search(heading, text, re.MULTILINE) and f'check("{name}", ' in text
+
+    def test_cells(self, path):
+        cells = code(path)
+        assert set(papermill.inspect_notebook(str(path))) == {"params_file", "run"} and "parameters" in tags(cells[0])
+        assert "medkit.stage" in cells[1].source and ".path(" not in "".join(c.source for c in cells), (
+            "nothing is written"
+        )
+        assert not any(FORBIDDEN.search(cell.source) for cell in cells)
+        assert {tag for cell in cells for tag in tags(cell)} == CHECKED | {"parameters", "solution"}
+        assert all(tags(c) == CHECKED for c in cells if c.source.startswith("check"))

@@ -16,6 +16,7 @@ ORDER = [
     {"inference"},
     {"evaluation"},
     {"reporting"},
+    {"checks"},
     {"runner"},
     {"__main__"},
 ]
