@@ -53,11 +53,17 @@ def plot_story(results: pd.DataFrame, facts: Mapping) -> plt.Figure:
         for name, row in rows[rows.index.isin(LINES)].iterrows():
             ax.axhline(row.value, color=VARIANTS[name].colour, ls="--", lw=1, zorder=0, label=_name(name, row))
         shown = [v for v in SHOWN if v in rows.index and v in sizes and v not in LINES]
-        for name, row in rows.loc[shown].iterrows():
-            interval = [[row.value - row.ci_low], [row.ci_high - row.value]]
-            ax.errorbar(sizes[name], row.value, interval, fmt="o", color=VARIANTS[name].colour, capsize=2,
+        for place, (name, row) in enumerate(rows.loc[shown].iterrows()):
+            same_size = [sizes[other] for other in shown[:place]].count(sizes[name])
+            interval, size = [[row.value - row.ci_low], [row.ci_high - row.value]], sizes[name] * 1.05**same_size
+            ax.errorbar(size, row.value, interval, fmt="o", color=VARIANTS[name].colour, capsize=2,
                         label=_name(name, row))  # fmt: skip
-        ax.set(xscale="log", ylim=(0, 1.02), xlabel="weights, MB", ylabel="score, with its 95 % interval")
+        ax.set(
+            xscale="log",
+            ylim=(0, 1.02),
+            xlabel="weights, MB (models of one size stand side by side)",
+            ylabel="score, with its 95 % interval",
+        )
         ax.set_title(f"{titles[result]} (n = {rows.n.max():.0f})")
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
