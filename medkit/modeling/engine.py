@@ -87,13 +87,14 @@ def write(
 ) -> list[Written]:
     """The engine's answer to each prompt, of at most `max_new_tokens` tokens.
 
-    With `max_thinking_tokens` the prompts end in an opened thought (`templates.encode` with a thought). It is closed
-    when it has that many tokens (budget forcing, s1, arXiv 2501.19393), and then the answer is written. Raises
-    MedkitError if the mark that closes a thought is not one token: then nothing tells the engine where to stop.
+    With `max_thinking_tokens` the prompts of a model that thinks end in an opened thought (`templates.encode` with a
+    thought). It is closed when it has that many tokens (budget forcing, s1, arXiv 2501.19393), and then the answer is
+    written. Raises MedkitError if the mark that closes a thought is not one token: then nothing tells the engine where
+    to stop.
     """
     ends, thoughts, closed = templates.end_ids(tokenizer), [[] for _ in prompts], [True] * len(prompts)
-    if max_thinking_tokens:
-        closing = templates.thinking_of(tokenizer).closing
+    closing = templates.thinking_of(tokenizer).closing
+    if max_thinking_tokens and closing:
         mark_ids, forced_ids = (tokenizer(t, add_special_tokens=False).input_ids for t in (closing.strip(), closing))
         if len(mark_ids) != 1:
             raise MedkitError(

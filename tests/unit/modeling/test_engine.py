@@ -52,10 +52,10 @@ def test_a_thought_is_closed_where_its_budget_ends(thinker):
     assert [*engine.asked[1][2].prompt_ids] == [*trained[0], *trained[1][:-2]], "as it is read in training"
 
 
-def test_without_a_budget_nothing_is_thought(thinker, tokenizer):
-    for reader in (thinker, tokenizer):
+def test_without_a_budget_or_a_model_that_thinks_nothing_is_thought(thinker, tokenizer):
+    for reader, budget in ((thinker, None), (tokenizer, None), (tokenizer, 20)):
         engine = Scripted(reader, ["C<|im_end|>"])
-        (written,) = write(engine, reader, [templates.encode(reader, MESSAGES)[0]], 5)
+        (written,) = write(engine, reader, [templates.encode(reader, MESSAGES)[0]], 5, budget)
         assert (written.thought, written.answer, written.thinking_tokens, written.finished) == ("", "C", 0, True)
 
 
