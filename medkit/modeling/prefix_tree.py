@@ -5,7 +5,7 @@ A model reads a shared prefix once. This module knows token ids and masks, and n
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
@@ -59,9 +59,10 @@ class Tree:
 
     def mask(self) -> torch.Tensor:
         """(T, T) bool: each token attends to itself and to the tokens before it in its sequence."""
-        mask = np.zeros((len(self.token_ids), len(self.token_ids)), dtype=bool)
-        for path in self.paths:
-            mask[np.ix_(path, path)] |= np.tri(len(path), dtype=bool)
+        mask = np.eye(len(self.token_ids), dtype=bool)
+        before = {place: parent for path in self.paths for parent, place in pairwise(path)}  # a shared prefix once
+        for place, parent in before.items():
+            mask[place] |= mask[parent]
         return torch.from_numpy(mask)
 
 
