@@ -103,11 +103,16 @@ def _record_call(decoder: nn.Module, batch: dict) -> tuple[torch.Tensor, list[di
 def _hessians(
     layer: nn.Module, modules: Mapping[str, nn.Module], hidden: Sequence[torch.Tensor], arguments: Sequence[dict]
 ) -> dict[str, torch.Tensor]:
-    """Module → Σ x xᵀ (columns, columns) of its inputs, when the layer reads `hidden`."""
+    """Module → Σ x xᵀ (columns, columns) of its inputs, when the layer reads `hidden`. Modules share an input's sum."""
     sums: dict[str, torch.Tensor] = {}
+    last: tuple[torch.Tensor | None, str] = None, ""  # the input that was counted last, and for which module
 
     def add(name: str, module: nn.Module, args: tuple[torch.Tensor]) -> None:
-        x = args[0].flatten(0, -2).float()
+        nonlocal last
+        if args[0] is last[0]:  # queries, keys and values read one input; so do gate and up
+            sums[name] = sums[last[1]]
+            return
+        x, last = args[0].flatten(0, -2).float(), (args[0], name)
         sums[name] = sums[name].addmm_(x.T, x) if name in sums else x.T @ x
 
     with ExitStack() as hooks:
