@@ -8,21 +8,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import pandas as pd
 import yaml
 
+from medkit.data.splits import MADE, SECOND_FORM
 from medkit.distillation import list_students
+from medkit.inference.question_variants import rows_for
 from medkit.inference.torch_engine import CACHE_FACTOR
 from medkit.params import ModelParams, Params, ParamsError, TrainParams
+from medkit.prompts.templates import FORMS
 from medkit.quantization.memory_budget import read_config
 from medkit.quantization.memory_ledger import model_shapes
 from medkit.reporting.tables import markdown
-from medkit.variants import FINAL, list_variants
+from medkit.variants import list_variants
 
 FACTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 DEVICE, TOKENS = FACTS["device"], FACTS["tokens"]
 TRAINED_BYTES = 16  # per weight that learns: itself, its gradient and AdamW's two averages, in float32
 KEPT_BYTES = 4  # per kept teacher log-probability: a 16-bit id and a 16-bit float
-SECOND_FORM = "records_b"
 
 
 class Part(NamedTuple):
@@ -73,7 +76,7 @@ def _rows(params: Params, *splits: str, second_form: bool = False) -> dict[str, 
     for source, dataset in params.data.datasets.items():
         if source not in TOKENS:
             raise ParamsError(f"no forecast: the tokens of a row of data.datasets.{source} are not known")
-        if (source == SECOND_FORM) == second_form:
+        if (MADE.get(source) == SECOND_FORM) == second_form:
             counts[source] = sum(_count(source, split, getattr(dataset, split)) for split in splits)
     return counts
 
@@ -87,13 +90,18 @@ def _count(source: str, split: str, count: int | str) -> int:
         raise ParamsError(f"no forecast: data.datasets.{source}.{split} is `all`, and nobody counted it") from None
 
 
-def _asked(params: Params, counts: Mapping[str, int | str]) -> dict[str, int]:
-    """Source → number of questions, of which `all` are the test rows of its dataset."""
-    return {s: _count(s, "test", params.data.datasets[s].test if n == "all" else n) for s, n in counts.items()}
+def _questions(params: Params, counts: Mapping[str, Mapping[str, int | str]]) -> pd.DataFrame:
+    """A row per question of scoring → source → number, as `rows_for` reads them; `all` are a dataset's test rows."""
+    rows = []
+    for scoring, sources in counts.items():
+        for source, n in sources.items():
+            n = _count(source, "test", params.data.datasets[source].test if n == "all" else n)
+            rows += [(scoring, source, MADE.get(source, "choice"))] * n
+    return pd.DataFrame(rows, columns=["scoring", "source", "kind"])
 
 
-def _tokens(counts: Mapping[str, float], *, options: bool = False, answers: bool = True) -> float:
-    return sum(n * (TOKENS[s][0] + (TOKENS[s][2 if options else 1] if answers else 0)) for s, n in counts.items())
+def _tokens(counts: Mapping[str, float], answers: bool = True) -> float:
+    return sum(n * sum(TOKENS[source][: 2 if answers else 1]) for source, n in counts.items())
 
 
 def forecast(params: Params) -> list[Part]:
@@ -138,22 +146,22 @@ def _training(params: Params, teacher: _Model, student: _Model) -> Iterator[Part
 def _testing(params: Params, teacher: _Model, student: _Model) -> Iterator[Part]:
     """All variants, at the student's cost but for two that are the teacher's; thoughts at their longest."""
     section, variants = params.inference, list(list_variants(list_students(params)))
-    scored, written = (_asked(params, section.questions.get(name, {})) for name in ("option_text", "generated"))
-    exams = _asked(params, section.exams)
-    of_few = [{s: min(n, section.few) for s, n in counts.items()} for counts in (scored, written)]
+    asked, exams = _questions(params, section.questions), _questions(params, {"option_text": section.exams})
     read_tokens = read_hours = write_tokens = write_hours = 0.0
     for variant in variants:
         model = teacher if variant.startswith("teacher") else student
-        texts, records = (scored, written) if variant in section.claims else of_few
-        tokens = _tokens(texts, options=True)
-        tokens += _tokens(exams, options=True) if variant in ("base", FINAL) else 0
-        read_tokens, read_hours = read_tokens + tokens, read_hours + model.read_hours(tokens)
-        for source, count in records.items():
-            prompt, answer, _ = TOKENS[source]
-            form = source.startswith("records")
-            new = answer if form else section.max_new_tokens + (section.max_thinking_tokens or 0)
+        rows = rows_for(variant, asked, exams, section.claims, section.few)
+        for (scoring, source), count in rows.groupby(["scoring", "source"]).size().items():
+            prompt, answer, options = TOKENS[source]
+            if scoring != "generated":
+                read_tokens += count * (prompt + options)
+                read_hours += model.read_hours(count * (prompt + options))
+                continue
+            new = section.max_new_tokens + (section.max_thinking_tokens or 0)
+            if MADE.get(source) in FORMS:  # no model thinks before it writes a record
+                new = answer
             write_tokens += count * (prompt + new)
-            write_hours += model.write_hours(prompt, new, count, section.batch_tokens) if count else 0
+            write_hours += model.write_hours(prompt, new, count, section.batch_tokens)
     most = max(teacher.weights, student.weights) * student.bytes_each
     yield Part(f"{len(variants)} variants score options", read_tokens, read_hours, 0, most)
     yield Part(f"{len(variants)} variants write, at most", write_tokens, write_hours, 0, most)
