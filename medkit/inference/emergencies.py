@@ -1,0 +1,32 @@
+"""Whether a message may be about an emergency: by word patterns that a person can read and correct.
+
+`emergency_rules.yaml` holds the patterns, docs/safety.md says how well they work. They are tuned to miss little.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+RULES = Path(__file__).with_name("emergency_rules.yaml")
+LONGEST = 2000
+SENTENCE = (
+    "This may be an emergency: call your emergency number now (112 in Europe, 911 in North America, 999 in the UK)."
+)
+
+
+@cache
+def _patterns() -> dict[str, list[re.Pattern]]:
+    rules = yaml.safe_load(RULES.read_text())
+    return {name: [re.compile(rf"(?<!\w)(?:{p})(?!\w)", re.I) for p in rules[name]] for name in rules}
+
+
+def is_emergency(message: str) -> bool:
+    """One strong line of the rules or two weak ones, and no calm one, unless there is an urgent one too.
+
+    Of a long message its beginning and its end are read, LONGEST characters each.
+    """
+    text = (message if len(message) <= 2 * LONGEST else f"{message[:LONGEST]}\n{message[-LONGEST:]}").replace("’", "'")
+    found = {name: sum(1 for p in patterns if p.search(text)) for name, patterns in _patterns().items()}
+    return (found["strong"] > 0 or found["weak"] > 1) and (not found["calm"] or found["urgent"] > 0)
