@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 FINAL = "student_kd"  # the student that is adapted, compressed and shipped
+TASKS = ".tasks.json"  # beside an edge file: what it was taught, how it did in the test; written by notebook 06
 
 
 class Variant(NamedTuple):

@@ -5,6 +5,7 @@ Scoring and training both use `encode`, so prompt and answer are tokenised in on
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -166,6 +167,33 @@ def thinking_of(tokenizer) -> Thinking:
     """How the model of this tokenizer thinks; a base model, without a chat template, does not."""
     template = chat_template(tokenizer)
     return find_thinking(tokenizer, template) if template else Thinking("none", "", "")
+
+
+BASE_TURNS = (  # of a base model, in `encode`
+    "{% for turn in messages %}{% if turn['role'] == 'user' %}Question: {{ turn['content'] }}\nAnswer:"
+    "{% elif turn['role'] == 'assistant' %} {{ turn['content'] }}\n\n{% endif %}{% endfor %}"
+)
+
+
+def file_template(tokenizer) -> str:
+    """The chat template for a model file that other programs read: it renders what `encode` reads.
+
+    A chat without a system turn gets that of training, SYSTEM; where the model's own template refuses a system turn,
+    its text begins the first user turn. A thought is empty and closed.
+    """
+    template = thinking_of(tokenizer).closed_template
+    if not template:
+        starts = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
+        return (tokenizer.bos_token if starts else "") + BASE_TURNS
+    turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "?"}]
+    first = f"[{{'role': 'system', 'content': {json.dumps(SYSTEM)}}}]"
+    add = f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {first} + messages %}}{{% endif %}}"
+    try:
+        tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    except TemplateError:
+        text = "messages[0]['content'] + '\\n\\n' + messages[1]['content']"
+        add += f"{{% set messages = [{{'role': 'user', 'content': {text}}}] + messages[2:] %}}"
+    return add + template
 
 
 def encode(

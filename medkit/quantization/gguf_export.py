@@ -14,10 +14,12 @@ import torch
 from torch import nn
 
 from medkit.quantization.gguf_blocks import Blocks
+from medkit.quantization.gguf_readers import write_reader_files
 from medkit.quantization.gguf_tokenizer import ExportError, write_tokenizer
 from medkit.quantization.memory_ledger import head_dim
 from medkit.sources import sha256_of
 from medkit.stage import DISCLAIMER, atomic_path
+from medkit.variants import TASKS
 
 WEIGHT_TYPES = ("F16", "Q8_0", "Q5_0", "Q4_0")
 LARGEST_DIFFERENCE = 0.05  # float16 and bfloat16 round weights and sums
@@ -29,6 +31,8 @@ def export_gguf(
 ) -> Path:
     """Write `model` to one GGUF file, whole or not at all, and then its manifest (`check_manifest`) beside it.
 
+    Beside it stand the files for other programs too (`gguf_readers`); scores of an earlier file (TASKS) are removed.
+
     The weights of modules in `blocks` are written with their codes and scales as they are. Other matrices are rounded
     to the nearest of `weight_type`, one of WEIGHT_TYPES; rows that are not whole blocks (of 32) get F16. Raises
     ExportError for a model or tokenizer that the file cannot hold.
@@ -38,6 +42,8 @@ def export_gguf(
     _check_config(model.config)
     with atomic_path(path) as scratch:
         _write_file(model, tokenizer, scratch, gguf.GGMLQuantizationType[weight_type], blocks or {})
+    path.with_suffix(TASKS).unlink(missing_ok=True)
+    write_reader_files(path, tokenizer)
     _write_manifest(path, model.config)
     return path
 

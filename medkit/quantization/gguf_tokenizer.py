@@ -10,7 +10,7 @@ import re
 
 import gguf
 
-from medkit.prompts.templates import chat_template, end_ids
+from medkit.prompts.templates import end_ids, file_template
 from medkit.stage import MedkitError
 
 QWEN2_SPLIT = (
@@ -62,8 +62,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer, vocab_size: int) -> None
     writer.add_add_bos_token(False)  # a chat template that needs a start token writes it itself
     for other in end_ids(tokenizer)[1:2]:
         writer.add_eot_token_id(other)
-    if template := chat_template(tokenizer):
-        writer.add_chat_template(template)
+    writer.add_chat_template(file_template(tokenizer))
 
 
 def _steps(part: dict | None, inside: str) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -200,6 +201,26 @@ def test_a_refused_system_turn_goes_into_the_first_user_turn(make_tokenizer, tok
     assert encode(refusing, turns) == encode(tokenizer, turns)
     with pytest.raises(MedkitError, match="always"):
         encode(make_tokenizer(chat_template="{{ raise_exception('always') }}"), MESSAGES)
+
+
+OWN_SYSTEM = "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are a helpful AI.<|im_end|>\n{% endif %}"
+THINKS = "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize("start", ["", OWN_SYSTEM, SYSTEM_REFUSED, None], ids=["plain", "own", "refused", "base"])
+@pytest.mark.parametrize("end", ["", THINKS], ids=["answers", "thinks"])
+def test_the_template_of_a_file_renders_what_is_encoded(make_tokenizer, tokenizer, start, end):
+    """Chats of one and two turns, with and without a system turn of their own; else they get that of training."""
+    model = make_tokenizer(chat_template=None if start is None else start + tokenizer.chat_template + end)
+    template, options = templates.file_template(model), {"tokenize": False, "add_generation_prompt": True}
+    draw, texts = Random(0), ["Which vitamin?", "naïve β-blocker", "a\n\nb ", '{{ "x" }} 5 %', "D: Hi"]
+    for number in range(100):
+        turns = [{"role": role, "content": draw.choice(texts)} for role in ("user", "assistant", "user")]
+        turns = turns[2 * (number % 2) :]
+        given = [{"role": "system", "content": draw.choice(texts)}] if number % 4 < 2 else []
+        trained = given or [{"role": "system", "content": templates.SYSTEM}]
+        rendered = model.apply_chat_template([*given, *turns], chat_template=template, **options)
+        assert model(rendered, add_special_tokens=False).input_ids == encode(model, [*trained, *turns])[0]
 
 
 @pytest.mark.parametrize("base", [True, False])

@@ -1,6 +1,7 @@
 """The GGUF file, read back by transformers: the same logits, the same token ids, the same chat template."""
 
 import copy
+import re
 
 import gguf
 import numpy as np
@@ -12,10 +13,14 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from medkit.lora import adapters
 from medkit.modeling.loading import load_model
+from medkit.prompts.templates import encode, file_template
 from medkit.quantization import gguf_export, gguf_tokenizer, plans
 from medkit.quantization import quantize as quantization
 from medkit.quantization.gguf_blocks import round_to_blocks
 from medkit.quantization.gguf_export import ExportError
+from medkit.quantization.gguf_readers import make_modelfile
+from medkit.stage import DISCLAIMER
+from medkit.variants import TASKS
 
 BYTES_PER_BLOCK = {"F16": 64, "Q8_0": 34, "Q5_0": 22, "Q4_0": 18}  # of 32 weights
 TYPES = list(gguf_export.WEIGHT_TYPES)
@@ -141,7 +146,8 @@ def test_the_file_holds_one_chat_template_and_every_end(make_llama, make_tokeniz
     tokenizer.end_token_ids = [2, 0]
     path = gguf_export.export_gguf(make_llama(layers=1), tokenizer, tmp_path / "student.gguf", "F16")
     fields = {name: gguf.GGUFReader(path).get_field(f"tokenizer.{name}") for name in ENDS}
-    assert [field.contents() for field in fields.values()] == ["one", 2, 0]
+    template, *ends = (field.contents() for field in fields.values())
+    assert template.endswith("one") and ends == [2, 0]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +169,7 @@ def test_the_file_holds_the_tokenizer(make_llama, tokenizer, tmp_path):
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf")
     for text in TEXTS:
         assert again(text, add_special_tokens=False).input_ids == tokenizer(text).input_ids
-    assert again.chat_template == tokenizer.chat_template
+    assert again.chat_template == file_template(tokenizer)
     assert again.eos_token_id == tokenizer.eos_token_id
     assert again.pad_token_id == tokenizer.pad_token_id
 
@@ -190,7 +196,7 @@ def test_the_file_holds_qwen2s_tokenizer(make_qwen2, qwen2_tokenizer, tmp_path):
     other = copy.deepcopy(qwen2_tokenizer)
     other.backend_tokenizer.pre_tokenizer = split_by_digits()
     assert any(other(t).input_ids != qwen2_tokenizer(t).input_ids for t in TEXTS)  # under SmolLM2's rule
-    assert again.chat_template == qwen2_tokenizer.chat_template
+    assert again.chat_template == file_template(qwen2_tokenizer)
     assert again.eos_token_id == qwen2_tokenizer.eos_token_id
 
 
@@ -355,7 +361,12 @@ def test_an_export_that_fails_leaves_the_old_file_and_nothing_else(make_llama, t
     with pytest.raises(ZeroDivisionError):
         gguf_export.export_gguf(make_llama(seed=1), tokenizer, path, "Q8_0")
     assert path.read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["student.gguf", "student.manifest.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "Modelfile",
+        "USE.md",
+        "student.gguf",
+        "student.manifest.json",
+    ]
     assert gguf_export.check_manifest(path) == manifest
 
 
@@ -387,6 +398,48 @@ def test_a_file_that_is_not_the_one_exported_is_noticed(make_llama, tokenizer, t
     damage(path)
     with pytest.raises(ExportError, match=said):
         gguf_export.check_manifest(path)
+
+
+MODELFILE = re.compile(
+    r'# .+\nFROM \./(\S+\.gguf)\nSYSTEM """(.+)"""\nTEMPLATE """(.+)"""\n'
+    r"(?:PARAMETER (?:temperature|num_ctx|stop) \S+\n)+",
+    re.S,
+)
+TURNS = re.compile(r"\{\{ range \$i, \$turn := \.Messages \}\}\{\{ (if eq .+)\{\{ end \}\}\{\{ end \}\}(.*)", re.S)
+SPLIT = re.compile(r'(?:\{\{ else )?if eq \.Role "(\w+)" \}\}')
+FIRST_OR_LATER = re.compile(r"\{\{ if le \$i 1 \}\}(.*)\{\{ else \}\}(.*)\{\{ end \}\}", re.S)
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_ollama_and_others_find_their_files_beside_it(make_llama, make_tokenizer, tokenizer, tmp_path, base):
+    """The Modelfile's turns, put together as Ollama does, are the prompt of training."""
+    model = make_tokenizer(chat_template=None if base else tokenizer.chat_template)
+    path = gguf_export.export_gguf(make_llama(layers=1), model, tmp_path / "student.gguf")
+    name, system, template = MODELFILE.fullmatch((tmp_path / "Modelfile").read_text()).groups()
+    assert (tmp_path / name) == path
+    branches, end = TURNS.fullmatch(template).groups()
+    _, *parts = SPLIT.split(branches)
+    turn = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert set(turn) == {"system", "user", "assistant"}
+    roles, texts = ("system", "user", "assistant", "user"), (system, "Which?", "C", "Why?")
+    prompt = ""
+    for number, (role, text) in enumerate(zip(roles, texts, strict=True)):
+        part = FIRST_OR_LATER.sub(rf"\{1 if number <= 1 else 2}", turn[role])
+        prompt += part.replace("{{ .Content }}", text)
+    messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+    assert model(prompt + end).input_ids == encode(model, messages)[0]
+    use = (tmp_path / "USE.md").read_text()
+    assert DISCLAIMER in use and use.count(path.name) == 3 and use.count("\n| ") == 4
+
+
+def test_a_template_without_turns_has_no_modelfile(make_tokenizer):
+    assert make_modelfile("student.gguf", make_tokenizer(chat_template="one")) is None
+
+
+def test_scores_of_an_earlier_file_go(make_llama, tokenizer, tmp_path):
+    (tmp_path / f"student{TASKS}").write_text("{}")
+    gguf_export.export_gguf(make_llama(layers=1), tokenizer, tmp_path / "student.gguf")
+    assert not (tmp_path / f"student{TASKS}").exists()
 
 
 def test_a_new_file_under_the_old_manifest_is_noticed(make_llama, tokenizer, tmp_path, monkeypatch):
