@@ -10,7 +10,7 @@ from medkit.evaluation.accuracy import (
     measure_gaps,
 )
 from medkit.evaluation.baselines import predict_baselines, regex_baseline
-from medkit.evaluation.calibration import add_confidence, measure_calibration, reliability, risk_coverage
+from medkit.evaluation.calibration import add_confidence, least_confidence, measure_calibration, reliability
 from medkit.evaluation.energy import cost_table, meter
 from medkit.evaluation.plots import plot_accuracies, plot_calibration, plot_safety, plot_steps
 from medkit.evaluation.records import compare_records, measure_records, score_dialogues, score_questions, score_records

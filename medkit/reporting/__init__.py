@@ -20,4 +20,5 @@ from medkit.reporting.results import (
 )
 from medkit.reporting.story import plot_story, tell_story
 from medkit.reporting.tables import certificates_table, cost_table, run_tables, steps_table
+from medkit.reporting.task_scores import write_tasks
 from medkit.stage import STAGES

@@ -162,6 +162,15 @@ def test_one_row_per_metric_of_everything_that_has_probabilities():
     assert calibration.measure_calibration(generated, 0.95).empty
 
 
+@pytest.mark.parametrize("ties", [False, True])
+def test_answers_from_the_least_confidence_on_are_those_of_the_coverage(ties):
+    judged = pd.concat([table(90, seed=11, ties=ties), table(35, seed=12, variant="nf4")])
+    scored, least = calibration.add_confidence(judged), calibration.least_confidence(judged)
+    for key, answers_of in scored.groupby(calibration.KEYS):
+        sure, given = answers_of.confidence, int(np.ceil(0.8 * len(answers_of)))
+        assert (sure > least[key]).sum() < given <= (sure >= least[key]).sum()
+
+
 def test_near_duplicates_widen_the_intervals():
     judged = table(120, seed=13)
     copies = pd.concat([judged.assign(id=judged.id + mark) for mark in "abcd"], ignore_index=True)
