@@ -1,36 +1,46 @@
-"""`medkit serve`: a thin router in front of llama.cpp's server, or of any OpenAI-compatible server.
+"""`medkit serve`: a thin router in front of llama.cpp's server with the edge file, or of any OpenAI-compatible server.
 
-The router puts the last question of a chat into the template of its problem type, and adds the disclaimer: in a header
-always, and in the `metadata` of a chat answer that is no stream. All else passes through untouched.
+`chats` plans each chat. A choice is given with its confidence, or withheld below the least confidence of notebook 06.
+The disclaimer is in a header and in the `metadata` of every chat answer, also of a stream's first chunk. All else,
+sampling too, is left to the model's server.
 """
 
+import asyncio
 import json
-import re
+import math
 import secrets
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import asynccontextmanager, nullcontext
+from pathlib import Path
 
+import gguf
 import httpx
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from medkit.data.problem_types import classify_by_keywords
+from medkit.inference.chats import Plan, make_plan
 from medkit.inference.server_engine import ServerAddress, llama_server
-from medkit.prompts import templates
+from medkit.inference.tasks import Task, read_tasks
+from medkit.prompts import LETTERS, answers
 from medkit.stage import DISCLAIMER, MedkitError, Stage
 from medkit.variants import VARIANTS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]  # without a key no web page may reach the server by another name
+OWN_PAGES = r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?"
 PUBLIC_PATHS = ("/health", "/v1/health")
+OTHER_CHATS = ("/responses", "/messages", "/api/chat")  # of llama.cpp, where no plan is made
 MAX_BODY_BYTES = 4_000_000
 PASSED_HEADERS = ("content-type", "retry-after")
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
-_LISTED_OPTIONS = re.compile(r"^\s*A[.):]\s.*^\s*B[.):]\s", re.MULTILINE | re.DOTALL)
+NO_IDLE = httpx.Limits(max_keepalive_connections=0)  # an idle connection occupies a thread of llama.cpp's for 5 s
 
 
 def serve(
@@ -50,22 +60,42 @@ def serve(
     """
     if host not in LOOPBACK and not api_key:
         raise MedkitError(f"--host {host} can be reached by other machines: set an API key in MEDKIT_API_KEY")
+    tasks, control = None, []
     if upstream:
         server = nullcontext(ServerAddress(upstream.rstrip("/"), upstream_key or "none"))
     else:
         stage, _, file = VARIANTS["edge"].folder.partition("/")
-        server = llama_server(Stage(run, "05_inference").require(stage, file), slots, context_tokens)
+        path = Stage(run, "05_inference").require(stage, file)
+        tasks, control = read_tasks(path), control_tokens(path)
+        server = llama_server(path, slots, context_tokens)
     with server as address:
-        uvicorn.run(make_router(address, api_key), host=host, port=port, log_level="warning", server_header=False)
+        router = make_router(address, api_key, tasks, control)
+        uvicorn.run(router, host=host, port=port, log_level="warning", server_header=False)
 
 
-def make_router(upstream: ServerAddress, api_key: str | None = None) -> Starlette:
-    """The router as an ASGI application. `api_key` None lets everybody in who calls this machine by its own names."""
+def control_tokens(path: Path) -> list[str]:
+    """The control tokens of a GGUF file, such as <|im_end|>, which llama.cpp would read as such in a user's text."""
+    reader = gguf.GGUFReader(path)
+    tokens, kinds = (reader.get_field(f"tokenizer.ggml.{name}").contents() for name in ("tokens", "token_type"))
+    return [token for token, kind in zip(tokens, kinds, strict=True) if kind == gguf.TokenType.CONTROL]
+
+
+def make_router(
+    upstream: ServerAddress,
+    api_key: str | None = None,
+    tasks: Sequence[Task] | None = None,
+    control: Sequence[str] = (),
+) -> Starlette:
+    """The router as an ASGI application. `api_key` None lets everybody in who calls this machine by its own names.
+
+    `tasks` are for `chats.make_plan`. A control token in a user's text is broken up by an invisible character.
+    """
     root = upstream.url.removesuffix("/v1")
+    broken_up = {token: f"{token[0]}\N{WORD JOINER}{token[1:]}" for token in control}
 
     @asynccontextmanager
     async def lifespan(app: Starlette):
-        async with httpx.AsyncClient(base_url=root, timeout=TIMEOUT) as app.state.client:
+        async with httpx.AsyncClient(base_url=root, timeout=TIMEOUT, limits=NO_IDLE) as app.state.client:
             yield
 
     async def route(request: Request) -> Response:
@@ -76,25 +106,35 @@ def make_router(upstream: ServerAddress, api_key: str | None = None) -> Starlett
         body = await read_body(request)
         if body is None:
             return error_response(413, f"the request is larger than {MAX_BODY_BYTES} bytes", "invalid_request_error")
-        template = None
-        if path.endswith("/chat/completions") and body:
-            try:
-                body, template = apply_template(body)
-            except ValueError as error:
-                return error_response(400, f"the body is not a chat in JSON: {error}", "invalid_request_error")
+        if path.removeprefix("/v1").startswith(OTHER_CHATS):
+            return error_response(404, "ask /v1/chat/completions", "invalid_request_error")
         headers = {"authorization": f"Bearer {upstream.api_key}", "content-type": "application/json"}
+        client, plan = request.app.state.client, Plan({}, {})
         url = httpx.URL(path=path, query=request.url.query.encode())
-        asked = request.app.state.client.build_request(request.method, url, content=body, headers=headers)
         try:
-            answer = await request.app.state.client.send(asked, stream=True)
+            if path.endswith("/chat/completions") and body:
+                plan = make_plan(read_chat(body), tasks, broken_up)
+                if plan.question and plan.question["options"]:
+                    plan = await choose(client, headers, plan)
+                if not plan.asks_model:
+                    return write_answer(plan)
+                body = json.dumps(plan.chat).encode()
+            asked = client.build_request(request.method, url, content=body, headers=headers)
+            return await pass_on(await client.send(asked, stream=True), plan)
+        except ValueError as error:
+            return error_response(400, f"the body is not a chat in JSON: {error}", "invalid_request_error")
+        except httpx.HTTPStatusError as error:  # an option was refused
+            return error_response(error.response.status_code, error.response.text, "invalid_request_error")
         except httpx.TransportError as error:
             return error_response(502, f"the model's server does not answer: {error!r}", "server_error")
-        return await pass_on(answer, template)
 
-    names = [] if api_key else [Middleware(TrustedHostMiddleware, allowed_hosts=OWN_NAMES, www_redirect=False)]
+    pages = {"allow_origins": ["*"]} if api_key else {"allow_origin_regex": OWN_PAGES}
+    checks = [Middleware(CORSMiddleware, **pages, allow_methods=["GET", "POST"], allow_headers=["*"])]
+    if not api_key:
+        checks.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=OWN_NAMES, www_redirect=False))
     return Starlette(
         routes=[Route("/{path:path}", route, methods=["GET", "POST"])],
-        middleware=names,
+        middleware=checks,
         lifespan=lifespan,
         exception_handlers={
             405: lambda request, error: error_response(405, "use GET or POST", "invalid_request_error")
@@ -112,38 +152,74 @@ async def read_body(request: Request) -> bytes | None:
     return body
 
 
-def apply_template(body: bytes) -> tuple[bytes, str | None]:
-    """The request with its last question in a template, and the template's name.
-
-    A chat with a system message of its own, or one that does not end with a user's text, stays as it is (None). Raises
-    ValueError for a body that is no JSON object with messages.
-    """
+def read_chat(body: bytes) -> dict:
+    """The request. Raises ValueError for a body that is no JSON object with a list of messages."""
     chat = json.loads(body)
-    if not isinstance(chat, dict) or not isinstance(turns := chat.get("messages"), list):
+    if not isinstance(chat, dict) or not isinstance(chat.get("messages"), list):
         raise ValueError("an object with a list of messages is needed")
-    last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
-    has_system = any(isinstance(turn, dict) and turn.get("role") in ("system", "developer") for turn in turns)
-    if has_system or last.get("role") != "user" or not isinstance(last.get("content"), str):
-        return body, None
-    template = pick_template(last["content"])
-    system, question = templates.render({"context": "", "question": last["content"], "options": []}, template)
-    return json.dumps(chat | {"messages": [system, *turns[:-1], question]}).encode(), template.name
+    return chat
 
 
-def pick_template(question: str) -> templates.Template:
-    """The letter template if the question lists its options, else the template of its problem type (by keywords)."""
-    return templates.LETTER if _LISTED_OPTIONS.search(question) else templates.OPEN[classify_by_keywords(question)]
+async def choose(client: httpx.AsyncClient, headers: Mapping, plan: Plan) -> Plan:
+    """The plan with the likeliest option and its probability as its text, or with a sentence if that is too low.
+
+    llama.cpp writes the tokens of each option, since a grammar allows no others, and tells their log-probabilities.
+    """
+    options, task = plan.question["options"], plan.task
+
+    async def ask(path: str, **body) -> dict:
+        return (await client.post(path, json=body, headers=headers)).raise_for_status().json()
+
+    async def score(text: str) -> float:
+        token_ids = (await ask("/tokenize", content=text))["tokens"]
+        grammar = "root ::= " + " ".join(f"<[{number}]>" for number in token_ids)
+        settings = {"temperature": 0, "logprobs": True, "max_tokens": len(token_ids) + 1, "grammar": grammar}
+        answer = await ask("/v1/chat/completions", messages=plan.chat["messages"], **settings)
+        logprobs = [token["logprob"] for token in answer["choices"][0]["logprobs"]["content"]]
+        if task.scoring == "letter":  # that it ends there says nothing about which letter
+            return logprobs[0]
+        return sum(logprobs) / (len(logprobs) if task.scoring == "option_text_norm" else 1)
+
+    scores = await asyncio.gather(*map(score, answers(plan.question, plan.template)))
+    choice = max(range(len(scores)), key=scores.__getitem__)
+    confidence, least = 1 / sum(math.exp(score - scores[choice]) for score in scores), task.least_confidence or 0.0
+    letter = f"{LETTERS[choice]}. " if plan.question["listed"] else ""
+    text = f"{letter}{options[choice]} (confidence {confidence:.2f})"
+    if confidence < least:
+        text = f"I am not sure enough to answer: my confidence is {confidence:.2f}, and I answer from {least:.2f} on."
+    facts = plan.facts | {"task": task.source, "confidence": confidence, "withheld": confidence < least}
+    return plan._replace(first="\n\n".join(filter(None, (plan.first, text))), facts=facts, asks_model=False)
 
 
-async def pass_on(answer: httpx.Response, template: str | None) -> Response:
-    """The upstream's answer with the disclaimer; streams and errors keep their body."""
-    headers = {name: answer.headers[name] for name in PASSED_HEADERS if name in answer.headers}
-    headers |= {"x-medkit-disclaimer": DISCLAIMER} | ({"x-medkit-template": template} if template else {})
-    is_json = answer.headers.get("content-type", "").startswith("application/json")
-    if not (is_json and answer.is_success and answer.request.url.path.endswith("/chat/completions")):
+def write_answer(plan: Plan) -> Response:
+    """The plan's text as a chat answer, or as a stream of one chunk."""
+    many = plan.chat.get("n")
+    answer = {"id": f"chatcmpl-{secrets.token_hex(8)}", "created": int(time.time()), "metadata": plan.facts}
+    answer |= {"model": plan.chat.get("model") or "edge"}
+    kind, part = ("chat.completion.chunk", "delta") if plan.chat.get("stream") else ("chat.completion", "message")
+    turn = {part: {"role": "assistant", "content": plan.first}, "finish_reason": "stop", "logprobs": None}
+    choices = [{"index": i, **turn} for i in range(many if many in range(1, 17) else 1)]
+    answer |= {"object": kind, "choices": choices}
+    if plan.chat.get("stream"):
+        return Response(f"data: {json.dumps(answer)}\n\ndata: [DONE]\n\n", 200, headers_of(plan), "text/event-stream")
+    usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 0)
+    return JSONResponse(answer | {"usage": usage}, 200, headers_of(plan))
+
+
+async def pass_on(answer: httpx.Response, plan: Plan) -> Response:
+    """The upstream's answer; a chat gets the plan's first text and its facts, a stream in one more chunk before it."""
+    headers = {name: answer.headers[name] for name in PASSED_HEADERS if name in answer.headers} | headers_of(plan)
+    is_chat = bool(plan.chat) and answer.is_success
+    first = plan.first and f"{plan.first}\n\n"
+    if not is_chat or not answer.headers.get("content-type", "").startswith("application/json"):
 
         async def chunks():
             try:
+                if is_chat:
+                    delta = {"index": 0, "delta": {"role": "assistant", "content": first}, "finish_reason": None}
+                    chunk = {"id": "medkit", "created": int(time.time()), "model": plan.chat.get("model") or "edge"}
+                    chunk |= {"object": "chat.completion.chunk", "choices": [delta], "metadata": plan.facts}
+                    yield f"data: {json.dumps(chunk)}\n\n".encode()
                 async for chunk in answer.aiter_bytes():
                     yield chunk
             finally:
@@ -152,8 +228,15 @@ async def pass_on(answer: httpx.Response, template: str | None) -> Response:
         return StreamingResponse(chunks(), answer.status_code, headers)
     body = json.loads(await answer.aread())
     await answer.aclose()
-    body["metadata"] = {**(body.get("metadata") or {}), "disclaimer": DISCLAIMER}
+    for choice in body["choices"] if first else ():
+        choice["message"]["content"] = first + (choice["message"].get("content") or "")
+    body["metadata"] = (body.get("metadata") or {}) | plan.facts
     return JSONResponse(body, answer.status_code, headers)
+
+
+def headers_of(plan: Plan) -> dict[str, str]:
+    """The router's own headers of an answer."""
+    return {"x-medkit-disclaimer": DISCLAIMER} | ({"x-medkit-template": plan.template.name} if plan.template else {})
 
 
 def error_response(status: int, message: str, kind: str) -> JSONResponse:

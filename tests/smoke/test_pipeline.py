@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from medkit import __main__, distillation, runner, variants
+from medkit.inference.tasks import read_tasks
 from medkit.params import load_params, load_run_params
 from medkit.reporting import STAGES
 from medkit.stage import DISCLAIMER, ROOT, Stage, run_dir
@@ -79,13 +80,14 @@ def test_every_promised_artifact_is_there(whole):
         "03_lora": ["adapter", "merged", "history.parquet"],
         "04_quantization": [
             *["nf4", "paper_mix/plan.json", "plan/plan.json", "edge/student.gguf", "edge/student.manifest.json"],
+            *["edge/Modelfile", "edge/USE.md"],
             *["edge_small/student.gguf", "sensitivity.parquet", "plans.parquet", "ledger.parquet", "variants.parquet"],
             "certificates.parquet",
         ],
         "05_inference": [f"{name}.parquet" for name in ("predictions", "studies", "safety", "energy", "bench")],
         "06_evaluation": [
             *(f"{name}.parquet" for name in ("judged", "metrics", "steps", "flips", "calibration", "robustness")),
-            "model_card.md",
+            *["model_card.md", "../04_quantization/edge/student.tasks.json"],
         ],
     }.items():
         for name in files:
@@ -114,6 +116,11 @@ def test_results_trace_to_files_and_carry_intervals(whole):
     assert {"ece", "brier", "aurc", "accuracy_at_80", "shuffle_consistency"} <= families
     assert {"safe_share", "cost_per_correct_answer", "certificate", "field_delta", "kl_nats", "invented"} <= families
     assert not results.duplicated(["result", "variant", "metric", "baseline"]).any()
+
+
+def test_the_edge_file_says_what_it_was_taught(whole):
+    tasks = read_tasks(run_dir(whole) / variants.VARIANTS["edge"].folder)
+    assert {task.kind: task.least_confidence is not None for task in tasks} == {"icd_chapter": True, "record": False}
 
 
 def test_report_is_there_and_a_run_equals_itself(whole, capsys):
