@@ -34,7 +34,8 @@ def make_plan(chat: dict, tasks: Sequence[Task] | None, broken_up: Mapping[str, 
     message = read_text(last.get("content")) if last.get("role") == "user" else ""
     found = recognise(message, tasks or [])
     plan = Plan(chat, {"disclaimer": DISCLAIMER})
-    if emergencies.is_emergency(message) and not (found and found[0].kind == "icd_chapter"):
+    # a diagnosis that is asked for is nobody's, and in a consultation a doctor is already there
+    if not (found and found[0].kind in ("icd_chapter", "record")) and emergencies.is_emergency(message):
         plan = Plan(chat, plan.facts | {"emergency": emergencies.SENTENCE}, emergencies.SENTENCE)
     if found:
         task, question = found
@@ -46,8 +47,6 @@ def make_plan(chat: dict, tasks: Sequence[Task] | None, broken_up: Mapping[str, 
             schema = {"name": task.kind, "schema": form.model_json_schema()}
             settings = {"response_format": {"type": "json_schema", "json_schema": schema}, "temperature": 0}
             wanted |= {name: value for name, value in settings.items() if chat.get(name) is None}
-            if "response_format" not in wanted:  # who asked for JSON gets JSON alone; the metadata has the sentence
-                plan = plan._replace(first="")
         return plan._replace(chat=chat | wanted, template=template, task=task, question=question)
     if tasks is not None:
         return plan._replace(first=plan.first or describe(tasks), asks_model=False)

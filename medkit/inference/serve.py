@@ -2,10 +2,11 @@
 
 `chats` plans each chat. A choice is given with its confidence, or withheld below the least confidence of notebook 06.
 The disclaimer is in a header and in the `metadata` of every chat answer, also of a stream's first chunk. All else,
-sampling too, is left to the model's server.
+sampling too, is left to the model's server. At / stands `chat_page.html`, on which a person can ask.
 """
 
 import asyncio
+import html
 import json
 import math
 import secrets
@@ -22,12 +23,12 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from medkit.inference.chats import Plan, make_plan
 from medkit.inference.server_engine import ServerAddress, llama_server
-from medkit.inference.tasks import Task, read_tasks
+from medkit.inference.tasks import Task, describe, read_tasks
 from medkit.prompts import LETTERS, answers
 from medkit.stage import DISCLAIMER, MedkitError, Stage
 from medkit.variants import VARIANTS
@@ -35,6 +36,9 @@ from medkit.variants import VARIANTS
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]  # without a key no web page may reach the server by another name
 OWN_PAGES = r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?"
+PAGE = Path(__file__).with_name("chat_page.html")
+PAGE_POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+PAGE_POLICY += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 PUBLIC_PATHS = ("/health", "/v1/health")
 OTHER_CHATS = ("/responses", "/messages", "/api/chat")  # of llama.cpp, where no plan is made
 MAX_BODY_BYTES = 4_000_000
@@ -132,8 +136,14 @@ def make_router(
     checks = [Middleware(CORSMiddleware, **pages, allow_methods=["GET", "POST"], allow_headers=["*"])]
     if not api_key:
         checks.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=OWN_NAMES, www_redirect=False))
+    about = "The model behind this server is not one of medkit's files." if tasks is None else describe(tasks)
+    page = PAGE.read_text().replace("DISCLAIMER", html.escape(DISCLAIMER)).replace("ABOUT", html.escape(about))
+    shown = HTMLResponse(page, headers={"content-security-policy": PAGE_POLICY})
     return Starlette(
-        routes=[Route("/{path:path}", route, methods=["GET", "POST"])],
+        routes=[
+            Route("/", lambda request: shown, methods=["GET"]),
+            Route("/{path:path}", route, methods=["GET", "POST"]),
+        ],
         middleware=checks,
         lifespan=lifespan,
         exception_handlers={

@@ -1,11 +1,18 @@
-"""The report in a real Chromium, on a desk and on a phone: it loads nothing, runs nothing, and fits the screen.
+"""The report and the server's page in a real Chromium, on a desk and on a phone: they load nothing and fit the screen.
 
 Skipped where no Chromium or Chrome is installed.
 """
 
 import shutil
+import threading
+import time
 
 import pytest
+import uvicorn
+
+from medkit.inference.serve import make_router
+from medkit.inference.server_engine import ServerAddress
+from medkit.stage import DISCLAIMER
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (in the dev extra)")
 
@@ -84,3 +91,42 @@ def test_a_notebook_opens_from_the_report_and_leads_back(visit):
     assert tab.locator("math").count() == 2 and tab.get_by_text("Research and teaching only").is_visible()
     tab.get_by_role("link", name="report of the run").click()
     assert tab.title() == "medkit · run toy"
+
+
+@pytest.fixture(scope="module")
+def served():
+    """The server's page; its model was taught nothing, so that the router answers alone."""
+    router = make_router(ServerAddress("http://127.0.0.1:9/v1", "none"), "a key", tasks=[])
+    server = uvicorn.Server(uvicorn.Config(router, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
+def test_a_person_asks_on_the_page_of_the_server(chromium, served, viewport):
+    """The key is asked for when it is needed, and what a person writes stays text."""
+    tab = chromium.new_page(viewport=viewport)
+    problems = []
+    tab.on("console", lambda message: problems.append(message.text))
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.goto(served)
+    assert tab.get_by_text(DISCLAIMER).is_visible() and not tab.get_by_label("API key").is_visible()
+    tab.get_by_label("Your question").fill("<img src=x onerror='window.attacked=1'> Who are you?")
+    tab.get_by_role("button", name="Ask").click()
+    tab.get_by_text("Error: the API key is wrong or missing").wait_for()
+    tab.get_by_label("API key").fill("a key")
+    tab.get_by_role("button", name="Ask").click()
+    tab.get_by_text("I am a research model").last.wait_for()
+    tab.get_by_label("Your question").fill("My father is not breathing")
+    tab.get_by_role("button", name="Ask").click()
+    tab.locator("article", has_text="My father").get_by_text("may be an emergency").wait_for()
+    assert tab.evaluate("window.attacked") is None and tab.locator("img").count() == 0
+    assert tab.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    assert [one for one in tab.evaluate(CONTRASTS) if one[1] < 4.5] == []
+    assert [problem for problem in problems if "401" not in problem] == []
+    tab.close()

@@ -210,21 +210,15 @@ def test_anything_else_gets_one_sentence_and_an_emergency_another(taught):
 
 
 def test_the_sentence_of_an_emergency_comes_first_whatever_the_model_says(client, taught):
-    said = f"D: What is it?\nP: {EMERGENCY}!"
-    for asked, message in ((client, EMERGENCY), (taught, said)):
-        answer = ask(asked, message).parse()
-        content = answer.choices[0].message.content
-        chunks = list(ask(asked, message, stream=True).parse())
-        streamed = "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices)
-        assert content.startswith(streamed)  # a character that is cut off is not streamed
-        assert (
-            streamed.startswith(emergencies.SENTENCE)
-            and content.startswith(emergencies.SENTENCE)
-            and len(content) > len(emergencies.SENTENCE) + 2
-        )
-        assert chunks[0].metadata == answer.metadata == {"disclaimer": DISCLAIMER, "emergency": emergencies.SENTENCE}
-    answer = ask(taught, said, response_format={"type": "json_object"}).parse()  # who wants JSON gets JSON
-    assert emergencies.SENTENCE not in answer.choices[0].message.content and answer.metadata["emergency"]
+    answer = ask(client, EMERGENCY).parse()
+    content = answer.choices[0].message.content
+    chunks = list(ask(client, EMERGENCY, stream=True).parse())
+    streamed = "".join(c.delta.content or "" for chunk in chunks for c in chunk.choices)
+    assert content.startswith(streamed)  # a character that is cut off is not streamed
+    assert streamed.startswith(emergencies.SENTENCE) and len(content) > len(emergencies.SENTENCE) + 2
+    assert chunks[0].metadata == answer.metadata == {"disclaimer": DISCLAIMER, "emergency": emergencies.SENTENCE}
+    consultation = ask(taught, f"D: What is it?\nP: {EMERGENCY}!").parse()  # a doctor is there
+    assert consultation.metadata == {"disclaimer": DISCLAIMER}
 
 
 def test_a_fixed_answer_can_be_streamed(taught):
