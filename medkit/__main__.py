@@ -187,10 +187,10 @@ def serve(
     slots: Annotated[int, typer.Option(min=1, help="Requests answered at once; more wait")] = 4,
     context: Annotated[int, typer.Option(min=64, help="Tokens of prompt and answer together, per slot")] = 4096,
 ) -> None:
-    """Answer OpenAI's clients with the edge file of a run, until Ctrl-C."""
+    """Answer people and OpenAI's clients with the edge file of a run, until Ctrl-C."""
     from medkit.inference import serve as serving
 
-    console.print(f"http://{host}:{port}/v1 · {DISCLAIMER}")
+    console.print(f"http://{host}:{port} for a person, http://{host}:{port}/v1 for OpenAI's clients · {DISCLAIMER}")
     serving.serve(run, host, port, api_key, upstream, upstream_key, slots, context)
 
 
