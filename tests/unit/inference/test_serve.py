@@ -388,4 +388,5 @@ def test_an_address_for_others_needs_a_key(served):
 
 def test_the_disclaimer_stands_beside_the_address(served):
     shown = CliRunner().invoke(__main__.app, ["serve", "--upstream", "http://127.0.0.1:9/v1", "--port", "8003"])
-    assert f"http://127.0.0.1:8003/v1 · {DISCLAIMER}" in shown.output
+    line = f"http://127.0.0.1:8003 for a person, http://127.0.0.1:8003/v1 for OpenAI's clients · {DISCLAIMER}"
+    assert line in " ".join(shown.output.split())
