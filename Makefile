@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab report lint format notebooks student-copy readme bench ablation doctor size
+.PHONY: help run test lab report lint format notebooks student-copy readme bench ablation faults doctor size
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -67,6 +67,9 @@ bench: .venv/done  ## measurements beside their peers; results under benchmarks/
 
 ablation: .venv/done  ## what each part of distillation gives, three seeds, on a finished run (RUN=…); under 90 minutes
 	$(PY) -m benchmarks.training.ablation --run outputs/$(RUN) --params $(PARAMS)
+
+faults: .venv/done  ## kill a smoke run twenty times, and compare it with one that nothing disturbed; an hour, not in CI
+	$(PY) -m tests.faults
 
 size:  ## lines of the package by room, of tests and benchmarks, bytes of README, each with its goal
 	@for room in medkit/*/; do printf '%6d  %s\n' $$(cat $$room*.py | wc -l) $$room; done

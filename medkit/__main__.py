@@ -5,6 +5,7 @@ In this repository write `.venv/bin/python -m medkit …`: `make run` puts every
 
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -225,13 +226,29 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """The command line; an error that a user can cause is one sentence and exit code 1."""
+    """The command line; an error that a user can cause is one sentence and exit code 1.
+
+    SIGINT and SIGTERM are one sentence and 128 + their number; what was half-written is removed on the way out.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         app()
     except MedkitError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one per machine prints it
-            typer.echo(f"medkit: {error}", err=True)
+        _complain(str(error))
         raise SystemExit(1) from error
+
+
+def _stop(number: int, frame) -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)  # a second one must not interrupt the way out
+    _complain(f"stopped by {signal.Signals(number).name}; what is finished is kept, the same command goes on")
+    raise SystemExit(128 + number)
+
+
+def _complain(sentence: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # of several processes one per machine prints it
+        typer.echo(f"medkit: {sentence}", err=True)
 
 
 if __name__ == "__main__":

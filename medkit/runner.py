@@ -15,14 +15,24 @@ from pathlib import Path
 
 import nbformat
 import papermill
-from filelock import FileLock, Timeout
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 from medkit import sources
 from medkit.code_digest import digest_code
 from medkit.params import Params, digest, load_params, save_run_params
-from medkit.stage import FINGERPRINT, ROOT, STAGES, MedkitError, Stage, library_versions, outputs_root, run_dir
+from medkit.stage import (
+    FINGERPRINT,
+    ROOT,
+    STAGES,
+    MedkitError,
+    Stage,
+    library_versions,
+    lock_run,
+    outputs_root,
+    run_dir,
+    write_errors,
+)
 
 PARAMETERS = {"params_file", "run", "overrides"}
 # threads wait a short time actively before they sleep, and freed memory stays with the process: 1.4 times as fast on
@@ -106,21 +116,16 @@ def run_all(params_file: str | Path, run: str, overrides: dict | None = None, fi
     """Execute every stage that is not done, in order; returns the names of those that ran.
 
     `first` reruns that stage and all after it. The same command after a crash or kill goes on where it stopped. The
-    checked params are stored in the run's folder. Raises RunError for a notebook that fails, an unknown stage, and a
-    run that another process is working on.
+    checked params are stored in the run's folder. Raises RunError for a notebook that fails and an unknown stage, and
+    the errors of `lock_run`.
     """
     params = load_params(params_file, overrides)
     if first is not None and first not in STAGES:
         raise RunError(f"no stage {first!r}; the stages are {STAGES}")
-    folder = run_dir(run)
-    folder.mkdir(parents=True, exist_ok=True)
     parameters = {"params_file": str(Path(params_file).resolve()), "run": run, "overrides": overrides or {}}
-    try:
-        with FileLock(folder / ".lock", timeout=2):
-            save_run_params(params, run)
-            return _run_stages(fingerprints(params), parameters, first)
-    except Timeout as error:
-        raise RunError(f"run {run!r}: another process works on it; wait for it, or choose another --run") from error
+    with lock_run(run):
+        save_run_params(params, run)
+        return _run_stages(fingerprints(params), parameters, first)
 
 
 def _run_stages(wanted: dict[str, str], parameters: dict, first: str | None) -> list[str]:
@@ -133,7 +138,9 @@ def _run_stages(wanted: dict[str, str], parameters: dict, first: str | None) -> 
             continue
         stage.reopen()
         _print(f"{title} …")
-        _execute(notebook, stage, wanted[stage.name], parameters)
+        executed = run_dir(stage.run) / "notebooks" / notebook.name
+        with write_errors(executed, executed.parent):
+            _execute(notebook, executed, stage, wanted[stage.name], parameters)
         _print(f"{title}: done in {time.monotonic() - stage.started:.0f} s")
         ran.append(stage.name)
     return ran
@@ -143,18 +150,18 @@ def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _execute(notebook: Path, stage: Stage, fingerprint: str, parameters: dict) -> None:
+def _execute(notebook: Path, executed: Path, stage: Stage, fingerprint: str, parameters: dict) -> None:
     declared = set(papermill.inspect_notebook(str(notebook)))
     if declared != PARAMETERS:  # papermill itself only warns
         raise RunError(
             f"{notebook.name}: the parameters cell must declare {sorted(PARAMETERS)}, it has {sorted(declared)}"
         )
-    executed = run_dir(stage.run) / "notebooks" / notebook.name
     executed.parent.mkdir(parents=True, exist_ok=True)
-    before = dict(os.environ)
     # a kernel starts in the folder of its notebook: relative paths would mean another folder there
     folders = {"MEDKIT_OUTPUTS": str(outputs_root()), "MEDKIT_CACHE": str(sources.cache_root())}
-    os.environ.update(ENVIRONMENT | folders | {FINGERPRINT: fingerprint})
+    variables = ENVIRONMENT | folders | {FINGERPRINT: fingerprint}
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         papermill.execute_notebook(
             str(notebook),
@@ -177,7 +184,7 @@ def _execute(notebook: Path, stage: Stage, fingerprint: str, parameters: dict) -
             f"smaller profile, then run the same command again (whole notebook: {executed})"
         ) from error
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
     if not stage.is_whole():
         raise RunError(f"{notebook.name} ended without committing its stage")

@@ -7,6 +7,7 @@ whole. Nothing else may decide that a stage is done. Every write is atomic: a sc
 from __future__ import annotations
 
 import errno
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -30,6 +31,7 @@ STAGES = ["01_data", "02_distillation", "03_lora", "04_quantization", "05_infere
 MANIFEST = "manifest.json"
 FINGERPRINT = "MEDKIT_FINGERPRINT"  # set by the runner; absent when a person runs the notebook
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SCRATCH = re.compile(r"(.+?)\.(\d{1,7})(\.old)?\.part")  # target, process, and whether it is the folder being replaced
 DISCLAIMER = "Research and teaching only, not a medical device."
 # the libraries that compute: another version of one of them may give other numbers
 VERSIONED = (
@@ -75,41 +77,91 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Works for files and for folders; a folder that exists is replaced as a whole. Raises StageError if `path` cannot be
     written. An error of the block that does not come from writing the scratch path is raised as it is.
     """
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
+    scratch, aside = (path.with_name(f"{path.name}.{os.getpid()}{end}.part") for end in ("", ".old"))
     try:
-        with _write_errors(path):
+        with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        with _write_errors(path, scratch):
+            _settle(scratch)  # a killed process may have had our number
+            _settle(aside)
+        with write_errors(path, scratch):
             yield scratch
-        with _write_errors(path):
-            aside = path.with_name(f"{path.name}.{os.getpid()}.old.part")
+        with write_errors(path):
             if path.is_dir() and scratch.exists():
-                path.replace(aside)  # killed here, both folders are still whole
+                path.replace(aside)  # killed here, both folders are still whole, and `lock_run` puts the old one back
             scratch.replace(path)
-            shutil.rmtree(aside, ignore_errors=True)
     finally:
-        if scratch.is_dir():
-            shutil.rmtree(scratch, ignore_errors=True)
-        elif os.path.lexists(scratch):
-            scratch.unlink()
+        _settle(scratch)
+        _settle(aside)
+
+
+def _settle(left: Path) -> None:
+    """Remove a scratch path; but put back the folder that was being replaced, if nothing is in its place."""
+    target, _, is_aside = SCRATCH.fullmatch(left.name).groups()
+    if is_aside and left.exists() and not left.with_name(target).exists():
+        left.replace(left.with_name(target))
+    elif left.is_dir():
+        shutil.rmtree(left, ignore_errors=True)
+    elif os.path.lexists(left):
+        left.unlink()
 
 
 @contextmanager
-def _write_errors(path: Path, scratch: Path | None = None) -> Iterator[None]:
-    """Raise an OSError as a StageError with its cure; with `scratch`, only a full disk or an error that names it."""
+def write_errors(path: Path, scratch: Path | None = None) -> Iterator[None]:
+    """Raise a failed write as a StageError with its cure; with `scratch`, only a full disk or an error that names it.
+
+    safetensors, torch and gguf tell of a full disk in errors of their own kinds and words, so the disk is asked too.
+    """
     try:
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if scratch and not full and str(scratch) not in f"{error.filename} {error.filename2} {error}":
-            raise
-        if full:
+    except MedkitError:
+        raise
+    except Exception as error:
+        number, is_system = getattr(error, "errno", None), isinstance(error, OSError)
+        names = is_system and str(scratch) in f"{error.filename} {error.filename2} {error}"
+        if full := number in (errno.ENOSPC, errno.EDQUOT) or _is_disk_full(path):
             cure = "the disk is full; free space, then run the same command again"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
             cure = "you may not write there; change the folder's permissions or set MEDKIT_OUTPUTS to another folder"
         else:
             cure = "correct the path, then run the same command again"
-        raise StageError(f"{path}: could not be written ({error.strerror or error}): {cure}") from error
+        if not (full or names or (is_system and scratch is None)):
+            raise
+        reason = os.strerror(errno.ENOSPC) if full else error.strerror or error
+        raise StageError(f"{path}: could not be written ({reason}): {cure}") from error
+
+
+def _is_disk_full(path: Path) -> bool:
+    return shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free < 2**16
+
+
+@contextmanager
+def lock_run(run: str) -> Iterator[Path]:
+    """The folder of a run, for this process alone; what killed processes left half-written there is removed.
+
+    Raises StageError where it cannot be written, and where another process holds it. A dead process holds nothing.
+    """
+    path = run_dir(run) / ".lock"
+    with write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read() or "of unknown number"
+            raise StageError(
+                f"run {run!r}: another process works on it ({holder}); wait for it, or choose another --run"
+            ) from error
+        with write_errors(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+            for left in list(path.parent.rglob("*.part")):
+                match = SCRATCH.fullmatch(left.name)
+                if match and not Path("/proc", match[2]).exists():  # a notebook that a person runs takes no lock
+                    _settle(left)
+        yield path.parent
 
 
 class Stage:
@@ -210,10 +262,11 @@ def library_versions() -> dict[str, str | None]:
 
 def provenance() -> dict:
     """Where and with what something was made: date, device, versions, git commit."""
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": git or None,
         "device": device_name(),
         "python": platform.python_version(),
         "versions": library_versions(),

@@ -16,7 +16,7 @@ from medkit import sources
 from medkit.modeling import loading
 from medkit.modeling.batches import Example
 from medkit.modeling.engine import WRITE_TOKENS, Engine, write
-from medkit.modeling.train_once import find_record, key_of, write_record
+from medkit.modeling.train_once import find_record, forget_record, key_of, write_record
 from medkit.params import Params, ServerParams
 from medkit.prompts import answer_parser, templates
 from medkit.stage import MedkitError, StageError, atomic_path
@@ -68,6 +68,7 @@ def collect_answers(
                     pd.concat(parts, ignore_index=True).to_parquet(scratch)
         finally:
             engine.close()
+        forget_record(path)
         unfinished.replace(path)
         write_record(path, key)
     PartialState().wait_for_everyone()

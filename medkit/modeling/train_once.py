@@ -16,7 +16,6 @@ import pandas as pd
 import torch
 from accelerate import PartialState, load_checkpoint_in_model
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -26,7 +25,7 @@ from medkit.modeling import loading, trainer
 from medkit.modeling.batches import Example
 from medkit.modeling.trainer import Loss
 from medkit.params import ModelsParams, Params, TrainParams, digest
-from medkit.stage import Stage, StageError, atomic_path, library_versions, run_dir
+from medkit.stage import Stage, atomic_path, library_versions, lock_run
 
 ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 
@@ -60,6 +59,11 @@ def write_record(path: Path, key: str, **facts) -> None:
     """Record that `path` was made under this key. Call it in the main process, after `path` is written."""
     with atomic_path(_record_path(path)) as scratch:
         scratch.write_text(json.dumps({"key": key, "sizes": _file_sizes(path), "facts": facts}, indent=1) + "\n")
+
+
+def forget_record(path: Path) -> None:
+    """Call it before `path` is written anew: killed between the two, the old record would vouch for the new files."""
+    _record_path(path).unlink(missing_ok=True)
 
 
 def _record_path(path: Path) -> Path:
@@ -127,6 +131,7 @@ def train_once(
         log = trainer.train(model, examples, section, loss, checkpoints / key / kind, seed, **options)
     if is_main:
         stage.reopen()
+        forget_record(folder)
         save_adapter(model, folder, half) if isinstance(model, PeftModel) else loading.save_model(
             model, tokenizer, folder
         )
@@ -198,12 +203,8 @@ def _is_factor(name: str) -> bool:
 
 @contextmanager
 def open_stage(run: str, name: str, params: Params) -> Iterator[Stage]:
-    """A stage of a run for `medkit train`; the main process locks the run. Raises StageError if it is locked."""
+    """A stage of a run for `medkit train`; the main process locks the run (`lock_run`)."""
     state = PartialState(cpu=loading.pick_device(params.models.device).type == "cpu")
-    lock = FileLock(run_dir(run) / ".lock", timeout=2)
-    try:
-        with lock if state.is_main_process else nullcontext():
-            yield Stage(run, name)
-            state.wait_for_everyone()
-    except Timeout as error:
-        raise StageError(f"run {run!r} is being worked on by another process; wait for it") from error
+    with lock_run(run) if state.is_main_process else nullcontext():
+        yield Stage(run, name)
+        state.wait_for_everyone()

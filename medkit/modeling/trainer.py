@@ -23,7 +23,7 @@ from medkit.modeling.batches import Example, Predicted, cut, pack, predict
 from medkit.modeling.prefix_tree import takes_branches
 from medkit.modeling.samplers import EpochBatches, EpochLoader, share
 from medkit.params import TrainParams
-from medkit.stage import MedkitError
+from medkit.stage import MedkitError, write_errors
 
 
 class TrainingError(MedkitError):
@@ -103,7 +103,8 @@ def train(
     batches = EpochBatches(lengths, section.batch_size, seed, difficulty)
     trainer.loader, trainer.terms = EpochLoader(batches, collate_slices), {}
     model.train()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
+    with write_errors(checkpoints, checkpoints):
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
     if sharded:
         _gather_weights(trainer, model, dtypes)
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # remove the Trainer's autocast
@@ -145,7 +146,6 @@ def make_arguments(section: TrainParams, on_cpu: bool, seed: int, checkpoints: P
         warmup_steps=section.warmup_fraction,
         lr_scheduler_type="cosine",
         save_steps=section.save_every_steps,
-        save_total_limit=1,
         logging_steps=1,
         remove_unused_columns=False,
         report_to="none",
@@ -201,7 +201,7 @@ class _SliceTrainer(Trainer):
 
 
 class Progress(TrainerCallback):
-    """One tqdm bar with the current loss, in the main process."""
+    """One tqdm bar with the current loss, and the last checkpoint alone, in the main process."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.bar = tqdm(
@@ -213,6 +213,12 @@ class Progress(TrainerCallback):
         if logs and "loss" in logs:
             self.bar.n = state.global_step
             self.bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_save(self, args, state, control, **kwargs):
+        # the Trainer's own limit goes by times of files: a clock that was set back would cost the newest checkpoint
+        for checkpoint in Path(args.output_dir).glob("checkpoint-*") if state.is_world_process_zero else ():
+            if checkpoint.name != f"checkpoint-{state.global_step}":
+                shutil.rmtree(checkpoint)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
