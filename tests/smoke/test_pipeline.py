@@ -1,18 +1,15 @@
 """The real thing, small: all six notebooks on the real model cut to four layers, through the command line.
 
-One run serves every test: it is killed in the middle of training, and the same command finishes it.
+One run serves every test: it is killed three times, and the same command finishes it.
 """
 
 import json
 import os
+import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 
 import pandas as pd
-import psutil
 import pytest
 
 from medkit import __main__, distillation, runner, variants
@@ -20,6 +17,7 @@ from medkit.inference.tasks import read_tasks
 from medkit.params import load_params, load_run_params
 from medkit.reporting import STAGES
 from medkit.stage import DISCLAIMER, ROOT, Stage, run_dir
+from tests import faults
 
 SMOKE = ROOT / "params" / "smoke.yaml"
 
@@ -35,25 +33,27 @@ def outputs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole():
-    """The name of a complete run: killed while students train (runner and kernel, kill -9), then started again."""
-    command = [sys.executable, "-m", "medkit", "run", "--params", str(SMOKE), "--run", "smoke"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
-    checkpoints, deadline = run_dir("smoke") / "02_distillation" / "checkpoints", time.monotonic() + 600
-    while not list(checkpoints.glob("student_*/**/trainer_state.json")):
-        assert process.poll() is None and time.monotonic() < deadline, "never reached the middle of the stage"
-        time.sleep(0.05)
-    family = [process, *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        os.kill(member.pid, signal.SIGKILL)
-    psutil.wait_procs(family[1:], timeout=10)
-    process.wait()
-    assert Stage("smoke", "01_data").is_whole() and not Stage("smoke", "02_distillation").is_whole()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "01_data: up to date" in done.stderr
+def whole(tmp_path_factory):
+    """The name of a complete run that was killed three times in stage 02: runner and kernel, kill -9.
+
+    Twice at a drawn moment of its beginning, and once while students train; the same command goes on each time.
+    """
+    outputs, log, draw = run_dir("smoke").parent, tmp_path_factory.mktemp("log") / "log", random.Random(0)
+    checkpoints = run_dir("smoke") / "02_distillation" / "checkpoints"
+    for seconds in (draw.uniform(2, 15), draw.uniform(2, 15), None):
+        since, process, deadline = time.time(), faults.start(outputs, log), time.monotonic() + 600
+        while True:
+            cells = faults.read_notebook(outputs, "02_distillation", since)
+            if list(checkpoints.glob("student_*/**/trainer_state.json")):
+                break
+            if cells and seconds and faults.seconds_of(cells[0]) > seconds:
+                break
+            assert process.poll() is None and time.monotonic() < deadline, "never reached the middle of the stage"
+            time.sleep(0.05)
+        faults.kill(process)
+        assert Stage("smoke", "01_data").is_whole() and not Stage("smoke", "02_distillation").is_whole()
+    assert faults.start(outputs, log).wait() == 0, log.read_text()
+    assert "01_data: up to date" in log.read_text()
     return "smoke"
 
 

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from papermill.exceptions import PapermillExecutionError
 from medkit import __main__, code_digest, reporting, runner
 from medkit.params import ParamsError, load_params, load_run_params
 from medkit.runner import RunError, fingerprints, run_all
-from medkit.stage import FINGERPRINT, ROOT, STAGES, Stage, outputs_root, run_dir
+from medkit.stage import FINGERPRINT, ROOT, STAGES, Stage, StageError, outputs_root, run_dir
 
 SMOKE = ROOT / "params" / "smoke.yaml"
 
@@ -321,6 +322,22 @@ def test_a_failure_stops_the_run_and_the_same_command_goes_on(executed, monkeypa
     assert run_all(SMOKE, "r") == STAGES[2:]
 
 
+def test_a_full_disk_at_the_executed_notebook_is_one_sentence(executed, monkeypatch):
+    monkeypatch.setattr(runner.papermill, "execute_notebook", lambda *_, **__: Path("/dev/full").write_text("x"))
+    with pytest.raises(StageError, match=r"notebooks/01_data\.ipynb.*No space left.*free space"):
+        run_all(SMOKE, "r")
+
+
+def test_a_clock_that_was_set_back_makes_nothing_stale(executed, monkeypatch):
+    run_all(SMOKE, "r")
+    for number, path in enumerate(sorted(run_dir("r").rglob("*"))):
+        os.utime(path, (2e9, 2e9) if number % 2 else (1e8, 1e8))
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert run_all(SMOKE, "r") == []
+    assert run_all(SMOKE, "r", {"lora.adapter.rank": 4}) == STAGES[2:]
+    assert run_all(SMOKE, "r", {"lora.adapter.rank": 4}) == []
+
+
 def test_a_notebook_that_commits_nothing_is_a_failure(monkeypatch):
     monkeypatch.setattr(runner.papermill, "execute_notebook", lambda *_, **__: None)
     with pytest.raises(RunError, match=r"01_data\.ipynb.*commit"):
@@ -356,23 +373,21 @@ def test_bad_params_touch_nothing(executed, outputs):
 
 
 HOLD = """
-import sys, time
-from filelock import FileLock
-with FileLock(sys.argv[1]):
+import time
+from medkit.stage import lock_run
+with lock_run("r"):
     print("held", flush=True)
     time.sleep(60)
 """
 
 
-def test_a_run_that_another_process_works_on_is_refused(executed, outputs):
-    (outputs / "r").mkdir(parents=True)
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(outputs / "r" / ".lock")], stdout=subprocess.PIPE, text=True
-    )
+def test_a_run_that_another_process_works_on_is_refused(executed):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(RunError, match=r"'r'.*another process.*--run"):
-            run_all(SMOKE, "r")
+        for _ in range(2):  # who asks does not take the holder's name away
+            with pytest.raises(StageError, match=rf"'r'.*process {holder.pid} on {platform.node()}\).*--run"):
+                run_all(SMOKE, "r")
         assert executed == []
     finally:
         holder.kill()

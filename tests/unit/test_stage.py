@@ -69,6 +69,11 @@ def test_manifest_says_where_and_with_what():
     assert manifest["duration_s"] >= 0
 
 
+def test_a_machine_without_git_has_no_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert committed().manifest()["git_commit"] is None
+
+
 def test_a_hand_run_stage_has_no_fingerprint(monkeypatch):
     assert committed().manifest()["fingerprint"] is None
     monkeypatch.setenv(FINGERPRINT, "abc")

@@ -12,7 +12,7 @@ from medkit.lora import adapters
 from medkit.modeling import loading, train_once, trainer
 from medkit.modeling.trainer import TrainingError
 from medkit.params import AdapterParams
-from medkit.stage import Stage, StageError
+from medkit.stage import Stage, StageError, lock_run
 
 ADAPTER = {"variant": "lora", "rank": 2, "alpha": 4.0, "dropout": 0.0, "target_modules": ["q_proj"]}
 
@@ -126,6 +126,22 @@ def test_a_record_belongs_to_a_file_as_to_a_folder(tmp_path):
     assert train_once.find_record(path, "a") is None
 
 
+def test_killed_before_the_record_the_old_one_does_not_vouch_for_new_weights(
+    stage, trainings, make_llama, make_examples, make_section, tokenizer, monkeypatch
+):
+    def train(rate):
+        model, section = make_llama(layers=1), make_section(learning_rate=rate)
+        train_once.train_once(stage, "s", model, tokenizer, make_examples(4), section, trainer.cross_entropy, 0)
+        return model
+
+    first = train(1e-3)
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train_once, "write_record", lambda *_, **__: 1 / 0)
+        train(1e-2)
+    assert_same_weights(train(1e-3), first)
+    assert len(trainings) == 3
+
+
 def test_no_examples_is_one_sentence(stage, make_llama, make_section, tokenizer):
     with pytest.raises(TrainingError, match=r"no training examples: raise .* data\.datasets"):
         train_once.train_once(
@@ -160,14 +176,11 @@ def test_weights_learn_in_float32_whatever_the_profile_computes_in(tmp_path, mak
 def test_a_run_that_is_in_use_is_left_alone(tmp_path, monkeypatch, models_params):
     from types import SimpleNamespace
 
-    from filelock import FileLock
-
     monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
-    (tmp_path / "toy").mkdir()
     params = SimpleNamespace(models=models_params)
     with (
-        FileLock(tmp_path / "toy" / ".lock"),
-        pytest.raises(StageError, match="worked on by another process"),
+        lock_run("toy"),
+        pytest.raises(StageError, match="another process works on it"),
         train_once.open_stage("toy", "03_lora", params),
     ):
         pass

@@ -1,5 +1,7 @@
 """The promises of `train`: neither slices nor a kill change what comes out."""
 
+import os
+
 import pandas as pd
 import pytest
 import torch
@@ -134,6 +136,21 @@ def test_a_killed_adapter_run_resumes_bit_for_bit(make_llama, make_examples, mak
     trainer.train(resumed, examples, section, trainer.cross_entropy, tmp_path / "killed", seed=0)
     assert len(steps) == 4
     assert_same_weights(weights(resumed), weights(whole))
+
+
+def test_the_newest_checkpoint_stays_when_the_clock_is_set_back(make_llama, make_examples, make_section, tmp_path):
+    """The Trainer would keep the one with the latest time of its folder."""
+
+    def set_back(*args):
+        for checkpoint in tmp_path.glob("checkpoint-2"):
+            os.utime(checkpoint, (4e9, 4e9))
+        return trainer.cross_entropy(*args)
+
+    model = make_llama(layers=1)
+    count_steps(model, dies_at=6)
+    with pytest.raises(Killed):
+        trainer.train(model, make_examples(12), make_section(), set_back, tmp_path, seed=0)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
 def test_a_half_written_checkpoint_is_ignored(make_llama, make_examples, make_section, tmp_path):
