@@ -180,30 +180,6 @@ def test_require_refuses_a_file_that_is_gone(filename):
         Stage("r", "03_lora").require("02_distillation", filename)
 
 
-def full_disk(*_, **__):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_full_disk_while_writing_json_keeps_the_old_file(monkeypatch):
-    stage = Stage("r", "01_data")
-    path = stage.write_json("a.json", {"old": 1})
-
-    def half(self, text, *_, **__):
-        with self.open("w") as file:
-            file.write(text[: len(text) // 2])
-        full_disk()
-
-    monkeypatch.setattr(Path, "write_text", half)
-    with pytest.raises(StageError) as error:
-        stage.write_json("a.json", {"new": 2})
-    monkeypatch.undo()
-    assert all(
-        part in str(error.value) for part in ("a.json", "No space left", "free space", "run the same command again")
-    )
-    assert json.loads(path.read_text()) == {"old": 1}
-    assert not scratch_files(path.parent)
-
-
 def test_really_full_disk():
     """The kernel's own error, not a stand-in for it."""
     if not Path("/dev/full").exists():
