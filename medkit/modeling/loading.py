@@ -18,6 +18,7 @@ from gguf import GGUFReader
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -109,8 +110,14 @@ def read_weights(auto_class, path: Path, other_heads: bool = False, **options) -
     """
     place = {"pretrained_model_name_or_path": path, "use_safetensors": True}
     if path.suffix == ".gguf":
-        _check_gguf(path)
+        factors = _check_gguf(path)
         place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+        if factors:  # which transformers does not read
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+            config.rope_parameters |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+            config.rope_parameters |= {"attention_factor": 1.0}
+            config.rope_parameters |= {"original_max_position_embeddings": config.max_position_embeddings}
+            options["config"] = config
         options |= {"quantization_config": GgufConfig(dequantize=True)}
     elif not any(path.glob("*.safetensors")):
         pickled = "only a pickle, which can run any code" if any(path.glob("*.bin")) else "no weights"
@@ -145,16 +152,18 @@ def _first(names: Collection[str]) -> str:
     return listed if len(names) <= 3 else f"{listed}, … ({len(names)})"
 
 
-def _check_gguf(path: Path) -> None:
-    """Raise ModelError for a GGUF file that is damaged, or a part of a model."""
+def _check_gguf(path: Path) -> list[float] | None:
+    """The file's factors of rotary frequencies. Raises ModelError if it is damaged, or a part of a model."""
     try:
-        parts = GGUFReader(path).get_field("split.count")
+        reader = GGUFReader(path)
+        parts = reader.get_field("split.count")
     except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise ModelError(f"{path}: not a whole GGUF file ({error}); copy or download it again") from error
     if re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", path.name) or (parts and parts.contents() > 1):
         raise ModelError(
             f"{path}: one part of a split file; join its parts with llama.cpp's `llama-gguf-split --merge`"
         )
+    return next((tensor.data.tolist() for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
 
 
 def load_tokenizer(folder: Path):

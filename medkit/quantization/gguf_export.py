@@ -1,6 +1,6 @@
 """The edge file: one GGUF file with weights, tokenizer and chat template, for llama.cpp.
 
-Llama (SmolLM) and Qwen2 checkpoints only. The `gguf` package quantizes the matrices; norms and biases stay F32.
+Llama (SmolLM), Qwen2 and Qwen3 checkpoints only. The `gguf` package quantizes the matrices; norms and biases stay F32.
 """
 
 import json
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from medkit.quantization.gguf_blocks import Blocks
 from medkit.quantization.gguf_readers import write_reader_files
@@ -23,7 +24,8 @@ from medkit.variants import TASKS
 
 WEIGHT_TYPES = ("F16", "Q8_0", "Q5_0", "Q4_0")
 LARGEST_DIFFERENCE = 0.05  # float16 and bfloat16 round weights and sums
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}
+ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
+READ_HEAD_DIM = 128  # of a Qwen3 file, where transformers does not read it
 
 
 def export_gguf(
@@ -52,16 +54,34 @@ def _check_config(config) -> None:
     """Raise ExportError for settings that a GGUF reader does not know and would silently ignore."""
     if config.model_type not in ARCHITECTURES:
         raise ExportError(
-            f"model_type {config.model_type!r}: only {' and '.join(ARCHITECTURES)} checkpoints can be exported"
+            f"model_type {config.model_type!r}: only {', '.join(ARCHITECTURES)} checkpoints can be exported"
         )
-    if config.rope_parameters["rope_type"] != "default":
-        raise ExportError(f"rope_type {config.rope_parameters['rope_type']!r}: only 'default' can be exported")
+    rope_type = config.rope_parameters["rope_type"]
+    if rope_type != "default" and not (config.model_type == "llama" and rope_type in ("llama3", "longrope")):
+        raise ExportError(f"rope_type {rope_type!r}: only 'default', and Llama's 'llama3', can be exported")
     if config.hidden_act != "silu":
         raise ExportError(f"hidden_act {config.hidden_act!r}: only 'silu' can be exported")
     if getattr(config, "use_sliding_window", False):
         raise ExportError("use_sliding_window true: only full attention can be exported")
     if config.model_type == "qwen2" and head_dim(config) * config.num_attention_heads != config.hidden_size:
         raise ExportError(f"head_dim {head_dim(config)}: a qwen2 file can only hold {config.hidden_size} / heads")
+    if config.model_type == "qwen3" and head_dim(config) != READ_HEAD_DIM:
+        raise ExportError(f"head_dim {head_dim(config)}: a qwen3 file is read with {READ_HEAD_DIM}")
+
+
+def _rope_factors(config) -> np.ndarray | None:
+    """By how much each rotary frequency is divided for long contexts; None where none is.
+
+    Raises ExportError if that depends on the length of the text, or if attention is scaled too.
+    """
+    rope = config.rope_parameters
+    if rope["rope_type"] == "default":
+        return None
+    frequencies, attention = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
+    if attention != 1 or rope.get("short_factor") != rope.get("long_factor"):
+        raise ExportError("rope_type 'longrope' with factors that depend on the length: a GGUF file holds one list")
+    places = torch.arange(0, head_dim(config), 2) / head_dim(config)
+    return (rope["rope_theta"] ** -places / frequencies).float().numpy()
 
 
 def _write_file(
@@ -87,6 +107,8 @@ def _write_file(
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     write_tokenizer(writer, tokenizer, config.vocab_size)
+    if (factors := _rope_factors(config)) is not None:
+        writer.add_tensor("rope_freqs.weight", factors)
     for name, gguf_name in names.items():
         if name.removesuffix(".weight") in blocks:
             module = blocks[name.removesuffix(".weight")]

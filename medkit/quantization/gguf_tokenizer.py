@@ -17,6 +17,8 @@ QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}| ", r"|\p{N}{1,3}| ")
+SPLITS = {QWEN2_SPLIT: "qwen2", LLAMA3_SPLIT: "llama-bpe"}  # llama.cpp's names; Qwen3 splits as Qwen2
 
 
 class ExportError(MedkitError):
@@ -74,7 +76,7 @@ def _pre_tokenizer(backend: dict) -> str:
     """llama.cpp's name for the rule by which this tokenizer splits text. Raises ExportError for an unknown rule.
 
     smollm is GPT-2's rule after a split into single digits; if the vocabulary has no token of two digits, the digit
-    split makes no difference. qwen2 is one regular expression.
+    split makes no difference. The others are one regular expression each.
     """
     steps = _steps(backend["pre_tokenizer"], "pretokenizers")
     if steps and steps[-1]["type"] == "ByteLevel" and not steps[-1]["add_prefix_space"]:
@@ -83,9 +85,10 @@ def _pre_tokenizer(backend: dict) -> str:
         two_digits = any(re.search(r"\d\d", token) for token in backend["model"]["vocab"])
         if last["use_regex"] and (before == digit_split or (not before and not two_digits)):
             return "smollm"
-        rule = {"type": "Split", "pattern": {"Regex": QWEN2_SPLIT}, "behavior": "Isolated", "invert": False}
-        if not last["use_regex"] and before == [rule]:
-            return "qwen2"
+        for pattern, name in SPLITS.items():
+            rule = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+            if not last["use_regex"] and before == [rule]:
+                return name
     raise ExportError(
-        f"pre-tokenizer {[step['type'] for step in steps]}: only those of SmolLM2 and Qwen2 can be exported"
+        f"pre-tokenizer {[step['type'] for step in steps]}: only those of SmolLM2, Qwen2 and 3, Llama 3 can be exported"
     )

@@ -5,12 +5,22 @@ import re
 
 import gguf
 import numpy as np
+import openai
 import pytest
 import torch
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from medkit.inference.server_engine import llama_server
 from medkit.lora import adapters
 from medkit.modeling.loading import load_model
 from medkit.prompts.templates import encode, file_template
@@ -36,9 +46,9 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def make_qwen2():
-    """qwen2(**config): random float32 weights, with biases as large as real ones and no two norms alike."""
+    """qwen2(kind, **config): random float32 weights, with biases as large as real ones and no two norms alike."""
 
-    def make(**changes):
+    def make(kind=(Qwen2ForCausalLM, Qwen2Config), **changes):
         config = {
             "vocab_size": 300,
             "hidden_size": 64,
@@ -55,7 +65,7 @@ def make_qwen2():
             "pad_token_id": 0,
         }
         torch.manual_seed(0)
-        model = Qwen2ForCausalLM(Qwen2Config(**{**config, **changes}))
+        model = kind[0](kind[1](**{**config, **changes}))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "norm" in name:
@@ -67,8 +77,8 @@ def make_qwen2():
     return make
 
 
-def split_as_qwen2(tokenizer):
-    rule = pre_tokenizers.Split(Regex(gguf_tokenizer.QWEN2_SPLIT), behavior="isolated")
+def split_by_rule(tokenizer, pattern=gguf_tokenizer.QWEN2_SPLIT):
+    rule = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([rule, bytes_])
     return tokenizer
@@ -86,7 +96,7 @@ def split_by_digits(**changes):
 @pytest.fixture(scope="module")
 def qwen2_tokenizer(make_tokenizer):
     """With words that only Qwen2's rule makes: "-blocker" in one piece."""
-    tokenizer = split_as_qwen2(make_tokenizer(bos_token=None)).train_new_from_iterator(TEXTS * 20, 296)
+    tokenizer = split_by_rule(make_tokenizer(bos_token=None)).train_new_from_iterator(TEXTS * 20, 296)
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
@@ -101,6 +111,17 @@ def read_back(path):
     return AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=config
     ).eval()
+
+
+@torch.no_grad()
+def compare_with_llama_cpp(path, model, ids):
+    """The likeliest next tokens and their log-probabilities."""
+    expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).topk(5)
+    with llama_server(path, threads=1) as (url, api_key), openai.OpenAI(base_url=url, api_key=api_key) as client:
+        asked = client.completions.create(model="edge", prompt=ids, max_tokens=1, temperature=0, logprobs=5)
+    found = asked.choices[0].model_dump()["logprobs"]["content"][0]["top_logprobs"]
+    assert [token["id"] for token in found] == expected.indices.tolist()
+    np.testing.assert_allclose([token["logprob"] for token in found], expected.values, atol=0.02)
 
 
 @torch.no_grad()
@@ -218,6 +239,37 @@ def test_rows_beyond_the_vocabulary_are_unused_tokens(make_qwen2, qwen2_tokenize
         assert again(text, add_special_tokens=False).input_ids == qwen2_tokenizer(text).input_ids
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_qwen3_is_read_by_transformers_and_by_llama_cpp(make_qwen2, qwen2_tokenizer, models_params, tmp_path, tied):
+    kind = Qwen3ForCausalLM, Qwen3Config
+    model = make_qwen2(kind, head_dim=128, tie_word_embeddings=tied)
+    path = gguf_export.export_gguf(model, qwen2_tokenizer, tmp_path / "student.gguf", "F16")
+    read = load_model(path, models_params)
+    assert gguf_export.check_logits(model, read, IDS[0], {}) < 0.01
+    compare_with_llama_cpp(path, model, IDS[0].tolist())
+    with pytest.raises(ExportError, match="head_dim 32"):
+        gguf_export.export_gguf(make_qwen2(kind, head_dim=32), qwen2_tokenizer, tmp_path / "other.gguf", "F16")
+
+
+def test_the_long_contexts_of_llama3_are_in_the_file(make_llama, make_tokenizer, models_params, tmp_path):
+    """transformers itself drops them on reading; a model that was read so goes into a file again."""
+    rope = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    tokenizer = split_by_rule(make_tokenizer(), gguf_tokenizer.LLAMA3_SPLIT)
+    model, ids = make_llama(rope_parameters=rope), np.random.default_rng(1).integers(3, 290, 200).tolist()
+    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16")
+    assert gguf.GGUFReader(path).get_field("tokenizer.ggml.pre").contents() == "llama-bpe"
+    read = load_model(path, models_params)
+    assert gguf_export.check_logits(model, read, ids, {}) < 0.01
+    compare_with_llama_cpp(path, model, ids)
+    again = load_model(gguf_export.export_gguf(read, tokenizer, tmp_path / "again.gguf", "F16"), models_params)
+    assert gguf_export.check_logits(model, again, ids, {}) < 0.01
+    model.config.rope_parameters = rope | {"rope_type": "default"}
+    usual = load_model(gguf_export.export_gguf(model, tokenizer, tmp_path / "usual.gguf", "F16"), models_params)
+    with pytest.raises(ExportError, match="the file holds another model"):
+        gguf_export.check_logits(read, usual, ids, {})
+
+
 def test_more_tokens_than_rows_are_refused(make_qwen2, qwen2_tokenizer, tmp_path):
     with pytest.raises(ExportError, match=f"{len(qwen2_tokenizer)} tokens: the model has rows for 200"):
         gguf_export.export_gguf(make_qwen2(vocab_size=200), qwen2_tokenizer, tmp_path / "student.gguf", "F16")
@@ -306,7 +358,7 @@ def test_a_quantized_model_is_refused_with_the_cure(make_llama, tokenizer, tmp_p
 def test_another_architecture_is_refused(make_llama, tokenizer, tmp_path):
     model = make_llama()
     model.config.model_type = "gpt_neox"
-    with pytest.raises(ExportError, match="'gpt_neox': only llama and qwen2"):
+    with pytest.raises(ExportError, match="'gpt_neox': only llama, qwen2, qwen3"):
         gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16")
 
 
