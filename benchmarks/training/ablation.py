@@ -3,8 +3,10 @@
 Two dials, on the headline task alone: more labels must shrink what the teacher adds, and a weaker teacher (fewer
 private rows) must remove it. Parts, on all tasks of the run: soft or hard answers, KL without CE, hidden states, whole
 entities, and the order from easy to hard. All students of a setup start from the same layers and see as many examples
-in as many steps. A student is scored on validation rows: right options, and the field F1 of records. A seed draws the
-order of the rows, nothing else. Each cell (setup, student, seed) is kept in outputs/<name>: a killed ablation goes on.
+in as many steps. A student is scored on rows that no student learns from: the validation rows, and some private rows of
+the teacher, set aside before any setup takes labels from them. The score is right options, with the four of a question
+and with all that the task has, and the field F1 of records. A seed draws the order of the rows, nothing else. Each cell
+(setup, student, seed) is kept in outputs/<name>: a killed ablation goes on.
 """
 
 import json
@@ -44,6 +46,7 @@ PARTS = {  # student → its name in the package, and what it changes in the sec
     "easy first": ("student_kd", {"order": "progressive"}),
 }
 DIALS = ("labels alone", "distilled")
+HELD = {"icd_chapter": 400, "record": 64}  # private rows of a kind that are set aside to score students
 
 
 def take_rows(questions: pd.DataFrame, headline: str, counts: tuple | None, seed: int) -> pd.DataFrame:
@@ -54,7 +57,7 @@ def take_rows(questions: pd.DataFrame, headline: str, counts: tuple | None, seed
     known = table[table.split.isin(["labelled", "private"])]
     known = known.sample(frac=1, random_state=seed).sort_values("split", kind="stable")  # the labelled ones first
     few, rest = known.head(labelled), known.iloc[labelled:]
-    others = table[table.split.isin(["transfer", "valid"])]
+    others = table[table.split.isin(["transfer", "valid", "held"])]
     return pd.concat(
         [few.assign(split="labelled"), rest.head(private or len(rest)).assign(split="private"), others],
         ignore_index=True,
@@ -82,6 +85,16 @@ def change(params: Params, changes: dict) -> Params:
     return params.model_copy(update={"distillation": section})
 
 
+def with_all_options(questions: pd.DataFrame, source: str) -> pd.DataFrame:
+    """The rows of a source, each with every option that the source has, as another source."""
+    rows = questions[questions.source == source]
+    options = sorted(set(rows.options.explode().dropna()))
+    right = [options.index(row.options[row.answer]) for row in rows.itertuples()]
+    return rows.assign(
+        id=rows.id + "/all", source=f"{source}, {len(options)} options", options=[options] * len(rows), answer=right
+    )
+
+
 def train_and_score(part: str, stage: Stage, params: Params, questions: pd.DataFrame, teacher_params: Params) -> dict:
     """Train one student and score it on the validation rows: score by question id, with seconds and steps."""
     name, changes = PARTS[part]
@@ -99,11 +112,13 @@ def train_and_score(part: str, stage: Stage, params: Params, questions: pd.DataF
     model, log = distillation.train_student(name, stage, params, questions, inference.TorchEngine)
     trained_s = time.perf_counter() - began
     valid = splits.training_rows(questions, "valid")
+    all_options = with_all_options(valid, params.evaluation.headline_source)
+    valid = pd.concat([valid, all_options, questions[questions.split == "held"]], ignore_index=True)
     asked = valid.assign(scoring=np.where(valid.kind.str.startswith("record"), "generated", "option_text"))
     tokenizer = modeling.load_tokenizer(stage.dir / "base")
     sizes = params.inference.batch_tokens, params.inference.max_new_tokens
     predictions = inference.predict(model, tokenizer, asked, *sizes).assign(variant=part)
-    scores = evaluation.score_questions(predictions, questions)
+    scores = evaluation.score_questions(predictions, valid)
     return {
         "steps": len(log), "train_s": trained_s, "load": os.getloadavg()[0], "last_ce": log.ce.tail(5).mean(),
         "scores": scores[["source", "id", "group", "score"]].to_dict("records"),
@@ -148,6 +163,9 @@ def main() -> None:
     cells_folder.mkdir(parents=True, exist_ok=True)
     questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
     questions = questions[questions.split != "test"]
+    for kind, count in HELD.items():
+        private = questions[(questions.kind == kind) & (questions.split == "private")]
+        questions.loc[private.sample(count, random_state=params.seed).index, "split"] = "held"
     settings = digest([params.model_dump(mode="json"), str(args.run.resolve())])
     cells = []
     for setup in args.setup or SETUPS:
