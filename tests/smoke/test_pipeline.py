@@ -1,18 +1,21 @@
 """The real thing, small: all six notebooks on the real model cut to four layers, through the command line.
 
-One run serves every test: it is killed three times, and the same command finishes it.
+One run serves every test: it is killed three times, and the same command finishes it. Where the system allows it, it
+has no network: what it needs is fetched before.
 """
 
 import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 import time
 
 import pandas as pd
 import pytest
 
-from medkit import __main__, distillation, runner, variants
+from medkit import __main__, distillation, runner, sources, variants
 from medkit.inference.tasks import read_tasks
 from medkit.params import load_params, load_run_params
 from medkit.reporting import STAGES
@@ -20,6 +23,24 @@ from medkit.stage import DISCLAIMER, ROOT, Stage, run_dir
 from tests import faults
 
 SMOKE = ROOT / "params" / "smoke.yaml"
+NO_NETWORK = ["unshare", "--map-root-user", "--net"]  # a network namespace of its own: no device but `lo`, no route
+LO_UP = """
+import fcntl, os, socket, struct, sys
+fcntl.ioctl(socket.socket(), 0x8914, struct.pack("16sh", b"lo", 0x41))  # SIOCSIFFLAGS: up, running; kernels speak on it
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+# read by every Python process of the run: each host that it looks for or calls is a line of a file
+LISTENER = """
+import os, sys
+def write_down(text):
+    with open(os.environ["MEDKIT_CALLED"], "a") as file:
+        file.write(f"{text}\\n")
+def listen(event, args):
+    if event == "socket.getaddrinfo" or (event in ("socket.connect", "socket.sendto") and isinstance(args[1], tuple)):
+        write_down(args[0] if event == "socket.getaddrinfo" else args[1][0])
+write_down("listening")
+sys.addaudithook(listen)
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,7 +54,26 @@ def outputs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def called(tmp_path_factory):
+    """A file with the hosts that the run called; None where the system allows no network namespace."""
+    if not shutil.which(NO_NETWORK[0]) or subprocess.run([*NO_NETWORK, "true"], capture_output=True).returncode:
+        yield None
+        return
+    params, folder = load_params(SMOKE), tmp_path_factory.mktemp("listener")
+    origins = [dataset.origin for dataset in params.data.datasets.values()]
+    extras = [params.data.open_questions, params.data.dialogues]
+    for source in [params.models.teacher.source, params.models.embedder, *origins, *extras]:
+        sources.fetch(source)
+    (folder / "sitecustomize.py").write_text(LISTENER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(faults, "COMMAND", [*NO_NETWORK, sys.executable, "-c", LO_UP, *faults.COMMAND])
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        patch.setenv("MEDKIT_CALLED", str(folder / "called"))
+        yield folder / "called"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, called):
     """The name of a complete run that was killed three times in stage 02: runner and kernel, kill -9.
 
     Twice at a drawn moment of its beginning, and once while students train; the same command goes on each time.
@@ -63,6 +103,15 @@ def test_second_run_does_nothing(whole):
     }
     assert runner.run_all(SMOKE, whole) == []
     assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_run_needs_no_network_and_calls_nobody(whole, called):
+    """In a namespace without a route the run above came to its end; here, that it did not even try."""
+    if called is None:
+        pytest.skip("this system allows no network namespace, so the run had a network")
+    heard = called.read_text().split()
+    assert heard.count("listening") > len(STAGES)  # the kernel of each notebook, and who started it
+    assert set(heard) <= {"listening", "127.0.0.1", "localhost"}
 
 
 def test_every_promised_artifact_is_there(whole):
