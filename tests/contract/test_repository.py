@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 TRACKED = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True).stdout.split()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/benchmarks.md", "docs/teaching.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/benchmarks.md", "docs/teaching.md", "docs/licences.md"])
 def test_tables_are_fresh(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert Cog().main(["cog", "--check", "-r", page]) == 0, "run `make readme`"
@@ -38,6 +38,17 @@ def test_lock_pins_every_dependency():
         name = re.match(r"[\w.-]+", requirement)[0]
         assert name in ("pip", "medkit") or re.sub(r"[-_.]+", "-", name).lower() in locked, name
     assert lock["torch"] == "2.13.0"
+
+
+def test_every_package_model_and_dataset_has_a_licence():
+    sources, _, libraries = (ROOT / "docs" / "licences.md").read_text().partition("## Libraries")
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", libraries.partition("]]] -->")[2], re.MULTILINE))
+    locked = re.findall(r"^([\w.-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    assert sorted(locked) == sorted(name for names in list(rows.values())[1:] for name in names.split(", "))
+    assert not [licence for licence in rows if "unknown" in licence.lower() or "copyright" in licence.lower()]
+    profiles = "".join(path.read_text() for path in (ROOT / "params").glob("*.yaml"))
+    named = re.findall(r"(?:package|repo): ([\w./-]+)", profiles)
+    assert named and [name for name in set(named) if f"`{name}`" not in sources] == []
 
 
 def test_environment_uses_the_lock():
