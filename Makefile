@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lab report lint format notebooks student-copy readme bench ablation faults doctor size
+.PHONY: help run test fuzz audit lab report lint format notebooks student-copy readme bench ablation faults doctor size
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -28,6 +28,13 @@ test: .venv/done  ## unit, contract and smoke tests, then every notebook through
 	$(PY) -m pytest -n auto --dist loadfile --no-loadscope-reorder tests && \
 	$(PY) -m pytest -n auto --maxprocesses 7 --dist loadfile --no-loadscope-reorder \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
+
+fuzz: .venv/done  ## damaged and hostile inputs, new ones each time: about ten minutes
+	HYPOTHESIS_PROFILE=long $(PY) -m pytest tests/fuzz
+
+audit: .venv/done  ## known vulnerabilities of every locked package; needs PyPI itself, a mirror is not enough
+	$(PYTHON) -m venv .venv/audit && .venv/audit/bin/pip install --quiet pip-audit
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement requirements.lock
 
 lab: .venv/done  ## JupyterLab on notebooks/00_start.ipynb
 	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start.ipynb
@@ -58,7 +65,7 @@ student-copy: .venv/done  ## notebooks/exercises: the solutions without the cell
 
 readme: .venv/done  ## figure and tables of README and docs from a run's results (RUN=…)
 	$(PY) -m medkit.reporting.readme outputs/$(RUN)/results.json
-	$(PY) -m cogapp -r README.md docs/results.md docs/benchmarks.md docs/teaching.md
+	$(PY) -m cogapp -r README.md docs/results.md docs/benchmarks.md docs/teaching.md docs/licences.md
 
 bench: .venv/done  ## measurements beside their peers; results under benchmarks/results
 	for module in $$(grep -l __main__ benchmarks/*/*.py | sed 's/\.py$$//' | tr / .); do \

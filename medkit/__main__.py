@@ -17,8 +17,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medkit.params import Params, ParamsError, load_params, load_run_params
-from medkit.stage import DISCLAIMER, ROOT, MedkitError, device_name, outputs_root, run_dir
+from medkit.params import Params, ParamsError, StrictLoader, load_params, load_run_params
+from medkit.stage import DISCLAIMER, ROOT, MedkitError, device_name, outputs_root, reading, run_dir
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(highlight=False, soft_wrap=True)
@@ -38,10 +38,8 @@ def parse_overrides(pairs: list[str] | None) -> dict:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ParamsError(f"--set {pair!r}: write KEY=VALUE, e.g. --set lora.adapter.rank=4")
-        try:
-            overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ParamsError(f"--set {pair!r}: the value of {key!r} is not valid yaml; quote it") from error
+        with reading(f"--set {pair!r}", ParamsError, "quote it", f"the value of {key!r} is not valid yaml"):
+            overrides[key] = StrictLoader(value).get_single_data()
     return overrides
 
 

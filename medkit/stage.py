@@ -44,6 +44,12 @@ FETCHED: dict[str, str] = {}  # what this process read from the cache: source â†
 class MedkitError(Exception):
     """Base of every error that a user can cause. Its message is one sentence: what, where, and the cure."""
 
+    def __str__(self) -> str:
+        """The sentence in one line that every terminal can show, whatever a file put into it; its middle may be cut."""
+        text = re.sub(r"\s*[\r\n]\s*", " ", super().__str__())
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return text if len(text) <= 8000 else f"{text[:6000]} â€¦ {text[-1000:]}"
+
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in a notebook: the sentence alone, without a hundred lines of calls."""
         return [f"{type(self).__name__}: {self}"]
@@ -51,6 +57,22 @@ class MedkitError(Exception):
 
 class StageError(MedkitError):
     """A stage or run that cannot be used as asked; the message names it and the cure."""
+
+
+@contextmanager
+def reading(what: object, error_class: type[MedkitError], cure: str, fault: str = "cannot be read") -> Iterator[None]:
+    """Raise what a library makes of somebody else's damaged file as an `error_class`: libraries raise of every kind.
+
+    A full disk stays what it is.
+    """
+    try:
+        yield
+    except MedkitError:
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise error_class(f"{what}: {fault} ({str(error).strip() or repr(error)}); {cure}") from error
 
 
 def outputs_root() -> Path:

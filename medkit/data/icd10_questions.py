@@ -10,6 +10,7 @@ import pandas as pd
 
 from medkit.data.raw_questions import DataError, clean_text
 from medkit.params import digest
+from medkit.stage import reading
 
 
 def read_icd_concepts(path: Path) -> pd.DataFrame:
@@ -17,10 +18,8 @@ def read_icd_concepts(path: Path) -> pd.DataFrame:
 
     Raises DataError for a file that is not such a list.
     """
-    try:
+    with reading(path, DataError, "the source must be the tabular list of ICD-10-CM", "not xml"):
         chapters = list(ET.parse(path).getroot().iter("chapter"))
-    except (ET.ParseError, IsADirectoryError) as error:
-        raise DataError(f"{path}: not xml ({error}); the source must be the tabular list of ICD-10-CM") from error
     rows = []
     for chapter in chapters:
         name = re.sub(r" \([A-Z]\w\w-[A-Z]\w\w\)$", "", chapter.findtext("desc"))

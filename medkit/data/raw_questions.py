@@ -174,7 +174,8 @@ def rejection_reason(record: dict) -> str | None:
         return "options are not a list"
     if not all(isinstance(option, str) for option in options):
         return "an option is not text"
-    if any(SURROGATE.search(text) for text in (*(record[f] for f in ("question", "context", "subject")), *options)):
+    texts = [*(record[f] for f in ("question", "context", "subject")), *options, record.get("group") or ""]
+    if any(map(SURROGATE.search, texts)):
         return "broken characters (lone surrogates, or bytes that are not UTF-8)"
     if "" in options:
         return "empty option"

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
-import pyarrow
 from pyarrow import parquet
 
 from medkit import sources
@@ -29,6 +28,7 @@ from medkit.data.raw_questions import (
 )
 from medkit.params import AnswerForm, Table, TableColumns, digest
 from medkit.prompts.templates import LETTERS
+from medkit.stage import reading
 
 # as in parquet: NaN is a value that is missing, and a whole number of more than 64 bits is a float
 _DECODER = json.JSONDecoder(
@@ -117,12 +117,12 @@ def _options(row: dict, columns: TableColumns):
     else:
         options = row.get(columns.options)
     if isinstance(options, list) and all(isinstance(o, dict) and o.keys() == {"key", "value"} for o in options):
-        options = {option["key"]: option["value"] for option in options}
+        options = {str(option["key"]): option["value"] for option in options}
     if isinstance(options, dict) and options.keys() == {"label", "text"}:
         options = options["text"]
     if isinstance(options, dict):
-        letters = sorted(options, key=str)
-        if "".join(map(str, letters)).upper() == LETTERS[: len(letters)]:
+        letters = sorted(options)
+        if "".join(letters).upper() == LETTERS[: len(letters)]:
             options = [options[letter] for letter in letters]
     if isinstance(options, list):
         options = [_value(option) for option in options]
@@ -140,10 +140,8 @@ def read_table(path: Path, table: Table) -> Iterator[dict]:
         case ".jsonl":
             rows = list(_read_jsonl(path))
         case ".parquet":
-            try:
+            with reading(path, DataError, "write it again", "not a whole parquet file"):
                 rows = parquet.read_table(path).to_pylist()
-            except pyarrow.ArrowInvalid as error:
-                raise DataError(f"{path}: not a whole parquet file ({error}); write it again") from error
         case ending:
             raise DataError(f"{path}: a table is a .jsonl or a .parquet file, not {ending or 'one without ending'!r}")
     names = table.columns.model_dump().values()
@@ -209,13 +207,10 @@ def read_hub(name: str, folder: Path, subset: str) -> Iterator[dict]:
     repository must not stay unseen.
     """
     from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
 
     columns, form = HUB_COLUMNS[name]
-    try:
+    with reading(name, DataError, "correct `subset` or `revision`", f"cannot load {folder}"):
         splits = load_dataset(str(folder), name=subset or None, cache_dir=str(sources.cache_root() / "datasets"))
-    except (ValueError, OSError, DatasetsError) as error:
-        raise DataError(f"{name}: cannot load {folder} ({error}); correct `subset` or `revision`") from error
     for split, rows in splits.items():
         if split not in HUB_POOLS[name]:
             raise DataError(f"{name}: unknown split {split!r} in {folder}; add it to readers.HUB_POOLS")
@@ -262,16 +257,19 @@ def read_dialogues(folder: Path | None) -> pd.DataFrame:
     """
     if folder is None:
         return pd.DataFrame(columns=DIALOGUE_COLUMNS)
-    sections = pd.read_csv(wheel_file(folder / "MTSDialog" / "validation.csv"), keep_default_na=False, dtype=str)
-    visits = json.loads(wheel_file(folder / "ACIBench" / "aci_bench_test_1.json").read_text(encoding="utf-8"))
-    rows = [
-        (f"mts_dialog-{row.ID}", "mts_dialog", _turns(row.dialogue), row.section_header, row.section_text)
-        for row in sections.itertuples()
-    ]
-    rows += [
-        (f"aci_bench-{visit['file']}", "aci_bench", _turns(visit["src"]), "whole note", visit["tgt"])
-        for visit in visits
-    ]
+    section_file = wheel_file(folder / "MTSDialog" / "validation.csv")
+    visit_file = wheel_file(folder / "ACIBench" / "aci_bench_test_1.json")
+    with reading(f"{section_file} or {visit_file.name}", DataError, "download the source again"):
+        rows = [
+            (f"mts_dialog-{row.ID}", "mts_dialog", _turns(row.dialogue), row.section_header, row.section_text)
+            for row in pd.read_csv(section_file, keep_default_na=False, dtype=str).itertuples()
+        ]
+        rows += [
+            (f"aci_bench-{visit['file']}", "aci_bench", _turns(visit["src"]), "whole note", visit["tgt"])
+            for visit in json.loads(visit_file.read_text(encoding="utf-8"))
+        ]
+        if not all(isinstance(cell, str) and not SURROGATE.search(cell) for row in rows for cell in row):
+            raise ValueError("a cell is missing, or is not text")
     return pd.DataFrame(rows, columns=DIALOGUE_COLUMNS)
 
 

@@ -4,6 +4,7 @@ An answer that is no such object holds no values. Texts are compared without cas
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 
@@ -82,8 +83,8 @@ def same_value(left, right) -> bool:
 
 def _number(value) -> float | None:
     try:
-        return float(value)
-    except ValueError:
+        return number if math.isfinite(number := float(value)) else None  # "nan" and "infinity" are words
+    except (ValueError, OverflowError):
         return None
 
 

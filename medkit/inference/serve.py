@@ -23,7 +23,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from medkit.inference.chats import Plan, make_plan
@@ -103,7 +103,7 @@ def make_router(
             yield
 
     async def route(request: Request) -> Response:
-        path = request.url.path
+        path = request.scope["path"]
         given_key = request.headers.get("authorization", "").removeprefix("Bearer ")
         if api_key and path not in PUBLIC_PATHS and not secrets.compare_digest(given_key.encode(), api_key.encode()):
             return error_response(401, "the API key is wrong or missing", "authentication_error")
@@ -113,24 +113,31 @@ def make_router(
         if path.removeprefix("/v1").startswith(OTHER_CHATS):
             return error_response(404, "ask /v1/chat/completions", "invalid_request_error")
         headers = {"authorization": f"Bearer {upstream.api_key}", "content-type": "application/json"}
+        headers |= {"accept-encoding": "identity"}  # so that a stream can pass through as it is
         client, plan = request.app.state.client, Plan({}, {})
-        url = httpx.URL(path=path, query=request.url.query.encode())
+        try:
+            url = httpx.URL(path=path, query=request.scope["query_string"])
+        except (httpx.InvalidURL, UnicodeError) as error:
+            return error_response(400, f"the address is not valid: {error}", "invalid_request_error")
         try:
             if path.endswith("/chat/completions") and body:
                 plan = make_plan(read_chat(body), tasks, broken_up)
-                if plan.question and plan.question["options"]:
-                    plan = await choose(client, headers, plan)
-                if not plan.asks_model:
-                    return write_answer(plan)
                 body = json.dumps(plan.chat).encode()
+        except (ValueError, RecursionError) as error:
+            return error_response(400, f"the body is not a chat in JSON: {error}", "invalid_request_error")
+        try:
+            if plan.question and plan.question["options"]:
+                plan = await choose(client, headers, plan)
+            if not plan.asks_model:
+                return write_answer(plan)
             asked = client.build_request(request.method, url, content=body, headers=headers)
             return await pass_on(await client.send(asked, stream=True), plan)
-        except ValueError as error:
-            return error_response(400, f"the body is not a chat in JSON: {error}", "invalid_request_error")
         except httpx.HTTPStatusError as error:  # an option was refused
             return error_response(error.response.status_code, error.response.text, "invalid_request_error")
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             return error_response(502, f"the model's server does not answer: {error!r}", "server_error")
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            return error_response(502, f"the model's server does not answer with a chat: {error!r}", "server_error")
 
     pages = {"allow_origins": ["*"]} if api_key else {"allow_origin_regex": OWN_PAGES}
     checks = [Middleware(CORSMiddleware, **pages, allow_methods=["GET", "POST"], allow_headers=["*"])]
@@ -191,6 +198,8 @@ async def choose(client: httpx.AsyncClient, headers: Mapping, plan: Plan) -> Pla
         return sum(logprobs) / (len(logprobs) if task.scoring == "option_text_norm" else 1)
 
     scores = await asyncio.gather(*map(score, answers(plan.question, plan.template)))
+    if not all(map(math.isfinite, scores)):
+        raise ValueError("its log-probabilities are not numbers")
     choice = max(range(len(scores)), key=scores.__getitem__)
     confidence, least = 1 / sum(math.exp(score - scores[choice]) for score in scores), task.least_confidence or 0.0
     letter = f"{LETTERS[choice]}. " if plan.question["listed"] else ""
@@ -203,9 +212,9 @@ async def choose(client: httpx.AsyncClient, headers: Mapping, plan: Plan) -> Pla
 
 def write_answer(plan: Plan) -> Response:
     """The plan's text as a chat answer, or as a stream of one chunk."""
-    many = plan.chat.get("n")
+    many = plan.chat.get("n") if type(plan.chat.get("n")) is int else 1
     answer = {"id": f"chatcmpl-{secrets.token_hex(8)}", "created": int(time.time()), "metadata": plan.facts}
-    answer |= {"model": plan.chat.get("model") or "edge"}
+    answer |= {"model": str(plan.chat.get("model") or "edge")}
     kind, part = ("chat.completion.chunk", "delta") if plan.chat.get("stream") else ("chat.completion", "message")
     turn = {part: {"role": "assistant", "content": plan.first}, "finish_reason": "stop", "logprobs": None}
     choices = [{"index": i, **turn} for i in range(many if many in range(1, 17) else 1)]
@@ -213,11 +222,14 @@ def write_answer(plan: Plan) -> Response:
     if plan.chat.get("stream"):
         return Response(f"data: {json.dumps(answer)}\n\ndata: [DONE]\n\n", 200, headers_of(plan), "text/event-stream")
     usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 0)
-    return JSONResponse(answer | {"usage": usage}, 200, headers_of(plan))
+    return as_json(answer | {"usage": usage}, 200, headers_of(plan))
 
 
 async def pass_on(answer: httpx.Response, plan: Plan) -> Response:
     """The upstream's answer; a chat gets the plan's first text and its facts, a stream in one more chunk before it."""
+    if answer.headers.get("content-encoding", "identity") != "identity":
+        await answer.aclose()
+        raise ValueError("it compresses its answers unasked")
     headers = {name: answer.headers[name] for name in PASSED_HEADERS if name in answer.headers} | headers_of(plan)
     is_chat = bool(plan.chat) and answer.is_success
     first = plan.first and f"{plan.first}\n\n"
@@ -227,21 +239,27 @@ async def pass_on(answer: httpx.Response, plan: Plan) -> Response:
             try:
                 if is_chat:
                     delta = {"index": 0, "delta": {"role": "assistant", "content": first}, "finish_reason": None}
-                    chunk = {"id": "medkit", "created": int(time.time()), "model": plan.chat.get("model") or "edge"}
+                    chunk = {
+                        "id": "medkit",
+                        "created": int(time.time()),
+                        "model": str(plan.chat.get("model") or "edge"),
+                    }
                     chunk |= {"object": "chat.completion.chunk", "choices": [delta], "metadata": plan.facts}
                     yield f"data: {json.dumps(chunk)}\n\n".encode()
-                async for chunk in answer.aiter_bytes():
+                async for chunk in answer.aiter_raw():
                     yield chunk
             finally:
                 await answer.aclose()
 
         return StreamingResponse(chunks(), answer.status_code, headers)
-    body = json.loads(await answer.aread())
-    await answer.aclose()
+    try:
+        body = json.loads(await answer.aread())
+    finally:
+        await answer.aclose()
     for choice in body["choices"] if first else ():
         choice["message"]["content"] = first + (choice["message"].get("content") or "")
     body["metadata"] = (body.get("metadata") or {}) | plan.facts
-    return JSONResponse(body, answer.status_code, headers)
+    return as_json(body, answer.status_code, headers)
 
 
 def headers_of(plan: Plan) -> dict[str, str]:
@@ -249,7 +267,12 @@ def headers_of(plan: Plan) -> dict[str, str]:
     return {"x-medkit-disclaimer": DISCLAIMER} | ({"x-medkit-template": plan.template.name} if plan.template else {})
 
 
-def error_response(status: int, message: str, kind: str) -> JSONResponse:
-    """An error in OpenAI's shape."""
-    error = {"message": message, "type": kind, "param": None, "code": status}
-    return JSONResponse({"error": error}, status, {"x-medkit-disclaimer": DISCLAIMER})
+def as_json(body: dict, status: int, headers: Mapping) -> Response:
+    """In ASCII, and NaN stays what it is: a model's server may write what strict JSON refuses."""
+    return Response(json.dumps(body), status, {**headers, "content-type": "application/json"})
+
+
+def error_response(status: int, message: str, kind: str) -> Response:
+    """An error in OpenAI's shape, its message in one line."""
+    error = {"message": str(MedkitError(message)), "type": kind, "param": None, "code": status}
+    return as_json({"error": error}, status, {"x-medkit-disclaimer": DISCLAIMER})

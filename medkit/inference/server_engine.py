@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -95,11 +95,12 @@ class ServerEngine:
         self._url, self._tokenizer, self._temperature = url, tokenizer, temperature
         self._client = openai.OpenAI(base_url=url, api_key=api_key or "none", timeout=timeout_s, max_retries=4)
         with self._explain():
-            served = {m.id: m for m in self._client.with_options(timeout=10.0, max_retries=0).models.list()}
-        if not served or model not in (None, *served):
-            raise EngineError(f"{url} has no model {model!r}: it has {', '.join(served) or 'none'}")
-        self._model = model or next(iter(served))
-        self.name = "llama.cpp" if served[self._model].owned_by == "llamacpp" else served[self._model].owned_by
+            listed = self._client.with_options(timeout=10.0, max_retries=0).models.list()
+            owners = {str(model.id): str(model.owned_by) for model in listed}
+        if not owners or model not in (None, *owners):
+            raise EngineError(f"{url} has no model {model!r}: it has {', '.join(owners) or 'none'}")
+        self._model = model or next(iter(owners))
+        self.name = "llama.cpp" if owners[self._model] == "llamacpp" else owners[self._model]
 
     def generate(self, requests: Sequence[Request]) -> list[Generation]:
         """The answers, in the order of the requests, which are all sent at once. Times include the network.
@@ -112,7 +113,7 @@ class ServerEngine:
         ask = self._ask_llama_cpp if self.name == "llama.cpp" else self._ask_stream
         began = time.perf_counter()
         with ThreadPoolExecutor(min(AT_ONCE, len(requests))) as pool:
-            return list(pool.map(lambda request: self._checked(request, ask(request, began)), requests))
+            return list(pool.map(lambda request: self._checked(request, ask, began), requests))
 
     def prompt_logprobs(self, prompt_ids: Sequence[int], k: int) -> PromptLogprobs:
         """The k most likely tokens at every place of a prompt: see `modeling.engine.PromptReader`.
@@ -124,14 +125,15 @@ class ServerEngine:
                 model=self._model, prompt=list(prompt_ids), echo=True, logprobs=k, max_tokens=1, temperature=0,
                 extra_body={"return_tokens_as_token_ids": True},
             )  # fmt: skip
-        logprobs = answer.choices[0].logprobs
-        places = logprobs.top_logprobs[1:] if logprobs and logprobs.top_logprobs else []
+            logprobs = answer.choices[0].logprobs
+            places = logprobs.top_logprobs[1:] if logprobs and logprobs.top_logprobs else []
         if len(places) != len(prompt_ids) or any(len(place) < k for place in places):
             raise EngineError(f"{self._url} does not echo {k} log-probabilities: start vLLM with --max-logprobs {k}")
-        tops = [sorted(place.items(), key=lambda pair: -pair[1])[:k] for place in places]  # names: token_id:<id>
-        ids = [[int(name.rpartition(":")[2]) for name, _ in top] for top in tops]
-        values = [[value for _, value in top] for top in tops]
-        return PromptLogprobs(ids, values, list(logprobs.token_logprobs[1 : len(prompt_ids)]))
+        with self._explain():
+            tops = [sorted(place.items(), key=lambda pair: -pair[1])[:k] for place in places]  # names: token_id:<id>
+            ids = [[int(name.rpartition(":")[2]) for name, _ in top] for top in tops]
+            values = [[value for _, value in top] for top in tops]
+            return PromptLogprobs(ids, values, [float(logprobs.token_logprobs[n]) for n in range(1, len(prompt_ids))])
 
     def close(self) -> None:
         self._client.close()
@@ -144,8 +146,7 @@ class ServerEngine:
         )  # fmt: skip
 
     def _ask_llama_cpp(self, request: Request, began: float) -> Generation:
-        with self._explain():
-            answer = self._create(request)
+        answer = self._create(request)
         done_s, times_s = time.perf_counter() - began, answer.model_extra["timings"]
         token_ids = answer.model_extra["__verbose"]["tokens"]
         first_s = done_s - times_s["predicted_ms"] / 1000
@@ -154,7 +155,7 @@ class ServerEngine:
 
     def _ask_stream(self, request: Request, began: float) -> Generation:
         generation = Generation()
-        with self._explain(), self._create(request, stream=True) as chunks:
+        with self._create(request, stream=True) as chunks:
             for choice in (choice for chunk in chunks for choice in chunk.choices):
                 token_ids = (choice.model_extra or {}).get("token_ids")
                 if token_ids is None and choice.text:
@@ -169,8 +170,12 @@ class ServerEngine:
                 generation.token_times_s += [time.perf_counter() - began] * len(token_ids)
         return generation
 
-    def _checked(self, request: Request, answer: Generation) -> Generation:
-        """The answer up to its first end token. Raises EngineError for one that is cut off."""
+    def _checked(self, request: Request, ask: Callable[[Request, float], Generation], began: float) -> Generation:
+        """The answer up to its first end token. Raises EngineError for one that is cut off, or none."""
+        with self._explain():
+            answer = ask(request, began)
+            if not all(type(token) is int and 0 <= token < 2**31 for token in answer.token_ids):
+                raise ValueError("token ids are no whole numbers")
         ends = [place for place, token in enumerate(answer.token_ids) if token in request.end_ids]
         length = min([*(place + 1 for place in ends[:1]), request.max_new_tokens])
         if len(answer.token_ids) < length:
@@ -196,3 +201,5 @@ class ServerEngine:
             raise EngineError(f"{self._url} answered {error.status_code}: {message or error.message}") from error
         except openai.APIError as error:
             raise EngineError(f"{self._url} failed: {error.message}") from error
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise EngineError(f"{self._url} does not answer as OpenAI's servers do ({error!r}): use another") from error

@@ -18,7 +18,7 @@ ASKS = {  # what the model can do, by the kind of a question (`data.COLUMNS`)
     "choice": "answer an exam question with listed options (A. …)",
 }
 SCORES = {"accuracy": "right for {:.0%} of {} test questions", "field_f1": "F1 {:.2f} on {} test dialogues"}
-OPTION = re.compile(r"^[ \t]*([A-J])[.):][ \t]+(\S.*?)[ \t]*$", re.MULTILINE)
+OPTION = re.compile(r"^[ \t]*([A-J])[.):][ \t]+(\S.*)$", re.MULTILINE)
 _TURN = re.compile(r"^(D|P)(?:octor|r|atient|t)?\.?:", re.MULTILINE)
 _ICD = re.compile(
     r"(?:(?:in |to |under )?(?:which|what(?:'s| is)?)(?: the)? |(?:(?:name|give me|tell me) )?the )?"
@@ -71,7 +71,7 @@ def recognise(message: str, tasks: Sequence[Task]) -> tuple[Task, dict] | None:
     of_kind = {task.kind: task for task in tasks}
     found = list(OPTION.finditer(message))
     is_list = len(found) > 1 and [m[1] for m in found] == list(LETTERS[: len(found)])
-    listed = [m[2] for m in found] if is_list else []
+    listed = [m[2].rstrip() for m in found] if is_list else []
     asked = message[: found[0].start()].strip() if is_list else message.strip()
     row = {"context": "", "options": listed, "listed": bool(listed)}
     if (task := of_kind.get("icd_chapter")) and (icd := _ICD.fullmatch(asked)):

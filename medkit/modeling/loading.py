@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from gguf import GGUFReader
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -30,10 +29,13 @@ from transformers.utils import logging as transformers_logging
 
 from medkit import sources
 from medkit.params import ModelParams, ModelsParams
-from medkit.stage import MedkitError, atomic_path
+from medkit.stage import MedkitError, atomic_path, reading
 
 # prefixes of PEFT, torch.compile, FSDP and DDP
 WRAPPER = re.compile(r"(?:^|\.)((?:base_model\.model|_orig_mod|_fsdp_wrapped_module|module)\.)")
+
+
+AGAIN = "copy or download the whole checkpoint again"
 
 
 class ModelError(MedkitError):
@@ -98,7 +100,8 @@ def _convert_gguf(gguf: Path) -> Path:
     with sources.building(target) as scratch, quiet_transformers():
         if scratch is not None:
             read_weights(AutoModelForCausalLM, gguf, dtype=torch.float32).save_pretrained(scratch)
-            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
+            with reading(gguf, ModelError, AGAIN, "its tokenizer cannot be loaded"):
+                AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
     return target
 
 
@@ -113,23 +116,20 @@ def read_weights(auto_class, path: Path, other_heads: bool = False, **options) -
         factors = _check_gguf(path)
         place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
         if factors:  # which transformers does not read
-            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-            config.rope_parameters |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
-            config.rope_parameters |= {"attention_factor": 1.0}
-            config.rope_parameters |= {"original_max_position_embeddings": config.max_position_embeddings}
+            with reading(path, ModelError, AGAIN, "cannot be loaded"):
+                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+                config.rope_parameters |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
+                config.rope_parameters |= {"attention_factor": 1.0}
+                config.rope_parameters |= {"original_max_position_embeddings": config.max_position_embeddings}
             options["config"] = config
         options |= {"quantization_config": GgufConfig(dequantize=True)}
     elif not any(path.glob("*.safetensors")):
         pickled = "only a pickle, which can run any code" if any(path.glob("*.bin")) else "no weights"
         raise ModelError(f"{path}: {pickled}; give a folder with the model's weights as .safetensors")
-    try:
-        with quiet_transformers():
-            model, report = auto_class.from_pretrained(
-                **place, ignore_mismatched_sizes=True, output_loading_info=True, **options
-            )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise ModelError(f"{path}: cannot be loaded ({reason}); copy or download the whole checkpoint again") from error
+    with reading(path, ModelError, AGAIN, "cannot be loaded"), quiet_transformers():
+        model, report = auto_class.from_pretrained(
+            **place, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
+        )
     unexpected = () if other_heads else report["unexpected_keys"]
     mismatched = [f"{name} {tuple(stored)}" for name, stored, _ in report["mismatched_keys"]]
     faults = {"missing": report["missing_keys"], "unexpected": unexpected, "of another shape": mismatched}
@@ -154,16 +154,25 @@ def _first(names: Collection[str]) -> str:
 
 def _check_gguf(path: Path) -> list[float] | None:
     """The file's factors of rotary frequencies. Raises ModelError if it is damaged, or a part of a model."""
-    try:
-        reader = GGUFReader(path)
+    with reading(path, ModelError, "copy or download it again", "not a whole GGUF file"):
+        reader = _WholeReader(path)
         parts = reader.get_field("split.count")
-    except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:
-        raise ModelError(f"{path}: not a whole GGUF file ({error}); copy or download it again") from error
-    if re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", path.name) or (parts and parts.contents() > 1):
+        is_part = parts and parts.contents() > 1
+    if re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", path.name) or is_part:
         raise ModelError(
             f"{path}: one part of a split file; join its parts with llama.cpp's `llama-gguf-split --merge`"
         )
     return next((tensor.data.tolist() for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
+
+
+class _WholeReader(GGUFReader):
+    """The end of the file is an error: its base would read a list of 2⁶⁴ numbers from no bytes at all, one by one."""
+
+    def _get(self, offset, dtype, count=1, override_order=None):
+        values = super()._get(offset, dtype, count, override_order)
+        if len(values) < count:
+            raise ValueError("it ends too early")
+        return values
 
 
 def load_tokenizer(folder: Path):
@@ -171,20 +180,17 @@ def load_tokenizer(folder: Path):
 
     Raises ModelError if it has no end token.
     """
-    try:
-        with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{folder}: no tokenizer can be loaded ({error}); copy its files beside the weights"
-        ) from error
+    ends = None
+    fault = "no tokenizer can be loaded"
+    with reading(folder, ModelError, "copy its files beside the weights", fault), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        if (folder / "generation_config.json").is_file():
+            ends = GenerationConfig.from_pretrained(folder).eos_token_id
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{folder}: the tokenizer has no end token, so answers would never end; add `eos_token` to it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if (folder / "generation_config.json").is_file():
-        ends = GenerationConfig.from_pretrained(folder).eos_token_id
-        tokenizer.end_token_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    tokenizer.end_token_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
     return tokenizer
 
 

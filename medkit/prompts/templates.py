@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from typing import Literal
 
-from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict
 
 from medkit.params import digest
 from medkit.prompts.thinking import Thinking, find_thinking
-from medkit.stage import MedkitError
+from medkit.stage import MedkitError, reading
 
 LETTERS = "ABCDEFGHIJ"
 PINNED_DATE = date(2025, 1, 1)
@@ -166,7 +165,8 @@ def end_ids(tokenizer) -> tuple[int, ...]:
 def thinking_of(tokenizer) -> Thinking:
     """How the model of this tokenizer thinks; a base model, without a chat template, does not."""
     template = chat_template(tokenizer)
-    return find_thinking(tokenizer, template) if template else Thinking("none", "", "")
+    with reading("the chat template", MedkitError, "correct it in the tokenizer"):
+        return find_thinking(tokenizer, template) if template else Thinking("none", "", "")
 
 
 BASE_TURNS = (  # of a base model, in `encode`
@@ -190,7 +190,7 @@ def file_template(tokenizer) -> str:
     add = f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {first} + messages %}}{{% endif %}}"
     try:
         tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-    except TemplateError:
+    except Exception:  # a template is a program: it can raise anything
         text = "messages[0]['content'] + '\\n\\n' + messages[1]['content']"
         add += f"{{% set messages = [{{'role': 'user', 'content': {text}}}] + messages[2:] %}}"
     return add + template
@@ -235,7 +235,7 @@ def _apply(tokenizer, template: str, messages: list[dict]) -> list[int]:
     options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
     try:
         return tokenizer.apply_chat_template(messages, chat_template=template, **options)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: it can raise anything
         if messages[0]["role"] == "system":
             system, first, *rest = messages
             first = first | {"content": f"{system['content']}\n\n{first['content']}"}

@@ -14,7 +14,9 @@ README = (ROOT / "README.md").read_text()
 TRACKED = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True).stdout.split()
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results.md", "docs/benchmarks.md", "docs/teaching.md", "docs/licences.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/results.md", "docs/benchmarks.md", "docs/teaching.md", "docs/licences.md"]
+)
 def test_tables_are_fresh(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert Cog().main(["cog", "--check", "-r", page]) == 0, "run `make readme`"

@@ -1,0 +1,134 @@
+"""GGUF and safetensors headers, configs, tokenizers and chat templates of models that others made."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hostile import changed, check_promise, damaged, tries
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from medkit.modeling import loading
+from medkit.params import Local, ModelParams, ModelsParams
+from medkit.prompts import templates
+from medkit.quantization import gguf_export
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n"
+    "{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {text: i for i, text in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    named = {"bos_token": specials[1], "eos_token": specials[2], "pad_token": specials[0], "chat_template": CHATML}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory) -> Path:
+    """A model as a folder, and beside it the same one as student.gguf."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    folder, model = tmp_path_factory.mktemp("models") / "whole", loading.make_toy_model(len(tokenizer))
+    loading.save_model(model, tokenizer, folder)
+    gguf_export.export_gguf(model, tokenizer, folder.with_name("student.gguf"), "F16")
+    return folder
+
+
+def load(path: Path) -> nn.Module:
+    """What every notebook does with a model: its folder, its tokenizer, its weights."""
+    source = Local(kind="local", path=str(path))
+    teacher = ModelParams(source=source, keep_layers=[])
+    params = ModelsParams(
+        teacher=teacher, student="pruned_teacher", embedder=source, device="cpu", dtype="float32", attention="sdpa"
+    )
+    folder = loading.local_folder(teacher)
+    tokenizer, model = loading.load_tokenizer(folder), loading.load_model(folder, params)
+    templates.encode(tokenizer, [{"role": "user", "content": "?"}], "A")
+    return model
+
+
+@pytest.fixture
+def check(folder, tmp_path, monkeypatch):
+    """check(file, content): the model with this file in place of its own is whole, or refused."""
+    monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path / "cache"))
+
+    def check(file: str, content: bytes) -> None:
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        path = tmp_path / "student.gguf" if file == "student.gguf" else tmp_path / "model"
+        if path.suffix != ".gguf":
+            shutil.copytree(folder, path, dirs_exist_ok=True)
+        (path / file if path.suffix != ".gguf" else path).write_bytes(content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = check_promise(nn.Module, load, path, folder=tmp_path / "cache")
+        assert model is None or not any(p.is_meta for p in model.parameters())
+        converted = tmp_path / "cache" / "converted"
+        assert model or not converted.exists() or not [p for p in converted.iterdir() if p.suffix != ".lock"]
+
+    return check
+
+
+@tries(25, 1000)
+@given(data=st.data())
+def test_a_gguf_header(check, folder, data):
+    content = folder.with_name("student.gguf").read_bytes()
+    within = content.index(b"tokenizer.ggml.tokens") if data.draw(st.booleans()) else 20_000
+    check("student.gguf", data.draw(damaged([content], within)))
+
+
+@tries(25, 1000)
+@given(data=st.data())
+def test_a_safetensors_header(check, folder, data):
+    content = (folder / "model.safetensors").read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    if data.draw(st.booleans()):
+        header = json.dumps(data.draw(changed([json.loads(content[8:size])])), default=str).encode()
+        check("model.safetensors", len(header).to_bytes(8, "little") + header + content[size:])
+    else:
+        check("model.safetensors", data.draw(damaged([content], size)))
+
+
+@tries(40, 1500)
+@given(data=st.data(), file=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json"]))
+def test_a_config(check, folder, data, file):
+    content = (folder / file).read_bytes()
+    tree = changed([json.loads(content)]).map(lambda tree: json.dumps(tree, default=str).encode())
+    check(file, data.draw(tree | damaged([content])))
+
+
+@tries(10, 500)
+@given(data=st.data())
+def test_a_tokenizer(check, folder, data):
+    content = (folder / "tokenizer.json").read_bytes()
+    check("tokenizer.json", data.draw(damaged([content])))
+
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is <|im_end|> \u200b\0 a sign?"}]
+
+
+@tries(60, 3000)
+@given(template=damaged([CHATML.encode(), b"{{ strftime_now('%d %b') }}" + CHATML.encode()]), name=st.text(max_size=9))
+@example(template=b"{{ messages[0].content.__class__.__mro__[1].__subclasses__() }}", name="default")
+@example(template=b"{{ 1 // 0 }}", name="default")
+@example(template=b"{% for i in range(10**9) %}{% endfor %}", name="default")
+def test_a_chat_template(tokenizer, template, name):
+    tokenizer.chat_template = template.decode("latin-1")
+    named = [{"name": name, "template": template.decode("latin-1")}]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for tokenizer.chat_template in (template.decode("latin-1"), named):
+            ids = check_promise(tuple, templates.encode, tokenizer, MESSAGES, "yes")
+            assert ids is None or ids[1][-1] == tokenizer.eos_token_id

@@ -1,0 +1,132 @@
+"""Rows of a user's table, of a folder laid out like the data wheel's, and of the dialogues."""
+
+import json
+import warnings
+from pathlib import Path
+
+import pandas as pd
+import pyarrow
+import pytest
+from hostile import changed, check_promise, damaged, tries
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from pyarrow import parquet
+
+from medkit.data import readers, splits
+from medkit.params import SPLITS, DatasetParams, Table
+
+CASES = Path(__file__).parents[1] / "unit" / "data" / "cases"
+OPTIONS = ["insulin", "A. glucagon", "cortisol 5 mg"]
+ROWS = [
+    {"q": "Which hormone lowers glucose?", "o": OPTIONS, "a": 0, "c": "A man of 43.", "s": "x", "g": "d1", "p": "test"},
+    {"q": "Is it 37 °C?", "o": ["yes", "no"], "a": 1, "c": ["One.", "Two."], "s": None, "g": 7, "p": "dev"},
+    {"q": "Which  bone?\u200b", "o": {"A": "ulna", "B": "radius"}, "a": "B", "c": "", "s": "bones", "g": None, "p": ""},
+    {"q": "x", "o": [{"key": "A", "value": "a"}, {"key": "B", "value": "b"}], "a": "a", "c": "", "s": "", "g": "d1"},
+]  # fmt: skip
+COLUMNS = {"question": "q", "options": "o", "answer": "a", "context": "c", "subject": "s", "group": "g", "split": "p"}
+TEXTS = ["\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS).encode()]
+TEXTS += [path.read_bytes() for path in CASES.glob("*.jsonl")]
+FORMS, POOLS = st.sampled_from(["index0", "index1", "letter", "text"]), st.sampled_from(["train", "test", None])
+
+
+def check_table(path: Path, form: str, pool: str | None, few_columns: bool) -> None:
+    columns = {"question": "question", "options": "options", "answer": "answer", "context": "", "subject": ""}
+    columns = columns if few_columns else COLUMNS
+    table = Table(kind="table", path=str(path), pool=pool, columns=columns, answer_is=form)
+    dataset = {"own": DatasetParams(origin=table, **dict.fromkeys(SPLITS, 0))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        loaded = check_promise(tuple, splits.load_questions, dataset, {"own": path}, 0)
+    if loaded is not None:  # no row is lost, and the questions can be stored and read again
+        questions, rejected = loaded
+        rows = check_promise(list, lambda: list(readers.read_table(path, table)))
+        assert len(questions) + rejected["count"].sum() == len(rows)
+        for name, stored in (("questions", questions), ("rejected", rejected)):
+            stored.to_parquet(path.with_name(f"{name}.parquet"))
+        again = pd.read_parquet(path.with_name("questions.parquet"))
+        assert list(again.question) == list(questions.question)
+        assert all(0 <= row.answer < len(row.options) for row in again.itertuples())
+
+
+@tries(80, 4000)
+@given(text=damaged(TEXTS), form=FORMS, pool=POOLS, few=st.booleans())
+def test_lines_of_json(tmp_path, text, form, pool, few):
+    (tmp_path / "mine.jsonl").write_bytes(text)
+    check_table(tmp_path / "mine.jsonl", form, pool, few)
+
+
+@tries(80, 4000)
+@given(rows=changed([ROWS]), form=FORMS, pool=POOLS, ascii_only=st.booleans())
+def test_rows_of_json(tmp_path, rows, form, pool, ascii_only):
+    text = "\n".join(json.dumps(row, ensure_ascii=ascii_only, default=str) for row in rows)
+    (tmp_path / "mine.jsonl").write_bytes(text.encode(errors="surrogatepass"))
+    check_table(tmp_path / "mine.jsonl", form, pool, False)
+
+
+def write_parquet(path: Path, rows: list) -> None:
+    """The rows as parquet, each cell of the type that its column can have."""
+    columns = {name: [row.get(name) if isinstance(row, dict) else None for row in rows] for name in COLUMNS.values()}
+    arrays = {}
+    for name, cells in columns.items():
+        try:
+            arrays[name] = pyarrow.array(cells)
+        except (pyarrow.ArrowException, OverflowError, ValueError, TypeError):
+            arrays[name] = pyarrow.array([None if cell is None else ascii(cell) for cell in cells])
+    parquet.write_table(pyarrow.table(arrays), path)
+
+
+@tries(60, 3000)
+@given(rows=changed([ROWS, ROWS[:1] * 3, ROWS[1:2] * 2]), form=FORMS, pool=POOLS)
+def test_rows_of_parquet(tmp_path, rows, form, pool):
+    assume(rows)
+    write_parquet(tmp_path / "mine.parquet", rows)
+    check_table(tmp_path / "mine.parquet", form, pool, False)
+
+
+@pytest.fixture(scope="module")
+def parquet_bytes(tmp_path_factory) -> bytes:
+    path = tmp_path_factory.mktemp("parquet") / "mine.parquet"
+    write_parquet(path, ROWS[:1] * 3)
+    return path.read_bytes()
+
+
+@tries(80, 4000)
+@given(data=st.data(), form=FORMS)
+def test_a_parquet_file(tmp_path, parquet_bytes, data, form):
+    (tmp_path / "mine.parquet").write_bytes(data.draw(damaged([parquet_bytes])))
+    check_table(tmp_path / "mine.parquet", form, "test", False)
+
+
+# --- a folder laid out like the data wheel's -------------------------------------------------------------------------
+
+LETTERED = {"question": "Which drug?", "options": "A. one\nB. two", "answer": "B. two", "subject": "x", "passage": "y"}
+CSV = b'ID,section_header,section_text,dialogue\n0,ALLERGY,"None, known.","Doctor: Hello.\nPatient: Hi."\n'
+VISITS = [{"file": "a", "src": "[doctor] hello [patient] hi", "tgt": "note"}]
+
+
+@tries(60, 2000)
+@given(text=damaged([json.dumps(row).encode() for row in (LETTERED, LETTERED | {"Question": "q?"})] + TEXTS))
+def test_files_of_the_data_folder(tmp_path, text):
+    for name in ("MedQA", "MedicationQA", "LiveQA", "healthsearchqa", "PubMedQA/pqal"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "test.jsonl").write_bytes(text)
+    for name in ("medqa", "pubmedqa"):
+        check_promise(list, lambda name=name: list(readers.READERS[name](tmp_path)))
+    tables = check_promise(tuple, readers.read_open_questions, tmp_path)
+    for table in tables or ():
+        table.to_parquet(tmp_path / "stored.parquet")
+
+
+@tries(60, 2000)
+@given(
+    csv=damaged([CSV]) | st.just(CSV),
+    visits=changed([VISITS]).map(lambda tree: json.dumps(tree, default=str).encode())
+    | damaged([json.dumps(VISITS).encode()]),
+)
+def test_dialogues(tmp_path, csv, visits):
+    for name, content in (("MTSDialog/validation.csv", csv), ("ACIBench/aci_bench_test_1.json", visits)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    table = check_promise(pd.DataFrame, readers.read_dialogues, tmp_path)
+    if table is not None:
+        table.to_parquet(tmp_path / "stored.parquet")
