@@ -23,7 +23,8 @@ POOL_SHARES = {"test": 0.35, "valid": 0.05, "train": 0.60}  # of the groups of a
 # Characters that nobody sees, such as the byte order marks inside MMLU; joiners stay where Arabic, Indian scripts and
 # emoji need them.
 INVISIBLE = re.compile(
-    r"[\u00ad\u180e\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]"
+    r"[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u200e\u200f"
+    r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ufeff\uffa0\ufff9-\ufffb\U000e0001]"
     r"|(?<![\u0600-\u0dff\ufe0f\U0001f300-\U0001faff])[\u200c\u200d]"
 )
 # Two spellings of one thing, each found in the published files: typographic ligatures in MedMCQA, one-character degrees
@@ -63,7 +64,7 @@ def clean_text(text: str) -> str:
 
     Cyrillic look-alikes become Latin letters, unless the text has other Cyrillic letters too.
     """
-    if not text.isascii():
+    if not text.isprintable() or not text.isascii():
         text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
         text = re.sub(f"[{''.join(SPELLINGS)}]", lambda match: SPELLINGS[match[0]], text)
         cyrillic = set(re.findall(r"[\u0400-\u04ff]", text))
@@ -105,7 +106,7 @@ def answer_index(answer, options: list[str], form: AnswerForm) -> int | None:
 
     A letter may come with the option's text (`B. two`), and a text with its letter; then the two must agree.
     """
-    if answer is None or answer in ("", -1):
+    if answer is None or answer in ("", -1, "-1"):
         return -1
     index = -1
     if form in ("index0", "index1"):
@@ -121,9 +122,9 @@ def answer_index(answer, options: list[str], form: AnswerForm) -> int | None:
 
 
 def whole_number(value) -> int | None:
-    """2, 2.0 (a parquet column of whole numbers where some are missing) and "2" → 2; anything else → None."""
+    """2, "2", and 2.0 or "2.0" (pandas, of whole numbers where some are missing) → 2; anything else → None."""
     if isinstance(value, str):
-        return int(value) if re.fullmatch(r"[0-9]{1,9}", value) else None
+        return int(float(value)) if re.fullmatch(r"[0-9]{1,9}(\.0+)?", value) else None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return int(value) if is_number and (isinstance(value, int) or value.is_integer()) else None
 
@@ -133,9 +134,10 @@ def make_record(
 ) -> dict:
     """The record of what a file holds; a value that cannot be used stays as it is.
 
-    A list of texts as context is joined, an answer alone in a list is taken out, numbers as options become text.
-    `pool` (Pool) is the question's official split, None if it has none. `kind`: choice, abstract, icd_chapter, record
-    or record_b. `labelled`: see `strip_letters`. An `answer` of −1 is not known: for `transfer` alone.
+    A list of texts as context is joined, PubMedQA's `contexts` too, an answer alone in a list is taken out,
+    numbers as options become text. `pool` (Pool) is the question's official split, None if it has none. `kind`:
+    choice, abstract, icd_chapter, record or record_b. `labelled`: see `strip_letters`. An `answer` of −1 is not known:
+    for `transfer` alone.
     """
 
     def clean(value):
@@ -145,6 +147,7 @@ def make_record(
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return str(value).removesuffix(".0") if is_number else clean(value)
 
+    context = context.get("contexts", context) if isinstance(context, dict) else context
     if isinstance(context, list) and all(isinstance(part, str) for part in context):
         context = " ".join(context)
     if isinstance(answer, list) and len(answer) == 1:
@@ -165,15 +168,15 @@ def rejection_reason(record: dict) -> str | None:
     options, answer = record["options"], record["answer"]
     for field in ("question", "context", "subject"):
         if not isinstance(record[field], str):
-            return f"{field} is not text"
+            return f"{field} is not text: name another column as `columns.{field}`, or write texts into it"
     if record["pool"] not in (None, *get_args(Pool)):
         return "split is none of train, valid, test and transfer"
     if not record["question"]:
         return "empty question"
     if not isinstance(options, list):
-        return "options are not a list"
+        return "options are not a list: `columns.options` names a column of lists or of letter → text, or many columns"
     if not all(isinstance(option, str) for option in options):
-        return "an option is not text"
+        return "an option is not text or a number: correct `columns.options` or the row"
     texts = [*(record[f] for f in ("question", "context", "subject")), *options, record.get("group") or ""]
     if any(map(SURROGATE.search, texts)):
         return "broken characters (lone surrogates, or bytes that are not UTF-8)"

@@ -5,6 +5,9 @@ Readers return what a file holds; `raw_questions.rejection_reason` judges it.
 
 from __future__ import annotations
 
+import ast
+import csv
+import io
 import json
 import re
 import warnings
@@ -30,6 +33,7 @@ from medkit.params import AnswerForm, Table, TableColumns, digest
 from medkit.prompts.templates import LETTERS
 from medkit.stage import reading
 
+NOT_SPACE = re.compile(r"\s*")
 # as in parquet: NaN is a value that is missing, and a whole number of more than 64 bits is a float
 _DECODER = json.JSONDecoder(
     parse_constant=lambda name: None if name == "NaN" else float(name),
@@ -37,22 +41,48 @@ _DECODER = json.JSONDecoder(
 )
 
 
+def _read_text(path: Path) -> str:
+    """The text of a file in UTF-8, -16 or -32. A byte that is not UTF-8 is a lone surrogate."""
+    content = wheel_file(path).read_bytes()
+    encoding = json.detect_encoding(content)
+    return content.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "replace")
+
+
 def _read_jsonl(path: Path) -> Iterator[dict]:
-    """The objects of a file in UTF-8, -16 or -32, one on each line. A byte that is not UTF-8 is a lone surrogate."""
-    with wheel_file(path).open("rb") as file:
-        encoding = json.detect_encoding(file.read(4))
-    with path.open(encoding=encoding, errors="surrogateescape" if encoding.startswith("utf-8") else "replace") as lines:
-        for number, line in enumerate(lines, 1):
-            if text := line.strip():
-                try:
-                    row = _DECODER.decode(text)
-                except (ValueError, RecursionError) as error:
-                    cure = "write each json object on a line of its own, or download the source again"
-                    raise DataError(f"{path}:{number}: not a json line ({error}); {cure}") from error
-                if not isinstance(row, dict):
-                    kind = type(row).__name__
-                    raise DataError(f"{path}:{number}: this is a {kind}; write each json object on a line of its own")
-                yield row
+    """The objects of a file, one after another on lines of their own or over several lines, or in one array."""
+    text, place = _read_text(path), 0
+    while (place := NOT_SPACE.match(text, place).end()) < len(text):
+        number = text.count("\n", 0, place) + 1
+        try:
+            value, place = _DECODER.raw_decode(text, place)
+        except (ValueError, RecursionError) as error:
+            cure = "write each json object on a line of its own, or download the source again"
+            raise DataError(f"{path}:{number}: not a json object ({error}); {cure}") from error
+        for row in value if isinstance(value, list) else [value]:
+            if not isinstance(row, dict):
+                kind = type(row).__name__
+                raise DataError(f"{path}:{number}: this is a {kind}; write each json object on a line of its own")
+            yield row
+
+
+def _read_csv(path: Path) -> list[dict]:
+    """The rows of a csv file whose first line names the columns; an empty cell is None, all others are text."""
+    text = _read_text(path)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))
+    separator = max(",;\t", key=text.partition("\n")[0].count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
+    try:
+        names, rows = next(reader, []), []
+        if len(set(names)) < len(names):
+            raise csv.Error(f"a name stands twice in {names}")
+        for cells in filter(None, reader):
+            if len(cells) != len(names):
+                raise csv.Error(f"{len(cells)} cells under {len(names)} names")
+            rows.append({name: cell or None for name, cell in zip(names, cells, strict=True)})
+    except csv.Error as error:
+        cure = f'put texts that hold {separator!r}, a quote or a line break between double quotes, and write " as ""'
+        raise DataError(f"{path}:{reader.line_num}: not a csv line ({error}); {cure}") from error
+    return rows
 
 
 # --- the data wheel ------------------------------------------------------------------------------------------------
@@ -91,6 +121,8 @@ READERS: dict[str, Callable[[Path], Iterator[dict]]] = {
 
 # --- a column map: a user's own file, and the hub ------------------------------------------------------------------
 
+# names of a pair's place and text, so that the place sorts first: of bigbio, ARC and OpenBookQA, and others
+PAIRS = [{"key", "value"}, {"label", "text"}, {"key", "text"}, {"id", "text"}, {"letter", "text"}, {"aid", "atext"}]
 SPLIT_NAMES = dict.fromkeys(("valid", "validation", "dev"), "valid") | {n: n for n in ("train", "test", "transfer")}
 MANY_ANSWERS = 20  # with four options, 20 answers without any 0 are a chance of 0.3 %
 
@@ -111,19 +143,26 @@ def _value(value):
 
 
 def _options(row: dict, columns: TableColumns):
-    """The options of a row as a list: of columns, of a list, of letter → text, or of bigbio's and ARC's pairs."""
+    """The options of a row as a list: of columns, of a list, of letter or number → text, or of pairs of both.
+
+    A list or mapping may be written as text, as pandas writes it into csv, and a list as lettered lines.
+    """
     if isinstance(columns.options, list):
         options = [row.get(column) for column in columns.options]
     else:
         options = row.get(columns.options)
-    if isinstance(options, list) and all(isinstance(o, dict) and o.keys() == {"key", "value"} for o in options):
-        options = {str(option["key"]): option["value"] for option in options}
-    if isinstance(options, dict) and options.keys() == {"label", "text"}:
-        options = options["text"]
+    if isinstance(options, str):
+        options = _parse(options) or split_options(options) or options
+    if isinstance(options, list) and options and all(isinstance(o, dict) and o.keys() in PAIRS for o in options):
+        pairs = ([option[name] for name in sorted(option)] for option in options)
+        options = {str(place): text for place, text in pairs}
+    if isinstance(options, dict) and options.keys() in PAIRS and all(isinstance(v, list) for v in options.values()):
+        pairs = zip(*(options[name] for name in sorted(options)), strict=False)
+        options = {str(place): text for place, text in pairs}
     if isinstance(options, dict):
-        letters = sorted(options)
-        if "".join(letters).upper() == LETTERS[: len(letters)]:
-            options = [options[letter] for letter in letters]
+        places = sorted(options, key=str)
+        if "".join(map(str, places)).upper() in {text[: len(places)] for text in (LETTERS, "0123456789", "123456789")}:
+            options = [options[place] for place in places]
     if isinstance(options, list):
         options = [_value(option) for option in options]
         while options and options[-1] is None:  # a question with four options among questions with five
@@ -131,19 +170,33 @@ def _options(row: dict, columns: TableColumns):
     return options
 
 
+def _parse(text: str) -> list | dict | None:
+    """The list or mapping that a text writes, in json or as Python does."""
+    for read in (_DECODER.decode, ast.literal_eval):
+        try:
+            value = read(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(value, list | dict):
+            return value
+    return None
+
+
 def read_table(path: Path, table: Table) -> Iterator[dict]:
-    """Records of a user's own questions, json lines or parquet.
+    """Records of a user's own questions: json lines, csv or parquet.
 
     Raises DataError if no row has a declared column, and where the answers as a whole are not what `answer_is` says.
     """
     match path.suffix:
-        case ".jsonl":
+        case ".jsonl" | ".json":
             rows = list(_read_jsonl(path))
+        case ".csv" | ".tsv":
+            rows = _read_csv(path)
         case ".parquet":
             with reading(path, DataError, "write it again", "not a whole parquet file"):
                 rows = parquet.read_table(path).to_pylist()
         case ending:
-            raise DataError(f"{path}: a table is a .jsonl or a .parquet file, not {ending or 'one without ending'!r}")
+            raise DataError(f"{path}: a table is .jsonl, .csv or .parquet, not {ending or 'one without ending'!r}")
     names = table.columns.model_dump().values()
     declared = {column for name in names for column in ([name] if isinstance(name, str) else name) if column}
     missing = declared - {column for row in rows for column in row}
@@ -168,6 +221,10 @@ def _check_answers(path: Path, table: Table, answers: list, records: list[dict])
     if form in ("letter", "text"):
         if numbers and len(numbers) == len(answers) and all(record["answer"] is None for record in records):
             raise DataError(f"{path}: `answer_is` is {form}, but all answers are numbers; write index0 or index1")
+    elif not numbers and answers and all(record["answer"] is None for record in records):
+        raise DataError(
+            f"{path}: `answer_is` is {form}, but no answer is a number, as {answers[0]!r}; write letter or text"
+        )
     elif (zeros, lasts)[form == "index1"] == 0 < (lasts, zeros)[form == "index1"]:
         evidence = f"of {len(numbers)} answers {zeros} are 0 and {lasts} are the number of options"
         other = {"index0": "index1", "index1": "index0"}[form]

@@ -157,7 +157,8 @@ def test_a_usable_record_is_not_rejected():
         ({"question": ""}, "empty question"), ({"question": 5}, "question is not text"),
         ({"context": ["a"]}, "context is not text"), ({"options": ["a"]}, "fewer than two options"),
         ({"options": list("abcdefghijk")}, "more than 10 options"), ({"options": ["a", ""]}, "empty option"),
-        ({"options": ["a", "b", "a"]}, "two options alike"), ({"options": ["a", None]}, "an option is not text"),
+        ({"options": ["a", "b", "a"]}, "two options alike"),
+        ({"options": ["a", None]}, "an option is not text or a number"),
         ({"options": "a or b"}, "options are not a list"), ({"options": None}, "options are not a list"),
         ({"answer": 2}, "answer is none of the options"), ({"answer": None}, "answer is none of the options"),
         ({"answer": -1}, "no answer"), ({"answer": -1, "pool": None}, "no answer"),
@@ -165,7 +166,7 @@ def test_a_usable_record_is_not_rejected():
     ],
 )  # fmt: skip
 def test_an_unusable_record_is_rejected_with_its_reason(changes, reason):
-    assert rejection_reason(record(**changes)) == reason
+    assert rejection_reason(record(**changes)).split(":")[0] == reason
 
 
 @pytest.mark.parametrize("value", [None, 3, ["a"], {"A": "a"}, float("nan"), True])
