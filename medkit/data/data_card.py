@@ -5,12 +5,35 @@ import pandas as pd
 from medkit.stage import DISCLAIMER
 
 LICENCES = {"icd": "public domain (CMS); wheel: MIT", "medmcqa": "Apache-2.0"}  # as the sources published them
+NEARLY_ALL = 0.9
 LICENCES |= dict.fromkeys(("medqa", "pubmedqa", "mmlu"), "MIT")
 
 
 def licence_of(source: str) -> str:
     """The licence of a source by the first part of its name; medkit does not know the licence of a user's own file."""
     return LICENCES.get(source.split("_")[0], "not known to medkit: ask whoever made the file")
+
+
+def seen_notes(table: pd.DataFrame) -> dict[str, str]:
+    """Source → a sentence, where nearly all right answers, or options, of its test rows are taught to a model.
+
+    Taught are the options and the right answers of private and labelled rows. Then a model can name the answer without
+    reading the question, and no near-duplicate of a test question is needed for that.
+    """
+    asked = table[table.kind.isin(["choice", "icd_chapter"]) & (table.answer >= 0)]
+    asked = asked.assign(right=[options[answer] for options, answer in zip(asked.options, asked.answer, strict=True)])
+    taught, notes = asked[asked.split.isin(["private", "labelled"])], {}
+    seen = {"right answers": set(taught.right), "options": set(taught.options.explode())}
+    for source, rows in asked[asked.split == "test"].groupby("source"):
+        texts = {"right answers": rows.right, "options": rows.options.explode()}
+        shares = {name: float(values.isin(seen[name]).mean()) for name, values in texts.items()}
+        if max(shares.values()) >= NEARLY_ALL:
+            found = " and ".join(f"{share:.0%} of the {name}" for name, share in shares.items())
+            notes[source] = (
+                f"{source}: {found} of its test questions are also those of taught rows. Its accuracy says little "
+                f"about answers that were not taught; a `group` column in the table holds some of them out."
+            )
+    return notes
 
 
 def build_card(table: pd.DataFrame, rejected: pd.DataFrame, contamination: pd.DataFrame) -> dict:
@@ -37,6 +60,7 @@ def build_card(table: pd.DataFrame, rejected: pd.DataFrame, contamination: pd.Da
         "groups": int(table.group.nunique()),
         "sources": sources.astype(object).where(sources.notna(), None).to_dict("index"),  # json has no NaN
         "subjects": {name: subjects.value_counts().to_dict() for name, subjects in by_source.subject},
+        "notes": [*seen_notes(table).values()],
         "rejected": rejected.to_dict("records"),
         "contamination": contamination.to_dict("records"),
     }

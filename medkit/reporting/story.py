@@ -95,7 +95,7 @@ def tell_story(results: pd.DataFrame, facts: Mapping, variants: Sequence[str] = 
             *_over_baselines(results, facts, variant),
         ]
         sentences.append(" ".join(parts))
-    return sentences
+    return sentences + [note for source, note in facts.get("seen", {}).items() if source == facts["headline_source"]]
 
 
 def _step(results: pd.DataFrame, result: str, facts: Mapping, variant: str, baseline: str) -> Iterator:

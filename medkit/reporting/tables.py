@@ -154,6 +154,10 @@ def run_tables(results: pd.DataFrame, facts: Mapping) -> dict[str, str]:
         safe: variants_table(safety, [("{}", "safe_share/*", ".2f", 1)]),
         "Energy and price (estimates)": variants_table(results, energy),
     }
+    noted = {f"Accuracy on {source}": [source], "Published exams": [s for s in facts.get("seen", ()) if s != source]}
+    for title, sources in noted.items():
+        notes = [facts["seen"][name] for name in sources if name in facts.get("seen", ())]
+        tables[title] = "\n\n".join([tables[title], *notes] if tables[title] else [])
     return {title: table for title, table in tables.items() if table}
 
 

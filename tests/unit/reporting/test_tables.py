@@ -5,7 +5,7 @@ import re
 import pytest
 
 from medkit.quantization import memory_budget
-from medkit.reporting import tables
+from medkit.reporting import model_card, story, tables
 from medkit.stage import DISCLAIMER
 from medkit.variants import VARIANTS
 
@@ -35,6 +35,17 @@ def test_accuracy_has_a_row_per_variant_and_a_column_per_source(toy_results):
         assert cell == f"{one.value:.2f} [{one.ci_low:.2f}, {one.ci_high:.2f}]"
         assert exam == ("0.20 [0.10, 0.30], at chance" if name == VARIANTS["student_kd"].label else "–")
     assert accuracy(results, "never") == ""
+
+
+def test_a_table_whose_answers_were_taught_says_so_beside_its_accuracy(toy_results):
+    """Wherever the accuracy is shown: the report's and the card's tables, and the run's own sentences."""
+    results, facts = toy_results
+    noted = {**facts, "seen": {"icd_chapter": "taught, one", "medqa": "taught, two"}}
+    usual, shown = tables.run_tables(results, facts), tables.run_tables(results, noted)
+    notes = {"Accuracy on icd_chapter": "taught, one", "Published exams": "taught, two"}
+    assert shown == usual | {title: f"{usual[title]}\n\n{note}" for title, note in notes.items()}
+    assert story.tell_story(results, noted) == [*story.tell_story(results, facts), "taught, one"]
+    assert "taught, one" in str(model_card.build_card(results, noted))
 
 
 def test_steps_tell_the_whole_comparison(toy_results):
