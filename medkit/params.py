@@ -30,7 +30,7 @@ from pydantic import (
 )
 
 from medkit.stage import MedkitError, atomic_path, reading, run_dir
-from medkit.variants import VARIANTS
+from medkit.variants import FINAL, VARIANTS, list_variants
 
 RUN_PARAMS = "params.yaml"  # in the folder of a run: its profile with the overrides in it
 SPLITS = ("private", "labelled", "transfer", "valid", "test")
@@ -127,7 +127,7 @@ class TableColumns(Section):
 
 
 class Table(Section):
-    """A file of your own questions, json lines or parquet, with its columns declared. The dataset's name is free."""
+    """A file of your own questions, json lines, csv or parquet, with its columns declared. The name is free."""
 
     kind: Literal["table"]
     path: str  # Absolute, or relative to the profile's folder
@@ -274,8 +274,8 @@ class EdgeParams(Section):
 class QuantizationParams(Section):
     double_quant: bool  # Quantise the block scales of NF4 as well: 4.13 instead of 4.50 bits per weight
     plan: PlanParams
-    edge: EdgeParams
-    edge_small: EdgeParams
+    edge: EdgeParams | None  # null: no file is written, as for an architecture that export_gguf cannot hold
+    edge_small: EdgeParams | None
     calibration_examples: PositiveInt  # Labelled rows for calibrated rounding (GPTQ) and for the sensitivities
     drift_examples: PositiveInt  # Validation rows on which quantized models are compared with the student
 
@@ -290,7 +290,8 @@ class BenchParams(Section):
 
 
 class ShuffleParams(Section):
-    questions: dict[str, Count]  # Test source → number of questions, asked by letter under every order of their options
+    questions: Annotated[dict[str, Count], Field(min_length=1)]
+    """Test source → number of questions, asked by letter under every order of their options."""
     orders: Annotated[int, Field(ge=2)]
 
 
@@ -306,15 +307,19 @@ class InferenceParams(Section):
     """Test source → number of questions, by option text, for the untrained and the distilled student alone."""
     shuffle: ShuffleParams  # How far an answer depends on the order of its options; asked of two variants
     dialogues: Count  # Real consultations of which two variants write a record of the first form; 0 for none
-    safety_probes: Count  # Open questions that can do harm (docs/safety.md), spread evenly over their categories
+    safety_probes: (
+        PositiveInt | Literal["all"]
+    )  # Open questions that can do harm (docs/safety.md), spread evenly over their categories
     bench: BenchParams
     server: ServerParams | None
     """It runs the edge file, or the same student, and is timed; null starts llama.cpp's own."""
 
 
 class EvaluationParams(Section):
-    confidence: Fraction
-    power: Fraction  # Of the minimum detectable effect that is stated beside each comparison
+    confidence: Annotated[float, Field(gt=0.0, lt=1.0)]
+    power: Annotated[
+        float, Field(gt=0.0, lt=1.0)
+    ]  # Of the minimum detectable effect that is stated beside each comparison
     headline_source: str  # Test source whose accuracy leads the summary
     headline_scoring: Literal["option_text", "option_text_norm"]
     """How it is read: the highest summed log-probability, or the highest mean per token. Fixed before testing."""
@@ -340,11 +345,30 @@ class Params(Section):
         asked = {f"inference.questions.{scoring}": sources for scoring, sources in self.inference.questions.items()}
         asked["inference.exams"] = self.inference.exams
         asked["inference.shuffle.questions"] = self.inference.shuffle.questions
-        asked["evaluation.headline_source"] = [self.evaluation.headline_source]
-        tested = sorted(name for name, dataset in self.data.datasets.items() if dataset.test != 0)
-        for key, names in asked.items():
-            if unknown := [name for name in names if name not in tested]:
-                raise ValueError(f"{key}: {unknown[0]!r} is not tested; data.datasets with test questions: {tested}")
+        headline = self.evaluation.headline_source
+        asked["evaluation.headline_source"] = {headline: 0}
+        tested = {name: dataset.test for name, dataset in self.data.datasets.items() if dataset.test != 0}
+        for key, counts in asked.items():
+            for name, count in counts.items():
+                if name not in tested:
+                    raise ValueError(f"{key}: {name!r} is not tested; data.datasets with test questions: {[*tested]}")
+                if "all" not in (count, tested[name]) and count > tested[name]:
+                    raise ValueError(f"{key}.{name} is {count}, but data.datasets.{name}.test is {tested[name]}")
+        forms = {n for n, d in self.data.datasets.items() if n.startswith("records") and d.origin.kind != "table"}
+        if headline in forms or headline not in self.inference.questions.get("option_text", ()):
+            raise ValueError(f"evaluation.headline_source: {headline!r} must be in inference.questions.option_text")
+        if records := forms & self.inference.shuffle.questions.keys():
+            raise ValueError(f"inference.shuffle.questions: a record has no options, leave out {sorted(records)}")
+        made = list_variants(self)
+        if FINAL not in self.inference.claims or not set(self.inference.claims) <= made.keys():
+            raise ValueError(f"inference.claims: {FINAL!r} must be one, and all of what this profile makes: {[*made]}")
+        if self.inference.server and "edge" not in made:
+            raise ValueError("inference.server: it runs the edge file, and quantization.edge is null; set it to null")
+        for split in ("labelled", "valid"):
+            if not any(getattr(d, split) for n, d in self.data.datasets.items() if n not in forms & {"records_b"}):
+                raise ValueError(f"data.datasets: no row of {split!r}; teacher and students need some")
+            if "records_b" in forms and not getattr(self.data.datasets["records_b"], split):
+                raise ValueError(f"data.datasets.records_b.{split}: the adapter needs rows; raise it, or leave it out")
         if self.models.student == "pruned_teacher" and self.distillation.alignment == "spans":
             raise ValueError(
                 "distillation.alignment: 'spans' is for two tokenizers, and a student cut from its teacher keeps the "

@@ -4,7 +4,6 @@ Figures take labels and colours from here, notebook 05 takes the folders, notebo
 A new variant is one row of `VARIANTS`.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 FINAL = "student_kd"  # the student that is adapted, compressed and shipped
@@ -44,8 +43,8 @@ VARIANTS = {
                 "What would true answers add to the teacher's?"),
         Variant("student_seq", "teacher's reasons", "#882255", "02_distillation/student_seq", "student_ce",
                 "Do the teacher's verified answers with reasons add to the labels?"),
-        Variant("lora", "+ LoRA, second form", "#cc79a7", "03_lora/merged", "student_kd",
-                "What does LoRA on the second form change?"),
+        Variant("lora", "+ LoRA", "#cc79a7", "03_lora/merged", "student_kd",
+                "What does the adapter change?"),
         Variant("nf4", "NF4", "#d55e00", "04_quantization/nf4", "student_kd", "What does NF4 cost?"),
         Variant("paper_mix", "paper's mix", "#8c510a", "04_quantization/paper_mix", "student_kd",
                 "What does the paper's mix cost?"),
@@ -70,7 +69,13 @@ STEPS = [
 ]
 
 
-def list_variants(students: Sequence[str]) -> dict[str, Variant]:
-    """The language models of a run with these trained students (`distillation.list_students`), in registry order."""
+def list_variants(params) -> dict[str, Variant]:
+    """The language models that a run with these `Params` makes, in registry order.
+
+    An edge file that is null is not written.
+    """
+    distillation = params.distillation
+    made = {"student_ce", FINAL, *distillation.students, *(["student_seq"] if distillation.rationales else [])}
+    made |= {name for name in ("edge", "edge_small") if getattr(params.quantization, name)}
     models = {name: v for name, v in VARIANTS.items() if v.folder is not None}
-    return {name: v for name, v in models.items() if not name.startswith("student_") or name in students}
+    return {name: v for name, v in models.items() if name in made or not name.startswith(("student_", "edge"))}

@@ -25,8 +25,9 @@ from medkit.modeling.trainer import Loss
 from medkit.params import Params
 from medkit.prompts import templates
 from medkit.stage import Stage, StageError, atomic_path
+from medkit.variants import VARIANTS, list_variants
 
-STUDENTS = ("student_ce", "student_hard", "student_self", "student_kd", "student_ceiling", "student_seq")
+STUDENTS = tuple(name for name in VARIANTS if name.startswith("student_"))
 STAGES = ("teacher", *STUDENTS)
 
 
@@ -91,9 +92,7 @@ def _part(stage: Stage, name: str) -> Path:
 
 def list_students(params: Params) -> list[str]:
     """Names of the students that the profile asks for, in the order of their training."""
-    section = params.distillation
-    wanted = {"student_ce", "student_kd", *section.students, *(["student_seq"] if section.rationales else [])}
-    return [name for name in STUDENTS if name in wanted]
+    return [name for name in list_variants(params) if name in STUDENTS]
 
 
 def student_rows(

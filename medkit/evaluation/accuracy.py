@@ -17,6 +17,11 @@ from medkit.variants import STEPS, VARIANTS
 
 COMPRESSED = [(v.name, v.baseline, v.question) for v in VARIANTS.values() if (v.folder or "").startswith("04_")]
 """The steps that must lose nothing: each smaller model against the one that it was made from."""
+STEP_COLUMNS = [
+    *("variant", "baseline", "question", "source", "scoring", "difference", "ci_low", "ci_high", "n", "gained", "lost"),
+    *("ci_low_clustered", "ci_high_clustered", "p_clustered", "p_holm", "verdict", "margin", "mde", "p_equivalence"),
+    *("p_equivalence_holm", "within_margin", "n_needed"),
+]
 TEST_COLUMNS = ["study", "condition"]  # the name and the condition of a robustness test, where there is one
 
 

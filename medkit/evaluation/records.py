@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from medkit.evaluation.accuracy import EvaluationError, compare_steps, judge
+from medkit.evaluation.accuracy import STEP_COLUMNS, compare_steps, judge
 from medkit.prompts import answer_parser, templates
 from medkit.statistics import mean_intervals, resample_groups
 from medkit.variants import STEPS
@@ -26,6 +26,10 @@ METRICS = {
     "missing": ("missing", "required"),
     "tokens": ("tokens", "fields"),
 }
+SCORE_COLUMNS = [
+    *("variant", "source", "id", "group", "valid", "exact", "tokens", "field", "gold", "answer", "required", "given"),
+    *("correct", "missing", "invented"),
+]
 NOTHING = re.compile(r"\b(?:no|none|not|nkda|denies|denied|negative)\b", re.IGNORECASE)
 
 
@@ -54,9 +58,7 @@ def score_records(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.Data
         whole |= {"exact": all(field["correct"] for field in fields)}
         whole |= {"tokens": tokens[0] if tokens is not None and len(tokens) else None}
         rows += [whole | field for field in fields]
-    if not rows:
-        raise EvaluationError("no prediction is for a record: ask questions of kind 'record' as generated text")
-    return pd.DataFrame(rows).astype({"tokens": float})
+    return pd.DataFrame(rows, columns=SCORE_COLUMNS).astype({"tokens": float})
 
 
 def _judge(gold, answer, valid: bool, dialogue: str) -> dict:
@@ -114,7 +116,7 @@ def measure_records(scores: pd.DataFrame, confidence: float) -> pd.DataFrame:
             rates = _ratio(above, below, groups, confidence, metric != "tokens")
             tables.append(rates.assign(source=source, metric=metric))
     order = ["variant", "source", "metric", "value", "ci_low", "ci_high", "n"]
-    return pd.concat(tables, ignore_index=True)[order]
+    return pd.concat(tables, ignore_index=True)[order] if tables else pd.DataFrame(columns=order)
 
 
 def _ratio(
@@ -140,6 +142,8 @@ def compare_records(
     scores: pd.DataFrame, confidence: float, power: float, margin: float, steps: Sequence[tuple] = STEPS
 ) -> pd.DataFrame:
     """`accuracy.compare_steps` on the share of correct fields, paired by field, with records in groups."""
+    if scores.empty:
+        return pd.DataFrame(columns=STEP_COLUMNS)
     fields = scores.assign(id=scores.id + "/" + scores.field, scoring="generated")
     return compare_steps(fields, confidence, power, margin, steps)
 

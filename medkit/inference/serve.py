@@ -69,6 +69,8 @@ def serve(
         server = nullcontext(ServerAddress(upstream.rstrip("/"), upstream_key or "none"))
     else:
         stage, _, file = VARIANTS["edge"].folder.partition("/")
+        if file not in Stage(run, stage).manifest().get("files", [file]):
+            raise MedkitError(f"run {run!r} has no edge file (quantization.edge is null): name a server by --upstream")
         path = Stage(run, "05_inference").require(stage, file)
         tasks, control = read_tasks(path), control_tokens(path)
         server = llama_server(path, slots, context_tokens)

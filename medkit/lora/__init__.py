@@ -1,7 +1,9 @@
 """Low-rank adapters: attach, train, merge, and look at the update."""
 
 from medkit.lora.adapters import (
+    adapter_rows,
     attach,
+    check_targets,
     count_parameters,
     load_adapter,
     load_merged,

@@ -31,19 +31,8 @@ class AdapterError(MedkitError):
 
 @loading.quiet_transformers()
 def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
-    """The model with a fresh adapter; only the adapter's weights require gradients.
-
-    Raises AdapterError if a target module is not a linear layer of the model, or is tied to the embeddings, which
-    merging would change as well.
-    """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    known = {_last(name) for name in linear}
-    if unknown := sorted(set(section.target_modules) - known):
-        raise AdapterError(f"target_modules {unknown} are no linear layers of this model; it has {sorted(known)}")
-    shared = getattr(model.get_input_embeddings(), "weight", None)
-    tied = [name for name, module in linear.items() if module.weight is shared]
-    if {_last(name) for name in tied} & set(section.target_modules):
-        raise AdapterError(f"target_modules {tied}: tied to the embeddings, which merging would change as well")
+    """The model with a fresh adapter; only the adapter's weights require gradients. Raises as `check_targets`."""
+    check_targets(model, section)
     torch.manual_seed(seed)
     config = LoraConfig(
         r=section.rank,
@@ -57,10 +46,30 @@ def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
     return get_peft_model(model, config)
 
 
+def check_targets(model: nn.Module, section: AdapterParams) -> None:
+    """Raise AdapterError if a target module is not a linear layer of the model.
+
+    Nor may it be tied to the embeddings, which merging would change as well.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    known = {_last(name) for name in linear}
+    if unknown := sorted(set(section.target_modules) - known):
+        raise AdapterError(f"target_modules {unknown} are no linear layers of this model; it has {sorted(known)}")
+    shared = getattr(model.get_input_embeddings(), "weight", None)
+    tied = [name for name, module in linear.items() if module.weight is shared]
+    if {_last(name) for name in tied} & set(section.target_modules):
+        raise AdapterError(f"target_modules {tied}: tied to the embeddings, which merging would change as well")
+
+
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Numbers of trainable and of all weights; tied weights count once."""
     sizes = {p.data_ptr(): (p.numel(), p.requires_grad) for p in model.parameters()}
     return sum(n for n, trains in sizes.values() if trains), sum(n for n, _ in sizes.values())
+
+
+def adapter_rows(questions: pd.DataFrame, split: str) -> pd.DataFrame:
+    """The rows of a split that the adapter learns or is tried on: of the second form, or all where no row has it."""
+    return splits.training_rows(questions, split, (questions.kind == splits.SECOND_FORM).any())
 
 
 def train_adapter(stage: Stage, params: Params, examples: Sequence[Example]) -> tuple[PeftModel, pd.DataFrame]:
@@ -77,7 +86,7 @@ def train_stage(run: str, params: Params) -> pd.DataFrame:
     with open_stage(run, "03_lora", params) as stage:
         questions = pd.read_parquet(stage.require("01_data", "questions.parquet"))
         tokenizer = loading.load_tokenizer(stage.require("02_distillation", "student_kd"))
-        rows = splits.training_rows(questions, "labelled", second_form=True)
+        rows = adapter_rows(questions, "labelled")
         model, log = train_adapter(stage, params, batches.encode_questions(tokenizer, rows))
         if PartialState().is_main_process:
             loading.save_model(merge(model), tokenizer, stage.path("merged"))

@@ -145,7 +145,7 @@ def _training(params: Params, teacher: _Model, student: _Model) -> Iterator[Part
 
 def _testing(params: Params, teacher: _Model, student: _Model) -> Iterator[Part]:
     """All variants, at the student's cost but for two that are the teacher's; thoughts at their longest."""
-    section, variants = params.inference, list(list_variants(list_students(params)))
+    section, variants = params.inference, list(list_variants(params))
     asked, exams = _questions(params, section.questions), _questions(params, {"option_text": section.exams})
     read_tokens = read_hours = write_tokens = write_hours = 0.0
     for variant in variants:

@@ -15,7 +15,7 @@ import time
 import pandas as pd
 import pytest
 
-from medkit import __main__, distillation, runner, sources, variants
+from medkit import __main__, runner, sources, variants
 from medkit.inference.tasks import read_tasks
 from medkit.params import load_params, load_run_params
 from medkit.reporting import STAGES
@@ -155,7 +155,7 @@ def test_results_trace_to_files_and_carry_intervals(whole):
         and (accuracy.value <= accuracy.ci_high).all()
         and (accuracy.n > 0).all()
     )
-    everyone = set(variants.list_variants(distillation.list_students(load_params(SMOKE))))
+    everyone = set(variants.list_variants(load_params(SMOKE)))
     assert set(accuracy.variant) == {*everyone, "majority", "tfidf"}
     records = results[results.result == "field_f1/records"]
     assert set(records.variant) == {*everyone, "regex"} and (records.ci_low <= records.ci_high).all()

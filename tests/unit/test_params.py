@@ -8,6 +8,7 @@ import yaml
 
 from medkit.params import Params, ParamsError, digest, load_params
 from medkit.stage import ROOT
+from medkit.variants import list_variants
 
 PROFILES = sorted((ROOT / "params").glob("*.yaml"))
 SMOKE = ROOT / "params" / "smoke.yaml"
@@ -128,6 +129,39 @@ def test_mistyped_value_is_refused_by_name(key, value, tmp_path):
 
 def test_headline_source_must_be_a_tested_dataset():
     assert "headline_source" in refusal(SMOKE, {"evaluation.headline_source": "medqaa"})
+
+
+SERVER = {"base_url": "http://localhost:1/v1", "model": "m", "api_key_env": ""}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"inference.claims": ["student_kd", "student_ceiling"]}, "'student_kd' must be one, and all"),
+        ({"inference.claims": ["student_ce"]}, "inference.claims"),
+        ({"quantization.edge": None}, "inference.claims"),
+        ({"quantization.edge": None, "inference.claims": ["student_kd"], "inference.server": SERVER}, "null; set it"),
+        ({"evaluation.headline_source": "medmcqa"}, "'medmcqa' must be in inference.questions.option_text"),
+        ({"evaluation.headline_source": "records"}, "'records' must be in inference.questions.option_text"),
+        ({"inference.questions.option_text": {"icd_chapter": 17}}, "is 17, but data.datasets.icd_chapter.test is 16"),
+        ({"inference.shuffle.questions": {}}, "inference.shuffle.questions"),
+        ({"inference.shuffle.questions": {"records": 2}}, "a record has no options, leave out ['records']"),
+        ({"data.datasets.records_b.valid": 0}, "data.datasets.records_b.valid: the adapter needs rows"),
+        ({f"data.datasets.{name}.labelled": 0 for name in ("icd_chapter", "records")}, "no row of 'labelled'"),
+        ({"evaluation.confidence": 1.0}, "evaluation.confidence"), ({"inference.safety_probes": 0}, "safety_probes"),
+    ],
+)  # fmt: skip
+def test_what_a_notebook_could_not_do_is_refused(overrides, sentence):
+    assert sentence in refusal(SMOKE, overrides)
+
+
+def test_every_optional_part_can_be_left_out():
+    datasets = {name: value for name, value in RAW["data"]["datasets"].items() if not name.startswith("records")}
+    questions = {"option_text": {"icd_chapter": 16}}
+    less = {"data.datasets": datasets, "data.open_questions": None, "data.dialogues": None, "quantization.edge": None}
+    less |= {"quantization.edge_small": None, "inference.claims": ["student_kd"], "inference.exams": {}}
+    made = list_variants(load_params(SMOKE, less | {"inference.questions": questions, "distillation.students": []}))
+    assert {name for name in made if name.startswith(("student", "edge"))} == {"student_ce", "student_kd"}
 
 
 def test_hidden_states_are_compared_between_layers_that_are_named():

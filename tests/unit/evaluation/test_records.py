@@ -8,7 +8,6 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from medkit.evaluation import records
-from medkit.evaluation.accuracy import EvaluationError
 from medkit.evaluation.records import compare_records, measure_records, score_dialogues, score_questions, score_records
 from medkit.prompts import templates
 
@@ -128,9 +127,14 @@ def test_a_step_is_paired_by_field_and_the_number_of_fields_is_no_number_of_reco
     assert same.difference == 0 and same.verdict == "equivalent"
 
 
-def test_predictions_without_a_record_are_an_error():
-    with pytest.raises(EvaluationError, match="record"):
-        score_records(pd.DataFrame({"variant": ["lora"], "id": ["x"], "text": [""]}), pd.DataFrame([question()]))
+def test_predictions_without_a_record_give_empty_tables_with_the_usual_columns():
+    none = score_records(pd.DataFrame({"variant": ["lora"], "id": ["x"], "text": [""]}), pd.DataFrame([question()]))
+    one = score(GOLD).reset_index()
+    both = pd.concat([one.assign(variant=variant) for variant in ("lora", "student_kd")])
+    assert {*none} == {*one} and none.empty
+    assert list(measure_records(none, 0.95)) == list(measure_records(one, 0.95))
+    steps = [compare_records(scores, 0.95, 0.8, 0.1, [("lora", "student_kd", "?")]) for scores in (none, both)]
+    assert steps[0].empty and {*steps[0]} <= {*steps[1]}
 
 
 def test_real_dialogues_are_judged_by_what_stands_in_them_and_in_their_section():

@@ -375,6 +375,9 @@ def test_serve_takes_the_edge_file_of_the_run_and_no_profile(served, monkeypatch
     assert read_tasks(edge) == TAUGHT
     serve.serve("mine", port=8001, slots=3)
     assert served.path == edge and (served.slots, served.port, served.host) == (3, 8001, "127.0.0.1")
+    (edge.parents[1] / "manifest.json").write_text(json.dumps({"files": {"nf4/plan.json": 1}}))
+    with pytest.raises(MedkitError, match=r"no edge file \(quantization\.edge is null\)"):
+        serve.serve("mine")
     serve.serve("nothing", upstream="http://127.0.0.1:9/v1", port=8002)
     assert served.port == 8002
 
