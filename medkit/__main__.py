@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medkit.params import Params, ParamsError, StrictLoader, load_params, load_run_params
-from medkit.stage import DISCLAIMER, ROOT, MedkitError, device_name, outputs_root, reading, run_dir
+from medkit.stage import DISCLAIMER, ROOT, MedkitError, Stage, device_name, outputs_root, reading, run_dir
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(highlight=False, soft_wrap=True)
@@ -56,13 +56,18 @@ def run(
     first: Annotated[str | None, typer.Option("--from", help="Rerun from this stage on, e.g. 03_lora")] = None,
     overrides: Overrides = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the profile, print it and what it will take on a GPU, run nothing")
+        bool,
+        typer.Option("--dry-run", help="Check profile, files and models; print what it takes on a GPU; run nothing"),
     ] = False,
 ) -> None:
     """Run every notebook that is not done; the same command after a crash or kill goes on."""
     changes = parse_overrides(overrides)
+    profile = load_params(params, changes)
+    from medkit import preflight
+
     if dry_run:
-        profile = load_params(params, changes)
+        for note in preflight.check_profile(profile):
+            typer.echo(note, err=True)
         typer.echo(yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
         if profile.models.device == "cuda":
             from medkit.reporting.forecast import forecast_table
@@ -72,6 +77,8 @@ def run(
     from medkit import reporting
     from medkit.runner import run_all
 
+    if not Stage(run, "01_data").is_whole():  # nothing has run yet
+        preflight.check_profile(profile)
     ran = run_all(params, run, changes, first)
     console.print(f"{len(ran)} stages ran" if ran else "everything up to date")
     if ran or not (run_dir(run) / "report.html").is_file():

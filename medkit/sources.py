@@ -83,9 +83,35 @@ def fetch(source: Source | Table) -> Path:
             return _fetch_hub(source)
 
 
+def is_here(source: Source | Table) -> bool:
+    """Whether `fetch` needs no download."""
+    match source:
+        case Wheel():
+            return _wheel_path(source).is_file()
+        case Wheels():
+            return _joined_path(source).is_file()
+        case Hub():
+            return _hub_ref(source).is_file()
+    return True
+
+
+def _wheel_path(wheel: Wheel) -> Path:
+    return cache_root() / "wheels" / f"{wheel.package}-{wheel.version}-{wheel.sha256[:12]}.whl"
+
+
+def _joined_path(wheels: Wheels) -> Path:
+    return cache_root() / "joined" / wheels.sha256[:12] / wheels.file
+
+
+def _hub_ref(hub: Hub) -> Path:
+    """The file in which the hub's cache keeps the commit of a branch."""
+    folder = f"{hub.type}s--{hub.repo.replace('/', '--')}"
+    return cache_root() / "hub" / folder / "refs" / hub.revision
+
+
 def fetch_wheel(wheel: Wheel) -> Path:
     """The wheel's file in the cache, its sha256 checked on every use (a cached file can rot too)."""
-    target = cache_root() / "wheels" / f"{wheel.package}-{wheel.version}-{wheel.sha256[:12]}.whl"
+    target = _wheel_path(wheel)
     with building(target) as scratch:
         if scratch is not None:
             _check_sha256(_pip_download(wheel, scratch.parent).rename(scratch), wheel)
@@ -167,7 +193,7 @@ def _extract(archive: Path, prefix: str) -> Path:
 
 def _join(wheels: Wheels) -> Path:
     """The parts one after another as one file in the cache, checked on every use; nothing else is unpacked."""
-    target = cache_root() / "joined" / wheels.sha256[:12] / wheels.file
+    target = _joined_path(wheels)
     with building(target) as scratch:
         if scratch is not None:
             with scratch.open("wb") as file:
@@ -185,9 +211,8 @@ def _fetch_hub(hub: Hub) -> Path:
     """The snapshot of a hub source. A branch is resolved to a commit once and stays there while the cache does."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.file_download import repo_folder_name
 
-    recorded = cache_root() / "hub" / repo_folder_name(repo_id=hub.repo, repo_type=hub.type) / "refs" / hub.revision
+    recorded = _hub_ref(hub)
     try:
         folder = Path(
             snapshot_download(

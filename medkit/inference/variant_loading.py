@@ -49,8 +49,13 @@ def make_engine(model: nn.Module | ServerParams, pad_token_id: int, **settings) 
     return TorchEngine(model, pad_token_id, **settings)
 
 
-def _connect(server: ServerParams, key: str, temperature: float = 0.0) -> ServerEngine:
+def read_key(server: ServerParams, key: str) -> str | None:
+    """The server's API key. Raises EngineError, which names the params by `key`, if it is not in the environment."""
     api_key = os.environ.get(server.api_key_env) if server.api_key_env else None
     if server.api_key_env and not api_key:
         raise EngineError(f"{key}: the API key is read from {server.api_key_env}, which is not set; export it")
-    return ServerEngine(server.base_url, server.model, api_key, temperature=temperature)
+    return api_key
+
+
+def _connect(server: ServerParams, key: str, temperature: float = 0.0) -> ServerEngine:
+    return ServerEngine(server.base_url, server.model, read_key(server, key), temperature=temperature)

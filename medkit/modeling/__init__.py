@@ -5,6 +5,7 @@ from medkit.modeling.embeddings import embed_texts
 from medkit.modeling.loading import (
     keep_layers,
     load_model,
+    load_skeleton,
     load_tokenizer,
     local_folder,
     make_toy_model,

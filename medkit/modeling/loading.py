@@ -209,6 +209,23 @@ def load_model(folder: Path, models: ModelsParams, keep: Sequence[int] = (), **q
     return keep_layers(model, keep).eval()
 
 
+def load_skeleton(section: ModelParams, models: ModelsParams) -> nn.Module:
+    """The model without its weights: their names and shapes are checked as `load_model` does, none is read.
+
+    Raises ModelError, too, for what is not a dense decoder with plain weights.
+    """
+    options = {"dtype": getattr(torch, models.dtype), "device_map": "meta"}
+    if models.attention in ("eager", "sdpa"):
+        options["attn_implementation"] = models.attention
+    model = read_weights(AutoModelForCausalLM, folder := local_folder(section), **options)
+    config, layers = model.config, getattr(model.get_decoder(), "layers", None)
+    quantized = getattr(config, "quantization_config", None)
+    if quantized or not layers or any(weight.dim() > 2 for weight in model.parameters()):
+        what = "its weights are quantized" if quantized else f"{config.model_type!r} is no dense decoder"
+        raise ModelError(f"{folder}: {what}; choose a plain checkpoint of a model like Llama, Qwen3 or Gemma 3")
+    return keep_layers(model, section.keep_layers)
+
+
 def save_model(model: nn.Module, tokenizer, folder: Path) -> Path:
     """Write safetensors, config and tokenizer, whole or not at all; returns the folder."""
     with atomic_path(folder) as scratch, quiet_transformers():

@@ -41,13 +41,20 @@ def export_gguf(
     """
     if weight_type not in WEIGHT_TYPES:
         raise ExportError(f"weight type {weight_type!r} cannot be written; choose one of {', '.join(WEIGHT_TYPES)}")
-    _check_config(model.config)
+    check_export(model, tokenizer)
     with atomic_path(path) as scratch:
         _write_file(model, tokenizer, scratch, gguf.GGMLQuantizationType[weight_type], blocks or {})
     path.with_suffix(TASKS).unlink(missing_ok=True)
     write_reader_files(path, tokenizer)
     _write_manifest(path, model.config)
     return path
+
+
+def check_export(model: nn.Module, tokenizer) -> None:
+    """Raise ExportError for a model or tokenizer that the file cannot hold. The model's weights are not read."""
+    _check_config(model.config)
+    _gguf_names(model)
+    write_tokenizer(gguf.GGUFWriter(None, model.config.model_type), tokenizer, model.config.vocab_size)
 
 
 def _check_config(config) -> None:

@@ -65,7 +65,7 @@ def budget_plan(choices: pd.DataFrame, budget_bytes: int, name: str = "plan") ->
     quantized), `bytes`. Raises PlanError if even the smallest plan is too large.
     """
     choices = choices.reset_index(drop=True)
-    _check_budget(choices, budget_bytes)
+    check_budget(choices, budget_bytes)
     modules = choices.module.to_numpy(object)
     one_scheme_each = LinearConstraint((pd.unique(modules)[:, None] == modules).astype(float), 1, 1)
     # the solver's tolerances are absolute (1e-6): scale KL up and bytes down until the tolerances do not matter
@@ -92,7 +92,7 @@ def random_plan(choices: pd.DataFrame, budget_bytes: int, seed: int) -> Plan:
     Starts with the smallest scheme of each module; then random modules get a random larger scheme while one fits.
     Raises PlanError as above.
     """
-    _check_budget(choices, budget_bytes)
+    check_budget(choices, budget_bytes)
     draw, chosen = random.Random(seed), choices.loc[choices.groupby("module", sort=False).bytes.idxmin()]
     size, left = dict(zip(chosen.module, chosen.bytes, strict=True)), budget_bytes - chosen.bytes.sum()
     schemes = dict(zip(chosen.module, chosen.scheme, strict=True))
@@ -104,7 +104,8 @@ def random_plan(choices: pd.DataFrame, budget_bytes: int, seed: int) -> Plan:
     return Plan(name=f"random_{seed}", schemes=schemes)
 
 
-def _check_budget(choices: pd.DataFrame, budget_bytes: int) -> None:
+def check_budget(choices: pd.DataFrame, budget_bytes: int) -> None:
+    """Raise PlanError if the smallest scheme of every module is too large together."""
     smallest = int(choices.groupby("module").bytes.min().sum())
     if smallest > budget_bytes:
         raise PlanError(f"a budget of {budget_bytes} bytes: the smallest plan takes {smallest} bytes; raise the budget")

@@ -45,6 +45,11 @@ def can_be_nf4(shape: tuple[int, int]) -> bool:
     return shape[1] % memory_ledger.NF4_BLOCK == 0
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a quantized module can take this one's place; Gemma's embeddings also scale what they return."""
+    return type(module) in (nn.Linear, nn.Embedding)
+
+
 def check_plan(plan: Plan, model: nn.Module) -> None:
     """Raise PlanError unless the plan names exactly the model's modules, with schemes that each of them can have."""
     shapes, where = weight_shapes(model), f"plan {plan.name!r}:"
@@ -53,11 +58,11 @@ def check_plan(plan: Plan, model: nn.Module) -> None:
     for name in sorted(set(shapes) - set(plan.schemes)):
         raise PlanError(f"{where} no scheme for {name!r}; add one, e.g. 'unquantized'")
     for name, scheme in plan.schemes.items():
-        kind = type(model.get_submodule(name))
-        if scheme != "unquantized" and kind not in (nn.Linear, nn.Embedding):
+        module = model.get_submodule(name)
+        if scheme != "unquantized" and not is_plain(module):
             raise PlanError(
-                f"{where} {name!r} cannot be {scheme}: it is a {kind.__name__}, not a plain linear layer or embedding; "
-                f"use 'unquantized', or the model from before it was quantized"
+                f"{where} {name!r} cannot be {scheme}: it is a {type(module).__name__}, not a plain linear layer or "
+                f"embedding; use 'unquantized', or the model from before it was quantized"
             )
         if scheme == "nf4" and not can_be_nf4(shapes[name]):
             raise PlanError(

@@ -55,8 +55,8 @@ def measure_sensitivity(model: nn.Module, examples: Sequence[Example], double_qu
     budget. A scheme that the shape of a module does not allow is left out. With n examples the relative standard error
     of an estimate is about √(2 / n); estimates above 0.1 nats are inaccurate.
     """
-    shapes = quantize.weight_shapes(model)
-    choices = [(m, s) for m in shapes for s in SCHEMES if s != "nf4" or quantize.can_be_nf4(shapes[m])]
+    table = list_choices(model, double_quant)
+    choices = list(zip(table.module, table.scheme, strict=True))
     estimated = [(m, s) for m, s in choices if s != "unquantized" and layer_of(m) is not None]
     generator = torch.Generator(model.device).manual_seed(0)
     squares, positions = dict.fromkeys(estimated, 0.0), 0
@@ -69,8 +69,6 @@ def measure_sensitivity(model: nn.Module, examples: Sequence[Example], double_qu
         positions += len(batch["labels"])
     kl_nats = {choice: square / (2 * positions) for choice, square in squares.items()}
     exact = batching.collect_logits(model, examples)
-    weights = {weight.module: weight for weight in memory_ledger.model_shapes(model.config) if len(weight.shape) == 2}
-    rows = []
     for module, scheme in choices:
         if scheme == "unquantized":
             kl_nats[module, scheme] = 0.0
@@ -78,11 +76,20 @@ def measure_sensitivity(model: nn.Module, examples: Sequence[Example], double_qu
             with fake_quantized(model, {module: scheme}, double_quant):
                 drift = batching.measure_drift(exact, batching.collect_logits(model, examples))
             kl_nats[module, scheme] = drift["kl_nats"]
-        table = memory_ledger.plan_bytes([weights[module]], {module: scheme}, double_quant=double_quant)
-        size, kind = int(table.bytes.sum()), module.rsplit(".", 1)[-1]
-        rows.append((module, layer_of(module), kind, scheme, kl_nats[module, scheme], size))
-    table = pd.DataFrame(rows, columns=["module", "layer", "kind", "scheme", "kl_nats", "bytes"])
+    table.insert(4, "kl_nats", [kl_nats[choice] for choice in choices])
     return table.astype({"layer": "Int64"})
+
+
+def list_choices(model: nn.Module, double_quant: bool) -> pd.DataFrame:
+    """`measure_sensitivity`'s table without `kl_nats`, from shapes alone."""
+    rows = []
+    for name, shape in quantize.weight_shapes(model).items():
+        weight, plain = memory_ledger.Weight(name, "mlp", shape), quantize.is_plain(model.get_submodule(name))
+        for scheme in SCHEMES:
+            if scheme == "unquantized" or (plain and (scheme != "nf4" or quantize.can_be_nf4(shape))):
+                size = memory_ledger.plan_bytes([weight], {name: scheme}, double_quant=double_quant).bytes.sum()
+                rows.append((name, layer_of(name), name.rsplit(".", 1)[-1], scheme, int(size)))
+    return pd.DataFrame(rows, columns=["module", "layer", "kind", "scheme", "bytes"])
 
 
 @torch.no_grad()

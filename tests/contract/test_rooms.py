@@ -16,7 +16,7 @@ ORDER = [
     {"inference"},
     {"evaluation"},
     {"reporting"},
-    {"checks"},
+    {"checks", "preflight"},
     {"runner"},
     {"__main__"},
 ]

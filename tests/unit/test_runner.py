@@ -14,7 +14,7 @@ import pytest
 import yaml
 from papermill.exceptions import PapermillExecutionError
 
-from medkit import __main__, code_digest, reporting, runner
+from medkit import __main__, code_digest, preflight, reporting, runner
 from medkit.params import ParamsError, load_params, load_run_params
 from medkit.runner import RunError, fingerprints, run_all
 from medkit.stage import FINGERPRINT, ROOT, STAGES, Stage, StageError, outputs_root, run_dir
@@ -430,6 +430,7 @@ def test_a_kernel_that_dies_is_a_failed_run(toy):
 def command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     """Exit code, output and errors of `python -m medkit …`, run in this process."""
     monkeypatch.setattr(sys, "argv", ["medkit", *arguments])
+    monkeypatch.setattr(preflight, "check_profile", lambda params: ["a note"])
     monkeypatch.setattr(__main__.console, "file", sys.stdout)
     with pytest.raises(SystemExit) as stopped:
         __main__.main()
@@ -440,7 +441,7 @@ def command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
 def test_dry_run_prints_the_profile_with_its_overrides_and_runs_nothing(monkeypatch, capsys, executed, outputs):
     override = ("--set", "data.datasets.mmlu.test=77")
     code, out, err = command(monkeypatch, capsys, "run", "--params", str(SMOKE), "--dry-run", *override)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, "a note\n")
     assert yaml.safe_load(out) == load_params(SMOKE, {"data.datasets.mmlu.test": 77}).model_dump(mode="json")
     assert executed == []
     assert not outputs.exists()

@@ -1,0 +1,144 @@
+"""What cannot work is refused before anything runs, in one sentence; what is not here yet is named."""
+
+import copy
+import json
+
+import pytest
+import yaml
+
+from medkit import preflight
+from medkit.modeling import loading
+from medkit.params import load_params
+from medkit.stage import ROOT, MedkitError
+
+SMOKE = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def toys(make_llama, make_tokenizer, tokenizer, tmp_path_factory):
+    """Folders of toy models by name, an encoder, and a table."""
+    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("toys")
+    models = {
+        "plain": {"intermediate_size": 128},
+        "narrow": {"intermediate_size": 96},
+        "rope": {
+            "intermediate_size": 128,
+            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
+        },
+    }
+    for name, changes in models.items():
+        loading.save_model(make_llama(**changes), tokenizer, folder / name)
+    few = {"vocab_size": 300, "n_embd": 64, "n_layer": 1, "n_head": 2}
+    loading.save_model(GPT2LMHeadModel(GPT2Config(**few)), tokenizer, folder / "gpt2")
+    refusing = make_tokenizer(chat_template="{{ raise_exception('no turns') }}")
+    loading.save_model(make_llama(intermediate_size=128), refusing, folder / "refusing")
+    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    loading.save_model(BertModel(BertConfig(**sizes, num_attention_heads=2)), tokenizer, folder / "encoder")
+    places = [place for place in ("train", "valid", "test") for _ in range(8)]
+    rows = [
+        {
+            "question": f"{place} {number}?",
+            "options": [f"a{number}", f"b{number}"],
+            "answer": number % 2,
+            "split": place,
+        }
+        for number, place in enumerate(places)
+    ]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def check(toys, tmp_path):
+    """check(**changes): `check_profile` of a profile of the toys in which dotted keys have other values."""
+    columns = {"question": "question", "options": "options", "answer": "answer", "context": "", "subject": ""}
+    origin = {"kind": "table", "path": str(toys / "own.jsonl"), "pool": None, "answer_is": "index0"}
+    own = {"origin": origin | {"columns": columns | {"split": "split"}}}
+    raw = copy.deepcopy(SMOKE)
+    raw["models"]["teacher"] = {"source": {"kind": "local", "path": str(toys / "plain")}, "keep_layers": []}
+    raw["models"]["embedder"] = {"kind": "local", "path": str(toys / "encoder")}
+    raw["data"] = {"max_prompt_tokens": 640, "open_questions": None, "dialogues": None}
+    raw["data"]["datasets"] = {"own": own | {"private": 2, "labelled": 2, "transfer": 2, "valid": 8, "test": 8}}
+    raw["quantization"]["plan"]["share"] = 0.6
+    raw["inference"] |= {"questions": {"option_text": {"own": 8}}, "exams": {}}
+    raw["inference"]["shuffle"]["questions"] = {"own": 2}
+    raw["evaluation"]["headline_source"] = "own"
+    path = tmp_path / "profile.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    return lambda changes=None: preflight.check_profile(load_params(path, changes))
+
+
+def test_a_profile_that_can_run_is_accepted(check):
+    assert check() == []
+
+
+def of_model(name: str) -> dict:
+    return {"models.teacher.source": {"kind": "local", "path": name}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"data.datasets.own.origin.path": "none.jsonl"}, r"none\.jsonl: no such file"),
+        ({"data.datasets.own.origin.columns.answer": "gold"}, r"no column \['gold'\]"),
+        ({"data.datasets.own.private": 7}, "own: 7 questions asked for private"),
+        (of_model("none"), "none: no such file or folder"),
+        (of_model("{toys}"), r"no config\.json"),
+        (of_model("{toys}/rope"), r"quantization\.edge: rope_type 'linear'.*set it to null"),
+        (of_model("{toys}/narrow"), "cannot be nf4: its rows of 96 weights"),
+        (of_model("{toys}/gpt2"), "'gpt2' is no dense decoder"),
+        (of_model("{toys}/encoder"), "the weights are not those of its config|cannot be loaded"),
+        (of_model("{toys}/refusing"), r"the chat template refuses these turns \(no turns\)"),
+        ({"models.teacher.keep_layers": [0, 3]}, r"within 0…2"),
+        ({"distillation.num_layers": 4}, r"num_layers is 4, the teacher has 3 layers"),
+        ({"distillation.hidden_weight": 1.0, "distillation.hidden_layers": [[3, 3]], "distillation.num_layers": 2},
+         r"hidden_layers \[3, 3\]: the student has 2 layers"),
+        ({"distillation.correction.target_modules": ["qkv_proj"]}, r"target_modules \['qkv_proj'\]"),
+        ({"lora.adapter.target_modules": ["lm_head"]}, "tied to the embeddings"),
+        ({"distillation.top_k": 400}, "top_k is 400, the student has 300"),
+        ({"quantization.plan.share": 0.1}, r"plan\.share is 0\.1: a budget of"),
+        ({"data.max_prompt_tokens": 1020}, "the positions of the student allow 1024"),
+        ({"inference.safety_probes": 100000}, "an even sample has 1 to"),
+        ({"inference.server": {"base_url": "http://x/v1", "model": "m", "api_key_env": "MEDKIT_NO_KEY"}},
+         r"inference\.server: the API key is read from MEDKIT_NO_KEY"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused_by_name(check, toys, changes, sentence):
+    filled = json.loads(json.dumps(changes).replace("{toys}", str(toys)))
+    with pytest.raises(MedkitError, match=sentence):
+        check(filled)
+
+
+def test_an_architecture_that_no_file_can_hold_runs_without_one(check, toys):
+    changes = json.loads(json.dumps(of_model("{toys}/rope")).replace("{toys}", str(toys)))
+    without = {"quantization.edge": None, "quantization.edge_small": None, "inference.claims": ["student_kd"]}
+    assert check(changes | without) == []
+
+
+def test_what_is_not_downloaded_is_named_and_not_fetched(check, no_network, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path / "empty"))
+    teacher = {"models.teacher.source": SMOKE["models"]["teacher"]["source"]}
+    hub = {"kind": "hub", "repo": "owner/set", "revision": "main", "type": "dataset", "subset": ""}
+    notes = check(teacher | {"data.open_questions": hub})
+    assert notes == [
+        f"{name} is not downloaded yet, and not checked" for name in ("models.teacher", "data.open_questions")
+    ]
+    assert no_network == [] and not (tmp_path / "empty").exists()
+
+
+def test_the_documented_example_is_accepted(check, tmp_path):
+    text = (ROOT / "docs" / "own_data.md").read_text()
+    changes = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    header, example = text.split("```csv\n")[1].split("```")[0].strip().splitlines()
+    rows = [example.replace("metformin", f"drug{n}").replace("organ", f"organ of the {n}th kind") for n in range(120)]
+    changes["data"]["datasets"]["mine"]["origin"]["path"] = str(tmp_path / "mine.csv")
+    (tmp_path / "mine.csv").write_text("\n".join([header, *rows]))
+    flat = {"data": changes["data"], "evaluation.headline_source": changes["evaluation"]["headline_source"]}
+    flat |= {
+        f"{section}.{key}": value
+        for section in ("quantization", "inference")
+        for key, value in changes[section].items()
+    }
+    assert check(flat) == []
