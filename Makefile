@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test fuzz audit lab report lint format notebooks student-copy readme bench ablation faults doctor size
+.PHONY: help run test matrix fuzz audit lab report lint format notebooks student-copy readme bench ablation faults doctor size
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -35,6 +35,9 @@ fuzz: .venv/done  ## damaged and hostile inputs, new ones each time: about ten m
 audit: .venv/done  ## known vulnerabilities of every locked package; needs PyPI itself, a mirror is not enough
 	$(PYTHON) -m venv .venv/audit && .venv/audit/bin/pip install --quiet pip-audit
 	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement requirements.lock
+
+matrix: .venv/done  ## small profiles of every kind of data and model through all notebooks; a minute of one core each
+	$(PY) -m pytest -n auto -m slow tests/smoke/test_matrix.py
 
 lab: .venv/done  ## JupyterLab on notebooks/00_start.ipynb
 	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start.ipynb
