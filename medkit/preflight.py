@@ -139,8 +139,12 @@ def _check_quantization(params: Params, student, tokenizer) -> None:
 
 
 def _check_data(params: Params, tokenizers: list, away: set[str]) -> None:
-    """Read, split and choose the questions as notebooks 01, 02 and 05 do; those of sources that are here."""
-    datasets = {name: dataset for name, dataset in params.data.datasets.items() if name not in away}
+    """Read, split and choose the questions as notebooks 01, 02 and 05 do.
+
+    Before a first download only the user's own files are read: the others take minutes in a large profile.
+    """
+    own = {name for name, dataset in params.data.datasets.items() if dataset.origin.kind in ("table", "local")}
+    datasets = {name: d for name, d in params.data.datasets.items() if not away or name in own}
     for name, read in (("open_questions", data.read_open_questions), ("dialogues", data.read_dialogues)):
         if (source := getattr(params.data, name)) and f"data.{name}" not in away:
             read(sources.fetch(source))
