@@ -56,6 +56,13 @@ def test_lines_of_json(tmp_path, text, form, pool, few):
 
 
 @tries(80, 4000)
+@given(text=damaged([pd.DataFrame(ROWS).to_csv(index=False, sep=sep).encode() for sep in ",;"]), form=FORMS, pool=POOLS)
+def test_lines_of_csv(tmp_path, text, form, pool):
+    (tmp_path / "mine.csv").write_bytes(text)
+    check_table(tmp_path / "mine.csv", form, pool, False)
+
+
+@tries(80, 4000)
 @given(rows=changed([ROWS]), form=FORMS, pool=POOLS, ascii_only=st.booleans())
 def test_rows_of_json(tmp_path, rows, form, pool, ascii_only):
     text = "\n".join(json.dumps(row, ensure_ascii=ascii_only, default=str) for row in rows)
