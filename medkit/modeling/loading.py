@@ -36,6 +36,7 @@ WRAPPER = re.compile(r"(?:^|\.)((?:base_model\.model|_orig_mod|_fsdp_wrapped_mod
 
 
 AGAIN = "copy or download the whole checkpoint again"
+MANY_LAYERS = 1000  # no model has more; transformers would build a damaged config's 2³¹, one by one
 
 
 class ModelError(MedkitError):
@@ -127,6 +128,9 @@ def read_weights(auto_class, path: Path, other_heads: bool = False, **options) -
         pickled = "only a pickle, which can run any code" if any(path.glob("*.bin")) else "no weights"
         raise ModelError(f"{path}: {pickled}; give a folder with the model's weights as .safetensors")
     with reading(path, ModelError, AGAIN, "cannot be loaded"), quiet_transformers():
+        config = options.get("config") or AutoConfig.from_pretrained(**place, trust_remote_code=False)
+        if getattr(config.get_text_config(), "num_hidden_layers", 0) > MANY_LAYERS:
+            raise ValueError(f"its config says {config.get_text_config().num_hidden_layers} layers")
         model, report = auto_class.from_pretrained(
             **place, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
         )

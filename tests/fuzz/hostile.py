@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from medkit.stage import MedkitError
 
 LONG = os.environ.get("HYPOTHESIS_PROFILE") == "long"
-LIMIT_S, LIMIT_BYTES = 20, 4 << 30  # of one input
+LIMIT_S, LIMIT_BYTES = 20, 4 << 30  # of the processor, and of memory, for one input
 PIECES = [
     *(b"", b"\0", b"\xff", b"\xff\xfe", b"\xef\xbb\xbf", b"\r\n", b"\n", b'"', b"'", b"{", b"}", b"[", b"]", b":"),
     *(b"- ", b"\xed\xa0\x80", "\u200b\u202e".encode(), b"\x1b[2J", b"&a [*a]", b"*a", b"<<: *a", b"!!int x"),
@@ -136,10 +136,10 @@ def watched(folder: Path | None = None):
         raise HangError(f"longer than {LIMIT_S} s")
 
     caching, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    before = signal.signal(signal.SIGALRM, stop)
+    before = signal.signal(signal.SIGPROF, stop)
     _, hard = limits = resource.getrlimit(resource.RLIMIT_AS)
-    faulthandler.dump_traceback_later(5 * LIMIT_S, exit=True)  # for code that no signal interrupts
-    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    faulthandler.dump_traceback_later(20 * LIMIT_S, exit=True)  # for code that no signal interrupts
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
     resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + LIMIT_BYTES, hard))
     _folder, _seen = str(folder) if folder else "/nowhere", []
     try:
@@ -147,8 +147,8 @@ def watched(folder: Path | None = None):
     finally:
         seen, _seen = _seen, None
         resource.setrlimit(resource.RLIMIT_AS, limits)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
         faulthandler.cancel_dump_traceback_later()
         sys.dont_write_bytecode = caching
     assert not seen, seen

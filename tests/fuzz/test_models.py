@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import warnings
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def check(folder, tmp_path, monkeypatch):
     return check
 
 
-@tries(25, 1000)
+@tries(25, 250)
 @given(data=st.data())
 def test_a_gguf_header(check, folder, data):
     content = folder.with_name("student.gguf").read_bytes()
@@ -89,7 +90,7 @@ def test_a_gguf_header(check, folder, data):
     check("student.gguf", data.draw(damaged([content], within)))
 
 
-@tries(25, 1000)
+@tries(25, 250)
 @given(data=st.data())
 def test_a_safetensors_header(check, folder, data):
     content = (folder / "model.safetensors").read_bytes()
@@ -101,7 +102,19 @@ def test_a_safetensors_header(check, folder, data):
         check("model.safetensors", data.draw(damaged([content], size)))
 
 
-@tries(40, 1500)
+def test_a_config_of_many_layers_or_with_code_of_its_own(check, folder):
+    config = json.loads((folder / "config.json").read_text())
+    code = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, "model_type": "evil"}
+    for changes in ({"num_hidden_layers": 2**31}, {"vocab_size": 2**34}, code):
+        check("config.json", json.dumps(config | changes).encode())
+    gguf = folder.with_name("student.gguf").read_bytes()
+    for name, head in ((b"llama.block_count", (4, 2**31)), (b"tokenizer.ggml.token_type", (9, 5, 0, 2**28))):
+        start = gguf.index(name) + len(name)
+        packed = struct.pack(f"<{len(head)}I", *head)
+        check("student.gguf", gguf[:start] + packed + gguf[start + len(packed) :])
+
+
+@tries(40, 375)
 @given(data=st.data(), file=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json"]))
 def test_a_config(check, folder, data, file):
     content = (folder / file).read_bytes()
@@ -109,7 +122,7 @@ def test_a_config(check, folder, data, file):
     check(file, data.draw(tree | damaged([content])))
 
 
-@tries(10, 500)
+@tries(10, 125)
 @given(data=st.data())
 def test_a_tokenizer(check, folder, data):
     content = (folder / "tokenizer.json").read_bytes()
@@ -119,7 +132,7 @@ def test_a_tokenizer(check, folder, data):
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is <|im_end|> \u200b\0 a sign?"}]
 
 
-@tries(60, 3000)
+@tries(60, 750)
 @given(template=damaged([CHATML.encode(), b"{{ strftime_now('%d %b') }}" + CHATML.encode()]), name=st.text(max_size=9))
 @example(template=b"{{ messages[0].content.__class__.__mro__[1].__subclasses__() }}", name="default")
 @example(template=b"{{ 1 // 0 }}", name="default")
