@@ -50,9 +50,9 @@ def _read_text(path: Path) -> str:
 
 def _read_jsonl(path: Path) -> Iterator[dict]:
     """The objects of a file, one after another on lines of their own or over several lines, or in one array."""
-    text, place = _read_text(path), 0
+    text, place, number, counted = _read_text(path), 0, 1, 0
     while (place := NOT_SPACE.match(text, place).end()) < len(text):
-        number = text.count("\n", 0, place) + 1
+        number, counted = number + text.count("\n", counted, place), place
         try:
             value, place = _DECODER.raw_decode(text, place)
         except (ValueError, RecursionError) as error:
