@@ -226,9 +226,10 @@ def ablation_table(benchmarks: Sequence[dict]) -> str:
             low, high = row["ci_low"], row["ci_high"]
             verdict = "better than" if low > 0 else "worse than" if high < 0 else "no difference shown to"
             difference = f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] {verdict} {row['baseline']}"
-        score = f"{row['mean']:.3f} ± {row['std_over_seeds']:.3f}"
-        rows.append([row["setup"], row["task"], row["student"], score, difference])
-    return markdown(["setup", "task", "student", "score, ± over seeds", "difference"], rows)
+        spread = f" ± {row['std_over_seeds']:.3f}" if row["seeds"] > 1 else ""
+        score = f"{row['mean']:.3f}{spread} ({row['seeds']})"
+        rows.append([row["setup"], row["task"], row["n"], row["student"], score, difference])
+    return markdown(["setup", "task", "n", "student", "score ± over seeds (seeds)", "difference"], rows)
 
 
 def plans_table(estimates: Mapping[str, Sequence]) -> str:

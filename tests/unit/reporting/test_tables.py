@@ -111,14 +111,14 @@ def test_benchmarks_say_whether_the_goal_was_met(better, value, goal, met):
 
 def test_an_ablation_says_what_each_student_has_over_its_baseline():
     table = [
-        {"setup": "32 labels", "task": "icd", "student": student, "mean": 0.5, "std_over_seeds": 0.01,
+        {"setup": "32 labels", "task": "icd", "student": student, "mean": 0.5, "std_over_seeds": 0.01, "n": 9, "seeds": 3,
          "baseline": baseline, "difference": gap, "ci_low": gap - 0.1, "ci_high": gap + 0.1}
         for student, baseline, gap in (("labels alone", None, 0.0), ("distilled", "labels alone", 0.2),
                                        ("easy first", "distilled", 0.05))
     ]  # fmt: skip
     _, alone, distilled, easy = cells(tables.ablation_table([{"name": "ablation", "raw": {"table": table}}]))
-    assert alone[4] == "–" and distilled[4] == "+0.200 [+0.100, +0.300] better than labels alone"
-    assert easy[4] == "+0.050 [-0.050, +0.150] no difference shown to distilled"
+    assert alone[5] == "–" and distilled[5] == "+0.200 [+0.100, +0.300] better than labels alone"
+    assert easy[5] == "+0.050 [-0.050, +0.150] no difference shown to distilled"
 
 
 def test_plans_of_the_papers_model_have_their_bytes():
