@@ -146,7 +146,8 @@ def compare(cells: list[dict], confidence: float) -> Iterator[dict]:
             by_seed = mine.groupby("seed").score.mean()
             yield {
                 "setup": setup, "student": student, "task": task, "n": len(means), "seeds": len(by_seed),
-                "mean": by_seed.mean(), "std_over_seeds": by_seed.std(ddof=1) if len(by_seed) > 1 else None, "baseline": baseline, **found,
+                "mean": by_seed.mean(), "std_over_seeds": by_seed.std(ddof=1) if len(by_seed) > 1 else None,
+                "baseline": baseline, **found,
             }  # fmt: skip
 
 

@@ -228,7 +228,7 @@ def ablation_table(benchmarks: Sequence[dict]) -> str:
             difference = f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] {verdict} {row['baseline']}"
         spread = f" ± {row['std_over_seeds']:.3f}" if row["seeds"] > 1 else ""
         score = f"{row['mean']:.3f}{spread} ({row['seeds']})"
-        rows.append([row["setup"], row["task"], row["n"], row["student"], score, difference])
+        rows.append([row["setup"], row["task"], str(row["n"]), row["student"], score, difference])
     return markdown(["setup", "task", "n", "student", "score ± over seeds (seeds)", "difference"], rows)
 
 

@@ -111,7 +111,8 @@ def test_benchmarks_say_whether_the_goal_was_met(better, value, goal, met):
 
 def test_an_ablation_says_what_each_student_has_over_its_baseline():
     table = [
-        {"setup": "32 labels", "task": "icd", "student": student, "mean": 0.5, "std_over_seeds": 0.01, "n": 9, "seeds": 3,
+        {"setup": "32 labels", "task": "icd", "n": 9, "seeds": 3, "student": student, "mean": 0.5,
+         "std_over_seeds": 0.01,
          "baseline": baseline, "difference": gap, "ci_low": gap - 0.1, "ci_high": gap + 0.1}
         for student, baseline, gap in (("labels alone", None, 0.0), ("distilled", "labels alone", 0.2),
                                        ("easy first", "distilled", 0.05))
