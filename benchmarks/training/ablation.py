@@ -154,7 +154,7 @@ def compare(cells: list[dict], confidence: float) -> Iterator[dict]:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--setup", action="append", choices=SETUPS, help="default all; the other cells are kept")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--name", default="ablation", help="of the folders in outputs/ where models and cells are kept")
     args = parser.parse_args()
 
@@ -172,7 +172,7 @@ def main() -> None:
     for setup in args.setup or SETUPS:
         rows = take_rows(questions, params.evaluation.headline_source, SETUPS[setup], params.seed)
         stage = open_setup(args.name, setup, params, rows, args.run)
-        for seed in range(args.seeds):
+        for seed in args.seeds:
             for part in PARTS if SETUPS[setup] is None else DIALS:
                 path = cells_folder / f"{digest([settings, setup, part, seed])}.json"
                 if not path.is_file():
