@@ -21,7 +21,7 @@ from medkit.variants import list_variants
 
 pytestmark = [pytest.mark.slow, pytest.mark.weights]
 SMOKE = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text())
-EXPORTED = ("llama", "qwen2")
+EXPORTED = ("llama", "llama3_rope", "qwen2", "qwen3")
 FACTORS = {
     "architecture": ["llama", "qwen2", "qwen3", "gemma3", "mistral", "phi3", "llama3_rope"],
     "data": ["table", "made", "both"],
@@ -113,7 +113,7 @@ def make_config(architecture: str, layers: int):
     more = {
         "llama": (LlamaConfig, {}),
         "qwen2": (Qwen2Config, {}),
-        "qwen3": (Qwen3Config, {"head_dim": 32}),
+        "qwen3": (Qwen3Config, {"head_dim": 128}),
         "gemma3": (Gemma3TextConfig, {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32}),
         "mistral": (MistralConfig, {"sliding_window": 64}),
         "phi3": (Phi3Config, {}),
