@@ -127,9 +127,9 @@ class ServerEngine:
             )  # fmt: skip
             logprobs = answer.choices[0].logprobs
             places = logprobs.top_logprobs[1:] if logprobs and logprobs.top_logprobs else []
-        if len(places) != len(prompt_ids) or any(len(place) < k for place in places):
-            raise EngineError(f"{self._url} does not echo {k} log-probabilities: start vLLM with --max-logprobs {k}")
-        with self._explain():
+            if len(places) != len(prompt_ids) or any(len(place or ()) < k for place in places):
+                cure = f"start vLLM with --max-logprobs {k}"
+                raise EngineError(f"{self._url} does not echo {k} log-probabilities: {cure}")
             tops = [sorted(place.items(), key=lambda pair: -pair[1])[:k] for place in places]  # names: token_id:<id>
             ids = [[int(name.rpartition(":")[2]) for name, _ in top] for top in tops]
             values = [[value for _, value in top] for top in tops]

@@ -166,6 +166,7 @@ def test_the_engine_on_a_stream(engine, answer, first):
 
 @tries(60, 750)
 @given(answer=tree_or_bytes([ECHO]))
+@example(answer=as_json(ECHO).replace('{"token_id:5": -1.0}', "null").encode())
 def test_the_engine_on_an_echo(engine, answer):
     logprobs = engine(as_json(MODELS).encode(), answer, True, False)
     assert logprobs is None or (len(logprobs.top_ids), len(logprobs.token_logprobs)) == (2, 1)
