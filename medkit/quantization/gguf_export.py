@@ -63,9 +63,7 @@ def _check_config(config) -> None:
         raise ExportError(
             f"model_type {config.model_type!r}: only {', '.join(ARCHITECTURES)} checkpoints can be exported"
         )
-    rope_type = config.rope_parameters["rope_type"]
-    if rope_type != "default" and not (config.model_type == "llama" and rope_type in ("llama3", "longrope")):
-        raise ExportError(f"rope_type {rope_type!r}: only 'default', and Llama's 'llama3', can be exported")
+    _rope_factors(config)
     if config.hidden_act != "silu":
         raise ExportError(f"hidden_act {config.hidden_act!r}: only 'silu' can be exported")
     if getattr(config, "use_sliding_window", False):
@@ -79,11 +77,13 @@ def _check_config(config) -> None:
 def _rope_factors(config) -> np.ndarray | None:
     """By how much each rotary frequency is divided for long contexts; None where none is.
 
-    Raises ExportError if that depends on the length of the text, or if attention is scaled too.
+    Raises ExportError for another kind of scaling, if it depends on the length of the text, or if attention is scaled.
     """
     rope = config.rope_parameters
     if rope["rope_type"] == "default":
         return None
+    if config.model_type != "llama" or rope["rope_type"] not in ("llama3", "longrope"):
+        raise ExportError(f"rope_type {rope['rope_type']!r}: only 'default', and Llama's 'llama3', can be exported")
     frequencies, attention = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config)
     if attention != 1 or rope.get("short_factor") != rope.get("long_factor"):
         raise ExportError("rope_type 'longrope' with factors that depend on the length: a GGUF file holds one list")

@@ -391,6 +391,16 @@ def test_a_qwen2_that_the_file_cannot_hold_is_refused(make_qwen2, qwen2_tokenize
         {"mlp_bias": True},
         {"hidden_act": "gelu"},
         {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}},
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10_000.0,
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+                "original_max_position_embeddings": 512,
+                "factor": 2.0,
+            }
+        },
     ],
     ids=lambda c: next(iter(c)),
 )
@@ -400,6 +410,8 @@ def test_a_llama_that_the_file_cannot_hold_is_refused(make_llama, tokenizer, tmp
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_()
+    with pytest.raises(ExportError):  # also where nothing is written yet, before anything runs
+        gguf_export.check_export(model, tokenizer)
     with pytest.raises(ExportError):
         gguf_export.export_gguf(model, tokenizer, path, "F16")
     assert not path.exists()
