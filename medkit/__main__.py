@@ -62,11 +62,13 @@ def run(
 ) -> None:
     """Run every notebook that is not done; the same command after a crash or kill goes on."""
     changes = parse_overrides(overrides)
-    profile = load_params(params, changes)
-    from medkit import preflight
+    profile, notes = load_params(params, changes), []
+    if dry_run or not Stage(run, "01_data").is_whole():  # nothing has run yet
+        from medkit import preflight
 
+        notes = preflight.check_profile(profile)
     if dry_run:
-        for note in preflight.check_profile(profile):
+        for note in notes:
             typer.echo(note, err=True)
         typer.echo(yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
         if profile.models.device == "cuda":
@@ -77,8 +79,6 @@ def run(
     from medkit import reporting
     from medkit.runner import run_all
 
-    if not Stage(run, "01_data").is_whole():  # nothing has run yet
-        preflight.check_profile(profile)
     ran = run_all(params, run, changes, first)
     console.print(f"{len(ran)} stages ran" if ran else "everything up to date")
     if ran or not (run_dir(run) / "report.html").is_file():
