@@ -5,6 +5,7 @@ checked, not their values.
 """
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
@@ -154,7 +155,7 @@ def _check_data(params: Params, tokenizers: list, away: set[str]) -> None:
     questions, _ = data.load_questions(datasets, paths, params.seed)
     table = data.take_splits(data.assign_pools(questions, params.seed), datasets, params.seed)
     if tokenizers:
-        table = data.drop_long(table, lambda row: count_prompt_tokens(tokenizers, row), params.data.max_prompt_tokens)
+        table = data.drop_long(table, partial(prompts.count_prompt_tokens, tokenizers), params.data.max_prompt_tokens)
     for key, counts in _asked(params):
         counts = {scoring: {n: c for n, c in of.items() if n in datasets} for scoring, of in counts.items()}
         if any(counts.values()):
@@ -163,12 +164,6 @@ def _check_data(params: Params, tokenizers: list, away: set[str]) -> None:
         for split in ("labelled", "valid"):
             data.training_rows(table, split)
             lora.adapter_rows(table, split)
-
-
-def count_prompt_tokens(tokenizers: list, question: dict) -> int:
-    """Tokens of a question's prompt, by the tokenizer that needs most."""
-    messages = prompts.render(question, prompts.pick_template(question["kind"], "option_text"))
-    return max(len(prompts.encode(tokenizer, messages)[0]) for tokenizer in tokenizers)
 
 
 def _asked(params: Params) -> Iterator[tuple[str, dict]]:

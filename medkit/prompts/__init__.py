@@ -1,4 +1,15 @@
 """Question → messages and token ids, and generated text → an answer."""
 
 from medkit.prompts.answer_parser import parse
-from medkit.prompts.templates import FORMS, LETTER, LETTERS, TEMPLATES, TEXT, answers, encode, pick_template, render
+from medkit.prompts.templates import (
+    FORMS,
+    LETTER,
+    LETTERS,
+    TEMPLATES,
+    TEXT,
+    answers,
+    count_prompt_tokens,
+    encode,
+    pick_template,
+    render,
+)

@@ -230,6 +230,12 @@ def encode(
     return prompt_ids, [*thought_ids, *answer_ids, tokenizer.eos_token_id]
 
 
+def count_prompt_tokens(tokenizers: Sequence, question: dict) -> int:
+    """Tokens of a question's prompt that asks for an option's text, by the tokenizer that needs most."""
+    messages = render(question, pick_template(question["kind"], "option_text"))
+    return max(len(encode(tokenizer, messages)[0]) for tokenizer in tokenizers)
+
+
 def _apply(tokenizer, template: str, messages: list[dict]) -> list[int]:
     """Token ids of the messages; where the template refuses a system turn, its text begins the first user turn."""
     options = {"add_generation_prompt": True, "sanitize_control_tokens": True, "return_dict": False}
