@@ -4,11 +4,9 @@ Skipped where no Chromium or Chrome is installed.
 """
 
 import shutil
-import threading
-import time
 
 import pytest
-import uvicorn
+from app_thread import running_app
 
 from medkit.inference.serve import make_router
 from medkit.inference.server_engine import ServerAddress
@@ -97,14 +95,8 @@ def test_a_notebook_opens_from_the_report_and_leads_back(visit):
 def served():
     """The server's page; its model was taught nothing, so that the router answers alone."""
     router = make_router(ServerAddress("http://127.0.0.1:9/v1", "none"), "a key", tasks=[])
-    server = uvicorn.Server(uvicorn.Config(router, port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = True
-    thread.join()
+    with running_app(router) as url:
+        yield f"{url}/"
 
 
 @pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])

@@ -1,8 +1,7 @@
 """The router before llama.cpp's own server on a toy file, as OpenAI's client sees it."""
 
 import json
-import threading
-import time
+from contextlib import ExitStack
 from hashlib import sha256
 from random import Random
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import numpy as np
 import openai
 import pytest
 import torch
-import uvicorn
+from app_thread import running_app
 from transformers import AutoModelForCausalLM, GgufConfig
 from typer.testing import CliRunner
 
@@ -55,22 +54,8 @@ def upstream(path):
 @pytest.fixture(scope="module")
 def start():
     """start(upstream, api_key, tasks, control): the URL of a router; all are stopped at the end."""
-    servers = []
-
-    def make(*router):
-        app = serve.make_router(*router)
-        config = uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        servers.append((server, thread := threading.Thread(target=server.run, daemon=True)))
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-
-    yield make
-    for server, thread in servers:
-        server.should_exit = True
-        thread.join()
+    with ExitStack() as stack:
+        yield lambda *router: stack.enter_context(running_app(serve.make_router(*router)))
 
 
 @pytest.fixture(scope="module")

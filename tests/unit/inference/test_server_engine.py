@@ -1,15 +1,12 @@
 """The server engine, against llama.cpp's own server on a toy file and against small servers that speak as others do."""
 
 import json
-import socket
-import threading
-import time
 from contextlib import contextmanager
 from random import Random
 
 import pytest
 import torch
-import uvicorn
+from app_thread import running_app
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
@@ -134,16 +131,8 @@ def running(answer, owner="vllm"):
         return JSONResponse({"data": [{"id": "toy", "object": "model", "owned_by": owner}]})
 
     routes = [Route("/v1/completions", complete, methods=["POST"]), Route("/v1/models", models)]
-    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), log_level="error"))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-        thread.start()
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
-        server.should_exit = True
-        thread.join()
+    with running_app(Starlette(routes=routes)) as url:
+        yield f"{url}/v1"
 
 
 def chunk(text="", token_ids=None, reason=None):
