@@ -215,16 +215,21 @@ async def choose(client: httpx.AsyncClient, headers: Mapping, plan: Plan) -> Pla
 def write_answer(plan: Plan) -> Response:
     """The plan's text as a chat answer, or as a stream of one chunk."""
     many = plan.chat.get("n") if type(plan.chat.get("n")) is int else 1
-    answer = {"id": f"chatcmpl-{secrets.token_hex(8)}", "created": int(time.time()), "metadata": plan.facts}
-    answer |= {"model": str(plan.chat.get("model") or "edge")}
     kind, part = ("chat.completion.chunk", "delta") if plan.chat.get("stream") else ("chat.completion", "message")
     turn = {part: {"role": "assistant", "content": plan.first}, "finish_reason": "stop", "logprobs": None}
     choices = [{"index": i, **turn} for i in range(many if many in range(1, 17) else 1)]
-    answer |= {"object": kind, "choices": choices}
+    answer = in_openai_shape(plan, f"chatcmpl-{secrets.token_hex(8)}", kind, choices)
     if plan.chat.get("stream"):
         return Response(f"data: {json.dumps(answer)}\n\ndata: [DONE]\n\n", 200, headers_of(plan), "text/event-stream")
     usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 0)
     return as_json(answer | {"usage": usage}, 200, headers_of(plan))
+
+
+def in_openai_shape(plan: Plan, name: str, kind: str, choices: list[dict]) -> dict:
+    """A chat answer, or a chunk of one."""
+    model = str(plan.chat.get("model") or "edge")
+    answer = {"id": name, "object": kind, "created": int(time.time()), "model": model}
+    return answer | {"choices": choices, "metadata": plan.facts}
 
 
 async def pass_on(answer: httpx.Response, plan: Plan) -> Response:
@@ -241,12 +246,7 @@ async def pass_on(answer: httpx.Response, plan: Plan) -> Response:
             try:
                 if is_chat:
                     delta = {"index": 0, "delta": {"role": "assistant", "content": first}, "finish_reason": None}
-                    chunk = {
-                        "id": "medkit",
-                        "created": int(time.time()),
-                        "model": str(plan.chat.get("model") or "edge"),
-                    }
-                    chunk |= {"object": "chat.completion.chunk", "choices": [delta], "metadata": plan.facts}
+                    chunk = in_openai_shape(plan, "medkit", "chat.completion.chunk", [delta])
                     yield f"data: {json.dumps(chunk)}\n\n".encode()
                 async for chunk in answer.aiter_raw():
                     yield chunk

@@ -119,9 +119,10 @@ def read_weights(auto_class, path: Path, other_heads: bool = False, **options) -
         if factors:  # which transformers does not read
             with reading(path, ModelError, AGAIN, "cannot be loaded"):
                 config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-                config.rope_parameters |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
-                config.rope_parameters |= {"attention_factor": 1.0}
-                config.rope_parameters |= {"original_max_position_embeddings": config.max_position_embeddings}
+                config.rope_parameters |= {
+                    "rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0,
+                    "original_max_position_embeddings": config.max_position_embeddings,
+                }  # fmt: skip
             options["config"] = config
         options |= {"quantization_config": GgufConfig(dequantize=True)}
     elif not any(path.glob("*.safetensors")):
