@@ -5,7 +5,6 @@ The disclaimer is in a header and in the `metadata` of every chat answer, also o
 sampling too, is left to the model's server. At / stands `chat_page.html`, on which a person can ask.
 """
 
-import asyncio
 import html
 import json
 import math
@@ -28,6 +27,7 @@ from starlette.routing import Route
 
 from medkit.inference.chats import Plan, make_plan
 from medkit.inference.server_engine import ServerAddress, llama_server
+from medkit.inference.server_scoring import score_options
 from medkit.inference.tasks import Task, describe, read_tasks
 from medkit.prompts import LETTERS, answers
 from medkit.stage import DISCLAIMER, MedkitError, Stage
@@ -97,6 +97,7 @@ def make_router(
     `tasks` are for `chats.make_plan`. A control token in a user's text is broken up by an invisible character.
     """
     root = upstream.url.removesuffix("/v1")
+    known_ids: dict[str, list[int]] = {}
     broken_up = {token: f"{token[0]}\N{WORD JOINER}{token[1:]}" for token in control}
 
     @asynccontextmanager
@@ -129,7 +130,7 @@ def make_router(
             return error_response(400, f"the body is not a chat in JSON: {error}", "invalid_request_error")
         try:
             if plan.question and plan.question["options"]:
-                plan = await choose(client, headers, plan)
+                plan = await choose(client, headers, plan, known_ids)
             if not plan.asks_model:
                 return write_answer(plan)
             asked = client.build_request(request.method, url, content=body, headers=headers)
@@ -179,27 +180,10 @@ def read_chat(body: bytes) -> dict:
     return chat
 
 
-async def choose(client: httpx.AsyncClient, headers: Mapping, plan: Plan) -> Plan:
-    """The plan with the likeliest option and its probability as its text, or with a sentence if that is too low.
-
-    llama.cpp writes the tokens of each option, since a grammar allows no others, and tells their log-probabilities.
-    """
-    options, task = plan.question["options"], plan.task
-
-    async def ask(path: str, **body) -> dict:
-        return (await client.post(path, json=body, headers=headers)).raise_for_status().json()
-
-    async def score(text: str) -> float:
-        token_ids = (await ask("/tokenize", content=text))["tokens"]
-        grammar = "root ::= " + " ".join(f"<[{number}]>" for number in token_ids)
-        settings = {"temperature": 0, "logprobs": True, "max_tokens": len(token_ids) + 1, "grammar": grammar}
-        answer = await ask("/v1/chat/completions", messages=plan.chat["messages"], **settings)
-        logprobs = [token["logprob"] for token in answer["choices"][0]["logprobs"]["content"]]
-        if task.scoring == "letter":  # that it ends there says nothing about which letter
-            return logprobs[0]
-        return sum(logprobs) / (len(logprobs) if task.scoring == "option_text_norm" else 1)
-
-    scores = await asyncio.gather(*map(score, answers(plan.question, plan.template)))
+async def choose(client: httpx.AsyncClient, headers: Mapping, plan: Plan, known_ids: dict) -> Plan:
+    """The plan with the likeliest option and its probability as its text, or with a sentence if that is too low."""
+    options, task, texts = plan.question["options"], plan.task, answers(plan.question, plan.template)
+    scores = await score_options(client, headers, plan.chat["messages"], texts, task.scoring, known_ids)
     if not all(map(math.isfinite, scores)):
         raise ValueError("its log-probabilities are not numbers")
     choice = max(range(len(scores)), key=scores.__getitem__)
