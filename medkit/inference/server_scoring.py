@@ -28,8 +28,8 @@ async def score_options(
 
     `scoring`: 'option_text' the sum over the option's tokens and the end token, 'option_text_norm' their mean, 'letter'
     the first token alone. An option that is more than NEGLIGIBLE below the best, or after which the end token is not
-    among the TOP likeliest, gets an upper bound of its score. `known_ids` remembers tokens from call to call. Raises httpx.HTTPError, and LookupError, TypeError or ValueError for
-    an answer without log-probabilities.
+    among the TOP likeliest, gets an upper bound of its score. `known_ids` remembers tokens from call to call. Raises
+    httpx.HTTPError, and LookupError, TypeError or ValueError for an answer without log-probabilities.
     """
 
     async def post(path: str, **body) -> dict:
