@@ -121,7 +121,7 @@ def compare(
 
     folder = run_dir(run_a) / f"compare_{run_b}"
     typer.echo(reporting.write_comparison(reporting.compare(run_dir(run_a), run_dir(run_b)), folder))
-    typer.echo(f"figure and tables: {folder}")
+    typer.echo(f"written: {folder}")
 
 
 @app.command()
