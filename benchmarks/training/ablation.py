@@ -120,7 +120,7 @@ def train_and_score(part: str, stage: Stage, params: Params, questions: pd.DataF
     predictions = inference.predict(model, tokenizer, asked, *sizes).assign(variant=part)
     scores = evaluation.score_questions(predictions, valid)
     return {
-        "steps": len(log), "train_s": trained_s, "load": os.getloadavg()[0], "last_ce": log.ce.tail(5).mean(),
+        "steps": len(log), "train_s": trained_s, "load": os.getloadavg()[0], "last_loss": log.loss.tail(5).mean(),
         "scores": scores[["source", "id", "group", "score"]].to_dict("records"),
     }  # fmt: skip
 
