@@ -4,6 +4,7 @@ In this repository write `.venv/bin/python -m medkit …`: `make run` puts every
 """
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -18,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medkit.params import Params, ParamsError, StrictLoader, load_params, load_run_params
-from medkit.stage import DISCLAIMER, ROOT, MedkitError, Stage, device_name, outputs_root, reading, run_dir
+from medkit.stage import DISCLAIMER, ROOT, STAGES, MedkitError, Stage, device_name, outputs_root, reading, run_dir
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(highlight=False, soft_wrap=True)
@@ -29,16 +30,19 @@ RunName = Annotated[str, typer.Option("--run", help="Name of the folder below ou
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, e.g. lora.adapter.rank=4")
 ]
+ReusedRuns = Annotated[
+    list[str] | None, typer.Option("--reuse", metavar="RUN", help="Take the stages that this run made the same way")
+]
 
 
-def parse_overrides(pairs: list[str] | None) -> dict:
+def parse_overrides(pairs: list[str] | None, option: str = "--set") -> dict:
     """`["lora.adapter.rank=4"]` → `{"lora.adapter.rank": 4}`; values are read as yaml."""
     overrides = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals or not key:
-            raise ParamsError(f"--set {pair!r}: write KEY=VALUE, e.g. --set lora.adapter.rank=4")
-        with reading(f"--set {pair!r}", ParamsError, "quote it", f"the value of {key!r} is not valid yaml"):
+            raise ParamsError(f"{option} {pair!r}: write KEY=VALUE, e.g. {option} lora.adapter.rank=4")
+        with reading(f"{option} {pair!r}", ParamsError, "quote it", f"the value of {key!r} is not valid yaml"):
             overrides[key] = StrictLoader(value).get_single_data()
     return overrides
 
@@ -54,6 +58,8 @@ def run(
     params: ParamsFile = ROOT / "params" / "tiny.yaml",
     run: RunName = "tiny",
     first: Annotated[str | None, typer.Option("--from", help="Rerun from this stage on, e.g. 03_lora")] = None,
+    last: Annotated[str | None, typer.Option("--until", help="Stop after this stage, e.g. 02_distillation")] = None,
+    reuse: ReusedRuns = None,
     overrides: Overrides = None,
     dry_run: Annotated[
         bool,
@@ -79,14 +85,42 @@ def run(
     from medkit import reporting
     from medkit.runner import run_all
 
-    ran = run_all(params, run, changes, first)
+    ran = run_all(params, run, changes, first, last, reuse or ())
     console.print(f"{len(ran)} stages ran" if ran else "everything up to date")
+    if last not in (None, STAGES[-1]):
+        return
     if ran or not (run_dir(run) / "report.html").is_file():
         reporting.write_report(run_dir(run))
     console.print(f"results: {run_dir(run) / 'results.json'}")
     console.print(f"report: {run_dir(run) / 'report.html'}")
     console.print(f"executed notebooks: {run_dir(run) / 'notebooks'}")
     console.print(DISCLAIMER)
+
+
+@app.command()
+def sweep(
+    grid: Annotated[list[str], typer.Option("--grid", metavar="KEY=V1,V2", help="e.g. lora.adapter.rank=4,16,64")],
+    params: ParamsFile = ROOT / "params" / "tiny.yaml",
+    name: Annotated[
+        str, typer.Option("--run", help="Name of the sweep, with which the names of its runs begin")
+    ] = "sweep",
+    reuse: ReusedRuns = None,
+    jobs: Annotated[
+        list[str] | None,
+        typer.Option("--job", metavar="KEY=VALUE", help="Send jobs to Slurm: submitit's settings, cluster=slurm first"),
+    ] = None,
+) -> None:
+    """Run all combinations of some settings, share the stages that do not depend on them, and compare the results."""
+    from medkit import preflight
+    from medkit.reporting.sweeps import write_sweep
+    from medkit.sweep import name_points, run_sweep
+
+    listed = [re.sub("=(.*)", r"=[\1]", pair, count=1) for pair in grid]
+    points = name_points(name, parse_overrides(listed, "--grid"))
+    preflight.check_profile(load_params(params, next(iter(points.values()))))
+    run_sweep(params, name, points, reuse or (), None if jobs is None else parse_overrides(jobs, "--job"))
+    typer.echo(write_sweep(name, points))
+    console.print(f"written: {run_dir(name)}")
 
 
 @app.command()

@@ -7,9 +7,13 @@ shared keys and the versions of the libraries that compute. Prose, docstrings an
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import sys
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,10 +27,12 @@ from medkit.code_digest import digest_code
 from medkit.params import Params, digest, load_params, save_run_params
 from medkit.stage import (
     FINGERPRINT,
+    MANIFEST,
     ROOT,
     STAGES,
     MedkitError,
     Stage,
+    atomic_path,
     library_versions,
     lock_run,
     outputs_root,
@@ -112,30 +118,45 @@ def _state(stage: Stage, wanted: str) -> str:
     return "done" if manifest["fingerprint"] == wanted else "stale"
 
 
-def run_all(params_file: str | Path, run: str, overrides: dict | None = None, first: str | None = None) -> list[str]:
+def run_all(
+    params_file: str | Path,
+    run: str,
+    overrides: dict | None = None,
+    first: str | None = None,
+    last: str | None = None,
+    reuse: Sequence[str] = (),
+) -> list[str]:
     """Execute every stage that is not done, in order; returns the names of those that ran.
 
-    `first` reruns that stage and all after it. The same command after a crash or kill goes on where it stopped. The
-    checked params are stored in the run's folder. Raises RunError for a notebook that fails and an unknown stage, and
-    the errors of `lock_run`.
+    `first` reruns that stage and all after it; nothing after `last` runs. A stage that another run, named in `reuse`,
+    made with the same fingerprint is taken from there. The same command after a crash or kill goes on where it stopped.
+    The checked params are stored in the run's folder. Raises RunError for a notebook that fails and an unknown stage,
+    and the errors of `lock_run`.
     """
     params = load_params(params_file, overrides)
-    if first is not None and first not in STAGES:
-        raise RunError(f"no stage {first!r}; the stages are {STAGES}")
+    for stage in (first, last):
+        if stage is not None and stage not in STAGES:
+            raise RunError(f"no stage {stage!r}; the stages are {STAGES}")
     parameters = {"params_file": str(Path(params_file).resolve()), "run": run, "overrides": overrides or {}}
     with lock_run(run):
         save_run_params(params, run)
-        return _run_stages(fingerprints(params), parameters, first)
+        return _run_stages(fingerprints(params), parameters, first, last or STAGES[-1], reuse)
 
 
-def _run_stages(wanted: dict[str, str], parameters: dict, first: str | None) -> list[str]:
+def _run_stages(
+    wanted: dict[str, str], parameters: dict, first: str | None, last: str, reuse: Sequence[str]
+) -> list[str]:
     ran: list[str] = []
-    for number, notebook in enumerate(notebooks(), start=1):
+    for number, notebook in enumerate(notebooks()[: STAGES.index(last) + 1], start=1):
         stage, title = Stage(parameters["run"], notebook.stem), f"[{number}/{len(wanted)}] {notebook.stem}"
         done = _state(stage, wanted[stage.name]) == "done"
-        if done and (first is None or stage.name < first):
-            _print(f"{title}: up to date")
-            continue
+        if first is None or stage.name < first:
+            if not done and (other := _take_stage(stage, wanted[stage.name], reuse)):
+                _print(f"{title}: taken from run {other!r}")
+                continue
+            if done:
+                _print(f"{title}: up to date")
+                continue
         stage.reopen()
         _print(f"{title} …")
         executed = run_dir(stage.run) / "notebooks" / notebook.name
@@ -144,6 +165,35 @@ def _run_stages(wanted: dict[str, str], parameters: dict, first: str | None) -> 
         _print(f"{title}: done in {time.monotonic() - stage.started:.0f} s")
         ran.append(stage.name)
     return ran
+
+
+def _take_stage(stage: Stage, wanted: str, runs: Sequence[str]) -> str | None:
+    """Put a stage that one of these runs made with this fingerprint into this run; returns that run's name.
+
+    Weights are hard links where the disk has them: no file of weights is changed in place. The last stage is not taken:
+    its results belong to the run.
+    """
+    made = (other for run in runs if run != stage.run and (other := Stage(run, stage.name)).is_whole())
+    other = next((o for o in made if o.manifest()["fingerprint"] == wanted and o.name != STAGES[-1]), None)
+    if other is None:
+        return None
+    manifest, executed = other.manifest(), Path("notebooks") / f"{stage.name}.ipynb"
+    with atomic_path(stage.dir) as scratch:
+        for name in manifest["files"]:
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            _link_or_copy(other.dir / name, scratch / name)
+        (scratch / MANIFEST).write_text(json.dumps(manifest | {"run": stage.run, "taken_from": other.run}, indent=1))
+    if (run_dir(other.run) / executed).is_file():
+        with atomic_path(run_dir(stage.run) / executed) as scratch:
+            shutil.copyfile(run_dir(other.run) / executed, scratch)
+    return other.run
+
+
+def _link_or_copy(old: Path, new: Path) -> None:
+    if old.suffix in (".safetensors", ".gguf"):
+        with suppress(OSError):
+            return os.link(old, new)
+    shutil.copyfile(old, new)
 
 
 def _print(line: str) -> None:

@@ -18,6 +18,7 @@ ORDER = [
     {"reporting"},
     {"checks", "preflight"},
     {"runner"},
+    {"sweep"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
