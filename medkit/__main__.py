@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -232,6 +233,22 @@ def serve(
 
     console.print(f"http://{host}:{port} for a person, http://{host}:{port}/v1 for OpenAI's clients · {DISCLAIMER}")
     serving.serve(run, host, port, api_key, upstream, upstream_key, slots, context)
+
+
+@app.command()
+def chat(
+    run: RunName = "tiny",
+    upstream: Annotated[str | None, typer.Option(help="URL (…/v1) of another server, as for serve")] = None,
+    upstream_key: Annotated[str | None, typer.Option(envvar="MEDKIT_UPSTREAM_KEY", help="Its API key")] = None,
+) -> None:
+    """Ask the edge file of a run in this terminal: an empty line sends what was written, Ctrl-D ends."""
+    from medkit.inference import serve as serving
+
+    console.print(f"{DISCLAIMER} An empty line sends, Ctrl-D ends.")
+    with serving.open_chat(run, upstream, upstream_key) as answer, suppress(EOFError):
+        while True:
+            if message := "\n".join(iter(input, "")):
+                typer.echo(f"{answer(message)}\n")
 
 
 @app.command()

@@ -10,8 +10,8 @@ import json
 import math
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 
 import gguf
@@ -24,6 +24,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.testclient import TestClient
 
 from medkit.inference.chats import Plan, make_plan
 from medkit.inference.server_engine import ServerAddress, llama_server
@@ -35,6 +36,7 @@ from medkit.variants import VARIANTS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]  # without a key no web page may reach the server by another name
+OWN_PAGE = "http://localhost"
 OWN_PAGES = r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?"
 PAGE = Path(__file__).with_name("chat_page.html")
 PAGE_POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -64,6 +66,35 @@ def serve(
     """
     if host not in LOOPBACK and not api_key:
         raise MedkitError(f"--host {host} can be reached by other machines: set an API key in MEDKIT_API_KEY")
+    with open_router(run, api_key, upstream, upstream_key, slots, context_tokens) as router:
+        uvicorn.run(router, host=host, port=port, log_level="warning", server_header=False)
+
+
+@contextmanager
+def open_chat(run: str, upstream: str | None = None, upstream_key: str | None = None) -> Iterator[Callable[[str], str]]:
+    """A function that answers one message as the server at / would. It raises MedkitError if no answer comes."""
+    with open_router(run, None, upstream, upstream_key, 1) as router, TestClient(router, OWN_PAGE) as client:
+
+        def answer(message: str) -> str:
+            chat = {"model": "edge", "messages": [{"role": "user", "content": message}], "temperature": 0}
+            body = client.post("/v1/chat/completions", json=chat).json()
+            if "error" in body:
+                raise MedkitError(f"no answer: {body['error']['message']}")
+            return body["choices"][0]["message"]["content"]
+
+        yield answer
+
+
+@contextmanager
+def open_router(
+    run: str,
+    api_key: str | None = None,
+    upstream: str | None = None,
+    upstream_key: str | None = None,
+    slots: int = 4,
+    context_tokens: int = 4096,
+) -> Iterator[Starlette]:
+    """The router before the run's edge file, or before `upstream`; a server that it started ends with the block."""
     tasks, control = None, []
     if upstream:
         server = nullcontext(ServerAddress(upstream.rstrip("/"), upstream_key or "none"))
@@ -75,8 +106,7 @@ def serve(
         tasks, control = read_tasks(path), control_tokens(path)
         server = llama_server(path, slots, context_tokens)
     with server as address:
-        router = make_router(address, api_key, tasks, control)
-        uvicorn.run(router, host=host, port=port, log_level="warning", server_header=False)
+        yield make_router(address, api_key, tasks, control)
 
 
 def control_tokens(path: Path) -> list[str]:

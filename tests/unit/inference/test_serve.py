@@ -378,3 +378,12 @@ def test_the_disclaimer_stands_beside_the_address(served):
     shown = CliRunner().invoke(__main__.app, ["serve", "--upstream", "http://127.0.0.1:9/v1", "--port", "8003"])
     line = f"http://127.0.0.1:8003 for a person, http://127.0.0.1:8003/v1 for OpenAI's clients · {DISCLAIMER}"
     assert line in " ".join(shown.output.split())
+
+
+def test_a_chat_in_the_terminal_gets_the_answers_of_the_server(upstream):
+    server = ["--upstream", upstream.url, "--upstream-key"]
+    typed = f"{QUESTION}\n\n\nMy father is\nnot breathing\n\n"
+    shown = CliRunner().invoke(__main__.app, ["chat", *server, upstream.api_key], input=typed)
+    assert shown.exit_code == 0 and DISCLAIMER in shown.output and emergencies.SENTENCE in shown.output
+    refused = CliRunner().invoke(__main__.app, ["chat", *server, "wrong"], input=typed)
+    assert isinstance(refused.exception, MedkitError) and "no answer: " in str(refused.exception)
