@@ -20,7 +20,18 @@ from rich.console import Console
 from rich.table import Table
 
 from medkit.params import Params, ParamsError, StrictLoader, load_params, load_run_params
-from medkit.stage import DISCLAIMER, ROOT, STAGES, MedkitError, Stage, device_name, outputs_root, reading, run_dir
+from medkit.stage import (
+    DISCLAIMER,
+    ROOT,
+    STAGES,
+    MedkitError,
+    Stage,
+    StageError,
+    device_name,
+    outputs_root,
+    reading,
+    run_dir,
+)
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 console = Console(highlight=False, soft_wrap=True)
@@ -125,14 +136,23 @@ def sweep(
 
 
 @app.command()
-def status(run: RunName = "tiny", params: RunParamsFile = None, overrides: Overrides = None) -> None:
+def status(
+    run: RunName = "tiny",
+    params: RunParamsFile = None,
+    overrides: Overrides = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file again, and compare its sha256")] = False,
+) -> None:
     """Which stages of a run are done, stale, damaged or missing."""
     from medkit import runner
 
-    table = Table("stage", "state", "took")
+    table, changed = Table("stage", "state", "took"), []
     for stage in runner.status(params_of(run, params, overrides), run):
         table.add_row(stage.name, stage.state, "–" if stage.duration_s is None else f"{stage.duration_s:.0f} s")
+        if verify:
+            changed += [f"{stage.name}/{name}" for name in Stage(run, stage.name).changed_files()]
     console.print(table)
+    if changed:
+        raise StageError(f"run {run!r}: not as they were written: {', '.join(changed)}; `run --from` makes them again")
 
 
 @app.command()

