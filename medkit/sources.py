@@ -89,8 +89,8 @@ def is_here(source: Source | Table) -> bool:
             return _wheel_path(source).is_file()
         case Wheels():
             return _joined_path(source).is_file()
-        case Hub():
-            return _hub_ref(source).is_file()
+        case Hub():  # the cache has no branch for a revision that is itself a commit
+            return _hub_ref(source).is_file() or (_hub_folder(source) / "snapshots" / source.revision).is_dir()
     return True
 
 
@@ -102,10 +102,13 @@ def _joined_path(wheels: Wheels) -> Path:
     return cache_root() / "joined" / wheels.sha256[:12] / wheels.file
 
 
+def _hub_folder(hub: Hub) -> Path:
+    return cache_root() / "hub" / f"{hub.type}s--{hub.repo.replace('/', '--')}"
+
+
 def _hub_ref(hub: Hub) -> Path:
     """The file in which the hub's cache keeps the commit of a branch."""
-    folder = f"{hub.type}s--{hub.repo.replace('/', '--')}"
-    return cache_root() / "hub" / folder / "refs" / hub.revision
+    return _hub_folder(hub) / "refs" / hub.revision
 
 
 def fetch_wheel(wheel: Wheel) -> Path:

@@ -241,6 +241,8 @@ def test_a_hub_branch_is_resolved_to_a_commit_once_and_recorded(monkeypatch, cac
     monkeypatch.setattr(sources, "FETCHED", {})
     first = sources.fetch(hub)
     assert sources.fetch(hub) == first and cache in first.parents
+    for revision, is_here in {"main": True, commit: True, "d" * 40: False}.items():  # no branch names a commit
+        assert sources.is_here(hub.model_copy(update={"revision": revision})) == is_here
     assert [where["revision"] for where in asked] == ["main", commit]  # a branch that moves on changes no later run
     assert {"owner/set@main": commit} == sources.FETCHED
     assert {"*.py", "*.bin"} <= set(asked[0]["ignore_patterns"])
