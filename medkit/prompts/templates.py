@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import lru_cache
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -224,10 +225,27 @@ def encode(
         return prompt_ids, []
     thought_ids = []
     if thought:
-        thought_ids = tokenizer(thought, add_special_tokens=False, split_special_tokens=True).input_ids
+        thought_ids = _text_ids(tokenizer, thinking, thought)
         thought_ids += tokenizer(closing or "\n\n", add_special_tokens=False).input_ids
-    answer_ids = tokenizer(answer, add_special_tokens=False, split_special_tokens=True).input_ids
+    answer_ids = _text_ids(tokenizer, thinking, answer)
     return prompt_ids, [*thought_ids, *answer_ids, tokenizer.eos_token_id]
+
+
+def _text_ids(tokenizer, thinking: Thinking, text: str) -> list[int]:
+    """Token ids of an answer or a thought. Marks such as R1's `</think>`, which is no special token, are text too."""
+    marks = _plain_marks(tokenizer, thinking.open_template)
+    if not any(mark in text for mark in marks):
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+    echo = f"{{% set marks = {json.dumps(marks, ensure_ascii=False)} %}}{{{{ messages[0]['content'] }}}}"
+    options = {"sanitize_control_tokens": True, "return_dict": False}
+    return tokenizer.apply_chat_template([{"role": "assistant", "content": text}], chat_template=echo, **options)
+
+
+@lru_cache(maxsize=8)
+def _plain_marks(tokenizer, template: str) -> tuple[str, ...]:
+    """The added tokens of a chat template that are not special, and so are found in any text."""
+    tokens = tokenizer.added_tokens_decoder.values() if template else ()
+    return tuple(t.content for t in tokens if not t.special and not t.content.isspace() and t.content in template)
 
 
 def count_prompt_tokens(tokenizers: Sequence, question: dict) -> int:

@@ -124,7 +124,7 @@ class Letters:
     START, END = 1, 2
 
     def __init__(self, chat_template: str | None):
-        self.chat_template, self.eos_token_id = chat_template, self.END
+        self.chat_template, self.eos_token_id, self.added_tokens_decoder = chat_template, self.END, {}
 
     def __call__(self, text: str, add_special_tokens: bool = True, split_special_tokens: bool = False):
         return SimpleNamespace(input_ids=[self.START] * add_special_tokens + [ord(c) for c in text])

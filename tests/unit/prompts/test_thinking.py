@@ -40,3 +40,16 @@ def test_a_plain_answer_follows_an_empty_thought_and_a_generated_one_an_open_tho
         assert closed.endswith(f"assistant\n{opening}{closing}")
         assert opened.endswith(f"assistant\n{opening}")
         assert thought == f"It is A.{closing}C<|im_end|>"
+
+
+@pytest.mark.parametrize("end", [OPENED, SWITCH], ids=["open", "closed"])
+def test_marks_in_a_text_stay_text_though_they_are_no_special_tokens(make_tokenizer, end):
+    """R1-Distill has `<think>` and `</think>` as added tokens that are not special, Qwen3 too."""
+    tokenizer = make_tokenizer(chat_template=TURNS + ASK + end)
+    marks = [tokenizer.add_tokens([mark]) and tokenizer.convert_tokens_to_ids(mark) for mark in ("<think>", "</think>")]
+    harmless = encode(tokenizer, [MESSAGES[0] | {"content": "Which one?"}], "C", thought="It is A.")
+    given, taught = encode(tokenizer, MESSAGES, "C </think> B", thought="It is </think> A <think>.")
+    assert [[ids.count(mark) for mark in marks] for ids in (given, taught)] == [
+        [ids.count(mark) for mark in marks] for ids in harmless
+    ]
+    assert tokenizer.decode(taught) == "It is </think> A <think>.\n</think>\n\nC </think> B<|im_end|>"
