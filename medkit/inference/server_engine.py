@@ -82,18 +82,15 @@ class ServerEngine:
     Greedy, unless `temperature` is above 0.
 
     `model` None takes the first model that the server lists. The server must return token ids, as llama.cpp and vLLM
-    do; `tokenizer` turns the text of other servers into ids, which may differ from what the model wrote. While no end
-    token is wanted, vLLM writes on after one and llama.cpp writes none. A busy server is asked again, a few times.
+    do. While no end token is wanted, vLLM writes on after one and llama.cpp writes none. A busy server is asked again,
+    a few times.
 
     Raises EngineError if the server cannot be reached, refuses the key, or has no such model.
     """
 
-    def __init__(
-        self, url: str, model: str | None = None, api_key: str | None = None, tokenizer=None, timeout_s: float = 120.0,
-        temperature: float = 0.0,
-    ):  # fmt: skip
-        self._url, self._tokenizer, self._temperature = url, tokenizer, temperature
-        self._client = openai.OpenAI(base_url=url, api_key=api_key or "none", timeout=timeout_s, max_retries=4)
+    def __init__(self, url: str, model: str | None = None, api_key: str | None = None, temperature: float = 0.0):
+        self._url, self._temperature = url, temperature
+        self._client = openai.OpenAI(base_url=url, api_key=api_key or "none", timeout=120.0, max_retries=4)
         with self._explain():
             listed = self._client.with_options(timeout=10.0, max_retries=0).models.list()
             owners = {str(model.id): str(model.owned_by) for model in listed}
@@ -159,9 +156,7 @@ class ServerEngine:
             for choice in (choice for chunk in chunks for choice in chunk.choices):
                 token_ids = (choice.model_extra or {}).get("token_ids")
                 if token_ids is None and choice.text:
-                    if self._tokenizer is None:
-                        raise EngineError(f"{self._url} returns no token ids: give this engine the model's tokenizer")
-                    token_ids = self._tokenizer(choice.text, add_special_tokens=False).input_ids
+                    raise EngineError(f"{self._url} returns no token ids: serve the model with vLLM or llama.cpp")
                 token_ids = list(token_ids or [])
                 last = [*generation.token_ids, *token_ids][-1:]
                 if choice.finish_reason == "stop" and request.end_ids and not set(last) & set(request.end_ids):

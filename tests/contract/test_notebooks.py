@@ -11,7 +11,7 @@ from ipykernel.kernelspec import get_kernel_dict
 
 from medkit.checks import EXERCISES
 from medkit.runner import PARAMETERS, notebooks
-from medkit.stage import ROOT, STAGES
+from medkit.stage import ROOT
 
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 EVERY = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *SOLUTIONS]
@@ -30,10 +30,6 @@ def code(path):
 
 def tags(cell):
     return set(cell.metadata.get("tags", []))
-
-
-def test_the_six_are_there():
-    assert [path.stem for path in EVERY if path not in SOLUTIONS] == ["00_start", *STAGES]
 
 
 @pytest.mark.parametrize("path", [*EVERY, *COPIES], ids=lambda p: f"{p.parent.name}/{p.stem}")
@@ -62,25 +58,16 @@ def test_start_shows_the_last_run_or_how_to_make_one(make_run, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("path", EVERY, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_ran_top_to_bottom(path):
+def test_it_ran_top_to_bottom_and_keeps_portable_output_iff_that_is_checked(path):
     # nbval compares only cells with a count: a stripped notebook would pass with any output
     assert [cell.execution_count for cell in code(path)] == list(range(1, len(code(path)) + 1))
-
-
-@pytest.mark.parametrize("path", EVERY, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_keeps_output_if_and_only_if_it_is_checked(path):
     for cell in code(path):
         assert tags(cell) & CHECKED in (set(), CHECKED), "the two tags go together"
         assert bool(cell.outputs) == bool(tags(cell) & CHECKED), cell.source
-    assert any(tags(cell) & CHECKED for cell in code(path))
-
-
-@pytest.mark.parametrize("path", EVERY, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_checked_output_is_portable(path):
-    for cell in code(path):
         for output in cell.outputs:
             assert output.output_type == "stream" and output.name == "stdout"
             assert not re.search(r"/\w+/\w+/|\b\d+\.\d{3,}|\b\d+ ms\b", output.text), "no path, raw float or time"
+    assert any(tags(cell) & CHECKED for cell in code(path))
 
 
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
@@ -93,19 +80,6 @@ class TestStage:
         assert found["params_file"]["default"] == '"../params/smoke.yaml"', (
             "nbval injects nothing: defaults are what it runs"
         )
-
-    def test_shape_of_the_story(self, path):
-        text = "\n".join(cell.source for cell in read(path))
-        for promise in (
-            "| **Reads** |",
-            "| **Writes** |",
-            "| **Time** |",
-            "**You will learn**",
-            "## What we see",
-            "**Exercises**",
-        ):
-            assert promise in text
-        assert "stage.commit(" in code(path)[-1].source, "the manifest is written last"
 
     def test_no_magic_and_no_absolute_path(self, path):
         for cell in code(path):

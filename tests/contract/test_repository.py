@@ -22,13 +22,9 @@ def test_tables_are_fresh(page, monkeypatch):
     assert Cog().main(["cog", "--check", "-r", page]) == 0, "run `make readme`"
 
 
-def test_readme_is_short_and_names_no_file_of_the_package():
-    assert len(README.encode()) <= 6_000
+def test_readme_is_short_says_what_it_is_not_and_names_no_file_of_the_package():
+    assert len(README.encode()) <= 6_000 and DISCLAIMER in README
     assert not re.search(r"\w+\.py\b", README)
-
-
-def test_readme_says_what_it_is_not():
-    assert DISCLAIMER in README
 
 
 def test_lock_pins_every_dependency():
@@ -40,6 +36,8 @@ def test_lock_pins_every_dependency():
         name = re.match(r"[\w.-]+", requirement)[0]
         assert name in ("pip", "medkit") or re.sub(r"[-_.]+", "-", name).lower() in locked, name
     assert lock["torch"] == "2.13.0"
+    (bound,) = (line for line in project["dependencies"] if line.startswith("bitsandbytes"))
+    assert "<" in bound, "its byte layout of NF4 is not documented: a new version must be tried first"
 
 
 def test_every_package_model_and_dataset_has_a_licence():
@@ -58,11 +56,10 @@ def test_environment_uses_the_lock():
     assert pip == ["-r requirements.lock", "-e ."]
 
 
-@pytest.mark.parametrize("path", [p for p in TRACKED if p.endswith((".py", ".yaml", ".ipynb"))])
-def test_no_unsafe_loading(path):
-    text = (ROOT / path).read_text()
-    if path != "tests/contract/test_repository.py":
-        assert not re.search(r"trust_remote_code\s*=\s*True|yaml\.load\(|pickle\.loads?\(|torch\.load\(", text)
+def test_no_unsafe_loading():
+    unsafe = re.compile(r"trust_remote_code\s*=\s*True|yaml\.load\(|pickle\.loads?\(|torch\.load\(")
+    paths = [p for p in TRACKED if p.endswith((".py", ".yaml", ".ipynb")) and p != "tests/contract/test_repository.py"]
+    assert paths and [path for path in paths if unsafe.search((ROOT / path).read_text())] == []
 
 
 def test_no_large_file_is_tracked():

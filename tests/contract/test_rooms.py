@@ -2,8 +2,6 @@
 
 import ast
 
-import pytest
-
 from medkit.stage import ROOT
 
 ORDER = [
@@ -23,6 +21,7 @@ ORDER = [
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 PACKAGE = ROOT / "medkit"
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def imported_rooms(path):
@@ -36,18 +35,18 @@ def imported_rooms(path):
             yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("medkit."))
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_imports_only_what_stands_above(path):
-    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if room == "__init__":
-        return
-    for other in set(imported_rooms(path)) - {room}:
-        allowed = LEVEL[other] < LEVEL[room] or LEVEL[other] == LEVEL[room] == 0
-        assert allowed, f"{path.relative_to(PACKAGE)} imports {other}, which stands below it"
+def test_a_file_imports_only_what_stands_above_its_room():
+    wrong = []
+    for path in FILES:
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for other in set(imported_rooms(path)) - {room} if room != "__init__" else ():
+            if not (LEVEL[other] < LEVEL[room] or LEVEL[other] == LEVEL[room] == 0):
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {other}")
+    assert FILES and wrong == []
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_importing_a_module_calls_nothing_for_its_effect(path):
+def test_importing_a_module_calls_nothing_for_its_effect():
     """So it silences neither Python's warnings nor transformers' log, which belong to whoever imports the package."""
-    calls = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call)]
+    statements = [node for path in FILES for node in ast.parse(path.read_text()).body]
+    calls = [node for node in statements if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
     assert [ast.unparse(call) for call in calls] == []

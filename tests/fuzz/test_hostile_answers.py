@@ -26,7 +26,7 @@ OPTIONS = ["metformin", "Metformin 500 mg", "A", "yes", "no", "", " ", "İ", "\u
 ANSWERS = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=12).map("".join)
 
 
-@tries(300, 5000)
+@tries(60, 5000)
 @given(text=ANSWERS, options=st.lists(st.sampled_from(OPTIONS), min_size=1, max_size=12))
 def test_a_choice(text, options):
     for template in (templates.TEXT, templates.LETTER, templates.ABSTRACT):
@@ -55,7 +55,7 @@ def score(text: str) -> None:
     check_promise(pd.DataFrame, records.score_dialogues, answers, dialogues, "record", 0.95, {"allergy": "ALLERGY"})
 
 
-@tries(60, 750)
+@tries(20, 750)
 @given(text=changed([PATIENT, FORM_B]).map(lambda tree: json.dumps(tree, default=str)) | ANSWERS)
 @example(text=json.dumps(PATIENT | {"age": 10**400}))
 @example(text=json.dumps(PATIENT | {"dose": "nan"}))

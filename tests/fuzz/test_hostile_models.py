@@ -82,7 +82,7 @@ def check(folder, tmp_path, monkeypatch):
     return check
 
 
-@tries(25, 250)
+@tries(12, 250)
 @given(data=st.data())
 def test_a_gguf_header(check, folder, data):
     content = folder.with_name("student.gguf").read_bytes()
@@ -90,7 +90,7 @@ def test_a_gguf_header(check, folder, data):
     check("student.gguf", data.draw(damaged([content], within)))
 
 
-@tries(25, 250)
+@tries(12, 250)
 @given(data=st.data())
 def test_a_safetensors_header(check, folder, data):
     content = (folder / "model.safetensors").read_bytes()
@@ -114,7 +114,7 @@ def test_a_config_of_many_layers_or_with_code_of_its_own(check, folder):
         check("student.gguf", gguf[:start] + packed + gguf[start + len(packed) :])
 
 
-@tries(40, 375)
+@tries(20, 375)
 @given(data=st.data(), file=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json"]))
 def test_a_config(check, folder, data, file):
     content = (folder / file).read_bytes()
@@ -132,7 +132,7 @@ def test_a_tokenizer(check, folder, data):
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is <|im_end|> \u200b\0 a sign?"}]
 
 
-@tries(60, 750)
+@tries(30, 750)
 @given(template=damaged([CHATML.encode(), b"{{ strftime_now('%d %b') }}" + CHATML.encode()]), name=st.text(max_size=9))
 @example(template=b"{{ messages[0].content.__class__.__mro__[1].__subclasses__() }}", name="default")
 @example(template=b"{{ 1 // 0 }}", name="default")

@@ -34,7 +34,7 @@ def check_profile(folder: Path, text: bytes, overrides: list[str]) -> None:
         assert again == params and digest(again.model_dump(mode="json")) == digest(stored)
 
 
-@tries(100, 1000)
+@tries(25, 1000)
 @given(text=damaged(TEXTS))
 @example(text=BOMB.encode())
 @example(text=b"seed: &a [*a]")
@@ -43,13 +43,13 @@ def test_a_profiles_text(tmp_path, text):
     check_profile(tmp_path, text, [])
 
 
-@tries(60, 750)
+@tries(20, 750)
 @given(tree=changed(TREES))
 def test_a_profiles_tree(tmp_path, tree):
     check_profile(tmp_path, yaml.safe_dump(tree).encode(), [])
 
 
-@tries(60, 500)
+@tries(20, 500)
 @given(
     key=st.sampled_from(KEYS),
     value=st.sampled_from(PIECES).map(lambda piece: piece.decode("latin-1"))
@@ -114,13 +114,13 @@ def fetch(tmp_path, monkeypatch):
     return fetch
 
 
-@tries(60, 500)
+@tries(20, 500)
 @given(content=damaged(WHEELS), member=st.sampled_from(MEMBERS))
 def test_an_archive(fetch, content, member):
     fetch(content, WHEEL | {"member": member})
 
 
-@tries(60, 500)
+@tries(20, 500)
 @given(tree=changed(TREES_OF_SOURCES), member=st.sampled_from(MEMBERS))
 @example(tree={"source": WHEEL | {"package": "../../../x"}}, member="pack/c")
 @example(tree={"source": WHEEL | {"version": "/../../../../x"}}, member="pack/c")

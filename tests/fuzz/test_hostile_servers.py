@@ -78,7 +78,7 @@ async def ask_router(asked: list, tasks, method: str, path: str, query: bytes, b
         return httpx.Response(got.status_code, headers=got.headers, content=content)
 
 
-@tries(150, 1500)
+@tries(60, 1500)
 @given(
     tasks=st.sampled_from([None, TASKS, TASKS[:1]]),
     method=st.sampled_from(["POST", "POST", "GET", "PUT"]),
@@ -146,7 +146,7 @@ OPENAI = openai.OpenAI
 platform.processor()  # which OpenAI's client sends to the server: Python asks `uname` once
 
 
-@tries(100, 1000)
+@tries(40, 1000)
 @given(models=st.just(as_json(MODELS).encode()) | tree_or_bytes([MODELS]), answer=tree_or_bytes([LLAMA]))
 @example(models=b"[]", answer=b"{}")
 def test_the_engine_on_llama_cpp(engine, models, answer):
@@ -154,7 +154,7 @@ def test_the_engine_on_llama_cpp(engine, models, answer):
     assert generation is None or all(type(token) is int and token >= 0 for token in generation.token_ids)
 
 
-@tries(100, 1000)
+@tries(40, 1000)
 @given(answer=tree_or_bytes([CHUNK]), first=st.booleans())
 def test_the_engine_on_a_stream(engine, answer, first):
     models = as_json(MODELS).replace("llamacpp", "vllm").encode()
@@ -164,7 +164,7 @@ def test_the_engine_on_a_stream(engine, answer, first):
     assert generation is None or all(type(token) is int and token >= 0 for token in generation.token_ids)
 
 
-@tries(60, 750)
+@tries(30, 750)
 @given(answer=tree_or_bytes([ECHO]))
 @example(answer=as_json(ECHO).replace('{"token_id:5": -1.0}', "null").encode())
 def test_the_engine_on_an_echo(engine, answer):

@@ -48,21 +48,21 @@ def check_table(path: Path, form: str, pool: str | None, few_columns: bool) -> N
         assert all(0 <= row.answer < len(row.options) for row in again.itertuples())
 
 
-@tries(80, 1000)
+@tries(30, 1000)
 @given(text=damaged(TEXTS), form=FORMS, pool=POOLS, few=st.booleans())
 def test_lines_of_json(tmp_path, text, form, pool, few):
     (tmp_path / "mine.jsonl").write_bytes(text)
     check_table(tmp_path / "mine.jsonl", form, pool, few)
 
 
-@tries(80, 1000)
+@tries(30, 1000)
 @given(text=damaged([pd.DataFrame(ROWS).to_csv(index=False, sep=sep).encode() for sep in ",;"]), form=FORMS, pool=POOLS)
 def test_lines_of_csv(tmp_path, text, form, pool):
     (tmp_path / "mine.csv").write_bytes(text)
     check_table(tmp_path / "mine.csv", form, pool, False)
 
 
-@tries(80, 1000)
+@tries(30, 1000)
 @given(rows=changed([ROWS]), form=FORMS, pool=POOLS, ascii_only=st.booleans())
 def test_rows_of_json(tmp_path, rows, form, pool, ascii_only):
     text = "\n".join(json.dumps(row, ensure_ascii=ascii_only, default=str) for row in rows)
@@ -85,7 +85,7 @@ def write_parquet(path: Path, rows: list) -> None:
         reject()
 
 
-@tries(60, 750)
+@tries(30, 750)
 @given(rows=changed([ROWS, ROWS[:1] * 3, ROWS[1:2] * 2]), form=FORMS, pool=POOLS)
 def test_rows_of_parquet(tmp_path, rows, form, pool):
     assume(rows)
@@ -100,7 +100,7 @@ def parquet_bytes(tmp_path_factory) -> bytes:
     return path.read_bytes()
 
 
-@tries(80, 1000)
+@tries(30, 1000)
 @given(data=st.data(), form=FORMS)
 def test_a_parquet_file(tmp_path, parquet_bytes, data, form):
     (tmp_path / "mine.parquet").write_bytes(data.draw(damaged([parquet_bytes])))
@@ -114,7 +114,7 @@ CSV = b'ID,section_header,section_text,dialogue\n0,ALLERGY,"None, known.","Docto
 VISITS = [{"file": "a", "src": "[doctor] hello [patient] hi", "tgt": "note"}]
 
 
-@tries(60, 500)
+@tries(20, 500)
 @given(text=damaged([json.dumps(row).encode() for row in (LETTERED, LETTERED | {"Question": "q?"})] + TEXTS))
 def test_files_of_the_data_folder(tmp_path, text):
     for name in ("MedQA", "MedicationQA", "LiveQA", "healthsearchqa", "PubMedQA/pqal"):
@@ -127,7 +127,7 @@ def test_files_of_the_data_folder(tmp_path, text):
         table.to_parquet(tmp_path / "stored.parquet")
 
 
-@tries(60, 500)
+@tries(20, 500)
 @given(
     csv=damaged([CSV]) | st.just(CSV),
     visits=changed([VISITS]).map(lambda tree: json.dumps(tree, default=str).encode())

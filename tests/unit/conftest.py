@@ -1,7 +1,6 @@
-"""Toys for the unit tests: a random Llama of 10⁵ weights, a real byte-level tokenizer made in-process, questions.
+"""Toys for the unit tests: models and tokenizers (tests/toys.py), examples, questions.
 
 Fixtures that make things are functions, so that a test says what is particular about its model on the line that asks.
-torch is imported where a toy is asked for: tests of modules without torch do not pay for it.
 """
 
 import random
@@ -9,19 +8,8 @@ import socket
 
 import pandas as pd
 import pytest
-
-VOCAB = 300  # a little more than the tokenizer has: the padded rows that real checkpoints also have
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SENTENCES = [
-    "You answer medical questions. Which vitamin prevents scurvy? Vitamin C.",
-    "A. insulin\nB. glucagon\nC. cortisol\nD. aldosterone\nAnswer with the letter of the correct option. A B C D",
-    "Does aspirin reduce fever? Answer yes, no or maybe. yes no maybe, the dose is 325 mg.",
-    *["Answer: A B C D"] * 5,
-]
+import toys
+from toys import SENTENCES, VOCAB
 
 
 @pytest.fixture(scope="module")
@@ -43,38 +31,18 @@ def no_network():
 
 
 @pytest.fixture(scope="session")
-def make_tokenizer():
-    """tokenizer(split=…, **special tokens): byte-level BPE with ChatML, digits one by one as in SmolLM2."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    def make(split=None, **changes):
-        backend = Tokenizer(models.BPE())
-        split = split or pre_tokenizers.Digits(individual_digits=True)
-        backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=VOCAB - 4,
-            special_tokens=SPECIAL,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        backend.train_from_iterator(SENTENCES * 20, trainer)
-        named = {
-            "bos_token": SPECIAL[1],
-            "eos_token": SPECIAL[2],
-            "pad_token": SPECIAL[0],
-            "chat_template": CHATML,
-            **changes,
-        }
-        return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in named.items() if v is not None})
-
-    return make
+def make_llama():
+    return toys.make_llama
 
 
 @pytest.fixture(scope="session")
-def tokenizer(make_tokenizer):
-    return make_tokenizer()
+def make_tokenizer():
+    return toys.make_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return toys.make_tokenizer()
 
 
 @pytest.fixture(scope="session")
@@ -103,40 +71,6 @@ def make_pieces_tokenizer():
             state["model"]["byte_fallback"] = True
             backend = Tokenizer.from_str(json.dumps(state))
         return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def make_llama():
-    """llama(seed=0, layers=3, **config): random float32 weights; norms differ, so that none can be mixed up."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.set_num_threads(1)
-
-    def make(seed=0, layers=3, **changes):
-        config = {
-            "vocab_size": VOCAB,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-            "tie_word_embeddings": True,
-            "initializer_range": 0.1,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        }
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(**{**config, **changes}))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter.uniform_(0.5, 1.5)
-        return model.eval()
 
     return make
 

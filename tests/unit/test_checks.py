@@ -14,15 +14,6 @@ def check(tmp_path, monkeypatch):
     return checks.Checks("none")
 
 
-def test_every_exercise_has_a_truth_or_a_bar():
-    assert set(checks.TRUTHS) | set(checks.BARS) == set(checks.EXERCISES)
-    assert not set(checks.TRUTHS) & set(checks.BARS)
-    for number, exercise in checks.EXERCISES.items():
-        assert exercise["points"] > 0 and exercise["minutes"] > 0 and exercise["form"] and exercise["hint"]
-        assert ("tolerance" in exercise) == (number in checks.TRUTHS)
-        assert set(exercise.get("tolerance", {})) <= {"atol", "rtol"}
-
-
 def test_right_answers_get_points_in_any_type(check, capsys):
     lengths, two = np.array([3, 1, 2, 2, 1, 3, 2, 2, 5]), torch.tensor([64.0, 32.0], requires_grad=True)
     check("3.3", (64, 32), alpha=32)

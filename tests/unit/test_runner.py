@@ -2,11 +2,12 @@
 
 import ast
 import json
+import multiprocessing
 import os
 import platform
 import shutil
-import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -17,7 +18,7 @@ from papermill.exceptions import PapermillExecutionError
 from medkit import __main__, code_digest, preflight, reporting, runner
 from medkit.params import ParamsError, load_params, load_run_params
 from medkit.runner import RunError, fingerprints, run_all
-from medkit.stage import FINGERPRINT, ROOT, STAGES, Stage, StageError, outputs_root, run_dir
+from medkit.stage import FINGERPRINT, ROOT, STAGES, Stage, StageError, lock_run, outputs_root, run_dir
 
 SMOKE = ROOT / "params" / "smoke.yaml"
 
@@ -27,22 +28,6 @@ def outputs(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.delenv(FINGERPRINT, raising=False)
     return tmp_path / "outputs"
-
-
-@pytest.fixture(scope="module")
-def snapshot(tmp_path_factory) -> Path:
-    """Package and notebooks as they are when the tests begin: someone may be editing them."""
-    root = tmp_path_factory.mktemp("snapshot")
-    for folder in ("notebooks", "medkit"):
-        shutil.copytree(
-            ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-        )
-    return root
-
-
-def use(root: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(runner, "ROOT", root)
-    patch.setattr(code_digest, "PACKAGE", root / "medkit")
 
 
 def forget() -> None:
@@ -57,24 +42,6 @@ def chain(overrides: dict | None = None) -> dict[str, str]:
     return fingerprints(load_params(SMOKE, overrides))
 
 
-@pytest.fixture(scope="module")
-def before(snapshot) -> dict[str, str]:
-    """The fingerprints of the snapshot."""
-    with pytest.MonkeyPatch.context() as patch:
-        use(snapshot, patch)
-        return chain()
-
-
-@pytest.fixture
-def project(snapshot, tmp_path, monkeypatch) -> Path:
-    """A copy of the snapshot that a test may edit; the runner reads this one."""
-    root = Path(shutil.copytree(snapshot, tmp_path / "project"))
-    use(root, monkeypatch)
-    yield root
-    monkeypatch.undo()
-    forget()
-
-
 def changed(before: dict, after: dict) -> list[str]:
     assert list(before) == list(after)
     return [name for name in before if before[name] != after[name]]
@@ -84,12 +51,6 @@ def edit_notebook(path: Path, change) -> None:
     notebook = nbformat.read(path, as_version=4)
     change(notebook.cells)
     nbformat.write(notebook, path)
-
-
-def test_a_fingerprint_for_every_stage_in_order_whatever_the_place(project, before):
-    assert list(before) == STAGES
-    assert len(set(before.values())) == len(STAGES)
-    assert chain() == before
 
 
 def test_a_users_table_counts_by_its_content(tmp_path, monkeypatch):
@@ -106,31 +67,52 @@ def test_a_users_table_counts_by_its_content(tmp_path, monkeypatch):
     assert chain(overrides) == first
 
 
-@pytest.mark.parametrize(
-    ("overrides", "first"),
-    [
-        ({"seed": 1}, "01_data"),
-        ({"models.dtype": "bfloat16"}, "01_data"),
-        ({"data.max_prompt_tokens": 641}, "01_data"),
-        ({"distillation.temperature": 2.0}, "02_distillation"),
-        ({"lora.adapter.rank": 4}, "03_lora"),
-        ({"quantization.double_quant": False}, "04_quantization"),
-        ({"inference.bench.repeats": 1}, "05_inference"),
-        ({"evaluation.power": 0.9}, "06_evaluation"),
-    ],
-    ids=str,
-)
-def test_a_section_reruns_its_notebook_and_those_after_it(overrides, first, monkeypatch):
+SECTIONS = [
+    ({"models.dtype": "bfloat16"}, "01_data"),
+    ({"distillation.temperature": 2.0}, "02_distillation"),
+    ({"lora.adapter.rank": 4}, "03_lora"),
+    ({"quantization.double_quant": False}, "04_quantization"),
+    ({"inference.bench.repeats": 1}, "05_inference"),
+    ({"evaluation.power": 0.9}, "06_evaluation"),
+]
+
+
+def test_a_section_reruns_its_notebook_and_those_after_it_another_library_all(monkeypatch):
     monkeypatch.setattr(runner, "source_digest", lambda notebook: notebook.stem)  # the code is the same
-    assert changed(chain(), chain(overrides)) == STAGES[STAGES.index(first) :]
-
-
-def test_another_version_of_a_library_that_computes_reruns_everything(before, project, monkeypatch):
+    before = chain()
+    for overrides, first in SECTIONS:
+        assert changed(before, chain(overrides)) == STAGES[STAGES.index(first) :], overrides
     monkeypatch.setattr(runner, "library_versions", lambda: {"torch": "9.9"})
     assert changed(before, chain()) == STAGES
 
 
-def test_prose_and_outputs_rerun_nothing(project, before):
+def edit_function(path: Path, name: str) -> None:
+    tree = ast.parse(path.read_text())
+    (node,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    node.body += ast.parse("new = 1").body
+    path.write_text(ast.unparse(tree))
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A copy of package and notebooks that a test may edit; the runner reads this one."""
+    for folder in ("notebooks", "medkit"):
+        ignored = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(code_digest, "PACKAGE", tmp_path / "medkit")
+    yield tmp_path
+    monkeypatch.undo()
+    forget()
+
+
+def test_prose_reruns_nothing_and_code_what_reads_it(project, monkeypatch):
+    with monkeypatch.context() as elsewhere:  # the place does not count
+        elsewhere.setattr(runner, "ROOT", ROOT)
+        elsewhere.setattr(code_digest, "PACKAGE", ROOT / "medkit")
+        before = chain()
+    assert list(before) == STAGES and len(set(before.values())) == len(STAGES)
+
     def change(cells):
         for cell in cells:
             if cell.cell_type == "markdown":
@@ -146,33 +128,14 @@ def test_prose_and_outputs_rerun_nothing(project, before):
         text = path.read_text()
         assert text.startswith('"""'), path
         path.write_text('"""Another first sentence. ' + text.removeprefix('"""') + "\n\n# a comment\n")
+    edit_function(project / "medkit" / "runner.py", "run_all")
     assert changed(before, chain()) == []
-
-
-def test_code_of_a_notebook_reruns_it_and_those_after_it(project, before):
-    edit_notebook(
-        project / "notebooks" / "03_lora.ipynb", lambda cells: cells.append(nbformat.v4.new_code_cell("x = 1"))
-    )
-    assert changed(before, chain()) == STAGES[2:]
-
-
-@pytest.mark.parametrize(
-    ("function", "first"),
-    [
-        ("data/splits.py::take_splits", "01_data"),
-        ("statistics.py::gap_closed", "02_distillation"),
-        ("runner.py::run_all", None),
-    ],
-)
-def test_an_edit_of_a_function_reruns_from_its_first_reader_on(project, before, function, first):
-    """statistics: notebook 01 uses other functions of the same file, and must not run again."""
-    file, name = function.split("::")
-    path = project / "medkit" / file
-    tree = ast.parse(path.read_text())
-    (node,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
-    node.body += ast.parse("new = 1").body
-    path.write_text(ast.unparse(tree))
-    assert changed(before, chain()) == (STAGES[STAGES.index(first) :] if first else [])
+    new_cell = nbformat.v4.new_code_cell("x = 1")
+    edit_notebook(project / "notebooks" / "03_lora.ipynb", lambda cells: cells.append(new_cell))
+    assert changed(before, before := chain()) == STAGES[2:]
+    # notebook 01 uses other functions of the same file, and must not run again
+    edit_function(project / "medkit" / "statistics.py", "gap_closed")
+    assert changed(before, chain()) == STAGES[1:]
 
 
 PARAMETERS_CELL = 'params_file: str = ""\nrun: str = ""\noverrides: dict = {}'
@@ -216,11 +179,15 @@ def executed(toy, monkeypatch) -> list[str]:
     return names
 
 
-def test_everything_runs_once_in_order(executed):
+def test_everything_runs_once_in_order_and_leaves_the_environment_as_it_was(executed, monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    before = dict(os.environ)
     assert run_all(SMOKE, "r") == STAGES == executed
     assert run_all(SMOKE, "r") == []
     assert executed == STAGES
     assert {stage.state for stage in runner.status(load_params(SMOKE), "r")} == {"done"}
+    assert dict(os.environ) == before
 
 
 def test_a_run_keeps_its_params_and_other_params_replace_them(executed):
@@ -242,42 +209,44 @@ def test_medkit_without_notebooks_says_how_to_get_them(tmp_path, monkeypatch):
             call()
 
 
-def test_notebooks_get_the_three_parameters_and_nothing_typed(executed, monkeypatch):
-    monkeypatch.chdir(ROOT / "params")
-    run_all("smoke.yaml", "r", {"lora.adapter.rank": 4})
-    for name in STAGES:
-        given = json.loads((run_dir("r") / name / "artifact.json").read_text())
-        assert given == {"params_file": str(SMOKE), "run": "r", "overrides": {"lora.adapter.rank": 4}}
-
-
-def test_a_relative_folder_counts_from_where_the_command_was_given(executed, monkeypatch, tmp_path):
+def test_notebooks_get_three_parameters_and_folders_that_count_from_where_the_command_was_given(
+    executed, monkeypatch, tmp_path
+):
     """A notebook's kernel starts in another folder."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "smoke.yaml").symlink_to(SMOKE)
     for name, value in {"HOME": str(tmp_path / "home"), "MEDKIT_OUTPUTS": "here/x", "MEDKIT_CACHE": "~/y"}.items():
         monkeypatch.setenv(name, value)
     working, seen = runner.papermill.execute_notebook, {}
     monkeypatch.setattr(
         runner.papermill, "execute_notebook", lambda *args, **more: (seen.update(os.environ), working(*args, **more))
     )
-    run_all(SMOKE, "r")
+    run_all("smoke.yaml", "r", {"lora.adapter.rank": 4})
     assert seen["MEDKIT_OUTPUTS"] == str(tmp_path / "here" / "x") == str(outputs_root())
     assert seen["MEDKIT_CACHE"] == str(tmp_path / "home" / "y")
+    for name in STAGES:
+        given = json.loads((run_dir("r") / name / "artifact.json").read_text())
+        assert given == {"params_file": str(SMOKE), "run": "r", "overrides": {"lora.adapter.rank": 4}}
 
 
-def test_only_what_reads_a_change_runs_again(executed):
+def test_only_what_reads_a_change_runs_again_whatever_the_clock_says(executed, monkeypatch):
     run_all(SMOKE, "r")
-    assert run_all(SMOKE, "r", {"quantization.double_quant": False}) == STAGES[3:]
-    assert run_all(SMOKE, "r", {"quantization.double_quant": False}) == []
-    assert run_all(SMOKE, "r") == STAGES[3:]
+    for number, path in enumerate(sorted(run_dir("r").rglob("*"))):
+        os.utime(path, (2e9, 2e9) if number % 2 else (1e8, 1e8))
+    monkeypatch.setattr("time.time", lambda: 0.0)
+    assert run_all(SMOKE, "r") == []
+    for overrides in ({"quantization.double_quant": False}, {}):
+        assert run_all(SMOKE, "r", overrides) == STAGES[3:]
+        assert run_all(SMOKE, "r", overrides) == []
     assert run_all(SMOKE, "r", {"seed": 1}) == STAGES
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("{")], ids=["deleted", "truncated"])
-def test_a_damaged_artifact_reruns_its_stage(executed, damage):
+def test_a_damaged_artifact_or_a_stage_run_by_hand_is_run_again(executed):
     run_all(SMOKE, "r")
-    damage(run_dir("r") / "04_quantization" / "artifact.json")
-    states = {stage.name: stage.state for stage in runner.status(load_params(SMOKE), "r")}
-    assert [name for name, state in states.items() if state == "damaged"] == ["04_quantization"]
+    (run_dir("r") / "04_quantization" / "artifact.json").write_text("{")
+    Stage("r", "06_evaluation").commit()  # as a person's kernel does: no fingerprint in its environment
+    states = [stage.state for stage in runner.status(load_params(SMOKE), "r")]
+    assert states == ["done"] * 3 + ["damaged", "done", "stale"]
     assert run_all(SMOKE, "r")[0] == "04_quantization"
     assert run_all(SMOKE, "r") == []
 
@@ -285,22 +254,6 @@ def test_a_damaged_artifact_reruns_its_stage(executed, damage):
 def test_from_reruns_that_stage_and_all_after_it_and_what_is_missing_before_it(executed):
     assert run_all(SMOKE, "r", first="04_quantization") == STAGES
     assert run_all(SMOKE, "r", first="04_quantization") == STAGES[3:]
-
-
-@pytest.mark.parametrize("first", ["03"])
-def test_unknown_stage_lists_the_known(executed, outputs, first):
-    with pytest.raises(RunError, match="03_lora") as error:
-        run_all(SMOKE, "r", first=first)
-    assert repr(first) in str(error.value)
-    assert executed == []
-    assert not outputs.exists()
-
-
-def test_a_stage_run_by_hand_is_not_trusted(executed):
-    run_all(SMOKE, "r")
-    Stage("r", "02_distillation").commit()  # as a person's kernel does: no fingerprint in its environment
-    assert runner.status(load_params(SMOKE), "r")[1].state == "stale"
-    assert run_all(SMOKE, "r")[0] == "02_distillation"
 
 
 def test_a_failure_stops_the_run_and_the_same_command_goes_on(executed, monkeypatch):
@@ -322,34 +275,13 @@ def test_a_failure_stops_the_run_and_the_same_command_goes_on(executed, monkeypa
     assert run_all(SMOKE, "r") == STAGES[2:]
 
 
-def test_a_full_disk_at_the_executed_notebook_is_one_sentence(executed, monkeypatch):
+def test_a_full_disk_at_the_executed_notebook_and_one_that_commits_nothing_are_one_sentence(executed, monkeypatch):
     monkeypatch.setattr(runner.papermill, "execute_notebook", lambda *_, **__: Path("/dev/full").write_text("x"))
     with pytest.raises(StageError, match=r"notebooks/01_data\.ipynb.*No space left.*free space"):
         run_all(SMOKE, "r")
-
-
-def test_a_clock_that_was_set_back_makes_nothing_stale(executed, monkeypatch):
-    run_all(SMOKE, "r")
-    for number, path in enumerate(sorted(run_dir("r").rglob("*"))):
-        os.utime(path, (2e9, 2e9) if number % 2 else (1e8, 1e8))
-    monkeypatch.setattr("time.time", lambda: 0.0)
-    assert run_all(SMOKE, "r") == []
-    assert run_all(SMOKE, "r", {"lora.adapter.rank": 4}) == STAGES[2:]
-    assert run_all(SMOKE, "r", {"lora.adapter.rank": 4}) == []
-
-
-def test_a_notebook_that_commits_nothing_is_a_failure(monkeypatch):
     monkeypatch.setattr(runner.papermill, "execute_notebook", lambda *_, **__: None)
     with pytest.raises(RunError, match=r"01_data\.ipynb.*commit"):
         run_all(SMOKE, "r")
-
-
-def test_the_environment_is_as_before(executed, monkeypatch):
-    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
-    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
-    before = dict(os.environ)
-    run_all(SMOKE, "r")
-    assert dict(os.environ) == before
 
 
 @pytest.mark.parametrize("source", ['run = "r"', 'params_file = "x"\nrun = "r"\noverrides = {}\nrank = 4'])
@@ -366,32 +298,26 @@ def test_another_parameters_cell_is_refused(executed, source):
     assert executed == []
 
 
-def test_bad_params_touch_nothing(executed, outputs):
-    with pytest.raises(ParamsError, match="rnak"):
-        run_all(SMOKE, "r", {"lora.adapter.rnak": 4})
-    assert not outputs.exists()
-
-
-HOLD = """
-import time
-from medkit.stage import lock_run
-with lock_run("r"):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
 def test_a_run_that_another_process_works_on_is_refused(executed):
-    holder = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True)
+    forked = multiprocessing.get_context("fork")
+    held = forked.Event()
+
+    def hold():
+        with lock_run("r"):
+            held.set()
+            time.sleep(60)
+
+    holder = forked.Process(target=hold)
+    holder.start()
     try:
-        assert holder.stdout.readline() == "held\n"
+        assert held.wait(30)
         for _ in range(2):  # who asks does not take the holder's name away
             with pytest.raises(StageError, match=rf"'r'.*process {holder.pid} on {platform.node()}\).*--run"):
                 run_all(SMOKE, "r")
         assert executed == []
     finally:
         holder.kill()
-        holder.communicate()
+        holder.join()
     assert run_all(SMOKE, "r") == STAGES  # a killed holder leaves no lock behind
 
 
@@ -459,7 +385,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arguments", "named"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
-def test_a_wrong_command_is_one_sentence_and_exit_code_one(monkeypatch, capsys, executed, arguments, named):
+def test_a_wrong_command_is_one_sentence_and_exit_code_one(monkeypatch, capsys, executed, outputs, arguments, named):
     if arguments[0] == "run" and "--params" not in arguments:
         arguments = [*arguments, "--params", str(SMOKE)]
     code, _, err = command(monkeypatch, capsys, *arguments)
@@ -467,7 +393,7 @@ def test_a_wrong_command_is_one_sentence_and_exit_code_one(monkeypatch, capsys, 
     assert named in err
     assert err.startswith("medkit: ")
     assert err.count("\n") == 1
-    assert executed == []
+    assert executed == [] and not outputs.exists()
 
 
 def test_a_whole_run_says_where_things_are(monkeypatch, capsys, executed, outputs):

@@ -1,11 +1,8 @@
 """A stage is done iff its manifest and every file it lists are whole; a write happens whole or not at all."""
 
 import errno
-import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -36,7 +33,7 @@ def committed(name: str = "01_data", **files: str) -> Stage:
     return stage
 
 
-@pytest.mark.parametrize("name", ["../evil", "/tmp/x", "", ".hidden", "a b", "a\n"])
+@pytest.mark.parametrize("name", ["../evil", "", ".hidden", "a\n"])
 def test_run_name_with_a_path_in_it_is_refused(name, root):
     for use in (run_dir, lambda n: Stage(n, "01_data")):
         with pytest.raises(StageError, match="run name") as error:
@@ -63,24 +60,19 @@ def test_commit_lists_every_file_with_its_size():
     assert stage.changed_files() == ["card.json", "figures/deep/a.svg"]
 
 
-def test_manifest_says_where_and_with_what():
+def test_manifest_says_where_and_with_what(monkeypatch):
+    monkeypatch.setitem(module.FETCHED, "owner/model@main", "0" * 40)
     manifest = committed().manifest()
     assert set(manifest["versions"]) >= {"torch", "transformers", "numpy"}
     assert manifest["disclaimer"] == module.DISCLAIMER
     assert manifest["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}", manifest["git_commit"])
-    assert manifest["device"]
-    assert manifest["duration_s"] >= 0
-
-
-def test_a_machine_without_git_has_no_commit(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert committed().manifest()["git_commit"] is None
-
-
-def test_a_hand_run_stage_has_no_fingerprint(monkeypatch):
-    assert committed().manifest()["fingerprint"] is None
+    assert manifest["device"] and manifest["duration_s"] >= 0
+    assert manifest["sources"]["owner/model@main"] == "0" * 40
+    assert manifest["fingerprint"] is None, "run by hand"
     monkeypatch.setenv(FINGERPRINT, "abc")
-    assert committed().manifest()["fingerprint"] == "abc"
+    monkeypatch.setenv("PATH", "")  # a machine without git
+    again = committed().manifest()
+    assert (again["fingerprint"], again["git_commit"]) == ("abc", None)
 
 
 def test_manifest_is_written_last(monkeypatch):
@@ -101,6 +93,8 @@ def test_reopen_takes_the_manifest_and_nothing_else():
     stage.reopen()
     assert not stage.is_whole()
     assert (stage.dir / "a").read_text() == "one"
+    with pytest.raises(StageError):
+        Stage("r", "02_x").require("01_data", "a")
     stage.reopen()  # also where there is none
     Stage("r", "02_other").reopen()
     stage.commit()
@@ -125,15 +119,13 @@ def test_damage_is_seen(damage):
 
 
 def test_files_outside_the_folder_count_too():
-    stage, results = Stage("r", "06_evaluation"), run_dir("r") / "results.json"
-    stage.path("a").write_text("one")
+    stage, results = committed(), run_dir("r") / "results.json"
     results.write_text("{}")
     stage.commit(also=[results])
     assert stage.is_whole()
-    results.write_text("{} ")
-    assert not stage.is_whole()
-    results.unlink()
-    assert not stage.is_whole()
+    for change in (lambda: results.write_text("{} "), results.unlink):
+        change()
+        assert not stage.is_whole()
 
 
 def test_scratch_of_a_killed_write_is_not_listed():
@@ -145,18 +137,17 @@ def test_scratch_of_a_killed_write_is_not_listed():
 
 
 def test_require_gives_files_and_folders_of_a_complete_stage():
-    upstream = committed("02_distillation", **{"student/model": "w", "signals": "s"})
+    upstream = committed("02_distillation", **{"student/model": "w", "student/config": "c", "signals": "s"})
     reader = Stage("r", "03_lora")
-    assert reader.require("02_distillation", "student/model") == upstream.dir / "student" / "model"
-    assert reader.require("02_distillation", "student") == upstream.dir / "student"
-    assert reader.require("02_distillation", "signals").read_text() == "s"
-
-
-@pytest.mark.parametrize("filename", ["student/mode", "../r/02_distillation/signals", ""])
-def test_require_refuses_what_was_not_committed(filename):
-    committed("02_distillation", **{"student/model": "w", "signals": "s"})
-    with pytest.raises(StageError, match="run notebook 02_distillation first"):
-        Stage("r", "03_lora").require("02_distillation", filename)
+    for name in ("student/model", "student", "signals"):
+        assert reader.require("02_distillation", name) == upstream.dir / name
+    for name in ("student/mode", "../r/02_distillation/signals", ""):
+        with pytest.raises(StageError, match="run notebook 02_distillation first"):
+            reader.require("02_distillation", name)
+    (upstream.dir / "student" / "model").unlink()
+    for name in ("student/model", "student"):
+        with pytest.raises(StageError, match="02_distillation"):
+            reader.require("02_distillation", name)
 
 
 def test_a_missing_stage_names_the_first_notebook_to_run_in_one_sentence():
@@ -166,21 +157,6 @@ def test_a_missing_stage_names_the_first_notebook_to_run_in_one_sentence():
             reader.require("04_quantization", "ledger.parquet")
         assert error.value._render_traceback_() == [f"StageError: {error.value}"]  # all that a notebook shows
         committed(first)
-
-
-def test_require_refuses_an_open_stage():
-    upstream = committed()
-    upstream.reopen()
-    with pytest.raises(StageError):
-        Stage("r", "02_x").require("01_data", "a")
-
-
-@pytest.mark.parametrize("filename", ["student/model", "student"])
-def test_require_refuses_a_file_that_is_gone(filename):
-    upstream = committed("02_distillation", **{"student/model": "w", "student/config": "c"})
-    (upstream.dir / "student" / "model").unlink()
-    with pytest.raises(StageError, match="02_distillation"):
-        Stage("r", "03_lora").require("02_distillation", filename)
 
 
 def test_really_full_disk():
@@ -193,8 +169,7 @@ def test_really_full_disk():
     assert list(run_dir("r").iterdir()) == []
 
 
-@pytest.mark.parametrize("stop", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize(("stop", "folder"), [(RuntimeError, False), (KeyboardInterrupt, True)])
 def test_interrupted_write_leaves_the_old_content(tmp_path, stop, folder):
     path = tmp_path / "target"
 
@@ -214,28 +189,13 @@ def test_interrupted_write_leaves_the_old_content(tmp_path, stop, folder):
     assert not scratch_files(tmp_path)
 
 
-def test_a_folder_is_replaced_as_a_whole(tmp_path):
-    for name in ("old", "new"):
-        with atomic_path(tmp_path / "deep" / "adapter") as scratch:
-            scratch.mkdir()
-            (scratch / name).write_text(name)
-    assert [p.name for p in (tmp_path / "deep" / "adapter").iterdir()] == ["new"]
-    assert not scratch_files(tmp_path)
-
-
-def test_a_block_that_writes_nothing_is_an_error_and_loses_nothing(tmp_path):
-    with atomic_path(tmp_path / "adapter") as scratch:
-        scratch.mkdir()
-        (scratch / "model").write_text("old")
-    with pytest.raises(StageError), atomic_path(tmp_path / "adapter"):
+def test_a_block_that_writes_nothing_or_where_it_cannot_is_an_error_and_loses_nothing(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(StageError), atomic_path(tmp_path / "file"):
         pass
-    assert (tmp_path / "adapter" / "model").read_text() == "old"
-
-
-def test_a_path_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("in the way")
     with pytest.raises(StageError, match=r"file/t.*File exists"), atomic_path(tmp_path / "file" / "t") as scratch:
         scratch.write_text("x")
+    assert (tmp_path / "file").read_text() == "old"
 
 
 @pytest.mark.parametrize(
@@ -265,24 +225,3 @@ def test_a_failed_write_has_the_cure_of_its_reason(tmp_path, number, cure):
     with pytest.raises(StageError) as raised, atomic_path(tmp_path / "a") as scratch:
         raise OSError(number, os.strerror(number), str(scratch))
     assert ("full" in str(raised.value)) == (number in (errno.ENOSPC, errno.EDQUOT))
-
-
-def test_killed_writer_leaves_the_old_file(root):
-    """kill -9 in the middle of a write: the file is the old one, and a later write of the same works."""
-    stage = Stage("r", "01_data")
-    path = stage.write_json("a.json", {"old": 1})
-    script = (
-        "import os, signal\nfrom medkit.stage import Stage, atomic_path\n"
-        "with atomic_path(Stage('r', '01_data').path('a.json')) as scratch:\n"
-        "    scratch.write_text('{\"ne')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True)
-    assert done.returncode == -9
-    assert json.loads(path.read_text()) == {"old": 1}
-    stage.write_json("a.json", {"new": 2})
-    assert set(stage.commit()["files"]) == {"a.json"}
-
-
-def test_a_manifest_names_what_was_fetched(monkeypatch):
-    monkeypatch.setitem(module.FETCHED, "owner/model@main", "0" * 40)
-    assert committed().manifest()["sources"]["owner/model@main"] == "0" * 40

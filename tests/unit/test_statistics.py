@@ -14,6 +14,7 @@ import pytest
 from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
 
 from medkit import statistics
 from medkit.statistics import StatisticsError
@@ -27,15 +28,9 @@ def no_garbage_collection(monkeypatch):
     monkeypatch.setattr(gc, "collect", int)
 
 
-@pytest.mark.parametrize("n", [20, 100])
-def test_wilson_covers_at_every_rate(n):
-    intervals = np.array([statistics.wilson(k, n, 0.95) for k in range(n + 1)])
-    coverage = []
-    for p in np.linspace(0.05, 0.95, 91):
-        covers = (intervals[:, 0] <= p) & (p <= intervals[:, 1])
-        coverage.append(stats.binom.pmf(np.arange(n + 1)[covers], n, p).sum())
-    assert min(coverage) > 0.91
-    assert 0.94 < np.mean(coverage) < 0.965
+@pytest.mark.parametrize(("right", "n"), [(0, 20), (7, 20), (20, 20), (61, 100)])
+def test_wilson_is_that_of_statsmodels(right, n):
+    assert statistics.wilson(right, n, 0.9) == pytest.approx(proportion_confint(right, n, 0.1, method="wilson"))
 
 
 def pair(n, gained, lost, both=0):
@@ -63,21 +58,15 @@ def over_flips(n, up, down, found):
     return total
 
 
-@pytest.mark.parametrize(("gained", "lost"), [(8, 0), (24, 16), (1, 0), (0, 13)])
-def test_the_p_value_is_the_exact_sign_test_of_the_flips(gained, lost):
-    found = compared(100, gained, lost)
-    assert found["p_value"] == pytest.approx(stats.binomtest(gained, gained + lost, 0.5).pvalue)
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (8, 0), (24, 16), (5, 5), (0, 13)])
+def test_the_p_values_are_the_exact_mcnemar_test_where_groups_are_single(gained, lost):
+    found, exact = compared(100, gained, lost), mcnemar([[0, gained], [lost, 0]], exact=True).pvalue
+    assert (found["p_value"], found["p_clustered"], found["design_effect"]) == pytest.approx((exact, exact, 1))
+    assert statistics.sign_flip_p([1] * gained + [-1] * lost + [0] * 9) == pytest.approx(exact)
     assert (found["gained"], found["lost"], found["n"]) == (gained, lost, 100)
     assert found["difference"] == pytest.approx((gained - lost) / 100)
-
-
-def test_no_flip_is_no_difference():
-    answers = np.arange(50) % 3 == 0
-    found = statistics.paired_difference(answers, answers, 0.95, 0.8)
-    assert (found["difference"], found["gained"], found["lost"]) == (0, 0, 0)
-    assert (found["p_value"], found["p_clustered"]) == (1, 1)
-    assert found["ci_low"] == pytest.approx(-found["ci_high"])
-    assert 0 < found["ci_high"] < 0.1
+    if gained == lost == 0:
+        assert found["ci_low"] == pytest.approx(-found["ci_high"]) and 0 < found["ci_high"] < 0.1
 
 
 @pytest.mark.parametrize(("gained", "lost"), [(8, 2), (0, 5), (20, 21)])
@@ -93,11 +82,13 @@ def test_it_is_antisymmetric(gained, lost):
 
 @pytest.mark.parametrize(("up", "down"), [(0.02, 0.02), (0.10, 0.02), (0.20, 0.20), (0.25, 0.01)])
 def test_the_interval_covers_the_true_difference(up, down):
+    n = 60
+
     def covers(gained, lost):
-        found = compared(100, gained, lost)
+        found = compared(n, gained, lost)
         return found["ci_low"] <= up - down <= found["ci_high"]
 
-    assert over_flips(100, up, down, covers) > 0.93
+    assert over_flips(n, up, down, covers) > 0.93
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [([True] * 3, [True] * 4), ([], [])], ids=["lengths", "nothing"])
@@ -107,18 +98,6 @@ def test_answers_to_other_questions_cannot_be_paired(ours, theirs):
 
 
 p_values = cache(lambda gained, lost: statistics.sign_flip_p([1] * gained + [-1] * lost))
-
-
-@pytest.mark.parametrize(("n", "rate"), [(20, 0.3), (60, 0.1), (100, 0.3)])
-def test_mcnemar_keeps_its_size(n, rate):
-    assert over_flips(n, rate / 2, rate / 2, lambda b, c: p_values(b, c) < ALPHA) <= ALPHA
-
-
-@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (8, 0), (24, 16), (5, 5), (0, 13)])
-def test_groups_of_one_question_give_the_exact_mcnemar_test(gained, lost):
-    sums = [1] * gained + [-1] * lost + [0] * 9
-    assert statistics.sign_flip_p(sums) == pytest.approx(mcnemar([[0, gained], [lost, 0]], exact=True).pvalue)
-    assert compared(60, gained, lost)["design_effect"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize("sums", [[3, -1, 2, 2, 0, -5], [4], [1, 1, 1, -2, 3, 3, -1, 1], [-2, 2]])
@@ -192,14 +171,6 @@ def test_the_bootstrap_is_scipys_where_groups_are_single(monkeypatch):
     assert ours == pytest.approx(tuple(theirs), abs=0.02 * values.std())
 
 
-def test_all_columns_at_once_are_each_column_alone():
-    values, groups = clustered(200, 60, 0.5, 4)
-    low, high = statistics.mean_intervals(values, groups, 0.95, seed=7)
-    for i in range(4):
-        alone = statistics.mean_intervals(values[:, [i]], groups, 0.95, seed=7)
-        assert np.ravel(alone) == pytest.approx((low[i], high[i]))
-
-
 @pytest.mark.parametrize("right", [0, 1, 30, 59, 60])
 def test_with_single_groups_the_interval_of_a_proportion_is_nearly_wilsons(right):
     values = (np.arange(60) < right).astype(float)[:, None]
@@ -238,9 +209,6 @@ def test_the_stated_effect_is_found_as_often_as_asked(power):
     mde = statistics.detectable_effect(n, rate, 0.95, power)
     up, down = (rate + mde) / 2, (rate - mde) / 2
     assert exact_power(n, up, down) == pytest.approx(power, abs=1e-4)
-    flips = np.random.default_rng(0).multinomial(n, [up, down, 1 - rate], size=4000)
-    found = np.mean([p_values(int(b), int(c)) < ALPHA and b > c for b, c, _ in flips])
-    assert found == pytest.approx(power, abs=0.02)
 
 
 @pytest.mark.parametrize("n", [8, 40])
@@ -280,12 +248,6 @@ def test_the_variance_is_that_of_the_most_likely_rates_at_the_margin(gained, los
     assert equivalence(gained, lost, n, margin) == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(("gained", "lost"), [(12, 5), (0, 8), (31, 30)])
-def test_without_a_margin_it_is_mcnemars_test(gained, lost):
-    two_sided = mcnemar([[0, gained], [lost, 0]], exact=False, correction=False).pvalue
-    assert equivalence(gained, lost, 100, 1e-9) == pytest.approx(1 - two_sided / 2, abs=1e-6)
-
-
 @pytest.mark.parametrize(("n", "rate"), [(60, 1.001), (60, 1.5), (240, 1.1), (240, 3)])
 def test_equivalence_keeps_its_size_at_the_margin(n, rate):
     """rate: of flips, in margins; at 1 all flips go one way."""
@@ -296,7 +258,7 @@ def test_equivalence_keeps_its_size_at_the_margin(n, rate):
 
 
 def test_equivalence_is_found_where_nothing_differs():
-    found = over_flips(1000, 0.05, 0.05, lambda b, c: equivalence(b, c, 1000, 0.05) < ALPHA)
+    found = over_flips(500, 0.03, 0.03, lambda b, c: equivalence(b, c, 500, 0.05) < ALPHA)
     assert found > 0.99
     assert over_flips(40, 0.05, 0.05, lambda b, c: equivalence(b, c, 40, 0.05) < ALPHA) == 0  # too few questions
 
@@ -308,12 +270,8 @@ def test_equivalence_is_an_interval_inside_the_margin():
         assert (equivalence(gained, lost, n, 0.05) < ALPHA) == inside, (gained, lost, n)
 
 
-def test_a_design_effect_divides_the_counts():
-    assert equivalence(12, 30, 600, 0.05, 3.0) == pytest.approx(equivalence(4, 10, 200, 0.05))
-
-
 def test_under_groups_equivalence_keeps_its_size_by_the_design_effect():
-    values, groups = clustered(300, 80, 0.9, 300, seed=7, rates=(0.05, 0.15))
+    values, groups = clustered(300, 80, 0.9, 150, seed=7, rates=(0.05, 0.15))
     found = [statistics.paired_difference(d > 0, d < 0, 0.95, 0.8, groups) for d in values.T]
     counts = [(row["gained"], row["lost"], 300, 0.1) for row in found]
     whole = [statistics.equivalence_p(*c, r["design_effect"]) < ALPHA for c, r in zip(counts, found, strict=True)]
@@ -346,7 +304,7 @@ def test_differences_and_equivalences_are_two_families():
 def test_false_words_are_rare_in_a_family():
     """Twenty comparisons without a difference: a "better" or "worse" in at most one family of twenty."""
     draw, families = np.random.default_rng(0), []
-    for _ in range(100):
+    for _ in range(60):
         flips = pd.DataFrame(draw.multinomial(200, [0.1, 0.1, 0.8], size=20)[:, :2], columns=["gained", "lost"])
         table = flips.assign(n=200, design_effect=1.0, difference=(flips.gained - flips.lost) / 200)
         table["p_clustered"] = [p_values(int(b), int(c)) for b, c in zip(table.gained, table.lost, strict=True)]
@@ -379,16 +337,10 @@ def test_groups_widen_the_interval_of_a_gap_and_no_gap_has_no_share():
     assert none["gap"] == 0 and all(np.isnan(none[name]) for name in ("share", "ci_low", "ci_high"))
 
 
-def test_the_median_of_one_repeat_is_its_own_interval():
-    assert statistics.median_interval([0.3], 0.95) == (0.3, 0.3, 0.3)
-    assert statistics.median_interval([0.3] * 5, 0.95) == (0.3, 0.3, 0.3)
-
-
-@pytest.mark.parametrize("values", [[3.0, 1.0], [5.0, 1.0, 2.0, 9.0, 4.0], list(range(30))])
+@pytest.mark.parametrize("values", [[0.3], [0.3] * 5, [3.0, 1.0], [5.0, 1.0, 2.0, 9.0, 4.0], list(range(30))])
 def test_the_median_lies_in_its_interval_and_that_in_the_range(values):
     median, low, high = statistics.median_interval(values, 0.95)
     assert min(values) <= low <= median <= high <= max(values)
     assert median == np.median(values)
-    assert statistics.median_interval(values, 0.95) == (median, low, high)
     narrow = statistics.median_interval(values, 0.5)
     assert low <= narrow[1] and narrow[2] <= high

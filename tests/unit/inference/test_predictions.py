@@ -1,33 +1,18 @@
-"""Branches equal options scored alone, and every way of asking scores and writes what it says it does."""
-
-import itertools
+"""Every way of asking scores and writes what the model does when it is asked that alone."""
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from medkit.inference import predictions, workloads
 from medkit.inference.torch_engine import TorchEngine
-from medkit.modeling import option_scoring
 from medkit.modeling.batches import letter_forms
 from medkit.modeling.engine import Request
-from medkit.modeling.option_scoring import Item
 from medkit.prompts import templates
 from medkit.stage import MedkitError
 
-PAD, VOCAB = 0, 300
-ids = st.integers(3, VOCAB - 1)
-items = st.builds(
-    Item,
-    prompt_ids=st.lists(ids, min_size=1, max_size=12),
-    answer_ids=st.lists(st.lists(ids, min_size=1, max_size=6), min_size=1, max_size=4),
-)
-
-
-# --- scoring -------------------------------------------------------------------------------------------------------
+PAD = 0
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +33,6 @@ def plain_score(model, prompt_ids, answer_ids):
     return sum(logprobs[len(prompt_ids) - 1 + i, token].item() for i, token in enumerate(answer_ids))
 
 
-@settings(max_examples=25, deadline=None)
-@given(asked=st.lists(items, min_size=1, max_size=5), batch_tokens=st.integers(1, 120))
-def test_branches_equal_plain_scoring_of_each_option(scorer, asked, batch_tokens):
-    found = option_scoring.score_options(scorer, asked, batch_tokens, PAD)
-    for item, scores in zip(asked, found, strict=True):
-        expected = [plain_score(scorer, item.prompt_ids, answer) for answer in item.answer_ids]
-        assert scores == pytest.approx(expected, abs=1e-4)
-
-
 # --- the test questions --------------------------------------------------------------------------------------------
 
 
@@ -68,13 +44,8 @@ def test_the_same_questions_are_chosen_every_time(questions):
         ("letter", "exam"): 2, ("option_text", "exam"): 1, ("option_text", "trial"): 1
     }  # fmt: skip
     assert set(first.split) == {"test"}
-
-
-def test_a_larger_number_keeps_the_questions_of_the_smaller(questions):
-    def chosen(count):
-        return list(predictions.choose_questions(questions, {"letter": {"exam": count}}, seed=0).id)
-
-    assert chosen(2)[:1] == chosen(1)
+    fewer, more = (predictions.choose_questions(questions, {"letter": {"exam": n}}, seed=0) for n in (1, 2))
+    assert list(more.id)[:1] == list(fewer.id), "a larger number keeps the questions of the smaller"
 
 
 def test_more_questions_than_there_are_is_an_error(questions):
@@ -91,47 +62,33 @@ def asked(questions):
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_predictions_are_one_row_per_question_and_scoring(scorer, make_tokenizer, asked, chat):
+def test_each_row_is_what_the_model_says_when_asked_that_alone(scorer, make_tokenizer, asked, chat):
     tokenizer = make_tokenizer() if chat else make_tokenizer(chat_template=None)
+    listed = asked[asked.id == "q0"].assign(scoring="option_text", template="letter")
+    asked = pd.concat([asked, listed.head(1)], ignore_index=True)
     table = predictions.predict(scorer, tokenizer, asked, batch_tokens=300, max_new_tokens=5)
-    assert list(table.columns) == ["id", "scoring", "template", "logprobs", "answer_tokens", "thinking_tokens", "text"]
     assert table[["id", "scoring"]].to_numpy().tolist() == asked[["id", "scoring"]].to_numpy().tolist()
-    for row, question in zip(table.itertuples(), asked.itertuples(), strict=True):
-        assert row.template == ("letter" if row.scoring == "letter" else "abstract" if row.id == "q2" else "text")
-        options = 0 if row.scoring == "generated" else len(question.options)
-        assert len(row.logprobs) == options
-        assert len(row.answer_tokens) == (options or 1)
-        assert row.answer_tokens[0] <= 5 or options
-        assert all(score < 0 for score in row.logprobs)
-        assert (row.text != "") <= (row.scoring == "generated")
-
-
-@pytest.mark.parametrize("chat", [True, False])
-def test_a_letter_is_one_token_and_a_text_ends(scorer, make_tokenizer, asked, chat):
-    tokenizer = make_tokenizer() if chat else make_tokenizer(chat_template=None)
-    table = predictions.predict(scorer, tokenizer, asked, batch_tokens=300, max_new_tokens=5)
-    letters = table[table.scoring == "letter"]
-    assert [set(tokens) for tokens in letters.answer_tokens] == [{1}, {1}]
+    assert list(table.template) == [*["text"] * 2, "abstract", *["letter"] * 2, *["text"] * 2, "letter"]
+    engine = TorchEngine(scorer, PAD, scheduler="sequential", batch_tokens=300)
     for row, question in zip(table.itertuples(), asked.to_dict("records"), strict=True):
-        if row.scoring == "option_text":
-            template = templates.TEMPLATES[row.template]
-            pairs = [
-                templates.encode(tokenizer, templates.render(question, template), text) for text in question["options"]
-            ]
+        template = templates.TEMPLATES[row.template]
+        messages = templates.render(question, template)
+        pairs = [templates.encode(tokenizer, messages, text) for text in question["options"]]
+        if row.scoring != "letter" and not template.lists_options:
+            assert workloads.encode_prompts(tokenizer, pd.DataFrame([question])) == [pairs[0][0]]
+        if row.scoring == "generated":
+            (written,) = engine.generate([Request(pairs[0][0], 5, (tokenizer.eos_token_id,))])
+            assert row.text == tokenizer.decode(written.token_ids, skip_special_tokens=True)
+            assert (row.logprobs, row.answer_tokens) == ([], [len(written.token_ids)])
+            continue
+        if row.scoring == "letter":
+            expected = [letter_score(scorer, tokenizer, messages, letter) for letter in "ABCD"[: len(pairs)]]
+            assert set(row.answer_tokens) == {1}
+        else:
+            expected = [plain_score(scorer, *pair) for pair in pairs]
             assert all(answer[-1] == tokenizer.eos_token_id for _, answer in pairs)
             assert row.answer_tokens == [len(answer) for _, answer in pairs]
-            assert row.logprobs == pytest.approx([plain_score(scorer, *pair) for pair in pairs], abs=1e-4)
-            assert workloads.encode_prompts(tokenizer, pd.DataFrame([question])) == [pairs[0][0]]
-
-
-def test_generated_predictions_are_the_sequential_answers(scorer, tokenizer, asked):
-    asked = asked[asked.scoring == "generated"]
-    table = predictions.predict(scorer, tokenizer, asked, batch_tokens=300, max_new_tokens=6)
-    ends = (tokenizer.eos_token_id,)
-    requests = [Request(ids, 6, ends) for ids in workloads.encode_prompts(tokenizer, asked)]
-    said = TorchEngine(scorer, PAD, scheduler="sequential", batch_tokens=300).generate(requests)
-    assert list(table.text) == [tokenizer.decode(s.token_ids, skip_special_tokens=True) for s in said]
-    assert list(table.answer_tokens) == [[len(s.token_ids)] for s in said]
+        assert row.logprobs == pytest.approx(expected, abs=1e-4)
 
 
 # --- other ways of asking ------------------------------------------------------------------------------------------
@@ -150,23 +107,9 @@ def test_scores_come_back_in_the_options_own_order(scorer, tokenizer, questions,
 
 
 def test_an_order_that_is_not_shown_changes_nothing(scorer, tokenizer, questions):
-    rows = [questions[questions.id == "q0"].assign(order=[list(order)]) for order in itertools.permutations(range(4))]
-    asked = pd.concat(rows, ignore_index=True).assign(scoring="option_text")
-    table = predictions.predict(scorer, tokenizer, asked, 300, 4)
-    assert all(list(found) == list(table.logprobs[0]) for found in table.logprobs)
-    assert all(list(found) == list(table.answer_tokens[0]) for found in table.answer_tokens)
-
-
-@pytest.mark.parametrize("chat", [True, False])
-def test_a_listed_question_scores_its_letters_and_the_options_texts(scorer, make_tokenizer, questions, chat):
-    tokenizer = make_tokenizer() if chat else make_tokenizer(chat_template=None)
-    question = questions[questions.id == "q0"]
-    rows = pd.concat([question.assign(scoring=scoring, template="letter") for scoring in ("letter", "option_text")])
-    letters, texts = predictions.predict(scorer, tokenizer, rows, 300, 4).logprobs
-    messages = templates.render(question.iloc[0].to_dict(), templates.LETTER)
-    assert letters == pytest.approx([letter_score(scorer, tokenizer, messages, x) for x in "ABCD"], abs=1e-4)
-    pairs = [templates.encode(tokenizer, messages, text) for text in question.options[0]]
-    assert texts == pytest.approx([plain_score(scorer, *pair) for pair in pairs], abs=1e-4)
+    rows = [questions[questions.id == "q0"].assign(order=[order]) for order in ([0, 1, 2, 3], [2, 0, 3, 1])]
+    table = predictions.predict(scorer, tokenizer, pd.concat(rows).assign(scoring="option_text"), 300, 4)
+    assert table.logprobs[0] == table.logprobs[1] and table.answer_tokens[0] == table.answer_tokens[1]
 
 
 def test_one_prompt_is_read_once_whoever_asks_for_it(scorer, tokenizer, asked, monkeypatch):
@@ -207,23 +150,13 @@ def test_a_model_that_thinks_does_so_before_generated_answers_alone(scorer, make
     pd.testing.assert_frame_equal(*budgets)
 
 
-def test_study_and_condition_come_along_and_are_empty_for_the_plain_way(scorer, tokenizer, asked):
-    order = [2, 0, 3, 1]
-    studied = asked[(asked.id == "q0") & (asked.scoring == "letter")].assign(
-        study="shuffle", condition="order=2031", order=[order], template="letter"
-    )
-    table = predictions.predict(scorer, tokenizer, pd.concat([asked, studied], ignore_index=True), 300, 4)
-    assert list(table.columns) == [
-        "id", "scoring", "template", "logprobs", "answer_tokens", "thinking_tokens", "text", "study", "condition"
-    ]  # fmt: skip
-    assert table.iloc[-1][["study", "condition"]].tolist() == ["shuffle", "order=2031"]
-    assert set(table.study[:-1]) == set(table.condition[:-1]) == {""}
-
-
-def test_a_column_of_floats_is_given_and_nan_is_not(scorer, tokenizer, asked):
+def test_study_and_condition_come_along_and_are_empty_where_not_given(scorer, tokenizer, asked):
+    """A condition may be a number; NaN is none."""
     letters = asked[asked.scoring == "letter"].assign(study="temperature", condition=[0.5, float("nan")])
-    table = predictions.predict(scorer, tokenizer, letters, 300, 4)
-    assert table.condition.tolist() == [0.5, ""] and table.study.tolist() == ["temperature"] * 2
+    table = predictions.predict(scorer, tokenizer, pd.concat([asked, letters], ignore_index=True), 300, 4)
+    assert table.study.tolist() == [*[""] * len(asked), "temperature", "temperature"]
+    assert table.condition.tolist() == [*[""] * len(asked), 0.5, ""]
+    assert not {"study", "condition"} & set(predictions.predict(scorer, tokenizer, asked.head(1), 300, 4))
 
 
 @pytest.mark.parametrize(

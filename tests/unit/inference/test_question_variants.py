@@ -12,11 +12,6 @@ from medkit.stage import MedkitError
 from medkit.variants import VARIANTS
 
 
-@pytest.fixture
-def by_letter(questions):
-    return questions[questions.split == "test"].assign(scoring="letter")
-
-
 @given(st.integers(2, 10), st.integers(1, 12), st.integers(0, 2**32))
 def test_orders_begin_with_the_own_one_and_show_no_option_at_one_place_twice(options, orders, seed):
     found = question_variants.option_orders({"id": "x", "options": [f"drug {i}" for i in range(options)]}, orders, seed)
@@ -45,16 +40,13 @@ def test_the_right_answer_comes_to_every_place_alike():
     assert places.count(1) == 0  # its own place is the first order's
 
 
-def test_every_question_is_shuffled_and_says_how(by_letter):
-    asked = question_variants.shuffled(by_letter, 2, seed=0)
+def test_every_question_is_shuffled_and_says_how(questions):
+    asked = question_variants.shuffled(questions[questions.split == "test"].assign(scoring="letter"), 2, seed=0)
     assert asked.groupby("id").size().to_dict() == {"q0": 2, "q1": 2, "q2": 2}
     assert set(asked.study) == {"shuffle"} and not asked.duplicated(["id", "condition"]).any()
     for row in asked.itertuples():
         assert row.condition == "order=" + "".join(str(i) for i in row.order)
     assert asked[asked.id == "q2"].condition.iloc[0] == "order=012"
-
-
-def test_an_order_that_nobody_sees_is_an_error(questions):
     with pytest.raises(MedkitError, match="option_text shows no options"):
         question_variants.shuffled(questions.assign(scoring="option_text"), 2, seed=0)
 

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from medkit.inference import workloads
-from medkit.inference.torch_engine import SCHEDULERS, TorchEngine
 from medkit.modeling.engine import EngineError, Generation, Request
 from medkit.stage import MedkitError
 
@@ -59,12 +58,14 @@ def test_a_median_above_the_longest_is_refused():
 
 def test_the_times_of_a_pass_by_hand():
     requests = [Request([1, 2], 5), Request([3], 3)]
-    table, _ = workloads.time_in_turns({"scripted": Scripted()}, requests, repeats=1)
+    table, answers = workloads.time_in_turns({"scripted": Scripted()}, requests, repeats=1)
     row = table.iloc[0]
     assert (row.engine, row.requests, row.prompt_tokens, row.output_tokens) == ("scripted", 2, 3, 8)
     assert row.ttft_s == 2.0  # the median of 1 s and 3 s: waiting in the queue counts
     assert row.latency_s_per_token == row.latency_p95_s_per_token == 0.25
     assert row.duration_s == 3.5 and row.throughput_tokens_per_s == 8 / 3.5
+    lines = workloads.timeline(answers["scripted"])
+    assert lines[["request", "begun_s", "time_s"]].iloc[5].tolist() == [1, 2.0, 3.0] and len(lines) == 8
 
 
 def test_alone_no_request_waits():
@@ -111,22 +112,6 @@ def test_rotated_prompts_keep_their_tokens(asked):
     workloads.time_in_turns({"a": engine}, workloads.equal(asked, 2), repeats=5)
     for requests in engine.asked:
         assert [sorted(r.prompt_ids) for r in requests] == [sorted(ids) for ids in asked]
-
-
-def test_every_scheduler_gives_the_same_answers(make_llama, tokenizer, questions):
-    model = make_llama(layers=2)
-    engines = {name: TorchEngine(model, 0, scheduler=name, batch_tokens=512) for name in SCHEDULERS}
-    requests = workloads.skewed(workloads.encode_prompts(tokenizer, questions), 3, 9, seed=0)
-    try:
-        table, answers = workloads.time_in_turns(engines, requests, repeats=1)
-    finally:
-        for engine in engines.values():
-            engine.close()
-    assert table.engine.tolist() == list(SCHEDULERS) and table.output_tokens.nunique() == 1
-    assert all(workloads.agreement(answers["sequential"], answers[name]) == 1 for name in SCHEDULERS)
-    lines = workloads.timeline(answers["static"])
-    assert len(lines) == sum(request.max_new_tokens for request in requests)
-    assert (lines.time_s > lines.begun_s).all() and lines.groupby("request").time_s.is_monotonic_increasing.all()
 
 
 def test_agreement_is_the_share_of_equal_answers():

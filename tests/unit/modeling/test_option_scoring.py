@@ -4,24 +4,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
 from medkit.modeling import option_scoring
 from medkit.modeling.option_scoring import Item
 from medkit.quantization import plans, quantize
 
-PAD, VOCAB = 0, 300
-SHAPE = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
+PAD = 0
 HEADERS = [[], [7, 8, 9], [7, 8, 9, 10, 11, 12, 13], [7, 8, 20, 21, 22]]  # two begin like another one
 token = st.integers(3, 30)  # few, so that answers often begin alike
 items = st.builds(
@@ -33,19 +21,8 @@ items = st.builds(
 
 
 @pytest.fixture(scope="module")
-def qwen2():
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_()
-    return model
-
-
-@pytest.fixture(scope="module")
-def toys(make_llama, qwen2):
-    return {"llama": make_llama(layers=2, initializer_range=0.2), "qwen2": qwen2}
+def toys(make_llama):
+    return {kind: make_llama(layers=2, kind=kind, initializer_range=0.2) for kind in ("Llama", "Qwen2")}
 
 
 @torch.no_grad()
@@ -73,7 +50,7 @@ def fed(monkeypatch):
     return watch
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen2"])
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(asked=st.lists(items, min_size=1, max_size=8), batch_tokens=st.integers(1, 80), least=st.integers(1, 12))
 def test_scores_are_those_of_each_option_alone_whatever_is_shared(
@@ -92,16 +69,16 @@ def test_scores_are_those_of_each_option_alone_whatever_is_shared(
 def test_a_shared_prefix_is_read_once(toys, fed, monkeypatch):
     monkeypatch.setattr(option_scoring, "LEAST_SAVED", 10)
     asked = [Item([*range(3, 13), 20 + i], [[7], [9]]) for i in range(6)]
-    shapes = fed(toys["llama"])
-    option_scoring.score_options(toys["llama"], asked, 4, PAD)
+    shapes = fed(toys["Llama"])
+    option_scoring.score_options(toys["Llama"], asked, 4, PAD)
     assert shapes == [(1, 10), (4, 1), (2, 1)]
 
 
 def test_equal_beginnings_of_options_are_read_once_and_last_tokens_never(toys, fed):
     item = Item([5, 6], [[10, 11, 12], [10, 11, 13, 14], [10, 15], [16], [10, 11, 12]])
-    expected = plain_scores(toys["llama"], item)
-    shapes = fed(toys["llama"])
-    (scores,) = option_scoring.score_options(toys["llama"], [item], 1000, PAD)
+    expected = plain_scores(toys["Llama"], item)
+    shapes = fed(toys["Llama"])
+    (scores,) = option_scoring.score_options(toys["Llama"], [item], 1000, PAD)
     assert shapes == [(1, len([5, 6, 10, 11, 13]))]
     assert scores[0] == scores[4]
     assert scores == pytest.approx(expected, abs=1e-4)
@@ -119,13 +96,11 @@ def test_a_quantised_model_is_scored_alike(make_llama, monkeypatch, end):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_sliding_window_slides_along_the_branch(attention, monkeypatch):
+def test_a_sliding_window_slides_along_the_branch(make_llama, attention, monkeypatch):
     """Gemma 3: every other layer sees the last few tokens only, of the prefix too."""
     monkeypatch.setattr(option_scoring, "LEAST_SAVED", 10)
-    torch.manual_seed(0)
-    kinds = ["sliding_attention", "full_attention"]
-    config = Gemma3TextConfig(**SHAPE, sliding_window=6, layer_types=kinds, attn_implementation=attention)
-    model = Gemma3ForCausalLM(config).eval()
+    window = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
+    model = make_llama(layers=2, kind="Gemma3", initializer_range=0.2, attn_implementation=attention, **window)
     asked = [Item([*range(3, 3 + n), 20 + n], [[7, 8, 9, 4], [7, 8, 5], [9]]) for n in (12, 12, 15, 9)]
     for item, scores in zip(asked, option_scoring.score_options(model, asked, 40, PAD), strict=True):
         assert scores == pytest.approx(plain_scores(model, item), abs=1e-4)

@@ -2,8 +2,6 @@
 
 import itertools
 
-import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -31,30 +29,17 @@ def test_a_start_is_shared_by_as_many_as_have_it():
     assert {length: len(members) for length, members in groups.items()} == {7: 20, 3: 40}, "exam alone saves enough"
 
 
-@pytest.mark.parametrize("prompts", [[], [[5]], [[5, 6], [7, 8]], [[5, 6, 7]] * 3, [[5], [5, 6], [5, 6, 7]]])
-def test_where_nothing_is_saved_there_is_one_group(prompts):
-    assert prefix_tree.group_by_prefix(prompts, least_saved=100) == (
-        [(0, list(range(len(prompts))))] if prompts else []
-    )
-
-
-@given(some_prompts, st.booleans())
+@given(some_prompts.filter(len), st.booleans())
 def test_a_tree_holds_every_sequence_on_a_path_of_its_own(sequences, share):
     tree = prefix_tree.build_tree(sequences, share)
+    sees = tree.mask()
     for sequence, path in zip(sequences, tree.paths, strict=True):
         assert [tree.token_ids[place] for place in path] == sequence
         assert [tree.depths[place] for place in path] == list(range(len(sequence)))
-    beginnings = {tuple(s[:n]) for s in sequences for n in range(1, len(s) + 1)}
-    assert len(tree.token_ids) == (len(beginnings) if share else sum(map(len, sequences)))
-
-
-@given(some_prompts.filter(len), st.booleans())
-def test_a_token_sees_its_own_sequence_up_to_itself(sequences, share):
-    tree = prefix_tree.build_tree(sequences, share)
-    sees = tree.mask()
-    for path in tree.paths:
         for depth, place in enumerate(path):
             assert sees[place].nonzero()[:, 0].tolist() == sorted(path[: depth + 1])
+    beginnings = {tuple(s[:n]) for s in sequences for n in range(1, len(s) + 1)}
+    assert len(tree.token_ids) == (len(beginnings) if share else sum(map(len, sequences)))
 
 
 @given(some_prompts, st.integers(1, 20), st.booleans())
@@ -73,10 +58,3 @@ def test_flash_attention_takes_no_branches(make_llama):
     assert prefix_tree.takes_branches(model)
     model.config._attn_implementation = "flash_attention_2"
     assert not prefix_tree.takes_branches(model)
-
-
-def test_masks_are_zero_where_a_token_sees_and_least_where_not(make_llama):
-    sees = prefix_tree.build_tree([[4, 5], [4, 6]]).mask()[None]
-    mask = prefix_tree.additive_masks(make_llama(), sees, torch.tensor([[0, 1, 1]]))
-    least = torch.finfo(torch.float32).min
-    assert mask.tolist() == [[[[0, least, least], [0, 0, least], [0, least, 0]]]]

@@ -31,6 +31,18 @@ def trainings(monkeypatch):
     return calls
 
 
+@pytest.fixture
+def train(stage, make_llama, make_examples, make_section, tokenizer):
+    """train(model, examples, **section): the model after `train_once`, and its log."""
+
+    def train(model=None, examples=4, options=None, **section):
+        model, examples = model or make_llama(layers=1), make_examples(examples)
+        arguments = (stage, "student", model, tokenizer, examples, make_section(epochs=1.0, **section))
+        return model, train_once.train_once(*arguments, trainer.cross_entropy, 0, **(options or {}))
+
+    return train
+
+
 def assert_same_weights(model, expected):
     found, expected = model.state_dict(), expected.state_dict()
     assert found.keys() == expected.keys()
@@ -42,18 +54,11 @@ def attached(model, **changes):
 
 
 @pytest.mark.parametrize("variant", [None, "lora"])
-def test_a_finished_training_is_read_back_to_the_bit(
-    stage, trainings, make_llama, make_examples, make_section, tokenizer, variant
-):
-    models = [make_llama(layers=2) for _ in range(2)]
+def test_a_finished_training_is_read_back_to_the_bit(stage, trainings, train, make_llama, variant):
+    models = [make_llama(layers=1) for _ in range(2)]
     if variant:
         models = [attached(model, variant=variant) for model in models]
-    logs = [
-        train_once.train_once(
-            stage, "student", model, tokenizer, make_examples(9), make_section(), trainer.cross_entropy, 0
-        )
-        for model in models
-    ]
+    logs = [train(model)[1] for model in models]
     assert len(trainings) == 1
     assert_same_weights(models[1], models[0])
     pd.testing.assert_frame_equal(*logs)
@@ -126,39 +131,24 @@ def test_a_record_belongs_to_a_file_as_to_a_folder(tmp_path):
     assert train_once.find_record(path, "a") is None
 
 
-def test_killed_before_the_record_the_old_one_does_not_vouch_for_new_weights(
-    stage, trainings, make_llama, make_examples, make_section, tokenizer, monkeypatch
-):
-    def train(rate):
-        model, section = make_llama(layers=1), make_section(learning_rate=rate)
-        train_once.train_once(stage, "s", model, tokenizer, make_examples(4), section, trainer.cross_entropy, 0)
-        return model
-
-    first = train(1e-3)
+def test_killed_before_the_record_the_old_one_does_not_vouch_for_new_weights(trainings, train, monkeypatch):
+    first, _ = train(learning_rate=1e-3)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(train_once, "write_record", lambda *_, **__: 1 / 0)
-        train(1e-2)
-    assert_same_weights(train(1e-3), first)
+        train(learning_rate=1e-2)
+    assert_same_weights(train(learning_rate=1e-3)[0], first)
     assert len(trainings) == 3
 
 
-def test_no_examples_is_one_sentence(stage, make_llama, make_section, tokenizer):
+def test_no_examples_is_one_sentence(train):
     with pytest.raises(TrainingError, match=r"no training examples: raise .* data\.datasets"):
-        train_once.train_once(
-            stage, "student", make_llama(layers=1), tokenizer, [], make_section(), trainer.cross_entropy, 0,
-            add_extras=lambda rows: {"some": torch.zeros(len(rows))},
-        )  # fmt: skip
+        train(examples=0, options={"add_extras": lambda rows: {"some": torch.zeros(len(rows))}})
 
 
-def test_checkpoints_of_other_settings_are_removed_and_training_opens_the_stage(
-    stage, make_llama, make_examples, make_section, tokenizer
-):
+def test_checkpoints_of_other_settings_are_removed_and_training_opens_the_stage(stage, train):
     stage.commit()
     for rate in (1e-3, 2e-3):
-        train_once.train_once(
-            stage, "student", make_llama(layers=1), tokenizer, make_examples(8), make_section(learning_rate=rate),
-            trainer.cross_entropy, 0,
-        )  # fmt: skip
+        train(examples=8, learning_rate=rate)
     assert not stage.manifest()
     key = json.loads((stage.dir / "student.record.json").read_text())["key"]
     assert [path.name for path in (stage.dir / "checkpoints" / "student").iterdir()] == [key]

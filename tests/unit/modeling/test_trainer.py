@@ -40,26 +40,26 @@ def assert_same_weights(found, expected):
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
-@pytest.mark.parametrize("slice_tokens", [1, 50], ids=["one example", "ragged"])
-def test_slices_of_a_batch_change_nothing(make_llama, make_examples, make_section, tmp_path, slice_tokens):
+def test_slices_of_a_batch_change_nothing(make_llama, make_examples, make_section, tmp_path):
     logs, ends, slices = [], [], []
-    for tokens in (512, slice_tokens):
+    for tokens in (512, 50, 1):  # whole batches, ragged slices, one example each
         calls = []
 
         def loss(*args, calls=calls):
             calls.append(len(args[0].targets))
             return trainer.cross_entropy(*args)
 
-        model, section, folder = make_llama(layers=2), make_section(slice_tokens=tokens), tmp_path / str(tokens)
-        logs.append(trainer.train(model, make_examples(10), section, loss, folder, seed=0))
+        model, section = make_llama(layers=1), make_section(slice_tokens=tokens, epochs=1.0)
+        logs.append(trainer.train(model, make_examples(10), section, loss, tmp_path / str(tokens), seed=0))
         ends.append(weights(model))
         slices.append(len(calls))
-    assert slices[0] == 6 < slices[1]
-    assert logs[0].loss_tokens.tolist() == logs[1].loss_tokens.tolist()
-    for column in ("loss", "ce"):
-        assert logs[0][column].to_numpy() == pytest.approx(logs[1][column].to_numpy(), abs=1e-5)
-    for name, tensor in ends[0].items():
-        torch.testing.assert_close(ends[1][name], tensor, rtol=0, atol=1e-5)
+    assert slices[0] == 3 < slices[1] < slices[2] == 10
+    for log, end in zip(logs[1:], ends[1:], strict=True):
+        assert logs[0].loss_tokens.tolist() == log.loss_tokens.tolist()
+        for column in ("loss", "ce"):
+            assert logs[0][column].to_numpy() == pytest.approx(log[column].to_numpy(), abs=1e-5)
+        for name, tensor in ends[0].items():
+            torch.testing.assert_close(end[name], tensor, rtol=0, atol=1e-5)
 
 
 def test_training_learns_and_its_log_is_per_token(make_llama, make_examples, make_section, tmp_path):
@@ -75,32 +75,33 @@ def test_training_learns_and_its_log_is_per_token(make_llama, make_examples, mak
     assert batches.predict_examples(model, examples).nll.sum() < 0.7 * before.sum()
 
 
-@pytest.mark.parametrize(("save_every", "step"), [(3, 4), (2, 5)], ids=["between epochs", "second epoch"])
-def test_a_resumed_run_ends_bit_for_bit_where_an_uninterrupted_one_does(
-    make_llama, make_examples, make_section, tmp_path, save_every, step
+@pytest.mark.parametrize(("kind", "saved", "step"), [("after an epoch", 3, 4), ("within one", 2, 5), ("adapter", 2, 3)])
+def test_a_killed_training_ends_bit_for_bit_where_an_uninterrupted_one_does(
+    make_llama, make_examples, make_section, tmp_path, kind, saved, step
 ):
-    examples, section = make_examples(12), make_section(save_every_steps=save_every)
-    whole, killed, resumed = (make_llama(layers=2, attention_dropout=0.1) for _ in range(3))
-    expected = trainer.train(whole, examples, section, trainer.cross_entropy, tmp_path / "whole", seed=0)
-    count_steps(killed, dies_at=step)
+    """What a kill left of a checkpoint is not read."""
+    examples, section = make_examples(12), make_section(save_every_steps=saved)
+    adapter = AdapterParams(variant="lora", rank=2, alpha=4.0, dropout=0.1, target_modules=["q_proj", "down_proj"])
+
+    def start(dies_at=None):
+        model = make_llama(layers=1, attention_dropout=0.1)
+        model = adapters.attach(model, adapter, seed=0) if kind == "adapter" else model
+        return model, count_steps(model, dies_at)
+
+    def train(model, folder):
+        return trainer.train(model, examples, section, trainer.cross_entropy, tmp_path / folder, seed=0)
+
+    (whole, _), (killed, _), (resumed, steps) = start(), start(dies_at=step), start()
+    expected = train(whole, "whole")
     with pytest.raises(Killed):
-        trainer.train(killed, examples, section, trainer.cross_entropy, tmp_path / "killed", seed=0)
-    steps = count_steps(resumed)
-    log = trainer.train(resumed, examples, section, trainer.cross_entropy, tmp_path / "killed", seed=0)
+        train(killed, "killed")
+    (tmp_path / "killed" / "checkpoint-5").mkdir()
+    (tmp_path / "killed" / "checkpoint-5" / "model.safetensors").write_bytes(b"half of it")
+    log = train(resumed, "killed")
     assert len(steps) == 6 - (step - 1)
     assert_same_weights(weights(resumed), weights(whole))
     columns = ["step", "loss", "ce", "loss_tokens", "learning_rate"]
     pd.testing.assert_frame_equal(log[columns], expected[columns])
-
-
-def rows_of(log):
-    """`add_extras` that notes which rows a slice holds."""
-
-    def add_extras(rows):
-        log.append(rows)
-        return {}
-
-    return add_extras
 
 
 def test_the_first_epoch_goes_from_easy_to_hard_and_the_next_does_not(
@@ -108,9 +109,8 @@ def test_the_first_epoch_goes_from_easy_to_hard_and_the_next_does_not(
 ):
     examples, section, seen = make_examples(70), make_section(batch_size=2, slice_tokens=10_000), []
     difficulty = [(37 * n) % 70 for n in range(70)]
-    trainer.train(
-        make_llama(layers=1), examples, section, trainer.cross_entropy, tmp_path, 0, rows_of(seen), difficulty
-    )
+    note = lambda rows: seen.append(rows) or {}  # noqa: E731
+    trainer.train(make_llama(layers=1), examples, section, trainer.cross_entropy, tmp_path, 0, note, difficulty)
     epochs = [[row for rows in part for row in rows] for part in (seen[:35], seen[35:])]
     assert [sorted(epoch) for epoch in epochs] == [list(range(70))] * 2
     parts = [[epoch[start : start + 16] for start in range(0, 70, 16)] for epoch in epochs]
@@ -122,20 +122,6 @@ def test_the_first_epoch_goes_from_easy_to_hard_and_the_next_does_not(
     lengths = [[len(examples[row].input_ids) for row in rows] for rows in seen[:35]]
     spread = sum(max(pair) - min(pair) for pair in lengths)
     assert spread < 70, "two that share a batch are alike in length: 35 pairs at random differ by 6 each"
-
-
-def test_a_killed_adapter_run_resumes_bit_for_bit(make_llama, make_examples, make_section, tmp_path):
-    adapter = AdapterParams(variant="lora", rank=2, alpha=4.0, dropout=0.1, target_modules=["q_proj", "down_proj"])
-    examples, section = make_examples(12), make_section(learning_rate=1e-2)
-    whole, killed, resumed = (adapters.attach(make_llama(layers=2), adapter, seed=0) for _ in range(3))
-    trainer.train(whole, examples, section, trainer.cross_entropy, tmp_path / "whole", seed=0)
-    count_steps(killed, dies_at=3)
-    with pytest.raises(Killed):
-        trainer.train(killed, examples, section, trainer.cross_entropy, tmp_path / "killed", seed=0)
-    steps = count_steps(resumed)
-    trainer.train(resumed, examples, section, trainer.cross_entropy, tmp_path / "killed", seed=0)
-    assert len(steps) == 4
-    assert_same_weights(weights(resumed), weights(whole))
 
 
 def test_the_newest_checkpoint_stays_when_the_clock_is_set_back(make_llama, make_examples, make_section, tmp_path):
@@ -151,23 +137,6 @@ def test_the_newest_checkpoint_stays_when_the_clock_is_set_back(make_llama, make
     with pytest.raises(Killed):
         trainer.train(model, make_examples(12), make_section(), set_back, tmp_path, seed=0)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
-
-
-def test_a_half_written_checkpoint_is_ignored(make_llama, make_examples, make_section, tmp_path):
-    examples, section = make_examples(12), make_section()
-    whole, killed, resumed = (make_llama(layers=2) for _ in range(3))
-    trainer.train(whole, examples, section, trainer.cross_entropy, tmp_path / "whole", seed=0)
-    count_steps(killed, dies_at=3)
-    with pytest.raises(Killed):
-        trainer.train(killed, examples, section, trainer.cross_entropy, tmp_path / "killed", seed=0)
-    (state,) = (tmp_path / "killed").rglob("trainer_state.json")
-    half = state.parent.with_name("checkpoint-3")
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half of it")
-    steps = count_steps(resumed)
-    trainer.train(resumed, examples, section, trainer.cross_entropy, tmp_path / "killed", seed=0)
-    assert len(steps) == 4
-    assert_same_weights(weights(resumed), weights(whole))
 
 
 def test_a_loss_that_is_not_finite_names_its_step(make_llama, make_examples, make_section, tmp_path):

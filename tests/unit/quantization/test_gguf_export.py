@@ -2,26 +2,19 @@
 
 import copy
 import re
+from functools import partial
 
 import gguf
 import numpy as np
 import openai
 import pytest
 import torch
-from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tokenizers import AddedToken, normalizers, pre_tokenizers
+from toys import split_by_rule
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from medkit.inference.server_engine import llama_server
-from medkit.lora import adapters
 from medkit.modeling.loading import load_model
 from medkit.prompts.templates import encode, file_template
 from medkit.quantization import gguf_export, gguf_tokenizer, plans
@@ -45,43 +38,9 @@ TEXTS = [
 
 
 @pytest.fixture(scope="module")
-def make_qwen2():
-    """qwen2(kind, **config): random float32 weights, with biases as large as real ones and no two norms alike."""
-
-    def make(kind=(Qwen2ForCausalLM, Qwen2Config), **changes):
-        config = {
-            "vocab_size": 300,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 1024,
-            "tie_word_embeddings": True,
-            "initializer_range": 0.1,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        }
-        torch.manual_seed(0)
-        model = kind[0](kind[1](**{**config, **changes}))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" in name:
-                    parameter.uniform_(0.5, 1.5)
-                if name.endswith("bias"):
-                    parameter.normal_()
-        return model.eval()
-
-    return make
-
-
-def split_by_rule(tokenizer, pattern=gguf_tokenizer.QWEN2_SPLIT):
-    rule = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([rule, bytes_])
-    return tokenizer
+def make_qwen2(make_llama):
+    rope = {"rope_type": "default", "rope_theta": 1_000_000.0}
+    return partial(make_llama, **{"layers": 2, "kind": "Qwen2", "rope_parameters": rope})
 
 
 def split_by_digits(**changes):
@@ -96,7 +55,9 @@ def split_by_digits(**changes):
 @pytest.fixture(scope="module")
 def qwen2_tokenizer(make_tokenizer):
     """With words that only Qwen2's rule makes: "-blocker" in one piece."""
-    tokenizer = split_by_rule(make_tokenizer(bos_token=None)).train_new_from_iterator(TEXTS * 20, 296)
+    tokenizer = split_by_rule(make_tokenizer(bos_token=None), gguf_tokenizer.QWEN2_SPLIT).train_new_from_iterator(
+        TEXTS * 20, 296
+    )
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     return tokenizer
 
@@ -140,11 +101,23 @@ def rounded(model, weight_type):
 
 
 @pytest.mark.parametrize("weight_type", TYPES)
-def test_the_file_holds_the_model(make_llama, tokenizer, tmp_path, weight_type):
-    model = make_llama()
-    again = read_back(gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", weight_type))
-    torch.testing.assert_close(logits(again), logits(rounded(model, weight_type)), rtol=0, atol=1e-4)
-    assert again.lm_head.weight is again.get_input_embeddings().weight
+def test_the_file_holds_the_model_in_the_analytic_number_of_bytes(make_llama, tokenizer, tmp_path, weight_type):
+    model = make_llama(tie_word_embeddings=False)
+    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", weight_type)
+    torch.testing.assert_close(logits(read_back(path)), logits(rounded(model, weight_type)), rtol=0, atol=1e-4)
+    sizes = {
+        "embeddings": 300 * 64,
+        "attention": 3 * (2 * 64 * 64 + 2 * 64 * 32),
+        "mlp": 3 * 3 * 64 * 96,
+        "head": 300 * 64,
+    }
+    expected = {name: (n, n * BYTES_PER_BLOCK[weight_type] // 32) for name, n in sizes.items()}
+    expected["norms"] = (7 * 64, 4 * 7 * 64)
+    table = gguf_export.measure_file_bytes(path)
+    assert {r.component: (r.weights, r.bytes) for r in table.itertuples()} == expected
+    assert table.weights.sum() == model.num_parameters()
+    assert (table.bf16_bytes == 2 * table.weights).all()
+    assert table.bytes.sum() < path.stat().st_size < table.bytes.sum() + 40_000
 
 
 def test_a_file_answers_as_its_model_and_another_models_file_is_refused(make_llama, tokenizer, models_params, tmp_path):
@@ -171,84 +144,60 @@ def test_the_file_holds_one_chat_template_and_every_end(make_llama, make_tokeniz
     assert template.endswith("one") and ends == [2, 0]
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"tie_word_embeddings": False},
-        {"hidden_size": 48, "head_dim": 16, "num_attention_heads": 3, "num_key_value_heads": 1},
-    ],
-    ids=["untied", "odd width"],
-)
-def test_the_file_holds_every_shape_of_llama(make_llama, tokenizer, tmp_path, changes):
-    model = make_llama(**changes)
+def test_the_file_holds_a_tied_model_of_odd_width(make_llama, tokenizer, tmp_path):
+    model = make_llama(hidden_size=48, head_dim=16, num_attention_heads=3, num_key_value_heads=1)
     again = read_back(gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "Q8_0"))
     torch.testing.assert_close(logits(again), logits(rounded(model, "Q8_0")), rtol=0, atol=1e-4)
+    assert again.lm_head.weight is again.get_input_embeddings().weight
 
 
-def test_the_file_holds_the_tokenizer(make_llama, tokenizer, tmp_path):
-    gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "F16")
+@pytest.mark.parametrize("split", ["digits", "SmolLM2 as transformers reads it"])
+def test_the_file_holds_the_tokenizer(make_llama, make_tokenizer, tmp_path, split):
+    """transformers reads SmolLM2's file without the split of digits; no token of two digits would need it."""
+    tokenizer, expected = make_tokenizer(), make_tokenizer()
+    if split != "digits":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    gguf_export.export_gguf(make_llama(layers=1), tokenizer, tmp_path / "student.gguf", "F16")
     again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf")
     for text in TEXTS:
-        assert again(text, add_special_tokens=False).input_ids == tokenizer(text).input_ids
+        assert again(text, add_special_tokens=False).input_ids == expected(text).input_ids
     assert again.chat_template == file_template(tokenizer)
     assert again.eos_token_id == tokenizer.eos_token_id
     assert again.pad_token_id == tokenizer.pad_token_id
 
 
-@pytest.mark.parametrize(("tied", "weight_type"), [(True, "Q8_0"), (False, "Q4_0")])
-def test_the_file_holds_a_qwen2_model(make_qwen2, qwen2_tokenizer, tmp_path, tied, weight_type):
-    model = make_qwen2(tie_word_embeddings=tied)
-    path = gguf_export.export_gguf(model, qwen2_tokenizer, tmp_path / "student.gguf", weight_type)
+def test_the_file_holds_a_qwen2_model_and_its_tokenizer(make_qwen2, qwen2_tokenizer, tmp_path):
+    """With rows beyond the vocabulary, as in R1-Distill-Qwen: 152 064 rows, 151 665 tokens."""
+    model = make_qwen2(vocab_size=330)
+    path = gguf_export.export_gguf(model, qwen2_tokenizer, tmp_path / "student.gguf", "Q8_0")
     again = read_back(path)
-    assert again.config.model_type == "qwen2"
-    assert again.config.rope_parameters["rope_theta"] == 1_000_000
-    torch.testing.assert_close(logits(again), logits(rounded(model, weight_type)), rtol=0, atol=1e-4)
-    biases = [t for t in gguf.GGUFReader(path).tensors if t.name.endswith(".bias")]
-    assert len(biases) == 2 * 3
-    assert all(t.tensor_type == gguf.GGMLQuantizationType.F32 for t in biases)
-
-
-def test_the_file_holds_qwen2s_tokenizer(make_qwen2, qwen2_tokenizer, tmp_path):
-    path = gguf_export.export_gguf(make_qwen2(), qwen2_tokenizer, tmp_path / "student.gguf", "F16")
-    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf")
-    assert gguf.GGUFReader(path).get_field("tokenizer.ggml.pre").contents() == "qwen2"
+    assert again.config.model_type == "qwen2" and again.config.rope_parameters["rope_theta"] == 1_000_000
+    torch.testing.assert_close(logits(again), logits(rounded(model, "Q8_0")), rtol=0, atol=1e-4)
+    reader = gguf.GGUFReader(path)
+    biases = [t for t in reader.tensors if t.name.endswith(".bias")]
+    assert len(biases) == 2 * 3 and all(t.tensor_type == gguf.GGMLQuantizationType.F32 for t in biases)
+    tokens, types = (reader.get_field(f"tokenizer.ggml.{name}").contents() for name in ("tokens", "token_type"))
+    unused = [i for i, kind in enumerate(types) if kind == gguf.TokenType.UNUSED]
+    assert len(tokens) == len(types) == len(set(tokens)) == 330
+    assert unused == list(range(len(qwen2_tokenizer), 330))
+    assert reader.get_field("tokenizer.ggml.pre").contents() == "qwen2"
+    again, other = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf"), copy.deepcopy(qwen2_tokenizer)
     for text in TEXTS:
         assert again(text, add_special_tokens=False).input_ids == qwen2_tokenizer(text).input_ids
-    other = copy.deepcopy(qwen2_tokenizer)
     other.backend_tokenizer.pre_tokenizer = split_by_digits()
     assert any(other(t).input_ids != qwen2_tokenizer(t).input_ids for t in TEXTS)  # under SmolLM2's rule
     assert again.chat_template == file_template(qwen2_tokenizer)
     assert again.eos_token_id == qwen2_tokenizer.eos_token_id
-
-
-def test_the_expression_is_qwen2s_own():
     assert gguf_tokenizer.QWEN2_SPLIT == PRETOKENIZE_REGEX
-
-
-def test_rows_beyond_the_vocabulary_are_unused_tokens(make_qwen2, qwen2_tokenizer, tmp_path):
-    """As in R1-Distill-Qwen: 152 064 rows, 151 665 tokens."""
-    path = gguf_export.export_gguf(make_qwen2(vocab_size=330), qwen2_tokenizer, tmp_path / "student.gguf", "F16")
-    reader = gguf.GGUFReader(path)
-    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
-    types = reader.get_field("tokenizer.ggml.token_type").contents()
-    unused = [i for i, kind in enumerate(types) if kind == gguf.TokenType.UNUSED]
-    assert len(tokens) == len(types) == len(set(tokens)) == 330
-    assert unused == list(range(len(qwen2_tokenizer), 330))
-    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf")
-    for text in TEXTS:
-        assert again(text, add_special_tokens=False).input_ids == qwen2_tokenizer(text).input_ids
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_qwen3_is_read_by_transformers_and_by_llama_cpp(make_qwen2, qwen2_tokenizer, models_params, tmp_path, tied):
-    kind = Qwen3ForCausalLM, Qwen3Config
-    model = make_qwen2(kind, head_dim=128, tie_word_embeddings=tied)
+    model = make_qwen2(kind="Qwen3", head_dim=128, tie_word_embeddings=tied)
     path = gguf_export.export_gguf(model, qwen2_tokenizer, tmp_path / "student.gguf", "F16")
     read = load_model(path, models_params)
     assert gguf_export.check_logits(model, read, IDS[0], {}) < 0.01
     compare_with_llama_cpp(path, model, IDS[0].tolist())
-    with pytest.raises(ExportError, match="head_dim 32"):
-        gguf_export.export_gguf(make_qwen2(kind, head_dim=32), qwen2_tokenizer, tmp_path / "other.gguf", "F16")
 
 
 def test_the_long_contexts_of_llama3_are_in_the_file(make_llama, make_tokenizer, models_params, tmp_path):
@@ -270,11 +219,6 @@ def test_the_long_contexts_of_llama3_are_in_the_file(make_llama, make_tokenizer,
         gguf_export.check_logits(read, usual, ids, {})
 
 
-def test_more_tokens_than_rows_are_refused(make_qwen2, qwen2_tokenizer, tmp_path):
-    with pytest.raises(ExportError, match=f"{len(qwen2_tokenizer)} tokens: the model has rows for 200"):
-        gguf_export.export_gguf(make_qwen2(vocab_size=200), qwen2_tokenizer, tmp_path / "student.gguf", "F16")
-
-
 def test_an_added_token_that_is_not_special_stays_in_the_answer(make_llama, make_tokenizer, tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([AddedToken("<think>", special=False, normalized=False)])
@@ -291,60 +235,22 @@ def test_an_added_token_that_is_not_special_stays_in_the_answer(make_llama, make
     assert again.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_smollm2_as_transformers_reads_it(make_llama, make_tokenizer, tmp_path):
-    """From its GGUF file: without the split of digits, and without a token of two digits that would need it."""
-    tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "F16")
-    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf")
-    for text in TEXTS:
-        assert again(text, add_special_tokens=False).input_ids == make_tokenizer()(text).input_ids
-
-
 @pytest.mark.parametrize(
-    "pre_tokenizer",
+    ("step", "said"),
     [
-        split_by_digits(one_by_one=False),
-        split_by_digits(add_prefix_space=True),
-        split_by_digits(use_regex=False),
-        pre_tokenizers.Whitespace(),
+        (split_by_digits(one_by_one=False), r"pre-tokenizer \["),
+        (split_by_digits(add_prefix_space=True), r"pre-tokenizer \["),
+        (split_by_digits(use_regex=False), r"pre-tokenizer \["),
+        (pre_tokenizers.Whitespace(), r"pre-tokenizer \["),
+        (normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]), "'Lowercase'"),
     ],
-    ids=["digits together", "a space before", "no rule of GPT-2's", "no bytes"],
+    ids=["digits together", "a space before", "no rule of GPT-2's", "no bytes", "lower case"],
 )
-def test_a_split_that_only_looks_alike_is_refused(make_llama, make_tokenizer, tmp_path, pre_tokenizer):
+def test_a_tokenizer_that_only_looks_alike_is_refused(make_llama, make_tokenizer, tmp_path, step, said):
     tokenizer = make_tokenizer()
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizer
-    with pytest.raises(ExportError, match=r"pre-tokenizer \["):
-        gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", "F16")
-
-
-def test_a_normalizer_that_the_file_cannot_hold_is_refused(make_llama, make_tokenizer, tmp_path):
-    tokenizer, path = make_tokenizer(), tmp_path / "student.gguf"
-    for steps in ([normalizers.Lowercase()], [normalizers.NFC(), normalizers.Lowercase()]):
-        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(steps)
-        with pytest.raises(ExportError, match="'Lowercase'"):
-            gguf_export.export_gguf(make_llama(), tokenizer, path, "F16")
-    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([])
-    assert gguf_export.export_gguf(make_llama(), tokenizer, path, "F16").is_file()
-
-
-@pytest.mark.parametrize("weight_type", TYPES)
-def test_the_ledger_of_the_file_is_the_analytic_number_of_bytes(make_llama, tokenizer, tmp_path, weight_type):
-    model = make_llama(tie_word_embeddings=False)
-    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", weight_type)
-    sizes = {
-        "embeddings": 300 * 64,
-        "attention": 3 * (2 * 64 * 64 + 2 * 64 * 32),
-        "mlp": 3 * 3 * 64 * 96,
-        "head": 300 * 64,
-    }
-    expected = {name: (n, n * BYTES_PER_BLOCK[weight_type] // 32) for name, n in sizes.items()}
-    expected["norms"] = (7 * 64, 4 * 7 * 64)
-    table = gguf_export.measure_file_bytes(path)
-    assert {r.component: (r.weights, r.bytes) for r in table.itertuples()} == expected
-    assert table.weights.sum() == adapters.count_parameters(model)[1]
-    assert (table.bf16_bytes == 2 * table.weights).all()
-    assert table.bytes.sum() < path.stat().st_size < table.bytes.sum() + 40_000
+    setattr(tokenizer.backend_tokenizer, "normalizer" if said == "'Lowercase'" else "pre_tokenizer", step)
+    with pytest.raises(ExportError, match=said):
+        gguf_export.export_gguf(make_llama(layers=1), tokenizer, tmp_path / "student.gguf", "F16")
 
 
 def test_a_quantized_model_is_refused_with_the_cure(make_llama, tokenizer, tmp_path):
@@ -355,66 +261,33 @@ def test_a_quantized_model_is_refused_with_the_cure(make_llama, tokenizer, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_another_architecture_is_refused(make_llama, tokenizer, tmp_path):
-    model = make_llama()
-    model.config.model_type = "gpt_neox"
-    with pytest.raises(ExportError, match="'gpt_neox': only llama, qwen2, qwen3"):
-        gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16")
+LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+LONG = {"rope_type": "longrope", "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 512}
+LONG |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+REFUSED = [
+    ("llama", {"attention_bias": True}, "has no place for this weight"),
+    ("llama", {"hidden_act": "gelu"}, "'gelu'"),
+    ("llama", {"rope_parameters": LINEAR}, "'linear'"),
+    ("llama", {"rope_parameters": LONG}, "depend on the length"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "use_sliding_window"),
+    ("qwen2", {"head_dim": 32}, "head_dim 32"),
+    ("qwen2", {"kind": "Qwen3", "head_dim": 32}, "head_dim 32"),
+    ("qwen2", {"vocab_size": 200}, "tokens: the model has rows for 200"),
+    ("qwen2", {"model_type": "gpt_neox"}, "'gpt_neox': only llama, qwen2, qwen3"),
+]
 
 
-@pytest.mark.parametrize("weight_type", ["Q4_K_M"])
-def test_a_weight_type_that_cannot_be_written_is_refused(make_llama, tokenizer, tmp_path, weight_type):
-    with pytest.raises(ExportError, match=f"'{weight_type}' cannot be written; choose one of F16, Q8_0"):
-        gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf", weight_type)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "use_sliding_window"),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}}, "'linear'"),
-        ({"hidden_act": "gelu"}, "'gelu'"),
-        ({"head_dim": 32}, "head_dim 32"),
-    ],
-    ids=lambda c: next(iter(c)) if isinstance(c, dict) else "",
-)
-def test_a_qwen2_that_the_file_cannot_hold_is_refused(make_qwen2, qwen2_tokenizer, tmp_path, changes, named):
-    with pytest.raises(ExportError, match=named):
-        gguf_export.export_gguf(make_qwen2(**changes), qwen2_tokenizer, tmp_path / "student.gguf", "F16")
+@pytest.mark.parametrize(("kind", "changes", "said"), REFUSED, ids=[f"{k} {next(iter(c))}" for k, c, _ in REFUSED])
+def test_what_the_file_cannot_hold_is_refused(make_llama, make_qwen2, qwen2_tokenizer, tmp_path, kind, changes, said):
+    model = {"llama": make_llama, "qwen2": make_qwen2}[kind](**changes)
+    model.config.model_type = changes.get("model_type", model.config.model_type)
+    with pytest.raises(ExportError, match=said):  # also where nothing is written yet, before anything runs
+        gguf_export.check_export(model, qwen2_tokenizer)
+    with pytest.raises(ExportError, match=said):
+        gguf_export.export_gguf(model, qwen2_tokenizer, tmp_path / "student.gguf", "F16")
+    with pytest.raises(ExportError, match="'Q4_K_M' cannot be written; choose one of F16, Q8_0"):
+        gguf_export.export_gguf(model, qwen2_tokenizer, tmp_path / "student.gguf", "Q4_K_M")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"attention_bias": True},
-        {"mlp_bias": True},
-        {"hidden_act": "gelu"},
-        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10_000.0}},
-        {
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10_000.0,
-                "short_factor": [1.0] * 8,
-                "long_factor": [2.0] * 8,
-                "original_max_position_embeddings": 512,
-                "factor": 2.0,
-            }
-        },
-    ],
-    ids=lambda c: next(iter(c)),
-)
-def test_a_llama_that_the_file_cannot_hold_is_refused(make_llama, tokenizer, tmp_path, changes):
-    model, path = make_llama(**changes), tmp_path / "student.gguf"
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_()
-    with pytest.raises(ExportError):  # also where nothing is written yet, before anything runs
-        gguf_export.check_export(model, tokenizer)
-    with pytest.raises(ExportError):
-        gguf_export.export_gguf(model, tokenizer, path, "F16")
-    assert not path.exists()
 
 
 def test_an_export_that_fails_leaves_the_old_file_and_nothing_else(make_llama, tokenizer, tmp_path, monkeypatch):
@@ -435,13 +308,8 @@ def test_an_export_that_fails_leaves_the_old_file_and_nothing_else(make_llama, t
 
 
 def test_the_same_model_makes_the_same_file(make_llama, tokenizer, tmp_path):
-    digests = {
-        gguf_export.check_manifest(gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / f"{i}.gguf", "Q8_0"))[
-            "sha256"
-        ]
-        for i in range(2)
-    }
-    assert len(digests) == 1
+    paths = [gguf_export.export_gguf(make_llama(layers=1), tokenizer, tmp_path / f"{i}.gguf") for i in range(2)]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -452,10 +320,9 @@ def test_the_same_model_makes_the_same_file(make_llama, tokenizer, tmp_path):
         (lambda p: p.unlink(), "is missing, but its manifest is there"),
         (lambda p: gguf_export.manifest_path(p).unlink(), r"student\.manifest\.json is missing"),
         (lambda p: gguf_export.manifest_path(p).write_text("{"), "is damaged"),
-        (lambda p: gguf_export.manifest_path(p).write_text("[]"), "is damaged"),
         (lambda p: gguf_export.manifest_path(p).write_text("{}"), "is damaged"),
     ],
-    ids=["cut short", "one bit", "no file", "no manifest", "half a manifest", "a list", "empty"],
+    ids=["cut short", "one bit", "no file", "no manifest", "half a manifest", "empty"],
 )
 def test_a_file_that_is_not_the_one_exported_is_noticed(make_llama, tokenizer, tmp_path, damage, said):
     path = gguf_export.export_gguf(make_llama(layers=1), tokenizer, tmp_path / "student.gguf", "F16")
@@ -478,6 +345,7 @@ FIRST_OR_LATER = re.compile(r"\{\{ if le \$i 1 \}\}(.*)\{\{ else \}\}(.*)\{\{ en
 def test_ollama_and_others_find_their_files_beside_it(make_llama, make_tokenizer, tokenizer, tmp_path, base):
     """The Modelfile's turns, put together as Ollama does, are the prompt of training."""
     model = make_tokenizer(chat_template=None if base else tokenizer.chat_template)
+    (tmp_path / f"student{TASKS}").write_text("{}")
     path = gguf_export.export_gguf(make_llama(layers=1), model, tmp_path / "student.gguf")
     name, system, template = MODELFILE.fullmatch((tmp_path / "Modelfile").read_text()).groups()
     assert (tmp_path / name) == path
@@ -494,16 +362,11 @@ def test_ollama_and_others_find_their_files_beside_it(make_llama, make_tokenizer
     assert model(prompt + end).input_ids == encode(model, messages)[0]
     use = (tmp_path / "USE.md").read_text()
     assert DISCLAIMER in use and use.count(path.name) == 3 and use.count("\n| ") == 4
+    assert not (tmp_path / f"student{TASKS}").exists(), "scores of an earlier file go"
 
 
 def test_a_template_without_turns_has_no_modelfile(make_tokenizer):
     assert make_modelfile("student.gguf", make_tokenizer(chat_template="one")) is None
-
-
-def test_scores_of_an_earlier_file_go(make_llama, tokenizer, tmp_path):
-    (tmp_path / f"student{TASKS}").write_text("{}")
-    gguf_export.export_gguf(make_llama(layers=1), tokenizer, tmp_path / "student.gguf")
-    assert not (tmp_path / f"student{TASKS}").exists()
 
 
 def test_a_new_file_under_the_old_manifest_is_noticed(make_llama, tokenizer, tmp_path, monkeypatch):

@@ -1,14 +1,13 @@
-"""A plan survives json, and no plan within a budget has a smaller summed KL."""
+"""No plan within a budget has a smaller summed KL."""
 
 import itertools
 
 import numpy as np
 import pandas as pd
 import pytest
-from pydantic import ValidationError
 
 from medkit.quantization import plans
-from medkit.quantization.plans import Plan, PlanError
+from medkit.quantization.plans import PlanError
 
 OUTSIDE = ["model.embed_tokens", "lm_head"]
 LINEAR = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "mlp.up_proj": (128, 64)}
@@ -51,64 +50,41 @@ def least_and_most(choices):
     return int(by_module.min().sum()), int(by_module.max().sum())
 
 
-def test_a_plan_survives_json():
-    plan = plans.paper_plan(make_shapes())
-    again = Plan.model_validate_json(plan.model_dump_json())
-    assert again == plan
-    assert list(again.schemes) == list(make_shapes())
-
-
-def test_an_unknown_scheme_is_an_error_that_names_the_module():
-    with pytest.raises(ValidationError, match="lm_head"):
-        Plan(name="x", schemes={"lm_head": "int3"})
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("embeddings", ["unquantized", "int8", "nf4"])
-def test_nf4_plan_is_nf4_but_for_embeddings_and_head(tied, embeddings):
-    shapes = make_shapes(tied=tied)
-    plan = plans.nf4_plan(shapes, embeddings)
-    assert list(plan.schemes) == list(shapes)
-    assert {s for m, s in plan.schemes.items() if m in OUTSIDE} == {embeddings}
-    assert {s for m, s in plan.schemes.items() if m not in OUTSIDE} == {"nf4"}
-    assert len({plans.nf4_plan(shapes, e).name for e in BITS}) == 3
-
-
-def test_paper_plan_is_8_bits_where_attention_is():
-    plan = plans.paper_plan(make_shapes()).schemes
-    assert {m for m, s in plan.items() if s == "int8"} == {m for m in plan if "self_attn" in m}
-    assert {m for m, s in plan.items() if s == "nf4"} == {m for m in plan if "mlp" in m}
-    assert {m for m, s in plan.items() if s == "unquantized"} == set(OUTSIDE)
+def test_nf4_spares_the_ends_and_the_papers_plan_has_8_bits_in_attention():
+    shapes = make_shapes()
+    for ends in BITS:
+        plan = plans.nf4_plan(shapes, ends).schemes
+        assert plan == {m: ends if m in OUTSIDE else "nf4" for m in shapes}
+    scheme_of = {"self_attn": "int8", "mlp": "nf4"}
+    paper = plans.paper_plan(shapes).schemes
+    assert paper == {m: "unquantized" if m in OUTSIDE else scheme_of[m.split(".")[3]] for m in shapes}
 
 
 def test_budget_plan_is_the_best_of_all_plans():
     choices = make_choices({m: s for m, s in make_shapes(layers=2).items() if m not in OUTSIDE})
-    modules = list(choices.module.unique())
-    every = [
-        totals(choices, Plan(name="any", schemes=dict(zip(modules, picked, strict=True))))
-        for picked in itertools.product(BITS, repeat=len(modules))
-    ]
+    by_module = [rows[["kl_nats", "bytes"]].to_numpy() for _, rows in choices.groupby("module")]
+    every = np.array([np.sum(picked, axis=0) for picked in itertools.product(*by_module)])
     least, most = least_and_most(choices)
     for budget in np.linspace(least, most, 9).astype(int):
         kl, size = totals(choices, plans.budget_plan(choices, budget))
         assert size <= budget
-        assert kl == pytest.approx(min(d for d, s in every if s <= budget), rel=1e-9, abs=1e-15)
+        assert kl == pytest.approx(every[every[:, 1] <= budget, 0].min(), rel=1e-9, abs=1e-15)
 
 
-@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e6])
+@pytest.mark.parametrize("scale", [1e-9, 1e6])
 def test_the_choice_does_not_depend_on_the_unit_of_kl(choices, scale):
     budget = sum(least_and_most(choices)) // 2
     same = plans.budget_plan(choices.assign(kl_nats=choices.kl_nats * scale), budget)
     assert same == plans.budget_plan(choices, budget)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.77, 1.0])
+@pytest.mark.parametrize("share", [0.3, 0.77])
 def test_no_random_plan_of_that_size_beats_the_budgeted_one(choices, share):
     least, most = least_and_most(choices)
     budget = int(least + share * (most - least))
     best, size = totals(choices, plans.budget_plan(choices, budget))
     assert size <= budget
-    for seed in range(20):
+    for seed in range(8):
         plan = plans.random_plan(choices, budget, seed)
         kl, size = totals(choices, plan)
         now = choices.module.map(
