@@ -5,12 +5,16 @@ and the untrained student's losses there; the teacher is first corrected (LoRA),
 read at. Training: CE alone, CE + KL over spans, each from the same weights on the same batches,
 judged by paired −log p per answer token of validation rows, and by −log p of the right option among a question's
 options. Units: nats, bytes, fractions.
+
+`--tokenizers STUDENT TEACHER` (two folders) measures the spans of two other tokenizers alone, in questions of each
+source of the run and in their answers; no model reads them.
 """
 
 import json
 import os
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -32,15 +36,18 @@ from medkit.statistics import mean_intervals
 def main() -> None:
     parser = make_parser(__doc__)
     parser.set_defaults(params=ROOT / "params" / "cross.yaml")
-    parser.add_argument("--signal-rows", type=int, default=240, help="rows of the teacher cache")
+    parser.add_argument("--signal-rows", type=int, default=240, help="rows of the teacher cache, or of each source")
     parser.add_argument("--correct-rows", type=int, default=128, help="other rows that correct the teacher; 0: none")
     parser.add_argument("--train-rows", type=int, default=96, help="of the first, rows to train on; 0: no training")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--valid-rows", type=int, default=105)
     parser.add_argument("--option-questions", type=int, default=40, help="of them, asked by option text too")
+    parser.add_argument("--tokenizers", type=Path, nargs=2, metavar=("STUDENT", "TEACHER"), help="folders: spans alone")
     args = parser.parse_args()
 
     torch.set_num_threads(args.threads)
+    if args.tokenizers:
+        return compare_tokenizers(args)
     sizes = {f"distillation.{name}.batch_size": args.batch_size for name in ("correction_train", "student_train")}
     params, before = load_params(args.params, sizes), os.getloadavg()
     folders = [loading.local_folder(section) for section in (params.models.student, params.models.teacher)]
@@ -86,13 +93,36 @@ def answers_of(examples: list[batches.Example]) -> list[list[int]]:
     return [example.input_ids[example.loss_start :] for example in examples]
 
 
+def compare_tokenizers(args: Namespace) -> None:
+    """Spans of two tokenizers in the questions and answers of a run, by source; no weights are needed."""
+    tokenizers = [loading.load_tokenizer(folder) for folder in args.tokenizers]
+    aligner = cross_tokenizer.TokenAligner.from_tokenizers(*tokenizers)
+    rows = pd.read_parquet(args.run / "01_data" / "questions.parquet").query("answer >= 0")
+    rows = rows.sample(frac=1, random_state=0).groupby("source", observed=True).head(args.signal_rows)
+    raw = {
+        f"{what}/{source}": describe_spans(aligner, tokenizers, part)
+        for what, table in {"answers": rows, "questions": rows.assign(answer=-1)}.items()
+        for source, part in [("all", table), *table.groupby("source", observed=True)]
+    }
+    ratios = {
+        f"{what}/{name}": Ratio(raw[f"{what}/all"][name], None, "higher", raw[f"{what}/all"]["answers"])
+        for what in ("answers", "questions")
+        for name in ("one_to_one_spans", "one_to_one_bytes", "shared_of_text")
+    }
+    names = [folder.name for folder in args.tokenizers]
+    setup = {"versions": versions("tokenizers"), "run": args.run.name, "student": names[0], "teacher": names[1]}
+    write("two_tokenizers", setup, ratios, raw, args.output)
+
+
 def describe_spans(aligner: cross_tokenizer.TokenAligner, tokenizers: list, rows: pd.DataFrame) -> dict:
     """How the two cut the answers. The end of an answer is a span of one token on both sides and of no bytes."""
     sides = [batches.encode_questions(one, rows) for one in tokenizers]
     found = cross_tokenizer.measure_spans(aligner, *sides)
     shapes, sizes = pd.Series([span[:2] for span in found]), np.array([span[2] for span in found])
     single = shapes.isin([(1, 1)]).to_numpy()
+    taught = np.concatenate([own for answer in answers_of(sides[1]) if len(own := aligner.shared[answer[:-1]])])
     return {
+        "shared_of_text": float((taught >= 0).mean()),  # of the teacher's tokens that stand here
         "answers": len(rows), "spans": len(shapes), "answer_bytes": int(sizes.sum()),
         "student_tokens": sum(e.num_predicted for e in sides[0]),
         "teacher_tokens": sum(e.num_predicted for e in sides[1]),
