@@ -42,6 +42,7 @@ class Contender:
     """How it differs from the run's own adapter."""
 
     adapter: dict = field(default_factory=dict)
+    train: dict = field(default_factory=dict)
     more_targets: tuple[str, ...] = ()
     form: str = "json"
 
@@ -55,6 +56,7 @@ CONTENDERS = {
     **{f"attention_r{rank}": ranked(rank) for rank in (4, 64)},
     **{f"all_linear_r{rank}": ranked(rank, more_targets=FFN) for rank in (4, 16, 64)},
     **{name: Contender({"variant": name}) for name in ("rslora", "dora")},
+    "three_times_as_long": Contender(train={"epochs": 7.5}),
     **{name: Contender(form=name) for name in ("code", "plain")},
 }
 
@@ -121,7 +123,8 @@ def adapt(model, examples: list[batches.Example], params: Params, contender: Con
     with tempfile.TemporaryDirectory() as checkpoints:
         cpu = time.process_time()
         loss, folder = trainer.cross_entropy, Path(checkpoints)
-        log = trainer.train(model, examples, params.lora.train, loss, folder, params.seed)
+        train = params.lora.train.model_copy(update=contender.train)
+        log = trainer.train(model, examples, train, loss, folder, params.seed)
         cpu = time.process_time() - cpu
     found = {"trainable": trainable, "steps": len(log), "cpu_seconds": cpu, "last_train_nll": log.ce.iloc[-1]}
     return adapters.merge(model), found
