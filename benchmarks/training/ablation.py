@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from benchmarks.inputs import make_parser
-from benchmarks.record import Ratio, result_path, versions, write
+from benchmarks.record import result_path, versions, write
 from medkit import distillation, evaluation, inference, modeling
 from medkit.data import splits
 from medkit.params import Params, digest, load_params
@@ -186,13 +186,6 @@ def main() -> None:
         modeling.remove_checkpoints(stage.path("checkpoints"))
     table = list(compare(cells, params.evaluation.confidence))
     print(pd.DataFrame(table).to_string(float_format="{:.3f}".format))
-    ratios = {
-        f"{row['setup']}/{row['student']} minus {row['baseline']}/{row['task']}": Ratio(
-            row["difference"], None, "higher", row["seeds"]
-        )
-        for row in table
-        if row["baseline"]
-    }
     setup = {
         "run": args.run.name, "seeds": args.seeds, "parts": {name: part[1] for name, part in PARTS.items()},
         "setups": SETUPS, "train": params.distillation.student_train.model_dump(), "threads": args.threads,
@@ -200,7 +193,7 @@ def main() -> None:
         "versions": versions("torch", "transformers"),
     }  # fmt: skip
     raw = {"table": table, "cells": [{key: value for key, value in cell.items() if key != "scores"} for cell in cells]}
-    write("ablation", setup, ratios, raw, args.output, summary={"table": table})
+    write("ablation", setup, {}, raw, args.output, summary={"table": table})
     print(result_path("ablation", args.output))
 
 
