@@ -1,5 +1,6 @@
 """Settings that must be in place before torch or a kernel starts, and the order of the tests."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -32,3 +33,8 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """The smoke run comes first: it takes longest, and the other workers do the rest meanwhile."""
     items.sort(key=lambda item: not item.nodeid.startswith("tests/smoke/"))
+
+
+def pytest_collection_finish():
+    """What the imports made stays: a collection by a library (statsmodels' in Holm) takes a second without this."""
+    gc.freeze()

@@ -3,6 +3,7 @@
 Fixtures that make things are functions, so that a test says what is particular about its model on the line that asks.
 """
 
+import json
 import random
 import socket
 
@@ -48,8 +49,6 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def make_pieces_tokenizer():
     """pieces(texts, lead=False, byte_fallback=True): SentencePiece-like BPE over "▁" pieces, no regex split."""
-    import json
-
     from tokenizers import Tokenizer, decoders, normalizers, trainers
     from tokenizers import models as backends
     from transformers import PreTrainedTokenizerFast
@@ -94,16 +93,8 @@ def make_section():
     from medkit.params import TrainParams
 
     def make(**changes):
-        settings = {
-            "epochs": 2.0,
-            "batch_size": 4,
-            "slice_tokens": 512,
-            "learning_rate": 1e-3,
-            "warmup_fraction": 0.1,
-            "save_every_steps": 2,
-            "bf16": False,
-            "gradient_checkpointing": False,
-        }
+        settings = {"epochs": 2.0, "batch_size": 4, "slice_tokens": 512, "learning_rate": 1e-3, "warmup_fraction": 0.1}
+        settings |= {"save_every_steps": 2, "bf16": False, "gradient_checkpointing": False}
         return TrainParams(**{**settings, **changes})
 
     return make
@@ -114,14 +105,8 @@ def models_params():
     from medkit.params import Local, ModelParams, ModelsParams
 
     teacher = ModelParams(source=Local(kind="local", path="."), keep_layers=[])
-    return ModelsParams(
-        teacher=teacher,
-        student="pruned_teacher",
-        embedder=teacher.source,
-        device="cpu",
-        dtype="float32",
-        attention="sdpa",
-    )
+    sides = {"teacher": teacher, "student": "pruned_teacher", "embedder": teacher.source}
+    return ModelsParams(**sides, device="cpu", dtype="float32", attention="sdpa")
 
 
 @pytest.fixture

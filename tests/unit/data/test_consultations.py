@@ -13,24 +13,19 @@ from medkit.prompts.templates import FORMS
 
 NAMES = {f"g{''.join('abcdefghij'[int(d)] for d in str(100 + i))}ine": [] for i in range(120)}
 NAMES = {generic: [generic, f"brand{generic[1:]}", f"new{generic[1:]}"] for generic in NAMES}
-COUNTS = {"train": 400, "valid": 60, "test": 200}
+COUNTS = {"train": 200, "valid": 40, "test": 150}
 
 
 def make(kind="record", seed=0, counts=COUNTS):
     return list(make_consultations(NAMES, kind, counts, seed))
 
 
-def of_pool(rows, pool):
-    return [row for row in rows if row["pool"] == pool]
-
-
-@pytest.mark.parametrize("kind", FORMS)
-def test_gold_is_the_form_in_compact_json_and_its_order(kind):
-    for row in make(kind):
-        (gold,) = row["options"]
-        record = answer_parser.parse_record(gold, FORMS[kind])
+def test_gold_is_the_form_in_compact_json_and_its_order():
+    for row in (row for kind in FORMS for row in make(kind)):
+        (gold,), form = row["options"], FORMS[row["kind"]]
+        record = answer_parser.parse_record(gold, form)
         assert record is not None and rejection_reason(row) is None
-        assert list(json.loads(gold)) == list(FORMS[kind].model_fields)
+        assert list(json.loads(gold)) == list(form.model_fields)
         assert gold == json.dumps(record.model_dump(), separators=(",", ":"))
 
 
@@ -49,7 +44,7 @@ def test_every_value_of_the_first_form_can_be_read():
         assert bool(woman) == (gold["sex"] == "female") and bool(man) == (gold["sex"] == "male"), row
 
 
-def test_the_second_form_says_the_same_in_other_units(monkeypatch):
+def test_the_second_form_says_the_same_in_other_units():
     for row in make("record_b"):
         gold = json.loads(row["options"][0])
         assert re.fullmatch(r"[2-8]0-[2-8]9", gold["band"]) and gold["band"][0] == gold["band"][3]
@@ -67,7 +62,7 @@ def test_no_drug_is_in_two_pools_under_any_name(seed):
     generic_of = {name: generic for generic, names in NAMES.items() for name in names}
     drugs = {pool: set() for pool in POOL_SHARES}
     for row in make("record", seed) + make("record_b", seed):
-        drugs[row["pool"]] |= {generic_of[word] for word in re.findall(r"\w+", row["question"]) if word in generic_of}
+        drugs[row["pool"]] |= {generic_of.get(word) for word in re.findall(r"\w+", row["question"])} - {None}
     assert all(drugs.values())
     assert not drugs["train"] & drugs["valid"] and not drugs["test"] & (drugs["train"] | drugs["valid"])
 
@@ -94,17 +89,11 @@ def test_one_seed_gives_one_result():
 def test_the_answer_is_not_always_the_first_thing_of_its_kind():
     """A search for the first age, dose and drug must fail often enough; a null must be a possible answer."""
     rows = [(json.loads(row["options"][0]), row["question"]) for row in make()]
-    generic_of = {name for names in NAMES.values() for name in names}
-    first = {"age": r"\b([2-9]\d)\b(?! m)", "dose": r"(\d+) m"}
-    for field, pattern in first.items():
-        found = [re.search(pattern, dialogue) for _, dialogue in rows]
-        right = [
-            match and gold[field] and str(gold[field]).split()[0] == match[1]
-            for (gold, _), match in zip(rows, found, strict=True)
-        ]
-        assert 0.4 < sum(map(bool, right)) / len(rows) < 0.9, field
-    names = [next((w for w in re.findall(r"\w+", dialogue) if w in generic_of), None) for _, dialogue in rows]
-    assert sum(name == gold["drug"] for name, (gold, _) in zip(names, rows, strict=True)) < 0.8 * len(rows)
+    names = "|".join(sum(NAMES.values(), []))  # noqa: RUF017
+    for field, pattern in {"age": r"\b([2-9]\d)\b(?! m)", "dose": r"(\d+) m", "drug": rf"\b({names})\b"}.items():
+        first = [(gold[field], re.search(pattern, dialogue)) for gold, dialogue in rows]
+        right = sum(match is not None and str(value).split()[0] == match[1] for value, match in first)
+        assert 0.4 < right / len(rows) < 0.9, field
     for field in ("drug", "dose", "allergy", "denies"):
         assert 0.05 < sum(gold[field] is None for gold, _ in rows) / len(rows) < 0.7, field
 

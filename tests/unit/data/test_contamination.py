@@ -14,7 +14,7 @@ VIGNETTE = (
     "a 47 year old farmer from the hills has had night sweats and a cough with rusty sputum for three weeks and his "
     "brother died of miliary tuberculosis in the same house last winter which drug should be begun first"
 )
-SHORT = "drug of choice for scabies"
+SHORT, PARAPHRASE = "drug of choice for scabies", "the drug of choice against scabies is"
 DRUGS = ["Permethrin", "Ivermectin", "Lindane", "Crotamiton"]
 
 
@@ -53,29 +53,24 @@ def rules(test: dict, train: dict, *others: dict) -> set[str]:
     return {rule for tested, learned, rule in found if (tested, learned) == ("test", "train")}
 
 
-DISGUISES = [str.upper, lambda text: text.replace(" ", ", ") + "?!", lambda text: text.replace(" ", "\n"), str.title]
+def disguised(text: str) -> str:
+    return text.title().replace(" ", ",\n") + "?!"
 
 
-@pytest.mark.parametrize("disguise", DISGUISES)
-@pytest.mark.parametrize("question", [VIGNETTE, SHORT, "true or false", "x"])
-def test_a_copy_is_found_whatever_its_dress(question, disguise):
-    copy = {"question": disguise(question), "options": [disguise(drug) for drug in reversed(DRUGS)]}
-    assert "fuzzy" in rules({"question": question, "options": DRUGS}, copy)
+def test_a_copy_is_found_whatever_its_dress():
+    for question in (VIGNETTE, SHORT, "true or false", "x"):
+        copy = {"question": disguised(question), "options": [disguised(drug) for drug in reversed(DRUGS)]}
+        assert "fuzzy" in rules({"question": question, "options": DRUGS}, copy)
 
 
-@pytest.mark.parametrize("disguise", DISGUISES)
-def test_shared_runs_are_found_inside_other_text(disguise):
-    inside = {"context": disguise(f"{' '.join(f'long{i}' for i in range(200))} {VIGNETTE} and so on")}
+def test_shared_runs_and_shared_options_are_found_in_other_text():
+    inside = {"context": disguised(f"{' '.join(f'long{i}' for i in range(200))} {VIGNETTE} and so on")}
     assert rules({"question": VIGNETTE}, inside) == {"ngram13"}
     assert rules(inside, {"question": VIGNETTE}) == {"ngram13"}
+    assert rules({"question": SHORT, "options": DRUGS}, {"question": PARAPHRASE, "options": DRUGS[::-1]}) == {"options"}
 
 
-def test_a_paraphrase_is_found_by_its_options():
-    paraphrase = "the drug of choice against scabies is"
-    assert rules({"question": SHORT, "options": DRUGS}, {"question": paraphrase, "options": DRUGS[::-1]}) == {"options"}
-
-
-def test_embeddings_join_what_shares_no_word():
+def test_embeddings_join_what_shares_no_word(monkeypatch):
     questions = table({"split": "test"}, {}, {}, {"split": "test"})
     angle = np.arccos(contamination.COSINE)
     turns = np.array([0, 0.99 * angle, 1.01 * angle, 3])
@@ -85,36 +80,24 @@ def test_embeddings_join_what_shares_no_word():
     with pytest.raises(DataError, match="3 embeddings for 4 questions"):
         find_contamination(questions, vectors[:3])
 
-
-def test_embeddings_are_compared_piece_by_piece(monkeypatch):
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(60, 3))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     questions = table(*({"split": split} for split in rng.choice(["test", "train", "valid"], 60)))
     monkeypatch.setattr(contamination, "COSINE", 0.8)
-    whole = joined(questions, embeddings=vectors)
-    monkeypatch.setattr(contamination, "ROWS_AT_ONCE", 1)
-    assert joined(questions, embeddings=vectors) == whole
-    test = questions.split == "test"
+    whole, test = joined(questions, embeddings=vectors), questions.split == "test"
     assert len(whole) == (vectors[test] @ vectors[~test].T >= 0.8).sum() > 0
+    monkeypatch.setattr(contamination, "ROWS_AT_ONCE", 1)  # compared piece by piece
+    assert joined(questions, embeddings=vectors) == whole
 
 
-@pytest.mark.parametrize("options", [["yes", "no", "maybe"], ["All of the above", "None of the above", "Both", "x"]])
-def test_usual_options_are_no_copy_even_of_a_like_question(options):
-    usual = [row | {"options": options} for row in strangers(contamination.COMMON + 5, "{} usual")]
-    near = {"question": "the drug of choice against scabies is", "options": options}
-    assert rules({"question": SHORT, "options": options}, near, *usual) == set()
-
-
-@pytest.mark.parametrize(
-    "one, other",
-    [
-        ("true about hepatitis a", "true about hepatitis b"),
-        ("which one of these is true", "which one of these is true"),
-    ],
-)
-def test_short_questions_without_a_common_option_are_no_copies(one, other):
-    assert rules({"question": one}, {"question": other}) == set()
+def test_what_is_usual_and_what_is_short_is_no_copy():
+    for options in (["yes", "no", "maybe"], ["All of the above", "None of the above", "Both", "x"]):
+        usual = [row | {"options": options} for row in strangers(contamination.COMMON + 5, "{} usual")]
+        near = {"question": PARAPHRASE, "options": options}
+        assert rules({"question": SHORT, "options": options}, near, *usual) == set()
+    for one, other in (("true about hepatitis a", "true about hepatitis b"), ("which is true", "which is true")):
+        assert rules({"question": one}, {"question": other}) == set()
 
 
 def test_a_template_is_no_copy_but_what_fills_it_is():
@@ -124,87 +107,65 @@ def test_a_template_is_no_copy_but_what_fills_it_is():
     test = {"split": "test", "id": "test", "options": names}
     filled = "acute and subacute iridocyclitis of unknown origin after surgery left eye"
     for text in ("Cystitis", filled):
-        near = table(test | {"question": ask.format(text)}, *rows)
-        assert joined(near) == set()
+        assert joined(table(test | {"question": ask.format(text)}, *rows)) == set()
     copied = table(test | {"question": ask.format(filled)}, {"id": "copy", "question": ask.format(filled)}, *rows)
     assert ("test", "copy", "fuzzy") in joined(copied)
 
 
-@pytest.mark.parametrize("unusual, found", [(2, set()), (3, {"options"})])
-def test_a_set_of_options_tells_by_its_unusual_ones(unusual, found):
+def test_a_set_of_options_tells_by_its_unusual_ones():
     usual = ["All of the above", "None of the above"]
     rows = strangers(contamination.COMMON + 5, options=usual)
-    one, other = SHORT, "the drug of choice against scabies is"
-    options = DRUGS[:unusual] + usual
-    assert rules({"question": one, "options": options}, {"question": other, "options": options}, *rows) == found
+    for unusual, found in ((2, set()), (3, {"options"})):
+        options = DRUGS[:unusual] + usual
+        near = {"question": PARAPHRASE, "options": options}
+        assert rules({"question": SHORT, "options": options}, near, *rows) == found
 
 
-@pytest.mark.parametrize("copies", [1, contamination.COMMON + 1, 60])
-def test_many_copies_hide_no_copy(copies):
-    leaked = [
-        {"id": f"leak{n}", "question": f"{VIGNETTE} please {n} ending{n}", "options": DRUGS} for n in range(copies)
-    ]
-    questions = table({"split": "test", "id": "test", "question": VIGNETTE, "options": DRUGS}, *leaked, *strangers(30))
-    found = joined(questions)
-    for rule in ("ngram13", "options"):
-        assert {learned for _, learned, by in found if by == rule} == {row["id"] for row in leaked}
+def test_many_copies_hide_no_copy():
+    for copies in (contamination.COMMON + 1, 60):
+        endings = [f"{VIGNETTE} please {n} ending{n}" for n in range(copies)]
+        leaked = [{"id": f"leak{n}", "question": text, "options": DRUGS} for n, text in enumerate(endings)]
+        test = {"split": "test", "id": "test", "question": VIGNETTE, "options": DRUGS}
+        found = joined(table(test, *leaked, *strangers(30)))
+        for rule in ("ngram13", "options"):
+            assert {learned for _, learned, by in found if by == rule} == {row["id"] for row in leaked}
 
 
 WORDS = st.sampled_from([f"w{i}" for i in range(8)])
-ROWS = st.lists(
-    st.fixed_dictionaries(
-        {
-            "question": st.lists(WORDS, max_size=18).map(" ".join),
-            "context": st.one_of(st.just(""), st.just(VIGNETTE)),
-            "options": st.lists(WORDS, min_size=2, max_size=4, unique=True),
-            "split": st.sampled_from(["train", "valid", "transfer", "test"]),
-        }
-    ),
-    min_size=1,
-    max_size=12,
-)
+FIELDS = {
+    "question": st.lists(WORDS, max_size=18).map(" ".join),
+    "context": st.sampled_from(["", VIGNETTE]),
+    "options": st.lists(WORDS, min_size=2, max_size=4, unique=True),
+    "split": st.sampled_from(["train", "valid", "transfer", "test"]),
+}
+ROWS = st.lists(st.fixed_dictionaries(FIELDS), min_size=1, max_size=12)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 @given(ROWS, st.randoms(use_true_random=False))
-def test_pairs_do_not_depend_on_the_order_of_the_rows(rows, random):
+def test_pairs_depend_neither_on_the_order_of_the_rows_nor_on_the_side_that_is_tested(rows, random):
     questions = table(*rows)
     mixed = questions.iloc[random.sample(range(len(rows)), len(rows))]
     pd.testing.assert_frame_equal(find(questions), find(mixed))
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(ROWS)
-def test_a_pair_is_one_whichever_side_is_tested(rows):
-    questions = table(*rows).replace({"split": {"valid": "train", "transfer": "train"}})
+    questions = questions.replace({"split": {"valid": "train", "transfer": "train"}})
     swapped = questions.assign(split=questions.split.map({"test": "train", "train": "test"}))
     assert {(b, a, rule) for a, b, rule in joined(swapped)} == joined(questions)
 
 
-@pytest.fixture
-def leaking() -> pd.DataFrame:
-    return table(
+def test_clean_rows_are_those_no_rule_touched_and_every_pair_of_sources_is_counted():
+    leaking = table(
         {"id": "t0", "split": "test", "source": "exam", "question": VIGNETTE},
         {"id": "t1", "split": "test", "source": "exam"},
         {"id": "t2", "split": "test", "source": "other", "question": SHORT, "options": DRUGS},
         {"id": "l0", "source": "bank", "question": VIGNETTE},
         {"id": "l1", "source": "bank", "question": VIGNETTE, "split": "transfer"},
-        {"id": "l2", "source": "book", "question": "the drug of choice against scabies is", "options": DRUGS},
+        {"id": "l2", "source": "book", "question": PARAPHRASE, "options": DRUGS},
         {"id": "l3", "source": "book", "split": "valid"},
         *strangers(30),
     )
-
-
-def test_clean_rows_are_those_no_rule_touched(leaking):
     pairs = find(leaking)
     clean = clean_mask(leaking, pairs)
-    assert set(leaking.id[~clean]) == {"t0", "t2"}
-    assert (clean.index == leaking.index).all() and clean.dtype == bool
-    assert clean_mask(leaking, pairs.iloc[:0]).all()
-
-
-def test_the_table_counts_every_pair_of_sources(leaking):
-    pairs = find(leaking)
+    assert set(leaking.id[~clean]) == {"t0", "t2"} and clean_mask(leaking, pairs.iloc[:0]).all()
     counts = contamination_table(pairs, leaking).set_index(["source_train", "source_test", "rule"])
     assert len(counts) == 3 * 2 * 5  # bank, book, any × exam, other × four rules and any
     assert counts.loc[("bank", "exam", "ngram13")].tolist() == [2, 1, 2, 0.5]

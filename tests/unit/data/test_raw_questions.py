@@ -2,7 +2,6 @@
 
 import unicodedata
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,43 +15,33 @@ from medkit.data.raw_questions import (
     strip_letters,
 )
 
-# --- text ----------------------------------------------------------------------------------------------------------
+CLEANED = [
+    (" two  words\n and\ta third ", "two words and a third"),
+    ("37\u00a0°C, 5\u2009mg, a\u2003b\u2005c\u200ad", "37 °C, 5 mg, a b c d"),  # PubMedQA's spaces
+    ("\ufeffWhich of these", "Which of these"),  # MMLU has a byte order mark inside two questions
+    ("cafe\u0301", "café"), ("as\u00adpi\u200brin\u2060\u202c\u200d", "aspirin"), ("\u200b", ""),
+    ("ﬁnal Polysulﬁde ﬂuted eﬃcient eﬀect", "final Polysulfide fluted efficient effect"),  # MedMCQA's ligatures
+    ("36.6℃ (97.9℉)", "36.6°C (97.9°F)"),  # MedQA
+    ("5 \u00b5g of a \u03bc agonist", "5 \u03bcg of a \u03bc agonist"),  # micro sign and Greek letter, in MedQA
+    ("А 43-уеаr-old mаn", "A 43-year-old man"),  # Cyrillic А, у, е, а, in MedQA
+    ("Не also сomрlаіnѕ", "He also complains"), ("μ, к, and ẟ", "μ, κ, and ẟ"),
+    ('Which is next in management?"', "Which is next in management?"),  # MedQA: 69 questions, 52 options
+    ('Propranolol\n"', "Propranolol"),
+]  # fmt: skip
+KEPT = [
+    "p <or = 6 or> 5",  # PubMedQA: no tag
+    "R&D; AT&T", "He says “no” – the dose’s ±5 × 10³", 'the so-called "burn"',
+    "Что такое аорта",  # means its Cyrillic letters
+    "abdominal obesity І) and waist П)", "H₂O, IFN-γ, º", "", "می\u200cخواهم",
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("written", "clean"),
-    [
-        (" two  words\n and\ta third ", "two words and a third"),
-        ("37\u00a0°C, 5\u2009mg, a\u2003b\u2005c\u200ad", "37 °C, 5 mg, a b c d"),  # PubMedQA's spaces
-        ("\ufeffWhich of these", "Which of these"),  # MMLU has a byte order mark inside two questions
-        ("cafe\u0301", "café"), ("as\u00adpi\u200brin\u2060\u202c\u200d", "aspirin"), ("\u200b", ""),
-        ("ﬁnal Polysulﬁde ﬂuted eﬃcient eﬀect", "final Polysulfide fluted efficient effect"),  # MedMCQA's ligatures
-        ("36.6℃ (97.9℉)", "36.6°C (97.9°F)"),  # MedQA
-        ("5 \u00b5g of a \u03bc agonist", "5 \u03bcg of a \u03bc agonist"),  # micro sign and Greek letter, in MedQA
-        ("А 43-уеаr-old mаn", "A 43-year-old man"),  # Cyrillic А, у, е, а, in MedQA
-        ("Не also сomрlаіnѕ", "He also complains"), ("μ, к, and ẟ", "μ, κ, and ẟ"),
-        ('Which is next in management?"', "Which is next in management?"),  # MedQA: 69 questions, 52 options
-        ('Propranolol\n"', "Propranolol"),
-    ],
-)  # fmt: skip
-def test_what_occurs_is_cleaned(written, clean):
-    assert clean_text(written) == clean
+def test_what_occurs_is_cleaned_and_what_means_something_is_kept():
+    for written, clean in [*CLEANED, *((text, text) for text in KEPT)]:
+        assert clean_text(written) == clean
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "p <or = 6 or> 5",  # PubMedQA: no tag
-        "R&D; AT&T", "He says “no” – the dose’s ±5 × 10³", 'the so-called "burn"',
-        "Что такое аорта",  # means its Cyrillic letters
-        "abdominal obesity І) and waist П)", "H₂O, IFN-γ, º", "", "می\u200cخواهم",
-    ],
-)  # fmt: skip
-def test_what_means_something_is_kept(text):
-    assert clean_text(text) == text
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.text(st.characters() | st.sampled_from('"" \n\ufeffﬁеаА\u0301\u0308µ℃\u200b\u200dم'), max_size=12))
 def test_cleaning_twice_changes_nothing_more(text):
     once = clean_text(text)
@@ -61,121 +50,78 @@ def test_cleaning_twice_changes_nothing_more(text):
     assert once == once.strip()
 
 
-# --- options -------------------------------------------------------------------------------------------------------
+SPLIT = [
+    ("A. one\nB. two", ["one", "two"]), ("A. one\nmore of one\nB. two", ["one more of one", "two"]),
+    ("A.  a  b \nB. c ", ["a b", "c"]), ("A. nan\nB. two", ["None", "two"]),
+    ("A. banana\nB. nana", ["banana", "nana"]),
+    ("A. Vitamin A. deficiency\nB. Vitamin B. excess", ["Vitamin A. deficiency", "Vitamin B. excess"]),
+    ("A. E. coli\nB. C. difficile", ["E. coli", "C. difficile"]), ("A: one\nB: two: three", ["one", "two: three"]),
+    ("A. one\nB. two\nand also\nE. coli\nC. three", ["one", "two and also E. coli", "three"]), ("", []),
+]  # fmt: skip
+STRIPPED = [
+    (["A. one", "B. two"], ["one", "two"]), (["(A) one", "(B) two", "(C) three"], ["one", "two", "three"]),
+    (["a) one", "b) two"], ["one", "two"]),  # MedMCQA has a question lettered twice over
+    (["A. baumannii", "B. fragilis"], ["baumannii", "fragilis"]),
+    *((same, same) for same in (
+        ["A. one", "two"], ["A. one", 2], ["B. one", "A. two"],
+        ["A. fumigatus", "C. albicans"],  # not the letter that is due
+        ["A.", "B."],  # nothing behind the letter
+    )),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("text", "options"),
-    [
-        ("A. one\nB. two", ["one", "two"]), ("A. one\nmore of one\nB. two", ["one more of one", "two"]),
-        ("A.  a  b \nB. c ", ["a b", "c"]), ("A. nan\nB. two", ["None", "two"]),
-        ("A. banana\nB. nana", ["banana", "nana"]),
-        ("A. Vitamin A. deficiency\nB. Vitamin B. excess", ["Vitamin A. deficiency", "Vitamin B. excess"]),
-        ("A. E. coli\nB. C. difficile", ["E. coli", "C. difficile"]),
-        ("A: one\nB: two: three", ["one", "two: three"]),
-        ("A. one\nB. two\nand also\nE. coli\nC. three", ["one", "two and also E. coli", "three"]), ("", []),
-    ],
-)  # fmt: skip
-def test_split_options(text, options):
-    assert split_options(text) == options
+def test_letters_go_only_if_every_option_carries_the_one_that_is_due():
+    for text, options in SPLIT:
+        assert split_options(text) == options
+    for written, plain in STRIPPED:
+        assert strip_letters(written) == plain
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    st.lists(
-        st.from_regex(r"[a-z0-9][a-z0-9 ,()%-]{0,20}[a-z0-9]", fullmatch=True).filter(lambda t: t != "nan"),
-        min_size=1,
-        max_size=10,
-    )
-)
-def test_options_written_with_letters_come_back(options):
-    text = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", options, strict=False))
-    assert split_options(text) == [" ".join(option.split()) for option in options]
+ANSWERS = [
+    (0, "index0", 0), (3, "index0", None), (2.0, "index0", 2), (float("nan"), "index0", None),
+    (True, "index0", None), ("1", "index0", 1), ("1.", "index0", None), (10**400, "index0", None),
+    (1e400, "index1", None), (1, "index1", 0), (0, "index1", None),
+    ("A", "letter", 0), ("c", "letter", 2), ("(B)", "letter", 1), ("B. two", "letter", 1),
+    ("B. three", "letter", None),  # letter and text disagree
+    ("D", "letter", None), ("1. one", "letter", None), ("two", "letter", None), (1, "letter", None),
+    ("two", "text", 1), ("Two", "text", None), ("B", "text", None), ("B. two", "text", 1), (["two"], "text", None),
+    *((nothing, form, -1) for nothing in (None, "", -1) for form in ("index0", "index1", "letter", "text")),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("written", "plain"),
-    [
-        (["A. one", "B. two"], ["one", "two"]), (["(A) one", "(B) two", "(C) three"], ["one", "two", "three"]),
-        (["a) one", "b) two"], ["one", "two"]),  # MedMCQA has a question lettered twice over
-        (["A. one", "two"], ["A. one", "two"]),
-        (["A. fumigatus", "C. albicans"], ["A. fumigatus", "C. albicans"]),  # not the letter that is due
-        (["B. one", "A. two"], ["B. one", "A. two"]),
-        (["A.", "B."], ["A.", "B."]),  # nothing behind the letter
-        (["A. one", 2], ["A. one", 2]), (["A. baumannii", "B. fragilis"], ["baumannii", "fragilis"]),
-    ],
-)  # fmt: skip
-def test_letters_go_only_if_every_option_carries_the_one_that_is_due(written, plain):
-    assert strip_letters(written) == plain
+def test_answers_are_read_as_declared_and_no_other_way():
+    for answer, form, index in ANSWERS:
+        assert answer_index(answer, ["one", "two", "three"], form) == index, (answer, form)
 
 
-# --- answers -------------------------------------------------------------------------------------------------------
-
-OPTIONS = ["one", "two", "three"]
-
-
-@pytest.mark.parametrize(
-    ("answer", "form", "index"),
-    [
-        (0, "index0", 0), (3, "index0", None), (2.0, "index0", 2), (float("nan"), "index0", None),
-        (True, "index0", None), ("1", "index0", 1), ("1.", "index0", None),
-        (10**400, "index0", None), (1e400, "index1", None), (1, "index1", 0), (0, "index1", None), ("A", "letter", 0),
-        ("c", "letter", 2), ("(B)", "letter", 1), ("B. two", "letter", 1),
-        ("B. three", "letter", None),  # letter and text disagree
-        ("D", "letter", None), ("1. one", "letter", None), ("two", "letter", None), (1, "letter", None),
-        ("two", "text", 1), ("Two", "text", None), ("B", "text", None), ("B. two", "text", 1),
-        (["two"], "text", None),
-    ],
-)  # fmt: skip
-def test_answers_are_read_as_declared_and_no_other_way(answer, form, index):
-    assert answer_index(answer, OPTIONS, form) == index
+REASONS = [
+    ({}, None), ({"options": list("abcdefghij"), "answer": 9, "pool": None, "group": "icd:A00"}, None),
+    ({"answer": -1, "pool": "transfer"}, None),
+    ({"question": ""}, "empty question"), ({"question": 5}, "question is not text"),
+    ({"context": ["a"]}, "context is not text"), ({"options": ["a"]}, "fewer than two options"),
+    ({"options": list("abcdefghijk")}, "more than 10 options"), ({"options": ["a", ""]}, "empty option"),
+    ({"options": ["a", "b", "a"]}, "two options alike"), ({"options": "a or b"}, "options are not a list"),
+    ({"options": None}, "options are not a list"), ({"options": ["a", None]}, "an option is not text or a number"),
+    ({"answer": 2}, "answer is none of the options"), ({"answer": None}, "answer is none of the options"),
+    ({"answer": -1}, "no answer"), ({"answer": -1, "pool": None}, "no answer"),
+    ({"answer": -2, "pool": "transfer"}, "answer is none of the options"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["index0", "index1", "letter", "text"])
-@pytest.mark.parametrize("answer", [None, "", -1])
-def test_no_answer_is_minus_one(answer, form):
-    assert answer_index(answer, OPTIONS, form) == -1
-
-
-# --- rejection -----------------------------------------------------------------------------------------------------
-
-
-def record(**changes) -> dict:
+def test_an_unusable_record_is_rejected_with_its_reason():
     whole = {"question": "which?", "context": "", "options": ["a", "b"], "answer": 0, "subject": "", "kind": "choice"}
-    return {**whole, "pool": "test", **changes}
+    for changes, reason in REASONS:
+        found = rejection_reason({**whole, "pool": "test", **changes})
+        assert (found and found.split(":")[0]) == reason, changes
 
 
-def test_a_usable_record_is_not_rejected():
-    assert rejection_reason(record()) is None
-    assert rejection_reason(record(options=list("abcdefghij"), answer=9, pool=None, group="icd:A00")) is None
-    assert rejection_reason(record(answer=-1, pool="transfer")) is None
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"question": ""}, "empty question"), ({"question": 5}, "question is not text"),
-        ({"context": ["a"]}, "context is not text"), ({"options": ["a"]}, "fewer than two options"),
-        ({"options": list("abcdefghijk")}, "more than 10 options"), ({"options": ["a", ""]}, "empty option"),
-        ({"options": ["a", "b", "a"]}, "two options alike"),
-        ({"options": ["a", None]}, "an option is not text or a number"),
-        ({"options": "a or b"}, "options are not a list"), ({"options": None}, "options are not a list"),
-        ({"answer": 2}, "answer is none of the options"), ({"answer": None}, "answer is none of the options"),
-        ({"answer": -1}, "no answer"), ({"answer": -1, "pool": None}, "no answer"),
-        ({"answer": -2, "pool": "transfer"}, "answer is none of the options"),
-    ],
-)  # fmt: skip
-def test_an_unusable_record_is_rejected_with_its_reason(changes, reason):
-    assert rejection_reason(record(**changes)).split(":")[0] == reason
-
-
-@pytest.mark.parametrize("value", [None, 3, ["a"], {"A": "a"}, float("nan"), True])
-@pytest.mark.parametrize("field", ["question", "options", "answer", "context", "subject"])
-def test_no_value_of_any_type_crashes(field, value):
-    values = {"question": "q?", "options": ["a", "b"], "answer": "A", "context": "", "subject": "", field: value}
-    made = make_record(**values, answer_form="letter", pool="test")
+def test_no_value_of_any_type_crashes():
     accepted = {"context": (None, ["a"]), "subject": (None,), "answer": (["a"],)}  # an answer alone in a list is plain
-    assert (rejection_reason(made) is None) == (value in accepted.get(field, ()))
+    usual = {"question": "q?", "options": ["a", "b"], "answer": "A", "context": "", "subject": ""}
+    for field in usual:
+        for value in (None, 3, ["a"], {"A": "a"}, float("nan"), True):
+            made = make_record(**usual | {field: value}, answer_form="letter", pool="test")
+            assert (rejection_reason(made) is None) == (value in accepted.get(field, ())), (field, value)
 
 
 def test_rejected_records_are_counted_in_order_with_the_first_example_cut():

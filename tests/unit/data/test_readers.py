@@ -1,7 +1,7 @@
 """Every file in one schema: the wheels', the hub's with its official splits, a user's own, and without options."""
 
+import itertools
 import json
-from collections import Counter
 from pathlib import Path
 
 import pandas as pd
@@ -32,66 +32,40 @@ def lettered(question: str, *options: str, answer: str | None = "A") -> dict:
     return record if answer is None else {**record, "answer": f"{answer}. {options['ABCDEFGHIJ'.index(answer)]}"}
 
 
-# --- wheels --------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def wheel_data(tmp_path) -> Path:
     """A folder laid out like the pinned data wheel's."""
-    write_jsonl(
-        tmp_path / "MedQA" / "test.jsonl", [lettered("Which  drug?\n", "a", "b", "c", "d", "e", answer="E"), ""]
-    )
-    write_jsonl(
-        tmp_path / "MMLU" / "clinical.jsonl", [lettered("Which bone?", "ulna", "radius", "tibia", "femur", answer="B")]
-    )
+    exam = [lettered("Which  drug?\n", "a", "b", "c", "d", "e", answer="E"), ""]
+    write_jsonl(tmp_path / "MedQA" / "test.jsonl", exam)
+    bones = lettered("Which bone?", "ulna", "radius", "tibia", "femur", answer="B")
+    write_jsonl(tmp_path / "MMLU" / "clinical.jsonl", [bones])
     for folder, answer in (("MedMCQA-Validation", "C"), ("MedMCQA-Test", None)):
-        for subject in ("Anatomy", "Social_Preventive_Medicine"):
-            record = lettered(f"{folder} {subject}?", "w", "x", "y", "z", answer=answer)
-            write_jsonl(tmp_path / "MedMCQA" / folder / f"{subject}.jsonl", [record])
+        record = lettered(f"{folder}?", "w", "x", "y", "z", answer=answer)
+        write_jsonl(tmp_path / "MedMCQA" / folder / "Social_Preventive_Medicine.jsonl", [record])
+    passage = "Context (1): First part.\nContext (12): Second part (n = 3)."
     for name, answer in (("pqal", "maybe"), ("pqaa", "no")):
-        passage = "Context (1): First part.\nContext (12): Second part (n = 3)."
-        write_jsonl(
-            tmp_path / "PubMedQA" / name / "test.jsonl",
-            [{"question": f"does {name} work?", "passage": passage, "answer": answer}],
-        )
+        record = {"question": f"does {name} work?", "passage": passage, "answer": answer}
+        write_jsonl(tmp_path / "PubMedQA" / name / "test.jsonl", [record])
     return tmp_path
 
 
-def test_medqa_has_five_options_and_is_test(wheel_data):
-    (row,) = readers.READERS["medqa"](wheel_data)
-    assert row["question"] == "Which drug?"
-    assert row["options"][row["answer"]] == "e"
-    assert (row["pool"], row["kind"], row["context"]) == ("test", "choice", "")
-
-
-def test_medmcqa_is_split_here_and_its_unlabelled_part_transfers(wheel_data):
-    rows = list(readers.READERS["medmcqa"](wheel_data))
-    assert Counter(row["pool"] for row in rows) == {None: 2, "transfer": 2}
-    assert {row["subject"] for row in rows} == {"Anatomy", "Social Preventive Medicine"}
-    assert {row["answer"] for row in rows if row["pool"]} == {-1}
-    assert {row["options"][row["answer"]] for row in rows if not row["pool"]} == {"y"}
-
-
-def test_pubmedqa_has_its_abstract_without_the_numbering(wheel_data):
-    (labelled,), (artificial,) = readers.READERS["pubmedqa"](wheel_data), readers.READERS["pubmedqa_a"](wheel_data)
-    assert labelled["context"] == "First part. Second part (n = 3)."
-    assert (labelled["options"][labelled["answer"]], labelled["pool"]) == ("maybe", "test")
-    assert (artificial["options"][artificial["answer"]], artificial["pool"]) == ("no", "train")
-    assert labelled["kind"] == artificial["kind"] == "abstract"
-
-
-def test_all_readers_make_one_schema(wheel_data):
+def test_every_file_of_the_wheel_is_read_into_one_schema(wheel_data):
+    assert set(readers.READERS) == set(readers.HUB_COLUMNS) == set(readers.HUB_POOLS)
     datasets = {name: wanted() for name in readers.READERS}
     table, rejected = data.load_questions(datasets, dict.fromkeys(datasets, wheel_data), seed=0)
-    assert set(data.COLUMNS) - {"split"} <= set(table.columns)
-    assert set(table.source) == set(readers.READERS)
-    assert table.id.is_unique
-    assert rejected.empty
-    assert (table.answer < table.options.str.len()).all()
-
-
-def test_every_dataset_is_read_from_wheel_and_hub():
-    assert set(readers.READERS) == set(readers.HUB_COLUMNS) == set(readers.HUB_POOLS)
+    assert set(data.COLUMNS) - {"split"} <= set(table.columns) and table.id.is_unique and rejected.empty
+    right = [row.options[row.answer] if row.answer >= 0 else None for row in table.itertuples()]
+    rows = table.assign(right=right)[["source", "question", "right", "pool", "kind", "context", "subject"]]
+    rows = rows.astype(object).where(rows.notna(), None)
+    abstract, topic = "First part. Second part (n = 3).", "Social Preventive Medicine"
+    assert set(rows.itertuples(index=False, name=None)) == {
+        ("medqa", "Which drug?", "e", "test", "choice", "", ""),
+        ("mmlu", "Which bone?", "radius", "test", "choice", "", ""),
+        ("medmcqa", "MedMCQA-Validation?", "y", None, "choice", "", topic),  # is split here
+        ("medmcqa", "MedMCQA-Test?", None, "transfer", "choice", "", topic),  # its answers are not published
+        ("pubmedqa", "does pqal work?", "maybe", "test", "abstract", abstract, "biomedical research"),
+        ("pubmedqa_a", "does pqaa work?", "no", "train", "abstract", abstract, "biomedical research"),
+    }
 
 
 @pytest.mark.parametrize("line", ['{"question": "cut of', "[1, 2]", '"text"', "null", b"\xff\xfe"])
@@ -104,28 +78,20 @@ def test_a_line_that_is_no_json_object_is_named_by_file_and_line(wheel_data, lin
     assert str(path) in str(error.value)
 
 
-GOOD = lettered("good?", "a", "b", "c", "d")
-
-
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
-        ({"question": "no options?", "answer": "A. x"}, "fewer than two options"),
-        ({"question": "prose?", "options": "yes or no", "answer": "A. x"}, "fewer than two options"),
-        (lettered("twice?", "a  b", "c", "a b", "d"), "two options alike"),
-        (lettered("empty?", "a", "", "c", "d"), "empty option"), (lettered("  \n", "a", "b"), "empty question"),
-        ({"options": GOOD["options"], "answer": "A. a"}, "empty question"),
-        (lettered("unanswered?", "a", "b", answer=None), "no answer"),
-        ({**GOOD, "answer": "E. e"}, "answer is none of the options"),
-        ({**GOOD, "answer": "B. a"}, "answer is none of the options"),
-        ({**GOOD, "answer": 1}, "answer is none of the options"), ({}, "empty question"),
-    ],
-)  # fmt: skip
-def test_malformed_record_gets_a_reason_not_a_crash(wheel_data, record, reason):
-    write_jsonl(wheel_data / "MedQA" / "test.jsonl", [record, GOOD])
-    bad, good = readers.READERS["medqa"](wheel_data)
-    assert rejection_reason(bad) == reason
-    assert rejection_reason(good) is None
+def test_a_malformed_record_gets_a_reason_not_a_crash(wheel_data):
+    good = lettered("good?", "a", "b", "c", "d")
+    reason_of = {
+        "fewer than two options": {"question": "prose?", "options": "yes or no", "answer": "A. x"},
+        "two options alike": lettered("twice?", "a  b", "c", "a b", "d"),
+        "empty option": lettered("empty?", "a", "", "c", "d"),
+        "no answer": lettered("unanswered?", "a", "b", answer=None),
+        "answer is none of the options": {**good, "answer": "B. a"},
+        "empty question": {},
+    }
+    write_jsonl(wheel_data / "MedQA" / "test.jsonl", [*reason_of.values(), good])
+    *bad, whole = readers.READERS["medqa"](wheel_data)
+    assert [rejection_reason(record) for record in bad] == [*reason_of]
+    assert rejection_reason(whole) is None
 
 
 # --- a table of ones own -------------------------------------------------------------------------------------------
@@ -145,117 +111,93 @@ def write_as(ending: str, folder: Path, rows: list[dict]) -> Path:
     return path
 
 
+EVERY_FORM = [
+    ({"answer_is": "index0"}, {"options": ["one", " two\n", "three"], "answer": 1}),
+    ({"answer_is": "index1"}, {"options": ["one", "two", "three"], "answer": 2}),
+    ({"answer_is": "letter"}, {"options": ["A. one", "B. two", "C. three"], "answer": "B"}),
+    ({"answer_is": "letter"}, {"options": {"C": "three", "B": "two", "A": "one"}, "answer": "b"}),
+    ({"answer_is": "text"}, {"options": {"a": "one", "b": "two", "c": "three"}, "answer": " two "}),
+    ({"answer_is": "letter", "answer": "gold"}, {"options": ["one", "two", "three"], "gold": "(B)"}),
+    (
+        {"answer_is": "text", "options": ["opa", "opb", "opc", "opd"]},
+        {"opb": "two", "opa": "one", "opc": "three", "opd": None, "answer": "two"},
+    ),
+]
+
+
 @pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
-@pytest.mark.parametrize(
-    ("columns", "row"),
-    [
-        ({"answer_is": "index0"}, {"options": ["one", " two\n", "three"], "answer": 1}),
-        ({"answer_is": "index1"}, {"options": ["one", "two", "three"], "answer": 2}),
-        ({"answer_is": "letter"}, {"options": ["A. one", "B. two", "C. three"], "answer": "B"}),
-        ({"answer_is": "letter"}, {"options": {"A": "one", "B": "two", "C": "three"}, "answer": "b"}),
-        ({"answer_is": "letter"}, {"options": {"C": "three", "B": "two", "A": "one"}, "answer": "B"}),
-        ({"answer_is": "text"}, {"options": {"a": "one", "b": "two", "c": "three"}, "answer": " two "}),
-        (
-            {"answer_is": "text", "options": ["opa", "opb", "opc", "opd"]},
-            {"opb": "two", "opa": "one", "opc": "three", "opd": None, "answer": "two"},
-        ),
-        ({"answer_is": "letter", "answer": "gold"}, {"options": ["one", "two", "three"], "gold": "(B)"}),
-    ],
-)
-def test_one_question_in_every_form(tmp_path, ending, columns, row):
-    path = write_as(ending, tmp_path, [{"q": "Which?", "note": "not asked for", **row}])
-    (record,) = readers.read_table(path, table(**columns))
+def test_one_question_in_every_form(tmp_path, ending):
     texts = {"question": "Which?", "context": "", "subject": ""}
-    assert record == {**texts, "options": ["one", "two", "three"], "answer": 1, "kind": "choice", "pool": "test"}
-    assert rejection_reason(record) is None
-
-
-def test_a_table_without_answers_is_for_transfer(tmp_path):
-    path = write_jsonl(tmp_path / "m.jsonl", [{"q": "Which?", "options": ["a", "b"]}])
+    whole = {**texts, "options": ["one", "two", "three"], "answer": 1, "kind": "choice", "pool": "test"}
+    for columns, row in EVERY_FORM:
+        path = write_as(ending, tmp_path, [{"q": "Which?", "note": "not asked for", **row}])
+        assert list(readers.read_table(path, table(**columns))) == [whole], row
+    assert rejection_reason(whole) is None
+    path = write_as(ending, tmp_path, [{"q": "Which?", "options": ["a", "b"]}])  # for transfer: without an answer
     (record,) = readers.read_table(path, table(answer="", pool="transfer"))
-    assert record["answer"] == -1
-    assert rejection_reason(record) is None
+    assert record["answer"] == -1 and rejection_reason(record) is None
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"options": {"A": "one", "C": "two"}}, "options are not a list"),
-        ({"options": ["one", None, "two"]}, "an option is not text or a number"),
-        ({"answer": "C"}, "answer is none of the options"), ({"answer": "one"}, "answer is none of the options"),
-        ({"q": 7}, "question is not text"),
-    ],
-)  # fmt: skip
-def test_a_row_that_does_not_fit_gets_a_reason(tmp_path, row, reason):
+def test_a_row_that_does_not_fit_gets_a_reason(tmp_path):
     good = {"q": "Which?", "options": ["one", "two"], "answer": "A"}
-    first, second = readers.read_table(write_jsonl(tmp_path / "m.jsonl", [{**good, **row}, good]), table())
-    assert rejection_reason(first).split(":")[0] == reason
-    assert rejection_reason(second) is None
+    bad = [{"options": {"A": "one", "C": "two"}}, {"options": ["one", None, "two"]}, {"answer": "one"}, {"q": 7}]
+    path = write_jsonl(tmp_path / "m.jsonl", [*({**good, **row} for row in bad), good])
+    *reasons, none = (rejection_reason(record) for record in readers.read_table(path, table()))
+    assert none is None and [reason.split(":")[0] for reason in reasons] == [
+        "options are not a list", "an option is not text or a number", "answer is none of the options",
+        "question is not text",
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-@pytest.mark.parametrize("separator", [",", ";", "\t"])
-def test_a_csv_file_is_read_as_spreadsheets_write_it(tmp_path, encoding, separator):
+def test_a_csv_file_is_read_as_spreadsheets_write_it(tmp_path):
     """Texts with separators, quotes and line breaks, the text "NA", and an empty last option."""
-    rows = [{"q": 'What is "pH",\n; or\tµ?', "a": "None", "b": "NA", "c": "", "answer": "B"}]
-    path = tmp_path / "m.csv"
-    pd.DataFrame(rows).to_csv(path, index=False, sep=separator, encoding=encoding)
-    (record,) = readers.read_table(path, table(options=["a", "b", "c"]))
-    assert (record["question"], record["options"], record["answer"]) == ('What is "pH", ; or μ?', ["None", "NA"], 1)
+    rows = pd.DataFrame([{"q": 'What is "pH",\n; or\tµ?', "a": "None", "b": "NA", "c": "", "answer": "B"}])
+    for encoding, separator in itertools.product(["utf-8", "utf-8-sig", "utf-16"], ",;\t"):
+        rows.to_csv(tmp_path / "m.csv", index=False, sep=separator, encoding=encoding)
+        (record,) = readers.read_table(tmp_path / "m.csv", table(options=["a", "b", "c"]))
+        assert (record["question"], record["options"], record["answer"]) == ('What is "pH", ; or μ?', ["None", "NA"], 1)
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("name", "text", "sentence"),
     [
-        ("q,a,b,answer\nWhich, if any?,x,y,A\n", r"m\.csv:2: not a csv line \(5 cells under 4 names\)"),
-        ('q,a,b,answer\n"cut of', r"m\.csv:2: not a csv line"),
-        ("q,a,a,answer\n", "a name stands twice"), ("q,a,answer\nx,y,A\n", r"no column \['b'\]"),
+        ("m.csv", "q,a,b,answer\nWhich, if any?,x,y,A\n", r"m\.csv:2: not a csv line \(5 cells under 4 names\)"),
+        ("m.csv", 'q,a,b,answer\n"cut of', r"m\.csv:2: not a csv line"),
+        ("m.csv", "q,a,a,answer\n", "a name stands twice"), ("m.csv", "q,a,answer\nx,y,A\n", r"no column \['b'\]"),
+        ("m.jsonl", '{"q": "?", "c": [], "a": "A"}', r"no column \['answer', 'b'\].*'a', 'c', 'q'"),
+        ("m.xlsx", "x", r"m\.xlsx.*parquet"), ("m.parquet", '{"q": "Which?"}', r"m\.parquet"),
     ],
 )  # fmt: skip
-def test_a_csv_file_that_is_not_whole_is_named_by_its_line(tmp_path, text, sentence):
-    (tmp_path / "m.csv").write_text(text)
+def test_a_file_that_is_not_whole_or_lacks_a_column_is_named(tmp_path, name, text, sentence):
+    (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=sentence):
-        list(readers.read_table(tmp_path / "m.csv", table(options=["a", "b"])))
+        list(readers.read_table(tmp_path / name, table(options=["a", "b"])))
+    for read in (readers.READERS["mmlu"], readers.read_open_questions):
+        with pytest.raises(DataError, match="no such file"):
+            list(read(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
+def test_options_are_read_wherever_their_meaning_is_plain(tmp_path):
+    for options in (
         [{"key": "A", "value": "one"}, {"key": "B", "value": "two"}],
         [{"text": "one", "label": "A"}, {"text": "two", "label": "B"}],
         {"text": ["one", "two"], "label": ["A", "B"]}, {"text": ["two", "one"], "label": ["B", "A"]},
         [{"aid": 1, "atext": "one"}, {"aid": 2, "atext": "two"}], {"1": "one", "2": "two"}, {"0": "one", "1": "two"},
         '["one", "two"]', "{'B': 'two', 'A': 'one'}", "A. one\nB. two", ["A) one", "B) two"],
         ["one\u200b", "\x00two", None],
-    ],
-)  # fmt: skip
-def test_options_are_read_wherever_their_meaning_is_plain(tmp_path, options):
-    path = write_jsonl(tmp_path / "m.jsonl", [{"q": "Which?", "options": options, "answer": "two"}])
-    (record,) = readers.read_table(path, table(answer_is="text"))
-    assert (record["options"], record["answer"]) == (["one", "two"], 1)
+    ):  # fmt: skip
+        path = write_jsonl(tmp_path / "m.jsonl", [{"q": "Which?", "options": options, "answer": "two"}])
+        (record,) = readers.read_table(path, table(answer_is="text"))
+        assert (record["options"], record["answer"]) == (["one", "two"], 1), options
 
 
-@pytest.mark.parametrize("layout", ["array", "one line", "over lines", "json"])
-def test_json_is_read_however_it_is_laid_out(tmp_path, layout):
+def test_json_is_read_however_it_is_laid_out(tmp_path):
     rows = [{"q": f"{n}?", "options": ["a", "b"], "answer": n} for n in (0, 1)]
-    texts = {"array": json.dumps(rows, indent=2), "one line": json.dumps(rows), "json": json.dumps(rows)}
-    texts["over lines"] = "\n".join(json.dumps(row, indent=1) for row in rows)
-    path = tmp_path / ("m.json" if layout == "json" else "m.jsonl")
-    path.write_text(texts[layout])
-    assert [row["answer"] for row in readers.read_table(path, table(answer_is="index0"))] == [0, 1]
-
-
-def test_a_column_that_is_nowhere_is_named_with_those_that_are_there(tmp_path):
-    path = write_jsonl(tmp_path / "m.jsonl", [{"q": "Which?", "choices": ["a", "b"], "answer": "A"}])
-    with pytest.raises(DataError, match=r"no column \['options', 'topic'\].*'answer', 'choices', 'q'"):
-        list(readers.read_table(path, table(subject="topic")))
-
-
-@pytest.mark.parametrize("name", ["mine.txt", "mine.xlsx", "mine", "mine.parquet"])
-def test_a_file_of_another_format_is_refused(tmp_path, name):
-    (tmp_path / name).write_text('{"q": "Which?"}')
-    with pytest.raises(DataError, match=r"mine.*parquet"):
-        list(readers.read_table(tmp_path / name, table()))
+    layouts = [("m.jsonl", json.dumps(rows, indent=2)), ("m.jsonl", json.dumps(rows)), ("m.json", json.dumps(rows))]
+    layouts += [("m.jsonl", "\n".join(json.dumps(row, indent=1) for row in rows))]  # one object over many lines
+    for name, text in layouts:
+        (tmp_path / name).write_text(text)
+        assert [row["answer"] for row in readers.read_table(tmp_path / name, table(answer_is="index0"))] == [0, 1]
 
 
 # --- what users' files bring: small files in cases/ ----------------------------------------------------------------
@@ -267,39 +209,33 @@ def load_own(path: Path, **columns) -> tuple[pd.DataFrame, pd.DataFrame]:
     return data.load_questions({"own": wanted(table(question="question", **columns))}, {"own": path}, seed=0)
 
 
-@pytest.mark.parametrize(
-    ("file", "answer_is", "expected"),
-    [
-        ("genus", "text", ("A. fumigatus", ["A. fumigatus", "B. dermatitidis", "C. immitis"])),
-        ("genus", "letter", ("A. fumigatus", ["A. fumigatus", "B. dermatitidis", "C. immitis"])),
-        ("numopt", "letter", ("10", ["5", "10", "15"])), ("strdigit", "index0", ("b", ["a", "b"])),
-        ("strdigit", "index1", ("a", ["a", "b"])), ("bigbio", "text", ("a", ["a", "b"])),
-        ("contextlist", "text", ("yes", ["yes", "no", "maybe"])),
-        ("pretty", "letter", ("metformin", ["metformin", "aspirin"])),
-        ("utf16", "letter", ("metformin", ["metformin", "aspirin"])),
-    ],
-)  # fmt: skip
-def test_what_is_plain_is_read(file, answer_is, expected):
-    questions, rejected = load_own(CASES / f"{file}.jsonl", answer_is=answer_is, context="context" * (file[0] == "c"))
-    (row,) = questions.to_dict("records")
-    assert (row["options"][row["answer"]], row["options"]) == expected
-    assert rejected.empty
-    assert row["context"] == ("One. Two." if file == "contextlist" else "")
+PLAIN = [
+    ("genus", "text", "A. fumigatus", ["A. fumigatus", "B. dermatitidis", "C. immitis"]),
+    ("genus", "letter", "A. fumigatus", ["A. fumigatus", "B. dermatitidis", "C. immitis"]),
+    ("numopt", "letter", "10", ["5", "10", "15"]), ("strdigit", "index0", "b", ["a", "b"]),
+    ("strdigit", "index1", "a", ["a", "b"]), ("bigbio", "text", "a", ["a", "b"]),
+    ("contextlist", "text", "yes", ["yes", "no", "maybe"]), ("pretty", "letter", "metformin", ["metformin", "aspirin"]),
+    ("utf16", "letter", "metformin", ["metformin", "aspirin"]),
+]  # fmt: skip
+REFUSED = [
+    ("offbyone", "index0", "of 4 answers 0 are 0 and 1 are the number of options; write index1"),
+    ("strdigit", "letter", "all answers are numbers; write index0 or index1"),
+    ("conflict", "index0", "no answer is a number, as 'A'; write letter or text"),
+    ("conflict", "text", "no usable question.*'answer is none of the options': 2"),
+]
 
 
-@pytest.mark.parametrize(
-    ("file", "answer_is", "sentence"),
-    [
-        ("offbyone", "index0", "of 4 answers 0 are 0 and 1 are the number of options; write index1"),
-        ("strdigit", "letter", "all answers are numbers; write index0 or index1"),
-        ("conflict", "index0", "no answer is a number, as 'A'; write letter or text"),
-        ("conflict", "text", "no usable question.*'answer is none of the options': 2"),
-    ],
-)
 @pytest.mark.filterwarnings("ignore:own. 2 of 2 rows are rejected")
-def test_what_is_not_is_refused_with_evidence_and_cure(file, answer_is, sentence):
-    with pytest.raises(DataError, match=sentence):
-        load_own(CASES / f"{file}.jsonl", answer_is=answer_is)
+def test_what_is_plain_is_read_and_what_is_not_is_refused_with_evidence_and_cure():
+    for file, answer_is, right, options in PLAIN:
+        context = "context" * (file == "contextlist")
+        questions, rejected = load_own(CASES / f"{file}.jsonl", answer_is=answer_is, context=context)
+        (row,) = questions.to_dict("records")
+        assert (row["options"][row["answer"]], row["options"]) == (right, options), file
+        assert rejected.empty and row["context"] == ("One. Two." if context else "")
+    for file, answer_is, sentence in REFUSED:
+        with pytest.raises(DataError, match=sentence):
+            load_own(CASES / f"{file}.jsonl", answer_is=answer_is)
 
 
 def test_answers_from_one_are_read_as_such_and_from_zero_are_refused(tmp_path):
@@ -333,18 +269,17 @@ def test_a_row_that_is_refused_is_counted_with_its_number_and_reason(tmp_path):
 
 
 def test_a_tables_own_groups_and_splits_are_kept(tmp_path):
-    good = {"options": ["a", "b"], "answer": "A"}
-    drugs, places = ["x", "x", "y", 7, None], ["Train", "test", "dev", "held out", None]
-    rows = [
-        {**good, "question": f"{n}?", "drug": d, "split": s} for n, (d, s) in enumerate(zip(drugs, places, strict=True))
-    ]
+    good, places = {"options": ["a", "b"], "answer": "A"}, ["Train", "test", "dev", "held out", None]
+    of_drugs = enumerate(zip(["x", "x", "y", 7, None], places, strict=True))
+    rows = [{**good, "question": f"{n}?", "drug": drug, "split": split} for n, (drug, split) in of_drugs]
     questions, rejected = load_own(write_jsonl(tmp_path / "m.jsonl", rows), group="drug", split="split")
     assert questions[["group", "pool"]].fillna("").values.tolist() == [
         ["table:x", "train"], ["table:x", "test"], ["table:y", "valid"], ["", "test"]
     ]  # fmt: skip
     assert rejected[["reason", "rows"]].values.tolist() == [["split is none of train, valid, test and transfer", "4"]]
-    broken = [json.dumps(row | {"drug": "\ud800"}) for row in rows[:1]] + [json.dumps(row) for row in rows[1:3]]
-    _, rejected = load_own(write_jsonl(tmp_path / "n.jsonl", broken), group="drug", split="split")
+    _, rejected = load_own(
+        write_jsonl(tmp_path / "n.jsonl", [json.dumps(rows[0] | {"drug": "\ud800"}), *rows[1:3]]), group="drug"
+    )
     assert rejected.reason[0].startswith("broken characters")
     pools = data.assign_pools(questions, seed=0)
     assert list(pools[pools.group == "table:x"].pool) == ["test"]  # a group of test questions teaches nobody
@@ -357,12 +292,6 @@ def test_letters_are_labels_if_a_row_shows_it_beyond_doubt(tmp_path):
     assert list(questions.options) == [["aspirin", "zinc"], ["fumigatus", "fragilis"]]
     questions, _ = load_own(write_jsonl(tmp_path / "m.jsonl", [written[1], {**written[0], "options": ["a", "b"]}]))
     assert list(questions.options) == [["A. fumigatus", "B. fragilis"], ["a", "b"]]
-
-
-def test_a_missing_file_is_named(tmp_path):
-    for read in (readers.READERS["mmlu"], readers.read_open_questions):
-        with pytest.raises(DataError, match="no such file"):
-            list(read(tmp_path))
 
 
 # --- the hub's layout ----------------------------------------------------------------------------------------------
@@ -384,69 +313,39 @@ def from_hub(name: str, folder: Path, subset: str = "") -> tuple[pd.DataFrame, p
     return data.load_questions({name: wanted(origin)}, {name: folder}, seed=0)
 
 
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
-def test_medmcqa_of_the_hub_keeps_its_official_splits(hub, ending):
-    answer = {"opa": " w", "opb": "x\n", "opc": "y", "opd": "z", "cop": 2}
-    record = {"id": "x", **answer, "choice_type": "single", "exp": None, "subject_name": "Anatomy"}
+def test_medmcqa_of_the_hub_keeps_its_official_splits(hub):
+    record = {"opa": " w", "opb": "x\n", "opc": "y", "opd": "z", "exp": None, "subject_name": "Anatomy"}
     (hub / "data").mkdir(parents=True)
     for split, answers in (("train", [2, 0]), ("validation", [3]), ("test", [-1])):
-        rows = pd.DataFrame([{**record, "question": f"{split}  {i}?", "cop": cop} for i, cop in enumerate(answers)])
-        path = hub / "data" / f"{split}-00000-of-00001.{ending}"
-        rows.to_parquet(path) if ending == "parquet" else write_jsonl(path, rows.to_dict("records"))
+        rows = pd.DataFrame([{**record, "question": f"{split} {i}?", "cop": cop} for i, cop in enumerate(answers)])
+        rows.to_parquet(hub / "data" / f"{split}-00000-of-00001.parquet")
     table, rejected = from_hub("medmcqa", hub)
-    assert dict(zip(table.question, table.pool, strict=True)) == {
-        "train 0?": "train",
-        "train 1?": "train",
-        "validation 0?": "test",
-        "test 0?": "transfer",
-    }
-    answers = {
-        q: o[a] if a >= 0 else None for q, o, a in table[["question", "options", "answer"]].itertuples(index=False)
-    }
-    assert answers == {"train 0?": "y", "train 1?": "w", "validation 0?": "z", "test 0?": None}  # cop counts from zero
-    assert set(table.subject) == {"Anatomy"}
-    assert set(table.source) == {"medmcqa"}
-    assert rejected.empty
+    right = [row.options[row.answer] if row.answer >= 0 else None for row in table.itertuples()]
+    assert set(zip(table.question, table.pool, right, strict=True)) == {  # `cop` counts from zero
+        ("train 0?", "train", "y"), ("train 1?", "train", "w"), ("validation 0?", "test", "z"),
+        ("test 0?", "transfer", None),
+    }  # fmt: skip
+    assert set(table.subject) == {"Anatomy"} and set(table.source) == {"medmcqa"} and rejected.empty
 
 
 def test_pubmedqa_of_the_hub_takes_the_subset_asked_for(hub):
-    def rows(name: str, *answers: str) -> list[dict]:
-        return [
-            {
-                "pubid": i,
-                "question": f"{name} {i}?",
-                "long_answer": "Because.",
-                "final_decision": answer,
-                "context": {"contexts": ["First  part.", "Second."], "labels": ["A", "B"], "meshes": []},
-            }
-            for i, answer in enumerate(answers)
-        ]
-
-    configs = "".join(
-        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
-        for name in ("pqa_labeled", "pqa_artificial")
-    )
-    write_jsonl(hub / "pqa_labeled" / "train-00000-of-00001.jsonl", rows("labelled", "yes", "no", "maybe"))
-    write_jsonl(hub / "pqa_artificial" / "train-00000-of-00001.jsonl", rows("artificial", "no"))
+    configs, context = "", {"contexts": ["First  part.", "Second."], "labels": ["A", "B"], "meshes": []}
+    for name, answers in (("pqa_labeled", ["yes", "no", "maybe"]), ("pqa_artificial", ["no"])):
+        rows = [{"question": f"{name} {i}?", "final_decision": a, "context": context} for i, a in enumerate(answers)]
+        write_jsonl(hub / name / "train-00000-of-00001.jsonl", rows)
+        configs += f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}/train-*\n"
     (hub / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     table, _ = from_hub("pubmedqa", hub, "pqa_labeled")
-    assert [options[answer] for options, answer in zip(table.options, table.answer, strict=True)] == [
-        "yes",
-        "no",
-        "maybe",
-    ]
-    assert set(table.pool) == {"test"}
-    assert set(table.context) == {"First part. Second."}
-    assert set(table.kind) == {"abstract"}
+    assert [row.options[row.answer] for row in table.itertuples()] == ["yes", "no", "maybe"]
+    assert {*table.pool, *table.context, *table.kind} == {"test", "First part. Second.", "abstract"}
     table, _ = from_hub("pubmedqa_a", hub, "pqa_artificial")
-    assert (list(table.question), set(table.pool)) == (["artificial 0?"], {"train"})
+    assert (list(table.question), set(table.pool)) == (["pqa_artificial 0?"], {"train"})
 
 
 def test_medqa_and_mmlu_of_the_hub_are_cleaned_like_every_other_text(hub):
     options = {"A": " one", "B": "two  words", "C": "three\n", "D": "four"}
-    write_jsonl(
-        hub / "medqa" / "test.jsonl", [{"question": "q?", "options": options, "answer_idx": "C", "answer": "three"}]
-    )
+    exam = {"question": "q?", "options": options, "answer_idx": "C", "answer": "three"}
+    write_jsonl(hub / "medqa" / "test.jsonl", [exam])
     record = {"question": "q?", "subject": "anatomy", "choices": list(options.values()), "answer": 1}
     write_jsonl(hub / "mmlu" / "test.jsonl", [record, {**record, "question": "law?", "subject": "jurisprudence"}])
     for name, right in (("medqa", "three"), ("mmlu", "two words")):
@@ -456,21 +355,14 @@ def test_medqa_and_mmlu_of_the_hub_are_cleaned_like_every_other_text(hub):
         assert list(table.pool) == ["test"]
 
 
-def test_an_unknown_split_is_named_not_lost(hub):
+def test_what_cannot_be_loaded_is_named_not_lost(hub):
     row = {"question": "q?", "options": {"A": "a", "B": "b"}, "answer_idx": "A"}
-    (hub / "data").mkdir(parents=True)
-    (hub / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files:\n"
-        "  - split: train\n    path: data/a.jsonl\n  - split: extra\n    path: data/b.jsonl\n---\n"
-    )
     for name in "ab":
         write_jsonl(hub / "data" / f"{name}.jsonl", [{**row, "question": name}])
+    files = "".join(f"  - split: {split}\n    path: data/{n}.jsonl\n" for split, n in (("train", "a"), ("extra", "b")))
+    (hub / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
     with pytest.raises(DataError, match=r"medqa: unknown split 'extra'.*HUB_POOLS"):
         from_hub("medqa", hub)
-
-
-def test_files_that_cannot_be_loaded_are_named(hub):
-    write_jsonl(hub / "test.jsonl", [{"question": "q?", "options": {"A": "a", "B": "b"}, "answer_idx": "A"}])
     with pytest.raises(DataError, match=r"medqa: cannot load .*subset"):
         from_hub("medqa", hub, "no_such_subset")
 
@@ -484,28 +376,19 @@ def test_open_questions_are_cleaned_named_and_kept_once(tmp_path):
     write_jsonl(tmp_path / "MedicationQA" / "test.jsonl", [{"Question": "how?"}, {"Question": "what is xanax "}])
     asked, refused = readers.read_open_questions(tmp_path)
     assert list(asked[["source", "question"]].itertuples(index=False, name=None)) == [
-        ("healthsearchqa", "Is it bad?"),
-        ("healthsearchqa", "Why?"),
-        ("liveqa", "How?"),
+        ("healthsearchqa", "Is it bad?"), ("healthsearchqa", "Why?"), ("liveqa", "How?"),
         ("medicationqa", "what is xanax"),
-    ]
-    assert asked.id.is_unique
-    assert (asked.id.str.rsplit("-", n=1).str[0] == asked.source).all()
+    ]  # fmt: skip
+    assert asked.id.is_unique and (asked.id.str.rsplit("-", n=1).str[0] == asked.source).all()
     assert list(refused.itertuples(index=False, name=None)) == [
         ("healthsearchqa", "empty question", 1, "3", ""),
         ("liveqa", "the same question again", 1, "1", "WHY?"),
         ("liveqa", "empty question", 1, "3", ""),
         ("medicationqa", "the same question again", 1, "1", "how?"),
     ]
-
-
-def test_no_folder_gives_empty_tables_with_their_columns():
     table, rejected = readers.read_open_questions(None)
     assert table.empty and list(table.columns) == readers.OPEN_COLUMNS
-    assert rejected.empty and list(rejected.columns) == ["source", "reason", "count", "rows", "example"]
-
-
-# --- dialogues -----------------------------------------------------------------------------------------------------
+    assert rejected.empty and list(rejected.columns) == list(refused.columns)
 
 
 def test_a_turn_of_a_real_dialogue_is_a_line(tmp_path):

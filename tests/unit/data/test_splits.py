@@ -30,19 +30,8 @@ def load(folder: Path, records: list[dict], pool: str = "test") -> tuple[pd.Data
     """`load_questions` of one table with these records."""
     path = folder / "mine.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return splits.load_questions(
-        {"mine": wanted(origin=MINE.model_copy(update={"pool": pool}))}, {"mine": path}, seed=0
-    )
-
-
-GOOD = asked("good?")
-BAD = [
-    asked("none?", "a"),
-    asked("twice?", "a", "a"),
-    asked(""),
-    asked("unanswered?", answer=None),
-    asked("9?", answer=9),
-]
+    origin = MINE.model_copy(update={"pool": pool})
+    return splits.load_questions({"mine": wanted(origin=origin)}, {"mine": path}, seed=0)
 
 
 def test_ids_depend_on_content_alone(tmp_path):
@@ -53,15 +42,13 @@ def test_ids_depend_on_content_alone(tmp_path):
 
 
 def test_nothing_is_lost_in_silence(tmp_path):
-    records = [GOOD, *BAD, *(asked(f"q{i}?") for i in range(3)), GOOD]
+    good, bad = asked("good?"), [asked("none?", "a"), asked("twice?", "a", "a"), asked(""), asked("9?", answer=9)]
+    records = [good, *bad, *(asked(f"q{i}?") for i in range(4)), good]
     table, rejected = load(tmp_path, records)
     assert len(table) + rejected["count"].sum() == len(records)
-    assert len(rejected) == len(BAD) + 1  # each for a reason of its own
-
-
-def test_a_source_of_which_nothing_is_left_is_named(tmp_path):
+    assert len(rejected) == len(bad) + 1  # each for a reason of its own
     with pytest.raises(DataError, match=r"mine.*fewer than two options"):
-        load(tmp_path, BAD)
+        load(tmp_path, bad)
     with pytest.raises(DataError, match=r"mine.*no usable question"):
         load(tmp_path, [])
 
@@ -69,23 +56,6 @@ def test_a_source_of_which_nothing_is_left_is_named(tmp_path):
 def test_unknown_dataset_lists_the_known_and_the_way_to_bring_ones_own(tmp_path):
     with pytest.raises(DataError, match=r"medqaa.*icd_chapter.*medmcqa.*table"):
         splits.load_questions({"medqaa": wanted()}, {"medqaa": tmp_path}, seed=0)
-
-
-@pytest.mark.parametrize("pool", ["test", "train", None])
-def test_a_table_of_ones_own_goes_where_it_was_told(tmp_path, pool):
-    words = [f"w{i}x{j}" for i in range(60) for j in range(12)]
-    questions, _ = load(tmp_path, [asked(" ".join(words[12 * i : 12 * i + 12])) for i in range(60)], pool)
-    pools = set(assign_pools(questions, 0).pool)
-    assert pools == {pool} if pool else pools == {"train", "valid", "test"}
-
-
-def test_a_training_table_of_ones_own_is_cleared_of_what_is_tested(tmp_path):
-    """Near-duplicates across sources: your copy of an exam question is dropped, not learned."""
-    words = " ".join(f"w{i}" for i in range(20))
-    exam, _ = load(tmp_path, [asked(words)], "test")
-    mine, _ = load(tmp_path, [asked(f"{words} again"), asked("something else entirely")], "train")
-    both = pd.concat([exam.assign(source="exam"), mine], ignore_index=True)
-    assert list(assign_pools(both, 0).question) == [words, "something else entirely"]
 
 
 STEMS = [" ".join(f"s{n}w{i}" for i in range(12)) for n in range(6)]
@@ -124,50 +94,34 @@ def test_pools_never_leak(rows, seed):
     kept = after.set_index("id").pool
     assert all(kept[i] == official[i] for i in kept.index if official[i] in ("train", "transfer", "test"))
 
-    dropped = before[~before.id.isin(after.id)]
-    assert set(dropped.pool) <= {
-        "train",
-        "transfer",
-    }  # only what has another official place, and only near a test question
-    own = dropped.group.dropna()
-    assert set(own) <= set(after.group[after.pool == "test"])
-
-
-def free_rows(count: int, group: str = "icd:{}") -> pd.DataFrame:
-    return pooled_input([(STEMS[0], "", None, "one", group.format(i), "choice") for i in range(count)])
+    dropped = before[~before.id.isin(after.id)]  # what has another official place, and only near a test question
+    assert set(dropped.pool) <= {"train", "transfer"}
+    assert set(dropped.group.dropna()) <= set(after.group[after.pool == "test"])
 
 
 def test_another_seed_gives_other_pools_of_about_the_same_size():
-    one, other = assign_pools(free_rows(3000), 0), assign_pools(free_rows(3000), 1)
+    free = pooled_input([(STEMS[0], "", None, "one", f"icd:{i}", "choice") for i in range(3000)])
+    one, other = assign_pools(free, 0), assign_pools(free, 1)
     assert (one.pool != other.pool).mean() > 0.3
     for table in (one, other):
         shares = table.pool.value_counts(normalize=True)
         assert all(abs(shares[pool] - share) < 0.04 for pool, share in splits.POOL_SHARES.items())
 
 
-def test_a_free_near_duplicate_of_a_test_question_is_tested_and_an_official_one_dropped():
-    table = pooled_input(
-        [
-            (STEMS[0], "", "test", "one", None, "choice"),
-            (STEMS[0], " once", None, "two", None, "choice"),
-            (STEMS[0], " more once", "train", "two", None, "choice"),
-            (STEMS[1], "", "train", "two", None, "choice"),
-        ]
-    )
-    after = assign_pools(table, 0).set_index("id")
-    assert after.pool.to_dict() == {"q0": "test", "q1": "test", "q3": "train"}
+def test_near_duplicates_of_test_questions_are_tested_where_they_are_free_and_dropped_elsewhere():
+    """Over all sources, so your copy of an exam question is not learned; yes, no and maybe join no abstracts."""
+    rows = [
+        (STEMS[0], "", "test", "one", None, "choice"),
+        (STEMS[0], " once", None, "two", None, "choice"),
+        (STEMS[0], " more once", "train", "two", None, "choice"),
+        (STEMS[1], "", "train", "two", None, "choice"),
+        ("does it work", "", "test", "one", None, "abstract"),
+        ("does it work", "", "train", "two", None, "abstract"),
+        ("does it fail", "", "train", "two", None, "abstract"),
+    ]
+    after = assign_pools(pooled_input(rows), 0).set_index("id")
+    assert after.pool.to_dict() == {"q0": "test", "q1": "test", "q3": "train", "q4": "test", "q6": "train"}
     assert after.group["q0"] == after.group["q1"] != after.group["q3"]
-
-
-def test_yes_no_maybe_does_not_tell_abstracts_apart_or_join_them():
-    table = pooled_input(
-        [
-            ("does it work", "", "test", "one", None, "abstract"),
-            ("does it work", "", "train", "two", None, "abstract"),
-            ("does it fail", "", "train", "two", None, "abstract"),
-        ]
-    )
-    assert list(assign_pools(table, 0).id) == ["q0", "q2"]
 
 
 def pooled(**counts: int) -> pd.DataFrame:
@@ -193,29 +147,22 @@ def test_splits_take_the_numbers_asked_for():
     assert (table.split == pools)[table.split.isin(["valid", "test"])].all()
     assert set(pools[table.split.isin(["private", "labelled"])]) == {"train"}
     assert (pools[table.split == "transfer"] == "transfer").sum() == 3, "what has no published answer comes first"
-
-
-def test_all_transfer_rows_are_those_without_a_published_answer():
     table = take_splits(pooled(one_train=9, one_transfer=3), {"one": wanted("all", 2, "all")}, seed=0)
     assert counted(table) == {("one", "transfer"): 3, ("one", "labelled"): 2, ("one", "private"): 7}
 
 
-@pytest.mark.parametrize("split", ["labelled", "test"])
-def test_a_pool_that_is_too_small_names_the_key(split):
-    questions = pooled(one_train=3, one_valid=3, one_test=3)
-    with pytest.raises(DataError, match=rf"4 .*{split}.*3.*data\.datasets\.one\.{split}"):
-        take_splits(questions, {"one": wanted(**{split: 4})}, seed=0)
+def test_a_pool_that_is_too_small_names_the_key():
+    for split in ("labelled", "test"):
+        with pytest.raises(DataError, match=rf"4 .*{split}.*3.*data\.datasets\.one\.{split}"):
+            take_splits(pooled(one_train=3, one_valid=3, one_test=3), {"one": wanted(**{split: 4})}, seed=0)
 
 
-@pytest.mark.parametrize("private", [4, "all"])
-def test_no_row_is_lent_twice(private):
-    try:
-        table = take_splits(pooled(one_train=10), {"one": wanted(private, 2, 1, 4)}, seed=0)
-    except DataError as error:
-        assert private == 4 and "data.datasets.one.private" in str(error)
-    else:
-        assert table.id.is_unique
-        assert table.split.value_counts().to_dict() == {"private": 3, "labelled": 2, "transfer": 1, "valid": 4}
+def test_no_row_is_lent_twice():
+    with pytest.raises(DataError, match=r"data\.datasets\.one\.private"):
+        take_splits(pooled(one_train=10), {"one": wanted(4, 2, 1, 4)}, seed=0)
+    table = take_splits(pooled(one_train=10), {"one": wanted("all", 2, 1, 4)}, seed=0)
+    assert table.id.is_unique
+    assert table.split.value_counts().to_dict() == {"private": 3, "labelled": 2, "transfer": 1, "valid": 4}
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -227,28 +174,18 @@ def test_no_group_is_in_two_splits(groups, seed):
         table = take_splits(questions, {"one": wanted(12, 3, 8, 7)}, seed)
     except DataError:  # a large group can leave too little for the next split
         return
-    assert counted(table) == {
-        ("one", "private"): 12,
-        ("one", "labelled"): 3,
-        ("one", "transfer"): 8,
-        ("one", "valid"): 7,
-    }
+    assert table.split.value_counts().to_dict() == {"private": 12, "labelled": 3, "transfer": 8, "valid": 7}
     assert table.groupby("group").split.nunique().max() == 1
 
 
-def test_labels_come_from_as_many_groups_as_there_are_labels():
-    questions = pooled(one_train=200)
-    questions["group"] = [f"g{i // 4}" for i in range(200)]
+def test_labels_come_from_as_many_groups_as_there_are_labels_and_a_leak_does_not_go_out():
+    questions = pooled(one_train=200).assign(group=[f"g{i // 4}" for i in range(200)])
     table = take_splits(questions, {"one": wanted(100, 10)}, seed=0)
     assert table[table.split == "labelled"].group.is_unique
     assert table.groupby("group").split.nunique().max() == 1
-
-
-def test_a_leak_that_comes_in_does_not_go_out():
-    questions = pooled(two_train=3, one_test=3)
-    questions["group"] = "g"
+    leaking = pooled(two_train=3, one_test=3).assign(group="g")
     with pytest.raises(DataError, match="test and in another"):
-        take_splits(questions, {"one": wanted(test=1), "two": wanted(private=1)}, seed=0)
+        take_splits(leaking, {"one": wanted(test=1), "two": wanted(private=1)}, seed=0)
 
 
 SPLIT = take_splits(pooled(one_train=4, one_valid=2, one_test=3), {"one": wanted(2, 1, 1, 2, 3)}, seed=0)
@@ -261,6 +198,9 @@ def test_test_rows_are_never_training_rows():
         rows = training_rows(SPLIT, split)
         assert set(rows.split) == {split}
         assert list(rows.index) == list(range(len(rows)))
+    for split in ("valid", "labeled"):
+        with pytest.raises(DataError, match=split):
+            training_rows(SPLIT[SPLIT.split == "private"], split)
 
 
 def test_the_second_form_is_for_the_adapter_alone():
@@ -280,19 +220,10 @@ def test_the_answers_of_transfer_rows_are_for_the_ceiling_alone():
     assert transfer_answers(SPLIT.assign(answer=-1)).empty
 
 
-@pytest.mark.parametrize("split", ["valid", "transfer", "labeled"])
-def test_an_empty_split_is_refused_by_name(split):
-    with pytest.raises(DataError, match=split):
-        training_rows(SPLIT[SPLIT.split == "private"], split)
-
-
 def test_long_prompts_are_dropped_at_the_limit():
     lengths = dict(zip(SPLIT.id, [5, 6, 7, 5, 5, 5, 5, 5, 5], strict=True))
     kept = drop_long(SPLIT, lambda row: lengths[row["id"]], 6)
     assert set(SPLIT.id) - set(kept.id) == {i for i, n in lengths.items() if n == 7}
     assert list(kept.prompt_tokens) == [lengths[i] for i in kept.id]
-
-
-def test_a_split_that_loses_every_row_is_named():
     with pytest.raises(DataError, match=r"'one', 'valid'.*max_prompt_tokens=6"):
         drop_long(SPLIT, lambda row: 7 if row["split"] == "valid" else 6, 6)

@@ -7,8 +7,7 @@ import pytest
 
 from medkit.distillation import answers
 from medkit.distillation.answers import answer_rows, collect_answers, encode_verified, keep_verified, write_answers
-from medkit.inference.torch_engine import TorchEngine
-from medkit.modeling import batches, loading, trainer
+from medkit.modeling import batches, loading
 from medkit.modeling.engine import EngineError, Generation
 from medkit.prompts import templates
 from medkit.stage import MedkitError
@@ -56,10 +55,13 @@ def test_each_question_is_asked_so_often_with_its_options(engine, tokenizer, kno
     table = sample(engine, tokenizer, known)
     assert table.id.tolist() == [id for id in known.id for _ in range(4)]
     assert table["sample"].tolist() == [0, 1, 2, 3] * 3 and table.text.tolist() == [t.rstrip("…") for t in TEXTS]
+    assert table.finished.tolist() == [True, True, True, False, *[True] * 8]
     assert {(r.max_new_tokens, r.end_ids) for r in engine.asked} == {(60, (tokenizer.eos_token_id,))}
     asked = tokenizer.decode(engine.asked[0].prompt_ids)
     assert "B. vitamin C" in asked and "Answer:” and the letter" in asked
-    assert table.finished.tolist() == [True, True, True, False, *[True] * 8]
+    with pytest.raises(MedkitError, match="must not answer test questions for training"):
+        write_answers(engine, tokenizer, known.assign(split="test"), 60)
+    assert len(engine.asked) == 12
 
 
 def test_what_is_right_finished_new_and_not_too_easy_is_kept(engine, tokenizer, known):
@@ -71,30 +73,26 @@ def test_what_is_right_finished_new_and_not_too_easy_is_kept(engine, tokenizer, 
     ]
     (example,) = encode_verified(tokenizer, known, kept)
     assert example.input_ids[: example.loss_start] == list(engine.asked[0].prompt_ids)
-    assert tokenizer.decode(example.input_ids[example.loss_start : -1]) == TEXTS[0]
-    assert example.input_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(example.input_ids[example.loss_start :]) == TEXTS[0] + tokenizer.eos_token
 
 
-@pytest.mark.parametrize(("too_easy", "kept_ids"), [(2.0, ["q0", "q1"]), (1.0, ["q0"]), (0.75, []), (0.76, ["q0"])])
-def test_the_bound_says_what_is_too_easy(engine, tokenizer, known, too_easy, kept_ids):
-    kept, counts = keep_verified(sample(engine, tokenizer, known), known, too_easy)
-    assert kept.id.tolist() == kept_ids
-    assert counts.too_easy.sum() == {2.0: 0, 1.0: 1, 0.76: 1, 0.75: 2}[too_easy]
-
-
-def test_the_shortest_of_a_question_is_kept_if_the_student_does_not_know_it(engine, tokenizer, known):
+def test_the_bound_says_what_is_too_easy_and_a_student_s_own_samples_count_before_the_teacher_s(
+    engine, tokenizer, known
+):
     samples = sample(engine, tokenizer, known)
+    for too_easy, kept_ids in ((2.0, ["q0", "q1"]), (1.0, ["q0"]), (0.76, ["q0"]), (0.75, [])):
+        kept, counts = keep_verified(samples, known, too_easy)
+        assert kept.id.tolist() == kept_ids and counts.too_easy.sum() == 2 - len(kept_ids)
     own = write_answers(Scripted(tokenizer, ["Answer: B", "Answer: B", "Who knows?"]), tokenizer, known, 60)
     kept, counts = keep_verified(samples, known, 1.0, own)
-    assert kept[["id", "text"]].to_numpy().tolist() == [["q1", "Answer: A"]]
+    assert kept[["id", "text"]].to_numpy().tolist() == [["q1", "Answer: A"]], "the shortest"
     assert counts.set_index("source").too_easy.to_dict() == {"exam": 1, "trial": 0}
 
 
 def test_a_thought_is_verified_by_its_answer_and_learned_with_it(make_tokenizer, known):
     chatml = make_tokenizer().chat_template
-    thinker = make_tokenizer(
-        chat_template=chatml.replace("assistant\n{% endif", "assistant\n{{ '<think>\\n' }}{% endif")
-    )
+    opened = chatml.replace("assistant\n{% endif", "assistant\n{{ '<think>\\n' }}{% endif")
+    thinker = make_tokenizer(chat_template=opened)
     thinker.add_tokens(["<think>", "</think>"])
 
     class Thinking(Scripted):
@@ -113,12 +111,6 @@ def test_a_thought_is_verified_by_its_answer_and_learned_with_it(make_tokenizer,
     assert learned == "It is A.\n</think>\n\nAnswer: B<|im_end|>"
 
 
-def test_test_questions_are_refused(engine, tokenizer, known):
-    with pytest.raises(MedkitError, match="must not answer test questions for training"):
-        write_answers(engine, tokenizer, known.assign(split="test"), 60)
-    assert not engine.asked
-
-
 def test_finished_answers_become_rows_that_are_asked_as_in_training(tokenizer, known):
     engine = Scripted(tokenizer, ["lemon juice", "too long…", ""])
     table = write_answers(engine, tokenizer, known, 60)
@@ -134,7 +126,6 @@ def test_rows_are_repeated_by_source_and_others_fill_the_place_of_a_source_witho
     sources = ["icd", "records", "icd"]
     assert answers.repeat_rows(sources, {"icd": 5, "records": 2}) == [0, 2, 0, 2, 0, 1, 1]
     assert answers.repeat_rows(sources, {"icd": 2, "exam": 3}) == [0, 2, 0, 2, 0]
-    assert answers.repeat_rows(sources, {"icd": 1, "records": 1}) == [0, 1]
     with pytest.raises(MedkitError, match="no rows to learn from"):
         answers.repeat_rows([], {"icd": 2})
 
@@ -144,9 +135,9 @@ def collect(engine, tokenizer, known, make_llama, models_params, tmp_path, tmp_p
     """collect(**changes): the answers, from the engine or from the file."""
 
     def run(writer=0, max_new_tokens=60, num_samples=4, temperature=1.0, seed=0):
-        folder = loading.save_model(
-            make_llama(seed=writer, layers=1), tokenizer, tmp_path_factory.mktemp("w") / "model"
-        )
+        folder = tmp_path_factory.getbasetemp() / f"writer{writer}"
+        if not folder.is_dir():
+            loading.save_model(make_llama(seed=writer, layers=1), tokenizer, folder)
         params = SimpleNamespace(models=models_params, inference=SimpleNamespace(batch_tokens=512), seed=seed)
         path, how = tmp_path / "answers.parquet", (max_new_tokens, num_samples, temperature, templates.RATIONALE)
         return collect_answers(path, folder, params, known, lambda *args, **settings: engine, *how)
@@ -154,31 +145,14 @@ def collect(engine, tokenizer, known, make_llama, models_params, tmp_path, tmp_p
     return run
 
 
-def test_what_was_written_is_read_back(collect, engine, tokenizer, known):
-    first = collect()
-    pd.testing.assert_frame_equal(first, sample(Scripted(tokenizer, TEXTS), tokenizer, known))
-    pd.testing.assert_frame_equal(collect(), first)
-    assert (engine.closed, len(engine.asked)) == (1, 12)
-
-
-@pytest.mark.parametrize(
-    "change", [{"writer": 1}, {"temperature": 0.5}, {"seed": 1}, {"num_samples": 2}, {"max_new_tokens": 9}], ids=str
-)
-def test_another_writer_or_way_to_ask_is_asked_anew(collect, engine, change):
-    collect()
-    collect(**change)
-    collect(**change)
-    assert engine.closed == 2
-
-
-def test_an_engine_that_fails_is_closed_and_leaves_no_file(collect, engine, tmp_path):
-    def fail(requests):
-        raise EngineError("out of memory")
-
-    engine.generate = fail
-    with pytest.raises(EngineError, match="out of memory"):
-        collect()
-    assert engine.closed == 1 and not list(tmp_path.iterdir())
+def test_what_was_written_is_read_back_and_another_writer_or_way_to_ask_is_asked_anew(
+    collect, engine, tokenizer, known
+):
+    pd.testing.assert_frame_equal(collect(), sample(Scripted(tokenizer, TEXTS), tokenizer, known))
+    changes = [{"writer": 1}, {"temperature": 0.5}, {"seed": 1}, {"num_samples": 2}, {"max_new_tokens": 9}]
+    for number, change in enumerate([{}, *changes], 1):
+        pd.testing.assert_frame_equal(collect(**change), collect(**change))
+        assert engine.closed == number, change
 
 
 def test_a_killed_run_goes_on_behind_its_last_part(collect, engine, tokenizer, known, monkeypatch):
@@ -193,20 +167,7 @@ def test_a_killed_run_goes_on_behind_its_last_part(collect, engine, tokenizer, k
     engine.generate = die_at_the_third
     with pytest.raises(EngineError, match="gone"):
         collect()
+    assert engine.closed == 1
     engine.generate = generate
     assert collect().id.tolist() == [id for id in known.id for _ in range(4)]
     assert len(engine.asked) == 12, "two questions were not asked again"
-
-
-def test_a_student_of_verified_answers_gives_the_reason_and_the_answer(
-    make_llama, make_section, tokenizer, known, tmp_path
-):
-    """The toy learns one answer with its reason by heart; greedy writing gives it back, finished and right."""
-    taught = pd.DataFrame([("q0", "", "C it is. Answer: B")], columns=["id", "thought", "text"])
-    examples, student = encode_verified(tokenizer, known, taught) * 8, make_llama(seed=4)
-    section = make_section(epochs=30.0, learning_rate=1e-2, save_every_steps=1000)
-    trainer.train(student, examples, section, trainer.cross_entropy, tmp_path / "s", seed=0)
-    engine = TorchEngine(student, 0, scheduler="static", batch_tokens=1024)
-    table = write_answers(engine, tokenizer, known[known.id == "q0"], 30, 1, templates.RATIONALE)
-    assert table.text.tolist() == taught.text.tolist() and table.finished.all()
-    assert len(keep_verified(table, known, too_easy=2.0)[0]) == 1

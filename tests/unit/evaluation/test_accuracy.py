@@ -1,5 +1,6 @@
 """How answers are judged, and what is said of one variant, of two, and of a whole table of them."""
 
+import itertools
 from functools import partial
 
 import numpy as np
@@ -19,59 +20,34 @@ def prediction(variant, id, scoring, logprobs=(), answer_tokens=(), text="", tem
     }  # fmt: skip
 
 
-def test_scored_options_are_read_raw_and_per_token(questions):
-    table = pd.DataFrame([
-        prediction("lora", "q0", "option_text", [-4.0, -6.0, -9.0, -9.0], [1, 3, 3, 3]),
-        prediction("lora", "q1", "letter", [-1.0, -0.5, -2.0], [1, 1, 1], template="letter"),
-    ])  # fmt: skip
-    judged = accuracy.judge(table, questions).set_index(["id", "scoring"])
-    assert judged.choice.to_dict() == {("q1", "letter"): 1, ("q0", "option_text"): 0, ("q0", "option_text_norm"): 1}
-    assert judged.correct.to_dict() == {
-        ("q1", "letter"): False, ("q0", "option_text"): False, ("q0", "option_text_norm"): True
-    }  # fmt: skip
-    assert set(judged.source) == {"exam"}
-
-
 @pytest.mark.parametrize("scoring", ["letter", "option_text"])
-def test_probabilities_are_the_softmax_of_what_the_choice_was_read_from(questions, scoring):
-    draw = np.random.default_rng(0)
-    counts = {"q0": 4, "q1": 3, "q2": 3}
+def test_the_choice_is_the_likeliest_option_and_probabilities_are_the_softmax(questions, scoring):
+    """By the sum of log-probabilities, and of option texts by their mean per token too, where tokens were counted."""
+    draw, counts = np.random.default_rng(0), {"q0": 4, "q1": 3, "q2": 3}
     rows = [
         prediction("lora", id, scoring, draw.normal(-20, 9, count), draw.integers(1, 9, count))
         for id, count in counts.items()
     ]
     judged = accuracy.judge(pd.DataFrame(rows), questions).set_index(["scoring", "id"])
-    for row in rows:
-        scores = {scoring: row["logprobs"]}
-        if scoring == "option_text":
-            scores["option_text_norm"] = np.divide(row["logprobs"], row["answer_tokens"])
-        for name, values in scores.items():
-            found = judged.loc[(name, row["id"])]
-            assert np.log(found.probabilities) == pytest.approx(log_softmax(values))
-            assert found.choice == np.argmax(values) == np.argmax(found.probabilities)
-    assert len(judged) == (6 if scoring == "option_text" else 3)
+    by_token = {"option_text_norm": "answer_tokens"} if scoring == "option_text" else {}
+    assert len(judged) == 3 * (1 + len(by_token)) and judged.correct.nunique() == 2
+    for name, row in itertools.product([scoring, *by_token], rows):
+        values = np.divide(row["logprobs"], row[by_token[name]] if name in by_token else 1)
+        found = judged.loc[(name, row["id"])]
+        assert np.log(found.probabilities) == pytest.approx(log_softmax(values))
+        assert found.choice == np.argmax(values)
+        assert found.correct == (found.choice == questions.set_index("id").answer[row["id"]])
+    uncounted = pd.DataFrame(rows).drop(columns=["answer_tokens", "text", "template"])
+    assert set(accuracy.judge(uncounted, questions).scoring) == {scoring}
 
 
-def test_scores_that_are_not_one_per_option_are_an_error(questions):
+def test_predictions_that_do_not_fit_the_questions_are_an_error(questions):
     rows = [prediction("lora", "q1", "letter", [-1.0, -2.0, -3.0]), prediction("nf4", "q0", "letter", [-1.0] * 3)]
     with pytest.raises(EvaluationError, match=r"q0 has 4 options, its letter prediction by nf4 3 log-probabilities"):
         accuracy.judge(pd.DataFrame(rows), questions)
-
-
-def test_a_robustness_test_is_judged_like_anything_else(questions):
-    rows = [
-        prediction("lora", "q0", "letter", [-1.0, -0.5, -2.0, -3.0]),
-        prediction("lora", "q1", "generated", text="?"),
-    ]
-    plain = accuracy.judge(pd.DataFrame(rows), questions)
-    study = pd.DataFrame(rows * 2).assign(study="shuffle", condition=["a", "a", "b", "b"])
-    judged = accuracy.judge(study, questions)
-    assert not {"study", "condition"} & set(plain)
-    assert set(judged.study) == {"shuffle"}
-    for _, part in judged.groupby("condition"):
-        pd.testing.assert_frame_equal(part[plain.columns].reset_index(drop=True), plain)
-    table = accuracy.measure_accuracy(judged, 0.95).set_index(["condition", "scoring"])
-    assert table.accuracy.to_dict() == {(c, s): float(s == "letter") for c in "ab" for s in ("letter", "generated")}
+    rows = [prediction("lora", id, "generated", text="zinc") for id in ("q0", "q9")]
+    with pytest.raises(EvaluationError, match="1 predictions"):
+        accuracy.judge(pd.DataFrame(rows), questions)
 
 
 def test_generated_text_that_cannot_be_read_is_wrong_and_counted(questions):
@@ -80,26 +56,15 @@ def test_generated_text_that_cannot_be_read_is_wrong_and_counted(questions):
     judged = accuracy.judge(pd.DataFrame(rows), questions)
     assert judged.set_index("id").choice.to_dict() == {"q0": 1, "q1": -1, "q2": 2}
     assert judged.set_index("id").correct.to_dict() == {"q0": True, "q1": False, "q2": False}
-    table = accuracy.measure_accuracy(judged, 0.95).set_index("source")
-    assert table.unparsed_rate.to_dict() == {"exam": 0.5, "trial": 0.0}
-    assert table.accuracy.to_dict() == {"exam": 0.5, "trial": 0.0}
-    assert table.n.to_dict() == {"exam": 2, "trial": 1}
-
-
-def test_a_prediction_for_an_unknown_question_is_an_error(questions):
-    rows = [prediction("lora", id, "generated", text="zinc") for id in ("q0", "q9")]
-    with pytest.raises(EvaluationError, match="1 predictions"):
-        accuracy.judge(pd.DataFrame(rows), questions)
-
-
-def test_predictions_without_token_counts_have_no_reading_per_token(questions):
-    table = pd.DataFrame([prediction("tfidf", "q0", "option_text", [-4.0, -3.0, -9.0, -9.0])])
-    judged = accuracy.judge(table.drop(columns=["answer_tokens", "text", "template"]), questions)
-    assert (judged.scoring.tolist(), judged.choice.tolist()) == (["option_text"], [1])
-
-
-def test_chance_is_per_question(questions):
-    assert accuracy.chance(questions[questions.split == "test"]) == pytest.approx((1 / 4 + 1 / 3 + 1 / 3) / 3)
+    study = pd.DataFrame(rows * 2).assign(study="shuffle", condition=["a"] * 3 + ["b"] * 3)
+    studied = accuracy.judge(study, questions)  # a robustness test is judged like anything else
+    assert not {"study", "condition"} & set(judged) and set(studied.study) == {"shuffle"}
+    for _, part in studied.groupby("condition"):
+        pd.testing.assert_frame_equal(part[judged.columns].reset_index(drop=True), judged)
+    table = accuracy.measure_accuracy(studied, 0.95).set_index(["condition", "source"])
+    for condition, (source, expected) in itertools.product("ab", {"exam": (0.5, 0.5, 2), "trial": (0, 0, 1)}.items()):
+        row = table.loc[(condition, source)]
+        assert (row.accuracy, row.unparsed_rate, row.n) == expected
 
 
 STEPS = [
@@ -127,7 +92,7 @@ def judged():
     return table.assign(answer=0, choice=np.where(table.correct, 0, 1), group=table.id)
 
 
-def test_accuracy_has_both_intervals(judged):
+def test_an_accuracy_has_wilson_s_interval(judged):
     table = accuracy.measure_accuracy(judged, 0.95)
     assert len(table) == len(RATES) * 2
     for row in table.itertuples():
@@ -164,9 +129,7 @@ def test_the_order_of_the_answers_changes_nothing(judged):
 
 def test_steps_compare_the_same_questions(judged):
     table = compare(judged, 0.95, 0.8, 0.05)
-    expected = [(v, b) for v, b, _ in STEPS if {v, b} <= set(RATES)]
-    assert [(r.variant, r.baseline) for r in table[table.source == "exam"].itertuples()] == expected
-    assert len(expected) == 5
+    assert [(r.variant, r.baseline) for r in table[table.source == "exam"].itertuples()] == [s[:2] for s in STEPS]
     for row in table.itertuples():
         correct = {
             v: judged[(judged.variant == v) & (judged.source == row.source)].set_index("id").correct.sort_index()
@@ -176,12 +139,15 @@ def test_steps_compare_the_same_questions(judged):
         assert {name: getattr(row, name) for name in by_id} == pytest.approx(by_id)
 
 
-def test_only_steps_whose_variants_are_there_are_compared(judged):
+def test_steps_whose_variants_are_there_are_compared_each_with_its_margin(judged):
     steps = [("nf4", "base", "Is it?"), ("edge", "base", "Is this?")]
     table = accuracy.compare_steps(judged, 0.95, 0.8, 0.05, steps)
     assert set(zip(table.variant, table.baseline, table.question, strict=True)) == {("nf4", "base", "Is it?")}
     with pytest.raises(EvaluationError, match="no step"):
         accuracy.compare_steps(judged, 0.95, 0.8, 0.05, steps[1:])
+    table, one = (compare(judged, 0.95, 0.8, m) for m in ({**dict.fromkeys(RATES, 0.2), "teacher": 0.4}, 0.4))
+    assert table.margin.to_list() == [0.4 if variant == "teacher" else 0.2 for variant in table.variant]
+    assert table.p_equivalence[table.variant == "teacher"].equals(one.p_equivalence[one.variant == "teacher"])
 
 
 def test_two_answers_of_one_variant_to_one_question_are_not_averaged(judged):
@@ -189,15 +155,6 @@ def test_two_answers_of_one_variant_to_one_question_are_not_averaged(judged):
     with pytest.raises(EvaluationError, match="one condition of a study at a time"):
         compare(twice, 0.95, 0.8, 0.05)
     assert len(accuracy.measure_accuracy(twice, 0.95)) == len(RATES) * 4  # but every condition has its own accuracy
-
-
-def test_every_step_has_its_own_margin(judged):
-    margins = dict.fromkeys(RATES, 0.2) | {"teacher": 0.4}
-    table = compare(judged, 0.95, 0.8, margins)
-    assert table.margin.to_list() == table.variant.map(margins).to_list()
-    one = compare(judged, 0.95, 0.8, 0.4)
-    same = table.variant == "teacher"
-    assert table.p_equivalence[same].to_list() == one.p_equivalence[same].to_list()
 
 
 def test_as_many_questions_as_are_needed_show_equivalence_with_the_power():

@@ -29,24 +29,22 @@ def make_questions(count, seed):
 
 def test_words_are_found_and_the_majority_is_the_most_frequent_answer():
     training, test = make_questions(80, 0), make_questions(60, 1)
-    predictions, sizes = baselines.predict_baselines(training, test)
+    strange = {
+        "id": "q",
+        "question": "disorder of the ear",
+        "options": ["nobody's", "Diseases of the ear"],
+        "answer": 1,
+    }
+    predictions, sizes = baselines.predict_baselines(training, pd.concat([test, pd.DataFrame([strange])]))
     assert sizes["tfidf"] > sizes["majority"] > 0
     for variant, rows in predictions.groupby("variant"):
-        assert list(rows.id) == list(test.id)
-        choices = np.array([np.argmax(logprobs) for logprobs in rows.logprobs])
-        share = (choices == test.answer.to_numpy()).mean()
+        assert list(rows.id) == [*test.id, "q"]
+        *logprobs, (never, once) = rows.logprobs
+        assert np.isfinite(never) and never < once, "an option that was never an answer is the least likely"
+        share = (np.array([np.argmax(row) for row in logprobs]) == test.answer.to_numpy()).mean()
         answers = [o[a] for o, a in zip(test.options, test.answer, strict=True)]
         expected = np.mean([answer == "Diseases of the eye" for answer in answers]) if variant == "majority" else 1.0
         assert share == pytest.approx(expected)
-
-
-def test_an_option_that_was_never_an_answer_is_the_least_likely():
-    training = make_questions(80, 0)
-    test = pd.DataFrame([{"id": "q", "question": "disorder of the ear", "options": ["nobody's", "Diseases of the ear"],
-                          "answer": 1}])  # fmt: skip
-    predictions, _ = baselines.predict_baselines(training, test)
-    for logprobs in predictions.logprobs:
-        assert np.isfinite(logprobs).all() and logprobs[0] < logprobs[1]
 
 
 DIALOGUE = """D: Good morning, Mrs. Lopez. What brings you in?
@@ -67,10 +65,6 @@ RECORD = {
 }  # fmt: skip
 
 
-def test_corrections_relatives_and_old_drugs_are_not_taken():
-    assert baselines.fill_form(DIALOGUE) == RECORD
-
-
 @pytest.mark.parametrize(
     ("line", "instead", "empty"),
     [
@@ -85,13 +79,10 @@ def test_what_is_not_said_is_empty(line, instead, empty):
     assert {name for name in RECORD if record[name] != RECORD[name]} <= {empty, "dose"}
 
 
-def test_rows_are_those_of_a_model_and_other_kinds_are_left_out():
+def test_corrections_relatives_and_old_drugs_are_not_taken_and_any_text_gives_a_form():
     questions = pd.DataFrame({"id": ["a", "b"], "kind": ["record", "record_b"], "question": [DIALOGUE, DIALOGUE]})
     rows = baselines.regex_baseline(questions)
     assert rows.id.tolist() == ["a"] and rows.variant.tolist() == ["regex"]
     assert json.loads(rows.text[0]) == RECORD
-
-
-@pytest.mark.parametrize("text", ["", "no dialogue", "D: What?", "D: And?\nP: \nD: Any?"])
-def test_any_text_gives_a_form(text):
-    assert baselines.fill_form(text).keys() == RECORD.keys()
+    for text in ("", "no dialogue", "D: What?", "D: And?\nP: \nD: Any?"):
+        assert baselines.fill_form(text).keys() == RECORD.keys()

@@ -9,7 +9,7 @@ from medkit.params import load_params
 from medkit.stage import ROOT
 
 pytest.importorskip("lm_eval")
-ITEMS = 6
+ITEMS = 4
 
 
 @pytest.fixture(scope="module")
@@ -20,36 +20,22 @@ def benchmark():
         yield importlib.import_module("benchmarks.evaluation.lm_eval_agreement")
 
 
-@pytest.fixture(scope="module")
-def found(benchmark):
-    """The comparison on a few real questions of each set, by SmolLM2 cut to the smoke profile's layers."""
+@pytest.mark.weights
+def test_log_likelihoods_predictions_and_accuracies_are_the_same(benchmark):
+    """A few real questions of each set, by SmolLM2 cut to the smoke profile's layers."""
     params = load_params(ROOT / "params" / "smoke.yaml")
     folder = loading.local_folder(params.models.teacher)
     settings = params.models.model_copy(update={"device": "cpu"})
     model = loading.load_model(folder, settings, params.models.teacher.keep_layers)
     questions = {name: table.head(ITEMS) for name, table in benchmark.read_questions().items()}
-    return benchmark.compare(model, loading.load_tokenizer(folder), questions, rounds=1, tasks=list(benchmark.TASKS))
-
-
-@pytest.mark.weights
-def test_every_set_of_the_paper_is_compared(benchmark, found):
+    found = benchmark.compare(model, loading.load_tokenizer(folder), questions, rounds=1, tasks=list(benchmark.TASKS))
     assert {task.source for task in benchmark.TASKS.values()} == {"medqa", "medmcqa", "pubmedqa", "mmlu"}
-    assert {name: result["items"] for name, result in found.items()} == dict.fromkeys(benchmark.TASKS, ITEMS)
-
-
-@pytest.mark.weights
-def test_predictions_and_log_likelihoods_are_the_same(found):
+    assert found.keys() == benchmark.TASKS.keys()
     for name, result in found.items():
-        assert result["predictions_equal"] == 1, name
+        assert (result["items"], result["predictions_equal"]) == (ITEMS, 1), name
         assert result["max_abs_loglikelihood_difference"] < 1e-3, name
-
-
-@pytest.mark.weights
-def test_accuracies_are_the_same_under_every_metric_of_the_task(found):
-    metrics = {name: set(result["accuracy"]["lm_eval"]) for name, result in found.items()}
-    assert metrics["pubmedqa"] == metrics["mmlu"] == {"acc"}
-    assert metrics["medqa"] == metrics["medmcqa"] == metrics["medmcqa_text"] == {"acc", "acc_norm"}
-    for result in found.values():
+        metrics = {"acc"} if name in ("pubmedqa", "mmlu") else {"acc", "acc_norm"}
+        assert result["accuracy"]["lm_eval"].keys() == metrics
         assert result["accuracy"]["medkit"] == pytest.approx(result["accuracy"]["lm_eval"], abs=5e-5)
 
 
@@ -65,22 +51,17 @@ def test_five_options_are_written_as_the_harness_writes_four(benchmark):
     assert document["label"] == 2
 
 
-@pytest.fixture
-def samples():
-    """Two documents as the harness reports them: it prefers the second option, then the first."""
+def test_a_disagreement_is_seen(benchmark):
+    """Of two documents the harness prefers the second option, then the first."""
     pairs = [("Question: …\nAnswer:", " yes"), ("Question: …\nAnswer:", " maybe")]
-    return [
-        {"arguments": pairs, "filtered_resps": [(-3.0, False), (-1.0, True)], "acc": 1.0},
-        {"arguments": pairs, "filtered_resps": [(-1.0, True), (-3.0, False)], "acc": 0.0},
+    scores = [[-3.0, -1.0], [-1.0, -3.0]]
+    samples = [
+        {"arguments": pairs, "filtered_resps": [(value, value > -2) for value in row], "acc": right}
+        for row, right in zip(scores, (1.0, 0.0), strict=True)
     ]
-
-
-def test_a_disagreement_is_seen(benchmark, samples):
-    same = benchmark.summarise(samples, [[-3.0, -1.0], [-1.0, -3.0]], [1, 1])
+    same = benchmark.summarise(samples, scores, [1, 1])
     assert same["predictions_equal"] == 1 and same["max_abs_loglikelihood_difference"] == 0
     assert same["accuracy"] == {"lm_eval": {"acc": 0.5}, "medkit": {"acc": 0.5}}
     other = benchmark.summarise(samples, [[-0.5, -1.0], [-1.0, -3.0]], [1, 1])
-    assert other["predictions_equal"] == 0.5
-    assert other["gaps_where_different_nats"] == [2.0]
-    assert other["max_abs_loglikelihood_difference"] == 2.5
-    assert other["accuracy"]["medkit"] == {"acc": 0}
+    assert (other["predictions_equal"], other["max_abs_loglikelihood_difference"]) == (0.5, 2.5)
+    assert other["gaps_where_different_nats"] == [2.0] and other["accuracy"]["medkit"] == {"acc": 0}

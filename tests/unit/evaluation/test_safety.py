@@ -28,12 +28,9 @@ def predict(choose_safe, variant="lora") -> pd.DataFrame:
     return pd.DataFrame(rows).assign(variant=variant, text="", answer_tokens=[[4, 4]] * len(rows))
 
 
-def test_every_probe_is_whole():
+def test_every_probe_is_whole_and_the_document_states_them():
     assert PROBES.id.is_unique and set(PROBES.category) == set(CATEGORIES)
     assert PROBES.map(str.strip).ne("").all(axis=None) and (PROBES.safe_example != PROBES.unsafe_example).all()
-
-
-def test_the_document_states_the_probes():
     document = (ROOT / "docs" / "safety.md").read_text()
     stated = dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", document, re.M))
     assert stated == {name: str(n) for name, n in PROBES.category.value_counts().items()}
@@ -56,43 +53,27 @@ def test_a_probe_is_a_question_whose_answer_is_the_safe_option():
 
 def test_the_place_of_the_safe_option_says_nothing_and_does_not_depend_on_the_sample():
     assert 0.4 < QUESTIONS.answer.mean() < 0.6
-    part = evaluation.probe_questions(PROBES.iloc[::7])
-    assert part.answer.tolist() == QUESTIONS.set_index("id").answer[part.id].tolist()
+    for n in (6, 36, 100):
+        sample = evaluation.sample_probes(PROBES, n, seed=3)
+        counts = sample.category.value_counts().reindex(CATEGORIES, fill_value=0)
+        assert len(sample) == n and counts.max() - counts.min() <= 1
+        pd.testing.assert_frame_equal(sample, evaluation.sample_probes(PROBES, n, seed=3))
+        part = evaluation.probe_questions(sample)
+        assert part.answer.tolist() == QUESTIONS.set_index("id").answer[part.id].tolist()
+    for n in (0, 10_000):
+        with pytest.raises(MedkitError, match=r"inference\.safety_probes"):
+            evaluation.sample_probes(PROBES, n, seed=0)
 
 
-@pytest.mark.parametrize("share", [1, 0])
-def test_the_safe_share_of_a_model_that_always_or_never_prefers_the_safe_answer(share):
-    table = evaluation.safe_shares(predict(lambda row: share), QUESTIONS, 0.95)
-    assert (table.value == share).all() and (table.chance == 0.5).all()
-    assert set(table.category) == {"all", *CATEGORIES} and set(table.scoring) == {"option_text", "option_text_norm"}
-    assert table.ci_low.le(table.value).all() and table.ci_high.ge(table.value).all()
-    assert table[table.category == "all"].n.eq(len(PROBES)).all()
-
-
-def test_a_model_that_prefers_the_shorter_answer_gets_the_share_in_the_column_shorter():
+def test_the_safe_share_of_models_with_a_fixed_preference():
     def shorter(row):
         lengths = [len(option) for option in row["options"]]
         return lengths[row["answer"]] < lengths[1 - row["answer"]]
 
-    table = evaluation.safe_shares(predict(shorter), QUESTIONS, 0.95)
-    np.testing.assert_allclose(table.value, table.shorter)
-
-
-def test_a_step_that_gains_is_found_paired():
-    both = pd.concat([predict(lambda row: False, "student_kd"), predict(lambda row: True, "lora")])
-    steps = evaluation.compare_steps(evaluation.judge(both, QUESTIONS), 0.95, 0.8, 0.05)
-    assert (steps.difference == 1).all() and set(steps.verdict) == {"better"} and (steps.n == len(PROBES)).all()
-
-
-@pytest.mark.parametrize("n", [6, 36, 100])
-def test_a_sample_is_even_and_seeded(n):
-    sample = evaluation.sample_probes(PROBES, n, seed=3)
-    counts = sample.category.value_counts().reindex(CATEGORIES, fill_value=0)
-    assert len(sample) == n and counts.max() - counts.min() <= 1
-    pd.testing.assert_frame_equal(sample, evaluation.sample_probes(PROBES, n, seed=3))
-
-
-@pytest.mark.parametrize("n", [0, 10_000])
-def test_more_probes_than_there_are_are_refused(n):
-    with pytest.raises(MedkitError, match=r"inference\.safety_probes"):
-        evaluation.sample_probes(PROBES, n, seed=0)
+    for choose_safe in (lambda row: True, lambda row: False, shorter):
+        table = evaluation.safe_shares(predict(choose_safe), QUESTIONS, 0.95)
+        assert set(table.category) == {"all", *CATEGORIES}
+        assert set(table.scoring) == {"option_text", "option_text_norm"}
+        np.testing.assert_allclose(table.value, table.shorter if choose_safe is shorter else choose_safe(None))
+        assert table.ci_low.le(table.value).all() and table.ci_high.ge(table.value).all()
+        assert table[table.category == "all"].n.eq(len(PROBES)).all() and (table.chance == 0.5).all()

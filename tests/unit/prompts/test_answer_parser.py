@@ -24,43 +24,27 @@ def question(*options: str, context: str = "") -> dict:
     return {"question": "Which one?", "context": context, "options": list(options)}
 
 
-# --- reading letters -----------------------------------------------------------------------------------------------
-
 DECLARED = [
-    # the letter alone
-    ("C", C), (" c \n", C), ("C.", C), ("C)", C), ("(C)", C), ("[C]", C), ("C:", C), ("**C**", C), ("A", A),
-    # the letter and its option's text
-    ("C. metformin", C), ("C) Metformin.", C), ("(C) metformin", C), ("C: metformin", C), ("C metformin", C),
+    # the letter alone, or with its option's text; what LEADS holds is not repeated here
+    ("C)", C), ("[C]", C), ("C:", C), (" c \n", C), ("C) Metformin.", C), ("C: metformin", C), ("C metformin", C),
     ("c. metformin", C),
-    # the option's text
-    ("metformin", C), ("Metformin.", C), ("  METFORMIN\n", C), ("**metformin**", C), ("The answer is metformin.", C),
-    ("Answer: metformin", C),
     # a letter that is declared
-    ("The answer is (C).", C), ("The answer is C.", C), ("the answer is c.", C), ("The answer is C", C),
-    ("The answer is **C**.", C), ("**The answer is C.**", C), ("The answer is option C.", C),
-    ("The correct answer is C.", C), ("The correct option is (C).", C), ("The best choice is C.", C),
-    ("Answer: C", C), ("ANSWER: C", C), ("Final answer: C", C), ("**Answer:** c) metformin", C), ("**Answer**: C", C),
-    ("Answer: C. metformin", C), ("The answer is C because it is first-line.", C),
-    ("The answer is C, since the kidneys are well.", C), ("Because of the rash, the best step is D.", D),
-    ("A patient like this should receive option C", C), ("I would choose option C.", C), (r"\boxed{B}", B),
-    (r"So we get $\boxed{B}$.", B), (r"\boxed{\text{B}}", B), ("The answer is A.", A), ("Answer: A", A),
-    ("Answer: B\nAnswer: B", B), ("The answer is: B", B), ("The correct answer is: **C**", C),
-    ("Answer C", C), ("Answer choice: C", C), ("Option C", C), ("Option C.", C), ("Choice (C)", C),
-    ("The answer is the letter C.", C), ('The answer is "C".', C), ("So the answer is $C$.", C),
-    ("The answer to this question is C.", C), ("The answer is clearly C.", C), ("The answer must be C.", C),
-    ("The most likely diagnosis is C.", C), ("The most appropriate next step in management is D.", D),
-    ("I choose C", C), ("I'd go with C.", C), ("I would pick (C).", C),
-    ("We select C, since the kidneys are well.", C), ("In short:\nFinal answer: C", C), ("answer: a", A),
-    ("the answer is a.", A),
+    ("The answer is option C.", C), ("The correct option is (C).", C), ("**Answer:** c) metformin", C),
+    ("The answer is C because it is first-line.", C), ("The answer is C, since the kidneys are well.", C),
+    ("Because of the rash, the best step is D.", D), ("A patient like this should receive option C", C),
+    ("I would choose option C.", C), (r"So we get $\boxed{B}$.", B), (r"\boxed{\text{B}}", B),
+    ("Answer: B\nAnswer: B", B), ("Answer C", C), ("Answer choice: C", C), ("Option C", C), ("Choice (C)", C),
+    ("The answer is the letter C.", C), ("So the answer is $C$.", C), ("The answer to this question is C.", C),
+    ("The answer is clearly C.", C), ("The answer must be C.", C), ("I'd go with C.", C),
+    ("The most appropriate next step in management is D.", D), ("We select C, since the kidneys are well.", C),
+    ("answer: a", A), ("the answer is a.", A),
     # Markdown, tags, signs, width
     ("**C.** metformin", C), ("__C__", C), ("`C`", C), ("### Answer\nC", C), ("**Answer**\n\nC) metformin", C),
-    ("## Final answer: C", C), ("## C", C), ("<answer>C</answer>", C), ("C ✅", C), ("C!", C),
-    ("\uff23", C), ("Answer\uff1a\uff08\uff23\uff09", C), (r"\boxed{C. metformin}", C),
-    (r"\boxed{metformin}", C), (r"The final answer is $\boxed{C}$.", C),
+    ("## C", C), ("<answer>C</answer>", C), ("C ✅", C), ("\uff23", C), ("Answer\uff1a\uff08\uff23\uff09", C),
+    (r"\boxed{C. metformin}", C),
     # a verdict
-    ("C is correct", C), ("C is the correct answer", C), ("(C) is correct because it lowers glucose.", C),
-    ("Option C is right.", C), ("Thus C is the best choice.", C), ("Option C (metformin) is correct.", C),
-    ("Metformin is the correct answer.", C), ("C. Metformin is correct.", C), ("A is wrong, C is right", C),
+    ("(C) is correct because it lowers glucose.", C), ("Option C is right.", C), ("Thus C is the best choice.", C),
+    ("Option C (metformin) is correct.", C), ("C. Metformin is correct.", C), ("A is wrong, C is right", C),
     ("Neither A nor B is correct; C is correct.", C),
     # the letter, its option's text and more
     ("The correct option is (C) metformin", C), ("The correct answer is:\n\nC. Metformin", C),
@@ -72,8 +56,7 @@ DECLARED = [
     ("I would choose metformin.", C), ("The answer is “metformin”.", C),
     ("The answer is metformin, which lowers glucose.", C),
     # other languages, where a colon or an "is" declares the letter
-    ("答案是C", C), ("正确答案：C。因为它有效。", C), ("La respuesta es C", C), ("La respuesta correcta es C.", C),
-    ("Réponse : C", C), ("Antwort: C", C),
+    ("正确答案：C。因为它有效。", C), ("La respuesta correcta es C.", C), ("Réponse : C", C), ("Antwort: C", C),
     # reasons that name other letters
     ("A is too weak, B acts too fast, D bleeds. The answer is C.", C),
     ("The answer is C. A is too weak and B acts too fast.", C),
@@ -109,19 +92,17 @@ UNDECLARED = [
     "The answer is A1c measurement.", "Answer: B12", "The answer is C. difficile infection.",
     "The answer is B. fragilis", "The answer isn't clear",
     # several, or one that is not there
-    "A or B", "A, B", "A and C", "A/B", "A B C D", "Both A and C are correct.",
-    "Either option A or option C is correct.", "The answer is C as well as D.", "Answer: C. Metformin or warfarin",
-    "The answer is A or B.", "The answer is A and C.", "The answer is A, C.", "The answer is A, B or C.",
-    "Answer: A/B", "Answer: A & B", "The answer is (A) or (B).", "Answer: (A), (C)",
+    "A, B", "A and C", "A/B", "A B C D", "Both A and C are correct.", "Either option A or option C is correct.",
+    "The answer is C as well as D.", "Answer: C. Metformin or warfarin", "The answer is A, B or C.", "Answer: A & B",
+    "The answer is (A) or (B).", "Answer: (A), (C)",
     "The answer is A. On reflection the answer is B.", r"\boxed{A} or \boxed{B}", r"\boxed{A, B}", r"\boxed{}", "E",
     "Answer: E", "The answer is (J).", r"\boxed{F}", "Z", "AB", "ABCD",
     # the letter says one thing and the words another
     "C. aspirin", "C. Gliclazide", "The answer is C. Insulin glargine.", "The answer is C. Sodium bicarbonate.",
     "A metformin", "Answer: C. aspirin", "The answer is (A) metformin.",
     # denied
-    "Not B.", "The answer is not B.", "The answer is not option B.", "Anything except C.", "Do not choose option B.",
-    "Never select option A.", "The patient should not receive option C.", "You shouldn't pick option D.",
-    "The incorrect answer is B.", "The wrong answer is B.", "I don't think the answer is C.",
+    "Not B.", "The answer is not option B.", "Anything except C.", "Do not choose option B.", "Never select option A.",
+    "You shouldn't pick option D.", "The incorrect answer is B.", "I don't think the answer is C.",
     "It is not true that C is correct.", "C is not correct.", "C is wrong.", "Neither A nor C is correct.",
     "Neither option A nor option C is correct.", "The answer is C. C is wrong.", "not A but B",
     "The answer is C. On reflection: never C.", "Not A. But B",
@@ -146,16 +127,6 @@ UNDECLARED = [
     "3", "(3)", "The answer is 3.", "٣", "३", "３", "④", "\u0421",  # a Cyrillic С
     "\u0391", "답: 다",  # a Greek Α
 ]  # fmt: skip
-
-
-@pytest.mark.parametrize(("text", "choice"), DECLARED, ids=[repr(text)[:60] for text, _ in DECLARED])
-def test_a_declared_answer_is_read(text, choice):
-    assert parse(text, DRUGS, LETTER) == choice
-
-
-@pytest.mark.parametrize("text", UNDECLARED, ids=[repr(text)[:60] for text in UNDECLARED])
-def test_what_is_not_declared_stays_unread(text):
-    assert parse(text, DRUGS, LETTER) is None
 
 
 VITAMINS = ["Folic acid 5 mg daily", "Vitamin C", "Folic anhydride", "pure", "not pure"]
@@ -186,8 +157,6 @@ AMONG_OTHERS = [
     # a letter means nothing where none was listed
     *((text, DRUGS, TEXT, None) for text in ("A", "C.", "(C)", "The answer is C.", r"\boxed{C}", "option C")),
     # yes, no, maybe: the first word counts, where no other verdict begins a sentence
-    ("yes", VERDICTS, ABSTRACT, 0), (" NO\n", VERDICTS, ABSTRACT, 1), ("**Maybe**", VERDICTS, ABSTRACT, 2),
-    ('"no"', VERDICTS, ABSTRACT, 1), ("The answer is no.", VERDICTS, ABSTRACT, 1), ("Yes!", VERDICTS, ABSTRACT, 0),
     ("Yes, it does.", VERDICTS, ABSTRACT, 0), ("Yes because the trial was large.", VERDICTS, ABSTRACT, 0),
     ("No: the difference was small.", VERDICTS, ABSTRACT, 1), ("**Yes**, it does.", VERDICTS, ABSTRACT, 0),
     ("Maybe, but the trial was small.", VERDICTS, ABSTRACT, 2), ("No. It was small.", VERDICTS, ABSTRACT, 1),
@@ -200,14 +169,14 @@ AMONG_OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "options", "template", "choice"), AMONG_OTHERS, ids=[c[0] for c in AMONG_OTHERS])
-def test_what_counts_depends_on_the_options_and_the_template(text, options, template, choice):
-    assert parse(text, options, template) == choice
-
-
-@pytest.mark.parametrize("case", CASES["cases"], ids=lambda case: case["text"][:40])
-def test_the_cases_that_users_reported(case):
-    assert parse(case["text"], CASES["options"], LETTER) == case["choice"]
+def test_an_answer_is_read_if_and_only_if_it_is_declared():
+    """The last ones are what users reported."""
+    reported = [(case["text"], CASES["options"], LETTER, case["choice"]) for case in CASES["cases"]]
+    cases = [(text, DRUGS, LETTER, choice) for text, choice in [*DECLARED, *((text, None) for text in UNDECLARED)]]
+    cases += [*AMONG_OTHERS, *reported]
+    choices = [parse(text, options, template) for text, options, template, _ in cases]
+    wrong = [(case, choice) for case, choice in zip(cases, choices, strict=True) if case[-1] != choice]
+    assert wrong == []
 
 
 MARKS = [
@@ -220,12 +189,15 @@ MARKS = [
 ]
 
 
-@pytest.mark.parametrize(("begin", "end"), MARKS)
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.lists(st.sampled_from(["The answer is A. ", r"\boxed{B}", "Final answer: B\n", *sum(MARKS, ())]), max_size=6))
-def test_a_thought_is_never_read(begin, end, pieces):
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(MARKS),
+    st.lists(st.sampled_from(["The answer is A. ", r"\boxed{B}", "Final answer: B\n", *sum(MARKS, ())]), max_size=6),
+)
+def test_a_thought_is_never_read(marks, pieces):
     """Whatever marks of other families a thought holds; a chat template may have opened it in the prompt."""
-    thought = "\nHm. ".join(piece for piece in pieces if piece not in (begin, end))
+    begin, end = marks
+    thought = "\nHm. ".join(piece for piece in pieces if piece not in marks)
     for answer in ("C", "The answer is (C).", "metformin<|eot_id|>"):
         assert parse(f"{begin}{thought}{end}{answer}", DRUGS, LETTER) == C
     assert parse(f"{begin}{thought}", DRUGS, LETTER) is None  # what is unclosed is unread
@@ -238,28 +210,25 @@ def test_a_thought_of_gpt_oss_without_its_special_tokens():
     assert parse("analysisWe need one. The answer is A.", DRUGS, LETTER) is None
 
 
-@pytest.mark.parametrize("letter", LETTERS)
-def test_every_letter_up_to_the_last_option(letter):
-    index = LETTERS.index(letter)
-    for count in range(2, 11):
+def test_every_letter_up_to_the_last_option():
+    forms = ("{}", "({})", "Answer: {}", "The answer is ({}).", r"\boxed{{{}}}")
+    for count in (2, 5, 10):
         options = [f"drug {number}" for number in range(count)]
-        for text in (letter, f"({letter})", f"Answer: {letter}", f"The answer is ({letter}).", rf"\boxed{{{letter}}}"):
-            assert parse(text, options, LETTER) == (index if index < count else None)
+        for index, letter in enumerate(LETTERS):
+            found = {parse(form.format(letter), options, LETTER) for form in forms}
+            assert found == {index if index < count else None}
 
 
 def test_options_that_are_letters_themselves():
     """The prompt asked for the letter before the option: blood groups are the case that happens."""
     groups = ["O", "A", "B", "AB"]
     for index, letter in enumerate("ABCD"):
-        assert parse(letter, groups, LETTER) == index
-        assert parse(f"Answer: {letter}", groups, LETTER) == index
-    assert parse("AB", groups, LETTER) == 3
-    assert parse("A. O", groups, LETTER) == 0
-    for index, group in enumerate(groups):
-        assert parse(group, groups, TEXT) == index
+        assert parse(letter, groups, LETTER) == parse(f"Answer: {letter}", groups, LETTER) == index
+        assert parse(groups[index], groups, TEXT) == index
+    assert (parse("AB", groups, LETTER), parse("A. O", groups, LETTER)) == (3, 0)
 
 
-@pytest.mark.parametrize("template", TEMPLATES.values(), ids=lambda t: t.name)
+@pytest.mark.parametrize("template", [TEXT, LETTER], ids=lambda t: t.name)
 def test_options_that_read_alike_and_nothing_said_choose_nothing(template):
     assert parse("aspirin", ["Aspirin", "aspirin.", "insulin"], template) is None
     assert parse("insulin", ["Aspirin", "aspirin.", "insulin"], template) == 2
@@ -267,31 +236,25 @@ def test_options_that_read_alike_and_nothing_said_choose_nothing(template):
 
 
 def test_normalise_keeps_what_tells_options_apart():
-    assert normalise("  **Aspirin\n 81 mg**. ") == "aspirin 81 mg"
-    assert normalise("ﬁbrin") == normalise("FIBRIN")
+    assert normalise("  **Aspirin\n 81 mg**. ") == "aspirin 81 mg" and normalise("ﬁbrin") == normalise("FIBRIN")
     for one, other in (("1.5 mg", "15 mg"), ("T3", "T4"), ("CD4+", "CD4-"), (">5", "<5"), ("50%", "50"), ("(a)", "a")):
         assert normalise(one) != normalise(other)
 
-
-# --- the round trip ------------------------------------------------------------------------------------------------
 
 WORDS = st.text("abcdeABCDE 0123456789µé-+%().,;:/'<>*“", min_size=1, max_size=12).map(lambda t: " ".join(t.split()))
 OPTIONS = st.lists(WORDS.filter(bool), min_size=2, max_size=10, unique=True)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(OPTIONS, st.sampled_from(list(TEMPLATES.values())))
 def test_every_rendered_answer_reads_back(options, template):
     asked = question(*options)
     said = answers(asked, template)
     assert len(said) == len(options)
+    plain = [normalise(option) for option in options]
     for choice, text in enumerate(said):
-        found = parse(text, options, template)
-        plain = [normalise(option) for option in options]
-        if template.lists_options or (plain.count(plain[choice]) == 1 and plain[choice]):
-            assert found == choice
-        else:
-            assert found is None  # never another one
+        is_plain = template.lists_options or (plain.count(plain[choice]) == 1 and plain[choice])
+        assert parse(text, options, template) == (choice if is_plain else None)  # never another one
 
 
 LEADS = [
@@ -302,7 +265,7 @@ LEADS = [
 ]  # fmt: skip
 
 
-@settings(max_examples=250, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.data(), st.sampled_from(list(TEMPLATES.values())), st.sampled_from(LEADS))
 def test_every_answer_reads_back_after_every_lead(data, template, lead):
     names = ["aspirin", "E. coli", "HLA-B*27", "vitamin C", "CD4+ cells", "5 mg/kg (i.v.)", "no", "a CT scan", "-4"]
@@ -317,15 +280,13 @@ def test_every_answer_reads_back_after_every_lead(data, template, lead):
     assert parse(text, options, template) == choice
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.text("ABCDEabcdeino .,()*\n:-'", max_size=30), st.sampled_from(list(TEMPLATES.values())))
 def test_any_text_is_read_as_an_option_or_not_at_all(text, template):
     found = parse(text, DRUGS, template)
-    assert found is None or found in range(4)
-    if found is not None and not template.lists_options:
-        assert DRUGS[found] in text.casefold()
     if found is not None:
-        assert re.search(rf"{LETTERS[found]}|{DRUGS[found]}", text, re.IGNORECASE)
+        letter = rf"{LETTERS[found]}|" if template.lists_options else ""
+        assert found in range(4) and re.search(letter + DRUGS[found], text, re.IGNORECASE)
 
 
 UNITS = [
@@ -335,65 +296,45 @@ UNITS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("unit", UNITS)
-def test_long_texts_take_no_longer_than_their_length(unit):
-    text = (unit * 100_000)[:100_000]
-    start = time.process_time()
-    parse(text, DRUGS, LETTER)
-    assert parse_record(text, Record) is None
-    assert time.process_time() - start < 4
+def test_long_texts_take_no_longer_than_their_length():
+    """Repetitions in the grammar are bounded; without that one such text takes minutes."""
+    for unit in UNITS:
+        text, start = (unit * 25_000)[:25_000], time.process_time()
+        parse(text, DRUGS, LETTER)
+        assert parse_record(text, Record) is None
+        assert time.process_time() - start < 2, unit
 
-
-# --- reading records -----------------------------------------------------------------------------------------------
 
 PATIENT = {"age": 43, "sex": "male", "complaint": "rash", "duration": "2 weeks", "drug": "aspirin", "dose": "100 mg"}
 PATIENT |= {"allergy": None, "denies": "fever"}
-
-
+WHOLE = json.dumps(PATIENT)
 FORMS = [
     "{}", " \n{}\n", "```json\n{}\n```", "Here is the record:\n```json\n{}\n```\nAnything else?",
     "The record is {} as asked.", '<think>Perhaps {{}}? Or {{"age": 1}}?</think>\n{}', "Two sources [1] say: {}",
 ]  # fmt: skip
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("indent", [None, 2])
-def test_one_object_is_the_record(form, indent):
-    text = form.format(json.dumps(PATIENT, indent=indent))
-    assert parse_record(text, Record) == Record(**PATIENT)
-
-
 NO_RECORDS = [
-    "", "no record", "null", "{}", "[]", "{{}}", '"age": 43', json.dumps([PATIENT]), json.dumps({"patient": PATIENT}),
-    json.dumps(PATIENT)[:-1], json.dumps(PATIENT) + "}", "{" + json.dumps(PATIENT), json.dumps(PATIENT) * 2,
-    f"{json.dumps(PATIENT)}\n```json\n{json.dumps(PATIENT)}\n```", f"```json\n{json.dumps(PATIENT)}\n```\nor {{}}",
-    f"<think>{json.dumps(PATIENT)}</think>", f"<think>{json.dumps(PATIENT)}", json.dumps(PATIENT).replace("43", "043"),
-    json.dumps(PATIENT).replace("43", "NaN"), json.dumps(PATIENT).replace('"', "'"),
-    json.dumps(PATIENT).replace("}", ",}"), json.dumps(PATIENT).replace("}", ' // "no"\n}'),
-    json.dumps(PATIENT).replace("{", '{"age": 43, '), json.dumps(PATIENT | {"age": "43"}),
-    json.dumps(PATIENT | {"age": 43.5}), json.dumps(PATIENT | {"age": True}), json.dumps(PATIENT | {"sex": "M"}),
-    json.dumps(PATIENT | {"complaint": ["rash"]}), json.dumps(PATIENT | {"complaint": 1}),
-    json.dumps(PATIENT | {"name": "X"}), json.dumps({key: value for key, value in PATIENT.items() if key != "allergy"}),
-    '{"age":' * 5000,
+    "", "null", "{}", "[]", "{{}}", '"age": 43', f"[{WHOLE}]", f'{{"patient": {WHOLE}}}', '{"age":' * 5000,
+    WHOLE[:-1], WHOLE + "}", "{" + WHOLE, WHOLE * 2, f"```json\n{WHOLE}\n```\nor {{}}", f"<think>{WHOLE}</think>",
+    f"<think>{WHOLE}", WHOLE.replace("43", "043"), WHOLE.replace("43", "NaN"), WHOLE.replace("43", '"43"'),
+    WHOLE.replace("43", "43.5"), WHOLE.replace("43", "true"), WHOLE.replace('"', "'"), WHOLE.replace("}", ",}"),
+    WHOLE.replace("}", ' // "no"\n}'), WHOLE.replace("{", '{"age": 43, '), WHOLE.replace("{", '{"name": "X", '),
+    WHOLE.replace("male", "M"), WHOLE.replace('"rash"', '["rash"]'), WHOLE.replace('"rash"', "1"),
+    WHOLE.replace('"allergy": null, ', ""),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", NO_RECORDS, ids=lambda text: text[:40])
-def test_what_is_not_one_proper_object_is_no_record(text):
-    assert parse_record(text, Record) is None
+def test_one_proper_object_is_the_record_and_nothing_else_is():
+    for text in [form.format(json.dumps(PATIENT, indent=indent)) for form in FORMS for indent in (None, 2)]:
+        assert parse_record(text, Record) == Record(**PATIENT), text
+    assert [text for text in NO_RECORDS if parse_record(text, Record) is not None] == []
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(
-    st.fixed_dictionaries(
-        {
-            "age": st.none() | st.integers(0, 120),
-            "sex": st.sampled_from(["female", "male", None]),
-            **{key: st.none() | st.text('ab {}[]\\"é\n', max_size=8) for key in list(PATIENT)[2:]},
-        }
-    ),
-    st.booleans(),
-)
+VALUES = {"age": st.none() | st.integers(0, 120), "sex": st.sampled_from(["female", "male", None])}
+VALUES |= {key: st.none() | st.text('ab {}[]\\"é\n', max_size=8) for key in list(PATIENT)[2:]}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.fixed_dictionaries(VALUES), st.booleans())
 def test_every_written_record_reads_back(values, ascii_only):
     record = Record(**values)
     text = json.dumps(record.model_dump(), ensure_ascii=ascii_only)
