@@ -57,8 +57,8 @@ format: .venv/done  ## ruff's fixes and layout
 	$(PY) -m ruff format --quiet .
 
 notebooks: .venv/done  ## run the notebooks in place with the smoke profile, keep only checked outputs
-	MEDKIT_OUTPUTS=$$(mktemp -d) .venv/bin/jupyter execute --inplace notebooks/[0-9]*.ipynb notebooks/solutions/*.ipynb
-	.venv/bin/nbstripout --keep-count --keep-id notebooks/[0-9]*.ipynb notebooks/solutions/*.ipynb
+	MEDKIT_OUTPUTS=$$(mktemp -d) .venv/bin/jupyter execute --inplace notebooks/[0-9]*.ipynb notebooks/labs/*.ipynb notebooks/solutions/*.ipynb
+	.venv/bin/nbstripout --keep-count --keep-id notebooks/[0-9]*.ipynb notebooks/labs/*.ipynb notebooks/solutions/*.ipynb
 	$(MAKE) student-copy
 
 student-copy: .venv/done  ## notebooks/exercises: the solutions without the cells tagged `solution`

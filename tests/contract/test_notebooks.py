@@ -1,6 +1,8 @@
 """Static promises of every committed notebook; no kernel needed."""
 
 import re
+import sys
+import tomllib
 
 import matplotlib.pyplot as plt
 import nbformat
@@ -11,10 +13,11 @@ from ipykernel.kernelspec import get_kernel_dict
 
 from medkit.checks import EXERCISES
 from medkit.runner import PARAMETERS, notebooks
-from medkit.stage import ROOT
+from medkit.stage import ROOT, MedkitError
 
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
-EVERY = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *SOLUTIONS]
+LABS = sorted((ROOT / "notebooks" / "labs").glob("*.ipynb"))
+EVERY = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *LABS, *SOLUTIONS]
 COPIES = [ROOT / "notebooks" / "exercises" / path.name for path in SOLUTIONS]
 CHECKED = {"nbval-check-output", "keep_output"}
 FORBIDDEN = re.compile(r"^\s*[!%]|sys\.path|^/|['\"]/(?:home|root|tmp|work)\b", re.MULTILINE)
@@ -84,6 +87,27 @@ class TestStage:
     def test_no_magic_and_no_absolute_path(self, path):
         for cell in code(path):
             assert not FORBIDDEN.search(cell.source), cell.source
+
+
+@pytest.mark.parametrize("path", LABS, ids=lambda p: p.stem)
+class TestLab:
+    def test_reads_a_run_and_changes_nothing_in_it(self, path):
+        cells, text = code(path), "\n".join(cell.source for cell in read(path))
+        found = papermill.inspect_notebook(str(path))
+        assert "parameters" in tags(cells[0]) and PARAMETERS - {"overrides"} <= set(found)
+        assert found["params_file"]["default"] == '"../../params/smoke.yaml"' and found["run"]["default"] == '"smoke"'
+        for promise in ("| **Writes** | nothing", "| **Time** |", "## What we see", "Limits: ", "**Exercises**"):
+            assert promise in text
+        for cell in cells:
+            assert not FORBIDDEN.search(cell.source)
+            assert not re.search(r"\.path\(|\bwrite_|\bcommit\(|\bto_(csv|parquet)\b|save_figure", cell.source)
+
+    def test_without_its_extra_it_says_what_to_install(self, path, monkeypatch):
+        labs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["labs"]
+        for requirement in labs:
+            monkeypatch.setitem(sys.modules, re.match(r"\w+", requirement)[0], None)
+        with pytest.raises(MedkitError, match=r"`labs`.*pip install.*\[labs\]"):
+            exec(code(path)[1].source, {})
 
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)
