@@ -1,7 +1,7 @@
 """The real thing, small: all six notebooks on the real model cut to four layers, through the command line.
 
-One run serves every test: it is killed twice, and the same command finishes it. Where the system allows it, it
-has no network: what it needs is fetched before.
+One run serves every test: it is killed three times, and the same command finishes it. Where the system allows
+it, it has no network: what it needs is fetched before.
 """
 
 import json
@@ -74,13 +74,13 @@ def called(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, called):
-    """The name of a complete run that was killed twice in stage 02: runner and kernel, kill -9.
+    """The name of a complete run that was killed three times in stage 02: runner and kernel, kill -9.
 
-    Once at a drawn moment of its beginning, and once while students train; the same command goes on each time.
+    Twice at a drawn moment of its beginning, and once while students train; the same command goes on each time.
     """
     outputs, log, draw = run_dir("smoke").parent, tmp_path_factory.mktemp("log") / "log", random.Random(0)
     checkpoints = run_dir("smoke") / "02_distillation" / "checkpoints"
-    for seconds in (draw.uniform(2, 15), None):
+    for seconds in (draw.uniform(2, 15), draw.uniform(2, 15), None):
         since, process, deadline = time.time(), faults.start(outputs, log), time.monotonic() + 600
         while True:
             cells = faults.read_notebook(outputs, "02_distillation", since)
