@@ -164,6 +164,15 @@ def test_a_space_in_front_is_no_difference():
     assert projected["span_ids"].tolist() == [[0, 1, -1]]  # to end at once is not to write a space
 
 
+def test_padded_rows_of_the_teacher_and_second_spellings_are_no_events(pieces_tokenizer, tokenizer):
+    aligner = TokenAligner(read_vocabulary(tokenizer), read_vocabulary(pieces_tokenizer))
+    names, own = pieces_tokenizer.get_vocab(), tokenizer.convert_tokens_to_ids("t")
+    top = torch.tensor([[names["t"], names["<0x74>"], len(names) + 7, names["<pad>"]]])
+    projected = aligner.project([own], [names["t"]], top, logprobs_of([0.4, 0.3, 0.2, 0.1]), torch.zeros(1))
+    assert projected["span_ids"].tolist() == [[own, -1, -1, -1]]
+    assert [aligner._last_token(b" ", b" ", token) for token in top[0].tolist()] == [own, -1, -1, -1]
+
+
 def cached_of(logits, targets, k):
     logprobs = logits.log_softmax(-1)
     top, ids = logprobs.topk(k, dim=-1)

@@ -49,6 +49,7 @@ WRONG = [
     ({"drug": None}, "drug", True, False),
     ({"drug": "ibuprofen"}, "drug", False, False),  # wrong, but the dialogue says it
     ({"drug": "lisino"}, "drug", False, True),  # a piece of a word is not in the dialogue
+    ({"drug": "isinopril"}, "drug", False, True),
     ({"dose": 1}, "dose", False, True),  # 1 is not in "10"
     ({"dose": 54}, "dose", False, False),
     ({"allergy": "ibuprofen"}, "allergy", False, True),  # gold has none, whatever the dialogue says
