@@ -1,6 +1,6 @@
 """`medkit serve` on a run's edge file, asked by many clients at once: no answer is lost, and none is another client's.
 
-Each client asks diagnoses of its own, one after the other, through OpenAI's client, and compares each answer with the
+Each client asks a diagnosis of its own, again and again, through OpenAI's client, and compares each answer with the
 one that the server gave when nobody else asked: the same words, and a confidence that is nearly the same, because the
 order of sums depends on what else is in a batch. Every tenth answer is streamed. Memory is the resident size of
 llama.cpp's process, at half the time and at the end. Units: seconds, bytes.
@@ -93,7 +93,7 @@ def main() -> None:
     args = parser.parse_args()
 
     params = load_params(args.params)
-    texts = read_rows(args, params, "valid", "test", number=2 * args.clients).question.tolist()
+    texts = read_rows(args, params, "valid", "test", number=args.clients).question.tolist()
     path = args.run / "04_quantization" / "edge" / "student.gguf"
     with serving(path, args.slots, args.threads) as (url, llama):
         found = asyncio.run(load(url, texts, args.clients, args.seconds, llama))
@@ -104,7 +104,7 @@ def main() -> None:
     }
     setup = {
         "run": args.run.name, "clients": args.clients, "seconds": args.seconds, "slots": args.slots,
-        "threads": args.threads, "questions": "diagnoses, whose options are scored one by one", **found,
+        "threads": args.threads, "questions": "diagnoses without options: 21 chapters are scored", **found,
         "versions": versions("openai", "starlette", "uvicorn", "xllamacpp"),
     }  # fmt: skip
     write("serve_load", setup, ratios, {}, args.output)

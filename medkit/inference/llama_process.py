@@ -17,6 +17,7 @@ def main() -> None:
     params.model_alias = {settings["name"]}
     params.n_parallel = settings["slots"]
     params.n_ctx = settings["slots"] * settings["context_tokens"]  # each slot has an equal part of it
+    params.cache_ram_mib = 256  # of earlier prompts; llama.cpp's own limit is 8 GB, too much for a laptop
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
     params.api_keys = [settings["api_key"]]
     params.endpoint_metrics, params.endpoint_slots, params.ui = True, False, False

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import httpx
 
-TOP = 100  # likeliest tokens that are told at a place
-NEGLIGIBLE = 9.0  # nats below the best: so unlikely an option cannot change a confidence by 0.0002
+TOP = 20  # likeliest tokens that are told at a place
+NEGLIGIBLE = 4.6  # nats below the best: an option that is at most a hundredth as likely is not asked for alone
 MAX_KNOWN = 1000  # options whose tokens are remembered
 
 
