@@ -119,7 +119,7 @@ def sweep(
     reuse: ReusedRuns = None,
     jobs: Annotated[
         list[str] | None,
-        typer.Option("--job", metavar="KEY=VALUE", help="Send jobs to Slurm: submitit's settings, cluster=slurm first"),
+        typer.Option("--job", metavar="KEY=VALUE", help="Send jobs to Slurm: submitit's settings, e.g. cluster=slurm"),
     ] = None,
 ) -> None:
     """Run all combinations of some settings, share the stages that do not depend on them, and compare the results."""

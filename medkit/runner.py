@@ -37,6 +37,7 @@ from medkit.stage import (
     lock_run,
     outputs_root,
     run_dir,
+    sha256_of,
     write_errors,
 )
 
@@ -91,7 +92,7 @@ def fingerprints(params: Params) -> dict[str, str]:
     values = params.model_dump()
     for name, dataset in params.data.datasets.items():
         if dataset.origin.kind == "table":
-            values["data"]["datasets"][name]["content"] = sources.sha256_of(sources.fetch(dataset.origin))
+            values["data"]["datasets"][name]["content"] = sha256_of(sources.fetch(dataset.origin))
     sections = {name: name.split("_", 1)[1] for name in STAGES}
     shared = {key: value for key, value in values.items() if key not in sections.values()}
     upstream = digest([shared, library_versions()])
@@ -149,13 +150,12 @@ def _run_stages(
     ran: list[str] = []
     for number, notebook in enumerate(notebooks()[: STAGES.index(last) + 1], start=1):
         stage, title = Stage(parameters["run"], notebook.stem), f"[{number}/{len(wanted)}] {notebook.stem}"
-        done = _state(stage, wanted[stage.name]) == "done"
         if first is None or stage.name < first:
-            if not done and (other := _take_stage(stage, wanted[stage.name], reuse)):
-                _print(f"{title}: taken from run {other!r}")
-                continue
-            if done:
+            if _state(stage, wanted[stage.name]) == "done":
                 _print(f"{title}: up to date")
+                continue
+            if other := _take_stage(stage, wanted[stage.name], reuse):
+                _print(f"{title}: taken from run {other!r}")
                 continue
         stage.reopen()
         _print(f"{title} …")
@@ -173,8 +173,8 @@ def _take_stage(stage: Stage, wanted: str, runs: Sequence[str]) -> str | None:
     Weights are hard links where the disk has them: no file of weights is changed in place. The last stage is not taken:
     its results belong to the run.
     """
-    made = (other for run in runs if run != stage.run and (other := Stage(run, stage.name)).is_whole())
-    other = next((o for o in made if o.manifest()["fingerprint"] == wanted and o.name != STAGES[-1]), None)
+    others = [Stage(run, stage.name) for run in runs if run != stage.run and stage.name != STAGES[-1]]
+    other = next((other for other in others if _state(other, wanted) == "done"), None)
     if other is None:
         return None
     manifest, executed = other.manifest(), Path("notebooks") / f"{stage.name}.ipynb"

@@ -48,6 +48,15 @@ def split_by_rule(tokenizer, pattern: str):
     return tokenizer
 
 
+def read_gguf(path):
+    """The model of a GGUF file in torch, as transformers reads it: float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    settings = {"dtype": torch.float32, "quantization_config": GgufConfig(dequantize=True)}
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, **settings).eval()
+
+
 def make_llama(seed=0, layers=3, kind="Llama", **changes):
     """Random float32 weights of a Llama or another `kind`; norms and biases differ, so that none can be mixed up."""
     import torch

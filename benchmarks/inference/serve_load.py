@@ -10,7 +10,7 @@ import asyncio
 import re
 import time
 from contextlib import contextmanager
-from itertools import cycle
+from itertools import count
 from threading import Thread
 
 import openai
@@ -53,18 +53,18 @@ async def ask(client: openai.AsyncOpenAI, question: str, stream: bool) -> tuple[
     return re.sub(r"[\d.]+", "", text), turns[0].metadata["confidence"]
 
 
-async def load(url: str, questions: list[str], clients: int, duration_s: float, llama: psutil.Process) -> dict:
-    """Ask for `duration_s` seconds; an answer that has begun is waited for."""
+async def load(url: str, questions: list[str], duration_s: float, llama: psutil.Process) -> dict:
+    """Ask for `duration_s` seconds, one client per question; an answer that has begun is waited for."""
     async with openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=600) as client:
         alone = {question: await ask(client, question, stream=False) for question in questions}
         rows, end = [], time.monotonic() + duration_s
 
-        async def keep_asking(number: int) -> None:
-            for count, question in enumerate(cycle(questions[number::clients])):
+        async def keep_asking(question: str) -> None:
+            for number in count():
                 if (began := time.monotonic()) > end:
                     return
                 try:
-                    text, confidence = await ask(client, question, stream=count % 10 == 9)
+                    text, confidence = await ask(client, question, stream=number % 10 == 9)
                     same = text == alone[question][0] and abs(confidence - alone[question][1]) < NEARLY
                     fault = None if same else "another answer"
                 except openai.OpenAIError as error:
@@ -76,7 +76,7 @@ async def load(url: str, questions: list[str], clients: int, duration_s: float, 
             return llama.memory_info().rss
 
         early, late, *_ = await asyncio.gather(
-            memory_at(duration_s / 2), memory_at(duration_s), *map(keep_asking, range(clients))
+            memory_at(duration_s / 2), memory_at(duration_s), *map(keep_asking, questions)
         )
     table = pd.DataFrame(rows)
     return {
@@ -96,7 +96,7 @@ def main() -> None:
     texts = read_rows(args, params, "valid", "test", number=args.clients).question.tolist()
     path = args.run / "04_quantization" / "edge" / "student.gguf"
     with serving(path, args.slots, args.threads) as (url, llama):
-        found = asyncio.run(load(url, texts, args.clients, args.seconds, llama))
+        found = asyncio.run(load(url, texts, args.seconds, llama))
     faults = sum(found["faults"].values())
     ratios = {
         "answers_lost_or_mixed_up": Ratio(faults / found["answers"], 0.0, "lower", 1),

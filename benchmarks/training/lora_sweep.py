@@ -24,14 +24,13 @@ import pandas as pd
 import torch
 
 from benchmarks.record import RESULTS, Ratio, raw_path, versions, write
-from medkit import sources
 from medkit.data import splits
 from medkit.evaluation import records
 from medkit.inference import predictions
 from medkit.lora import adapters
 from medkit.modeling import batches, loading, trainer
 from medkit.params import Params, load_params
-from medkit.stage import ROOT
+from medkit.stage import ROOT, sha256_of
 
 FFN = ("gate_proj", "up_proj", "down_proj")
 SUMMARY = ("field_f1", "field_accuracy", "exact", "valid", "invented", "missing", "tokens")
@@ -162,8 +161,8 @@ def main() -> None:
     args = parser.parse_args()
     params = load_params(args.params)
     setup = {
-        "student": sources.sha256_of(args.run / "02_distillation" / "student_kd" / "model.safetensors"),
-        "questions": sources.sha256_of(args.run / "01_data" / "questions.parquet"),
+        "student": sha256_of(args.run / "02_distillation" / "student_kd" / "model.safetensors"),
+        "questions": sha256_of(args.run / "01_data" / "questions.parquet"),
         "lora": params.lora.model_dump(mode="json"), "limit": args.limit, "threads": args.threads, "seed": params.seed,
         "contenders": json.loads(json.dumps({name: asdict(c) for name, c in CONTENDERS.items()})),
         "versions": versions("torch", "transformers", "peft", "accelerate"),

@@ -12,14 +12,13 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 
-from medkit import sources
 from medkit.modeling import loading
 from medkit.modeling.batches import Example
 from medkit.modeling.engine import WRITE_TOKENS, Engine, write
 from medkit.modeling.train_once import find_record, forget_record, key_of, write_record
 from medkit.params import Params, ServerParams
 from medkit.prompts import answer_parser, templates
-from medkit.stage import MedkitError, StageError, atomic_path
+from medkit.stage import MedkitError, StageError, atomic_path, sha256_of
 
 MakeEngine = Callable[..., Engine]  # inference.make_engine, which stands below this room
 PART_QUESTIONS = 64  # written at a time where several samples or thoughts are: what a killed run loses
@@ -77,7 +76,7 @@ def collect_answers(
 
 def weights_of(folder: Path) -> list[str]:
     """Digests of the model's weights in a folder."""
-    return [sources.sha256_of(path) for path in sorted(folder.glob("*.safetensors"))]
+    return [sha256_of(path) for path in sorted(folder.glob("*.safetensors"))]
 
 
 def write_answers(

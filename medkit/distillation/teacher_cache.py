@@ -25,8 +25,7 @@ from tqdm import tqdm
 from medkit.modeling.batches import Example, iterate_predicted
 from medkit.modeling.engine import EngineError, PromptReader
 from medkit.params import digest
-from medkit.sources import sha256_of
-from medkit.stage import MedkitError, atomic_path
+from medkit.stage import MedkitError, atomic_path, sha256_of
 
 INDEX = "index.json"
 LOW_BITS = 16

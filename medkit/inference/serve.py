@@ -36,7 +36,6 @@ from medkit.variants import VARIANTS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]  # without a key no web page may reach the server by another name
-OWN_PAGE = "http://localhost"
 OWN_PAGES = r"https?://(127\.0\.0\.1|localhost|\[::1\])(:\d+)?"
 PAGE = Path(__file__).with_name("chat_page.html")
 PAGE_POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -73,7 +72,7 @@ def serve(
 @contextmanager
 def open_chat(run: str, upstream: str | None = None, upstream_key: str | None = None) -> Iterator[Callable[[str], str]]:
     """A function that answers one message as the server at / would. It raises MedkitError if no answer comes."""
-    with open_router(run, None, upstream, upstream_key, 1) as router, TestClient(router, OWN_PAGE) as client:
+    with open_router(run, None, upstream, upstream_key, 1) as router, TestClient(router, "http://localhost") as client:
 
         def answer(message: str) -> str:
             chat = {"model": "edge", "messages": [{"role": "user", "content": message}], "temperature": 0}

@@ -7,6 +7,7 @@ could still matter is then asked for alone.
 """
 
 import asyncio
+import math
 from collections.abc import Mapping, Sequence
 
 import httpx
@@ -72,7 +73,8 @@ async def score_options(
 
     found = [read(token_ids, written) for token_ids in all_ids]
     scores = [score / length for (score, _), length in zip(found, lengths, strict=True)]
-    best = max(score for score, (_, is_sum) in zip(scores, found, strict=True) if is_sum)
+    sums = (score for score, (_, is_sum) in zip(scores, found, strict=True) if is_sum)
+    best = max(sums, default=-math.inf)  # none, where the end is not among the likeliest tokens: then all are asked for
     open_ones = [i for i, (_, is_sum) in enumerate(found) if not is_sum and scores[i] > best - NEGLIGIBLE]
     alone = await asyncio.gather(*(write([option_ids[i]]) for i in open_ones))
     for i, places in zip(open_ones, alone, strict=True):

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from medkit import sources
 from medkit.params import ModelParams, ModelsParams
-from medkit.stage import MedkitError, atomic_path, reading
+from medkit.stage import MedkitError, atomic_path, reading, sha256_of
 
 # prefixes of PEFT, torch.compile, FSDP and DDP
 WRAPPER = re.compile(r"(?:^|\.)((?:base_model\.model|_orig_mod|_fsdp_wrapped_module|module)\.)")
@@ -97,7 +97,7 @@ def local_folder(section: ModelParams) -> Path:
 
 def _convert_gguf(gguf: Path) -> Path:
     """The GGUF model as float32 safetensors with its tokenizer, in the cache; takes up to a minute once."""
-    target = sources.cache_root() / "converted" / f"{gguf.stem}-{sources.sha256_of(gguf)[:12]}"
+    target = sources.cache_root() / "converted" / f"{gguf.stem}-{sha256_of(gguf)[:12]}"
     with sources.building(target) as scratch, quiet_transformers():
         if scratch is not None:
             read_weights(AutoModelForCausalLM, gguf, dtype=torch.float32).save_pretrained(scratch)

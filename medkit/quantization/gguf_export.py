@@ -18,8 +18,7 @@ from medkit.quantization.gguf_blocks import Blocks
 from medkit.quantization.gguf_readers import write_reader_files
 from medkit.quantization.gguf_tokenizer import ExportError, write_tokenizer
 from medkit.quantization.memory_ledger import head_dim
-from medkit.sources import sha256_of
-from medkit.stage import DISCLAIMER, atomic_path
+from medkit.stage import DISCLAIMER, atomic_path, sha256_of
 from medkit.variants import TASKS
 
 WEIGHT_TYPES = ("F16", "Q8_0", "Q5_0", "Q4_0")

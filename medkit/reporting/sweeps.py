@@ -14,6 +14,7 @@ from medkit.stage import DISCLAIMER, atomic_path, run_dir
 
 SCORES = ("accuracy/", "field_f1/")
 SEED = "seed"
+KEYS = ["variant", "result", "scoring"]
 
 
 def collect_scores(points: Mapping[str, dict]) -> pd.DataFrame:
@@ -27,18 +28,17 @@ def collect_scores(points: Mapping[str, dict]) -> pd.DataFrame:
     for run, point in points.items():
         table = load_results(run_dir(run) / "results.json")[0]
         table = table[table.result.str.startswith(SCORES)].rename(columns={"metric": "scoring"})
-        table = table[["variant", "result", "scoring", "value", "ci_low", "ci_high", "n"]]
+        table = table[[*KEYS, "value", "ci_low", "ci_high", "n"]]
         baseline = first.setdefault(point.get(SEED), run)
         if baseline != run:
             deltas = compare(run_dir(baseline), run_dir(run)).deltas
             deltas = deltas.assign(result="accuracy/" + deltas.source).rename(columns={"n": "n_paired"})
             columns = ["difference", "ci_low", "ci_high", "n_paired", "verdict"]
-            deltas = deltas[["variant", "result", "scoring", *columns]]
-            table = table.merge(deltas, "left", ["variant", "result", "scoring"], suffixes=("", "_difference"))
+            table = table.merge(deltas[[*KEYS, *columns]], "left", KEYS, suffixes=("", "_difference"))
         setting = ", ".join(f"{key}={value}" for key, value in point.items() if key != SEED) or "as it is"
         tables.append(table.assign(run=run, setting=setting, seed=point.get(SEED)))
     scores = pd.concat(tables, ignore_index=True)
-    varied = scores.groupby(["variant", "result", "scoring"]).value.transform("nunique") > 1
+    varied = scores.groupby(KEYS).value.transform("nunique") > 1
     return scores[varied]
 
 
@@ -75,7 +75,7 @@ def _scores_text(scores: pd.DataFrame) -> str:
             interval = f"[{row.ci_low_difference:+.3f}, {row.ci_high_difference:+.3f}]"
             difference = f"{row.difference:+.3f} {interval}, n = {row.n_paired:.0f}, {row.verdict}"
         value = f"{row.value:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]"
-        seed = "" if row.seed is None or pd.isna(row.seed) else str(row.seed)
+        seed = "" if pd.isna(row.seed) else str(row.seed)
         rows.append([row.setting, seed, label(row.variant), row.result, value, f"{row.n:.0f}", difference])
     headings = ["setting", "seed", "variant", "score", "value [interval]", "n", "against the first setting"]
     return markdown(headings, rows)

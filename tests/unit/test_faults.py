@@ -23,8 +23,7 @@ from medkit.lora import adapters
 from medkit.modeling import loading, train_once, trainer
 from medkit.params import AdapterParams
 from medkit.quantization import gguf_export, plans, quantize
-from medkit.sources import sha256_of
-from medkit.stage import ROOT, Stage, StageError, atomic_path, lock_run, run_dir
+from medkit.stage import ROOT, Stage, StageError, atomic_path, lock_run, run_dir, sha256_of
 
 ADAPTER = AdapterParams(variant="lora", rank=8, alpha=8.0, dropout=0.0, target_modules=["q_proj", "down_proj"])
 

@@ -357,7 +357,6 @@ def command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
     """Exit code, output and errors of `python -m medkit …`, run in this process."""
     monkeypatch.setattr(sys, "argv", ["medkit", *arguments])
     monkeypatch.setattr(preflight, "check_profile", lambda params: ["a note"])
-    monkeypatch.setattr(__main__.console, "file", sys.stdout)
     with pytest.raises(SystemExit) as stopped:
         __main__.main()
     said = capsys.readouterr()

@@ -10,15 +10,14 @@ import httpx
 import numpy as np
 import openai
 import pytest
-import torch
+import toys
 from app_thread import running_app
-from transformers import AutoModelForCausalLM, GgufConfig
 from typer.testing import CliRunner
 
 from medkit import __main__
 from medkit.inference import emergencies, serve
 from medkit.inference.chats import make_plan
-from medkit.inference.server_engine import ServerAddress, llama_server
+from medkit.inference.server_engine import ServerAddress
 from medkit.inference.tasks import Task, describe, read_tasks, recognise
 from medkit.modeling.option_scoring import Item, score_options
 from medkit.prompts import templates
@@ -38,17 +37,6 @@ TAUGHT = [
     Task(source="records", kind="record", options=[], least_confidence=None,
          **(MEASURED | {"metric": "field_f1", "scoring": "generated"})),
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def path(make_llama, tokenizer, tmp_path_factory):
-    return gguf_export.export_gguf(make_llama(), tokenizer, tmp_path_factory.mktemp("edge") / "student.gguf", "F16")
-
-
-@pytest.fixture(scope="module")
-def upstream(path):
-    with llama_server(path, slots=2, context_tokens=1024, threads=1) as address:
-        yield address
 
 
 @pytest.fixture(scope="module")
@@ -116,24 +104,21 @@ def test_other_chats_stay_as_they_are(turns):
 
 
 @pytest.fixture(scope="module")
-def taught(start, upstream, path):
+def taught(start, upstream, edge_file):
     with openai.OpenAI(
-        base_url=start(upstream, KEY, TAUGHT, serve.control_tokens(path)) + "/v1", api_key=KEY, max_retries=0
+        base_url=start(upstream, KEY, TAUGHT, serve.control_tokens(edge_file)) + "/v1", api_key=KEY, max_retries=0
     ) as client:
         yield client
 
 
-def test_a_choice_is_the_one_of_torch_with_its_confidence(taught, path, tokenizer):
-    config = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=config
-    )
+def test_a_choice_is_the_one_of_torch_with_its_confidence(taught, edge_file, tokenizer):
+    model = toys.read_gguf(edge_file)
     listed = ["Injury", "Diseases of the eye"]
     for options in (CHAPTERS, listed):
         row = {"question": ICD, "context": "", "options": options}
         encoded = [templates.encode(tokenizer, templates.render(row, templates.TEXT), option) for option in options]
         item = Item(encoded[0][0], [answer for _, answer in encoded])
-        scores = np.array(score_options(model.eval(), [item], 512, 0)[0])
+        scores = np.array(score_options(model, [item], 512, 0)[0])
         expected = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
         asked = ICD + "".join(f"\n{letter}. {option}" for letter, option in zip("AB", listed, strict=True))
         answer = ask(taught, asked if options == listed else ICD).parse()

@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from random import Random
 
 import pytest
-import torch
+import toys
 from app_thread import running_app
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
-from transformers import AutoModelForCausalLM, GgufConfig
 
 from medkit.inference import server_engine
 from medkit.inference.server_engine import ServerEngine, llama_server
@@ -51,10 +50,7 @@ def engine(path):
 
 def in_transformers(path, requests):
     """What transformers writes from the same file."""
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
-    return TorchEngine(model.eval(), 0, scheduler="static", batch_tokens=1024).generate(requests)
+    return TorchEngine(toys.read_gguf(path), 0, scheduler="static", batch_tokens=1024).generate(requests)
 
 
 @pytest.mark.parametrize("weight_type", ["F16", "Q8_0"])

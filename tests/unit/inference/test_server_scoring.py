@@ -5,40 +5,23 @@ import asyncio
 import httpx
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, GgufConfig
+import toys
 
 from medkit.inference import server_scoring
-from medkit.inference.server_engine import llama_server
 from medkit.modeling.option_scoring import Item, score_options
 from medkit.prompts import templates
-from medkit.quantization import gguf_export
 
 OPTIONS = ["Diseases of the eye", "Diseases of the ear", "Diseases of the eye and adnexa", "Injury", "Neoplasms", "A"]
 
 
-@pytest.fixture(scope="module")
-def path(make_llama, tokenizer, tmp_path_factory):
-    return gguf_export.export_gguf(make_llama(), tokenizer, tmp_path_factory.mktemp("edge") / "student.gguf", "F16")
-
-
-@pytest.fixture(scope="module")
-def upstream(path):
-    with llama_server(path, slots=2, context_tokens=512, threads=1) as address:
-        yield address
-
-
 @pytest.mark.parametrize("scoring", ["option_text", "option_text_norm", "letter"])
-def test_scores_are_those_of_torch_and_the_far_ones_are_bounds(path, upstream, tokenizer, scoring, monkeypatch):
+def test_scores_are_those_of_torch_and_the_far_ones_are_bounds(edge_file, upstream, tokenizer, scoring, monkeypatch):
     """One option begins like others and one is the beginning of another; the far ones are not asked for alone."""
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-    )
     options = list("ABCD") if scoring == "letter" else OPTIONS
     messages = templates.render({"question": "What is gout?", "context": "", "options": options}, templates.TEXT)
     encoded = [templates.encode(tokenizer, messages, option) for option in options]
     answers = [ids[:1] if scoring == "letter" else ids for _, ids in encoded]
-    expected = np.array(score_options(model.eval(), [Item(encoded[0][0], answers)], 512, 0)[0])
+    expected = np.array(score_options(toys.read_gguf(edge_file), [Item(encoded[0][0], answers)], 512, 0)[0])
     if scoring == "option_text_norm":
         expected /= [len(ids) for ids in answers]
     monkeypatch.setattr(server_scoring, "TOP", len(tokenizer))  # random weights hold no end token to be likely
@@ -60,3 +43,5 @@ def test_scores_are_those_of_torch_and_the_far_ones_are_bounds(path, upstream, t
         assert found[near] == pytest.approx(expected[near], abs=0.01)
         assert (found >= expected - 0.01).all() and found.argmax() == expected.argmax()
     assert asked.count("/v1/chat/completions") <= (1 if scoring == "letter" else len(options))
+    monkeypatch.setattr(server_scoring, "TOP", 1)  # now an end token may not be told, and bounds are all there is
+    assert (np.array(asyncio.run(score())) >= expected - 0.01).all()

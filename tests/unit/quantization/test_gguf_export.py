@@ -9,9 +9,10 @@ import numpy as np
 import openai
 import pytest
 import torch
+import toys
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 from toys import split_by_rule
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from medkit.inference.server_engine import llama_server
@@ -67,13 +68,6 @@ def logits(model):
     return model(IDS).logits
 
 
-def read_back(path):
-    config = GgufConfig(dequantize=True)
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=config
-    ).eval()
-
-
 @torch.no_grad()
 def compare_with_llama_cpp(path, model, ids):
     """The likeliest next tokens and their log-probabilities."""
@@ -104,7 +98,7 @@ def rounded(model, weight_type):
 def test_the_file_holds_the_model_in_the_analytic_number_of_bytes(make_llama, tokenizer, tmp_path, weight_type):
     model = make_llama(tie_word_embeddings=False)
     path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", weight_type)
-    torch.testing.assert_close(logits(read_back(path)), logits(rounded(model, weight_type)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(toys.read_gguf(path)), logits(rounded(model, weight_type)), rtol=0, atol=1e-4)
     sizes = {
         "embeddings": 300 * 64,
         "attention": 3 * (2 * 64 * 64 + 2 * 64 * 32),
@@ -146,7 +140,7 @@ def test_the_file_holds_one_chat_template_and_every_end(make_llama, make_tokeniz
 
 def test_the_file_holds_a_tied_model_of_odd_width(make_llama, tokenizer, tmp_path):
     model = make_llama(hidden_size=48, head_dim=16, num_attention_heads=3, num_key_value_heads=1)
-    again = read_back(gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "Q8_0"))
+    again = toys.read_gguf(gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "Q8_0"))
     torch.testing.assert_close(logits(again), logits(rounded(model, "Q8_0")), rtol=0, atol=1e-4)
     assert again.lm_head.weight is again.get_input_embeddings().weight
 
@@ -170,7 +164,7 @@ def test_the_file_holds_a_qwen2_model_and_its_tokenizer(make_qwen2, qwen2_tokeni
     """With rows beyond the vocabulary, as in R1-Distill-Qwen: 152 064 rows, 151 665 tokens."""
     model = make_qwen2(vocab_size=330)
     path = gguf_export.export_gguf(model, qwen2_tokenizer, tmp_path / "student.gguf", "Q8_0")
-    again = read_back(path)
+    again = toys.read_gguf(path)
     assert again.config.model_type == "qwen2" and again.config.rope_parameters["rope_theta"] == 1_000_000
     torch.testing.assert_close(logits(again), logits(rounded(model, "Q8_0")), rtol=0, atol=1e-4)
     reader = gguf.GGUFReader(path)

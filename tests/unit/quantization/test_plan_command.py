@@ -26,7 +26,6 @@ def command(monkeypatch, capsys):
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["medkit", "plan", *arguments])
-        monkeypatch.setattr(__main__.console, "file", sys.stdout)
         with pytest.raises(SystemExit) as stopped:
             __main__.main()
         output = capsys.readouterr()
