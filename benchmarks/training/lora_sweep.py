@@ -55,7 +55,7 @@ CONTENDERS = {
     **{f"attention_r{rank}": ranked(rank) for rank in (4, 64)},
     **{f"all_linear_r{rank}": ranked(rank, more_targets=FFN) for rank in (4, 16, 64)},
     **{name: Contender({"variant": name}) for name in ("rslora", "dora")},
-    "three_times_as_long": Contender(train={"epochs": 7.5}),
+    "a_third_as_long": Contender(train={"epochs": 2.5}),
     **{name: Contender(form=name) for name in ("code", "plain")},
 }
 
