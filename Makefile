@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test matrix fuzz audit lab report lint format notebooks student-copy readme bench ablation faults doctor size
+.PHONY: help run test matrix fuzz audit lab report lint format notebooks student-copy api browser readme bench ablation faults doctor size
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ audit: .venv/done  ## known vulnerabilities of every locked package; needs PyPI 
 matrix: .venv/done  ## small profiles of every kind of data and model through all notebooks; a minute of one core each
 	$(PY) -m pytest -n auto -m slow tests/smoke/test_matrix.py
 
+browser: .venv/done  ## all notebooks in JupyterLab in Chromium, by Run All: as long as a smoke run
+	$(PY) -m pytest -m slow tests/browser
+
 lab: .venv/done  ## JupyterLab on notebooks/00_start.ipynb
 	$(PY) -m jupyterlab --LabApp.default_url=/lab/tree/notebooks/00_start.ipynb
 
@@ -65,6 +68,10 @@ student-copy: .venv/done  ## notebooks/exercises: the solutions without the cell
 	.venv/bin/jupyter nbconvert --to notebook --output-dir notebooks/exercises --NbConvertApp.use_output_suffix=False \
 		--ClearOutputPreprocessor.enabled=True --TagRemovePreprocessor.enabled=True \
 		--TagRemovePreprocessor.remove_cell_tags=solution notebooks/solutions/*.ipynb
+
+api: .venv/done  ## reference of the package as web pages: outputs/api/index.html
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/pdoc pdoc==16.0.0 markdown2==2.5.5
+	PYTHONPATH=.venv/pdoc $(PY) -m pdoc --output-directory outputs/api medkit
 
 readme: .venv/done  ## figure and tables of README and docs from a run's results (RUN=…)
 	$(PY) -m medkit.reporting.readme outputs/$(RUN)/results.json

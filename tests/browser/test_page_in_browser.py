@@ -3,8 +3,6 @@
 Skipped where no Chromium or Chrome is installed.
 """
 
-import shutil
-
 import pytest
 from app_thread import running_app
 
@@ -12,10 +10,6 @@ from medkit.inference.serve import make_router
 from medkit.inference.server_engine import ServerAddress
 from medkit.stage import DISCLAIMER
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright (in the dev extra)")
-
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
 DESK, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 # contrast of every visible text with what lies behind it, as the accessibility guideline WCAG 2 defines it
 CONTRASTS = """() => {
@@ -36,17 +30,6 @@ CONTRASTS = """() => {
   }
   return found;
 }"""
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    binary = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if binary is None:
-        pytest.skip("no chromium or google-chrome on this machine")
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=binary, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
