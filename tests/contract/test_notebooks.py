@@ -50,7 +50,7 @@ def test_start_shows_the_last_run_or_how_to_make_one(make_run, tmp_path, monkeyp
     assert not any(FORBIDDEN.search(cell.source) for cell in start)
     monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
     monkeypatch.setattr(plt, "show", lambda: print(f"{len(plt.gcf().axes)} panels"))
-    monkeypatch.setattr("IPython.display.display", lambda shown: print(shown.data))
+    monkeypatch.setattr("IPython.display.display", lambda shown: print(getattr(shown, "data", shown)))
     printed = []
     for prepare in (lambda: None, lambda: make_run(tmp_path / "toy")):
         prepare()
