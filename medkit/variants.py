@@ -13,7 +13,7 @@ TASKS = ".tasks.json"  # beside an edge file: what it was taught, how it did in 
 class Variant(NamedTuple):
     name: str
     label: str
-    colour: str  # Okabe and Ito's palette, which colour-blind readers can tell apart
+    colour: str  # Of the palettes of Okabe and Ito and of Tol, which colour-blind readers can tell apart
     folder: str | None
     """Below the run's folder; empty for the teacher as it was downloaded, None for what is no language model."""
     baseline: str | None  # The variant that this one is made from
@@ -33,7 +33,7 @@ VARIANTS = {
                 "What does cutting layers cost?"),
         Variant("student_ce", "labels alone", "#e69f00", "02_distillation/student_ce", "base",
                 "What do the few labels teach?"),
-        Variant("student_hard", "teacher's answers", "#f0e442", "02_distillation/student_hard", "student_ce",
+        Variant("student_hard", "teacher's answers", "#332288", "02_distillation/student_hard", "student_ce",
                 "Do the teacher's answers, as text, add to the labels?"),
         Variant("student_self", "its own answers", "#b2182b", "02_distillation/student_self", "student_ce",
                 "Do the student's own answers add to the labels?"),

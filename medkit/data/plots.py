@@ -8,6 +8,7 @@ import seaborn as sns
 
 from medkit import plotting
 from medkit.data.problem_types import LABELS
+from medkit.params import SPLITS
 from medkit.prompts.templates import LETTERS
 
 
@@ -24,7 +25,8 @@ def plot_sizes_and_lengths(table: pd.DataFrame, folder: Path) -> None:
     """Questions per source and split, and the distribution of prompt lengths in tokens."""
     order = table.groupby("source").prompt_tokens.median().sort_values().index
     figure, (left, right) = plt.subplots(1, 2, figsize=(1.6 * plotting.SIZE[0], plotting.SIZE[1]), sharey=True)
-    pd.crosstab(table.source, table.split).loc[order].plot.barh(stacked=True, ax=left, colormap="crest", width=0.7)
+    counts = pd.crosstab(table.source, table.split).reindex(order, columns=SPLITS, fill_value=0)
+    counts.plot.barh(stacked=True, ax=left, colormap="crest", width=0.7)
     left.set(xlabel="questions", ylabel="", title="Sizes by split")
     left.legend(title="")
     sns.boxplot(table, x="prompt_tokens", y="source", order=order, color="#9ecae1", fliersize=2, ax=right)
@@ -37,6 +39,8 @@ def plot_sizes_and_lengths(table: pd.DataFrame, folder: Path) -> None:
 def plot_places_and_subjects(table: pd.DataFrame, folder: Path) -> None:
     """Place of the right answer among the options of test questions, and the subjects of the broadest source."""
     tested = table[(table.answer >= 0) & (table.split == "test") & (table.kind != "abstract")]
+    if (several := tested.options.map(len) > 1).any():  # a record has one answer, which has no place
+        tested = tested[several]
     places = pd.crosstab(tested.source, tested.answer.map(lambda i: LETTERS[i]), normalize="index")
     exams = table[table.kind == "choice"] if (table.kind == "choice").any() else table
     broadest = exams.groupby("source").subject.nunique().idxmax()

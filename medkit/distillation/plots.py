@@ -42,6 +42,9 @@ def plot_kept_mass(cache: TeacherCache) -> Drawn:
     colours = ["#9ecae1", "#4292c6", "#084594"]
     ax = table.plot(x="k", logx=True, color=colours, xlabel="k, tokens kept (log scale)", ylabel="probability kept")
     ax.set(ylim=(0, 1.02), title=f"Probability of the teacher's k most likely tokens  (n = {len(mass):,} positions)")
+    ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500) if k <= len(table)]
+    ax.set_xticks(ticks, map(str, ticks))
+    ax.minorticks_off()
     ax.legend(title="quantile of positions")
     return ax.figure, table
 

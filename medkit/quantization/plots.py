@@ -4,8 +4,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from medkit import plotting
 from medkit.quantization.memory_ledger import COMPONENTS
@@ -39,6 +41,7 @@ def plot_plans(plans: pd.DataFrame, calibrated_kl: float, positions: int) -> Fig
     ax.annotate("plan, calibrated", place, (6, 4), textcoords="offset points", fontsize=9)
     ax.set(yscale="log", xlabel="bytes of all weights, share of bf16", ylabel=f"KL, nats ({positions} positions)")
     ax.set_title("KL to the unquantized student against bytes")
+    _write_plain_numbers(ax)
     return figure
 
 
@@ -74,14 +77,22 @@ def plot_ledger(ledger: pd.DataFrame) -> Figure:
 def plot_certificates(certificates: pd.DataFrame) -> Figure:
     """KL to the student against the share of its bf16 bytes, one point per quantized variant."""
     figure, ax = plt.subplots()
-    for i, row in enumerate(certificates.sort_values("share").itertuples()):
+    middle = (certificates.share.min() + certificates.share.max()) / 2
+    for row in certificates.itertuples():
         ax.scatter(row.share, row.kl_nats, color=VARIANTS[row.variant].colour, s=70)
         label = f"{VARIANTS[row.variant].label}\n{row.top1_changed:.1%} of top tokens changed"
-        above = -30 if i % 2 else 9  # neighbours in bytes would write over each other
-        ax.annotate(label, (row.share, row.kl_nats), (-4, above), textcoords="offset points", fontsize=9)
+        side, offset = ("right", (-8, 0)) if row.share > middle else ("left", (8, 0))
+        place = (row.share, row.kl_nats)
+        ax.annotate(label, place, offset, textcoords="offset points", fontsize=9, ha=side, va="center")
     ax.set(yscale="log", xlabel="bytes of all weights, share of the student in bf16", ylabel="KL to the student, nats")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
     ax.set_title("How far each form is from the student")
-    ax.margins(0.25)
+    ax.margins(0.1, 0.25)
+    _write_plain_numbers(ax)
     return figure
+
+
+def _write_plain_numbers(ax: Axes) -> None:
+    """0.01, 0.02 and 0.05 at a logarithmic y axis, in place of powers of ten."""
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
