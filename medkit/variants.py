@@ -7,6 +7,7 @@ A new variant is one row of `VARIANTS`.
 from typing import NamedTuple
 
 FINAL = "student_kd"  # the student that is adapted, compressed and shipped
+ADAPTER = "adapter.gguf"  # beside the edge file: notebook 03's adapter, which llama.cpp adds to it on request
 TASKS = ".tasks.json"  # beside an edge file: what it was taught, how it did in the test; written by notebook 06
 
 
@@ -53,6 +54,8 @@ VARIANTS = {
                 "What does the edge file cost?"),
         Variant("edge_small", "smaller edge file", "#666666", "04_quantization/edge_small/student.gguf", "student_kd",
                 "What does the smaller edge file cost?"),
+        Variant("edge_lora", "edge file + adapter", "#aa4499", f"04_quantization/edge/{ADAPTER}", "lora",
+                "What does the edge file cost what the adapter learned?"),
     ]
 }  # fmt: skip
 # every comparison of the evaluation: the variant, its baseline, and the question that their difference answers
@@ -72,10 +75,11 @@ STEPS = [
 def list_variants(params) -> dict[str, Variant]:
     """The language models that a run with these `Params` makes, in registry order.
 
-    An edge file that is null is not written.
+    An edge file that is null is not written, nor is an adapter beside it, nor one of DoRA, which GGUF does not know.
     """
     distillation = params.distillation
     made = {"student_ce", FINAL, *distillation.students, *(["student_seq"] if distillation.rationales else [])}
     made |= {name for name in ("edge", "edge_small") if getattr(params.quantization, name)}
+    made |= {"edge_lora"} if params.quantization.edge and params.lora.adapter.variant != "dora" else set()
     models = {name: v for name, v in VARIANTS.items() if v.folder is not None}
     return {name: v for name, v in models.items() if name in made or not name.startswith(("student_", "edge"))}

@@ -4,7 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from medkit.data.problem_types import classify_by_keywords
+from medkit.data.splits import SECOND_FORM
 from medkit.inference import emergencies
+from medkit.inference.server_engine import ADAPTER_ON
 from medkit.inference.tasks import OPTION, Task, describe, recognise
 from medkit.prompts import templates
 from medkit.stage import DISCLAIMER
@@ -35,7 +37,7 @@ def make_plan(chat: dict, tasks: Sequence[Task] | None, broken_up: Mapping[str, 
     found = recognise(message, tasks or [])
     plan = Plan(chat, {"disclaimer": DISCLAIMER})
     # a diagnosis that is asked for is nobody's, and in a consultation a doctor is already there
-    if not (found and found[0].kind in ("icd_chapter", "record")) and emergencies.is_emergency(message):
+    if not (found and found[0].kind in ("icd_chapter", *templates.FORMS)) and emergencies.is_emergency(message):
         plan = Plan(chat, plan.facts | {"emergency": emergencies.SENTENCE}, emergencies.SENTENCE)
     if found:
         task, question = found
@@ -47,6 +49,7 @@ def make_plan(chat: dict, tasks: Sequence[Task] | None, broken_up: Mapping[str, 
             schema = {"name": task.kind, "schema": form.model_json_schema()}
             settings = {"response_format": {"type": "json_schema", "json_schema": schema}, "temperature": 0}
             wanted |= {name: value for name, value in settings.items() if chat.get(name) is None}
+            wanted |= ADAPTER_ON if task.kind == SECOND_FORM else {}
         return plan._replace(chat=chat | wanted, template=template, task=task, question=question)
     if tasks is not None:
         return plan._replace(first=plan.first or describe(tasks), asks_model=False)

@@ -17,10 +17,14 @@ def main() -> None:
     params.model_alias = {settings["name"]}
     params.n_parallel = settings["slots"]
     params.n_ctx = settings["slots"] * settings["context_tokens"]  # each slot has an equal part of it
-    params.cache_ram_mib = 256  # of earlier prompts; llama.cpp's own limit is 8 GB, too much for a laptop
+    # for earlier prompts: llama.cpp's own limit is 8 GB, too much for a laptop. It does not remember which prompt was
+    # read with an adapter, so beside an adapter there is none.
+    params.cache_ram_mib = 0 if settings["adapter"] else 256
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = settings["threads"]
     params.api_keys = [settings["api_key"]]
     params.endpoint_metrics, params.endpoint_slots, params.ui = True, False, False
+    if settings["adapter"]:  # off, unless a request asks for it
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(settings["adapter"], 0.0)]
     params.verbosity = 1  # errors only
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)

@@ -10,7 +10,7 @@ from medkit.stage import MedkitError
 from medkit.variants import FINAL
 
 START = "base"
-SECOND_FORM = (FINAL, "lora")
+SECOND_FORM = (FINAL, "lora", "edge_lora")
 """Variants that answer in the second hospital's form; no other one has learned it."""
 STUDIED = (FINAL, "edge")
 """Variants that are asked under several orders of the options."""

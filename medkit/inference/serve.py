@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 
 import gguf
 import httpx
@@ -27,12 +28,12 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from medkit.inference.chats import Plan, make_plan
-from medkit.inference.server_engine import ServerAddress, llama_server
+from medkit.inference.server_engine import ADAPTER_OFF, ServerAddress, llama_server
 from medkit.inference.server_scoring import score_options
 from medkit.inference.tasks import Task, describe, read_tasks
 from medkit.prompts import LETTERS, answers
 from medkit.stage import DISCLAIMER, MedkitError, Stage
-from medkit.variants import VARIANTS
+from medkit.variants import ADAPTER, VARIANTS
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 OWN_NAMES = ["127.0.0.1", "localhost", "[::1]"]  # without a key no web page may reach the server by another name
@@ -94,7 +95,7 @@ def open_router(
     context_tokens: int = 4096,
 ) -> Iterator[Starlette]:
     """The router before the run's edge file, or before `upstream`; a server that it started ends with the block."""
-    tasks, control = None, []
+    tasks, control, adapter = None, [], None
     if upstream:
         server = nullcontext(ServerAddress(upstream.rstrip("/"), upstream_key or "none"))
     else:
@@ -103,9 +104,10 @@ def open_router(
             raise MedkitError(f"run {run!r} has no edge file (quantization.edge is null): name a server by --upstream")
         path = Stage(run, "05_inference").require(stage, file)
         tasks, control = read_tasks(path), control_tokens(path)
-        server = llama_server(path, slots, context_tokens)
+        adapter = path.with_name(ADAPTER) if path.with_name(ADAPTER).is_file() else None
+        server = llama_server(path, slots, context_tokens, adapter=adapter)
     with server as address:
-        yield make_router(address, api_key, tasks, control)
+        yield make_router(address, api_key, tasks, control, ADAPTER_OFF if adapter else {})
 
 
 def control_tokens(path: Path) -> list[str]:
@@ -120,10 +122,12 @@ def make_router(
     api_key: str | None = None,
     tasks: Sequence[Task] | None = None,
     control: Sequence[str] = (),
+    settings: Mapping = MappingProxyType({}),
 ) -> Starlette:
     """The router as an ASGI application. `api_key` None lets everybody in who calls this machine by its own names.
 
     `tasks` are for `chats.make_plan`. A control token in a user's text is broken up by an invisible character.
+    `settings` are added to each request that does not give them itself.
     """
     root = upstream.url.removesuffix("/v1")
     known_ids: dict[str, list[int]] = {}
@@ -153,10 +157,12 @@ def make_router(
             return error_response(400, f"the address is not valid: {error}", "invalid_request_error")
         try:
             if path.endswith("/chat/completions") and body:
-                plan = make_plan(read_chat(body), tasks, broken_up)
+                plan = make_plan({**settings, **read_chat(body)}, tasks, broken_up)
                 body = json.dumps(plan.chat).encode()
+            elif path.endswith(("/completions", "/completion", "/infill", "/embeddings")) and body and settings:
+                body = json.dumps({**settings, **read_object(body)}).encode()
         except (ValueError, RecursionError) as error:
-            return error_response(400, f"the body is not a chat in JSON: {error}", "invalid_request_error")
+            return error_response(400, f"the body is not what {path} takes: {error}", "invalid_request_error")
         try:
             if plan.question and plan.question["options"]:
                 plan = await choose(client, headers, plan, known_ids)
@@ -201,10 +207,18 @@ async def read_body(request: Request) -> bytes | None:
     return body
 
 
+def read_object(body: bytes) -> dict:
+    """The request. Raises ValueError for a body that is no JSON object."""
+    found = json.loads(body)
+    if not isinstance(found, dict):
+        raise ValueError("an object is needed")
+    return found
+
+
 def read_chat(body: bytes) -> dict:
-    """The request. Raises ValueError for a body that is no JSON object with a list of messages."""
-    chat = json.loads(body)
-    if not isinstance(chat, dict) or not isinstance(chat.get("messages"), list):
+    """The chat. Raises ValueError for a body that is no JSON object with a list of messages."""
+    chat = read_object(body)
+    if not isinstance(chat.get("messages"), list):
         raise ValueError("an object with a list of messages is needed")
     return chat
 
@@ -212,7 +226,7 @@ def read_chat(body: bytes) -> dict:
 async def choose(client: httpx.AsyncClient, headers: Mapping, plan: Plan, known_ids: dict) -> Plan:
     """The plan with the likeliest option and its probability as its text, or with a sentence if that is too low."""
     options, task, texts = plan.question["options"], plan.task, answers(plan.question, plan.template)
-    scores = await score_options(client, headers, plan.chat["messages"], texts, task.scoring, known_ids)
+    scores = await score_options(client, headers, plan.chat, texts, task.scoring, known_ids)
     if not all(map(math.isfinite, scores)):
         raise ValueError("its log-probabilities are not numbers")
     choice = max(range(len(scores)), key=scores.__getitem__)

@@ -26,6 +26,8 @@ from medkit.inference import llama_process
 from medkit.modeling.engine import EngineError, Generation, PromptLogprobs, Request
 from medkit.quantization.gguf_export import check_manifest
 
+# in a request to llama.cpp's server; a request that says nothing would go on from what an adapter has read before it
+ADAPTER_ON, ADAPTER_OFF = ({"lora": [{"id": 0, "scale": scale}]} for scale in (1.0, 0.0))
 AT_ONCE = 256  # requests in flight; the server decides how many of them it works on
 # vLLM's names, then llama.cpp's: return token ids
 RETURN_IDS = {"return_token_ids": True, "return_tokens": True, "verbose": True}
@@ -39,19 +41,27 @@ class ServerAddress(NamedTuple):
 
 @contextmanager
 def llama_server(
-    path: Path, slots: int = 1, context_tokens: int = 4096, threads: int | None = None, name: str = "edge"
+    path: Path,
+    slots: int = 1,
+    context_tokens: int = 4096,
+    threads: int | None = None,
+    name: str = "edge",
+    adapter: Path | None = None,
 ) -> Iterator[ServerAddress]:
     """llama.cpp's server on a GGUF file, on a free port of this machine; it ends with the block.
 
     `slots` requests are answered at once, each of at most `context_tokens` tokens, prompt and answer together; memory
-    for all of them is taken at the start. `threads` None takes all processors. The key is random: on a shared machine
-    nobody else may use the server. Raises EngineError if llama.cpp cannot open the file, and the error of
-    `check_manifest` if the file is not the one that its manifest describes.
+    for all of them is taken at the start. `threads` None takes all processors. With the file `adapter`
+    (`gguf_export.export_adapter`) every request must say ADAPTER_ON or ADAPTER_OFF. The key is random: on a shared
+    machine nobody else may use the server. Raises EngineError if llama.cpp cannot open the file, and the error of
+    `check_manifest` if a file is not the one that its manifest describes.
     """
-    check_manifest(path)
+    for file in filter(None, (path, adapter)):
+        check_manifest(file)
     address_key = secrets.token_urlsafe(16)
     settings = {"path": str(path), "name": name, "slots": slots, "context_tokens": context_tokens}
     settings |= {"threads": threads or os.cpu_count(), "api_key": address_key}
+    settings |= {"adapter": adapter and str(adapter)}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, llama_process.__file__],

@@ -20,12 +20,12 @@ MAX_KNOWN = 1000  # options whose tokens are remembered
 async def score_options(
     client: httpx.AsyncClient,
     headers: Mapping,
-    messages: list,
+    chat: Mapping,
     options: Sequence[str],
     scoring: str,
     known_ids: dict[str, list[int]],
 ) -> list[float]:
-    """The score of each option as the assistant's answer to `messages`, in nats; see `modeling.option_scoring`.
+    """The score of each option as the answer to `chat`, in nats; see `modeling.option_scoring`.
 
     `scoring`: 'option_text' the sum over the option's tokens and the end token, 'option_text_norm' their mean, 'letter'
     the first token alone. An option that is more than NEGLIGIBLE below the best, or after which the end token is not
@@ -50,7 +50,8 @@ async def score_options(
         """What is told of each token that the model writes if it may write one of these and then end."""
         grammar = "root ::= " + " | ".join(" ".join(f"<[{token}]>" for token in token_ids) for token_ids in allowed)
         settings = {"temperature": 0, "logprobs": True, "top_logprobs": TOP, "grammar": grammar}
-        settings |= {"messages": messages, "max_tokens": max(map(len, allowed)) + 1}
+        settings |= {name: chat[name] for name in ("messages", "lora") if name in chat}
+        settings |= {"max_tokens": max(map(len, allowed)) + 1}
         return (await post("/v1/chat/completions", **settings))["choices"][0]["logprobs"]["content"]
 
     option_ids = [await tokenize(option) for option in options]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from medkit.prompts.templates import LETTERS, RECORD
+from medkit.prompts.templates import LETTERS, RECORD_B, TEMPLATES
 from medkit.quantization.gguf_export import check_manifest
 from medkit.stage import MedkitError
 from medkit.variants import TASKS
@@ -15,6 +15,7 @@ from medkit.variants import TASKS
 ASKS = {  # what the model can do, by the kind of a question (`data.COLUMNS`)
     "icd_chapter": "name the ICD-10-CM chapter of a diagnosis (“Which ICD-10-CM chapter lists …?”)",
     "record": "write the record of a consultation (lines that begin with D: and P:)",
+    "record_b": f"write it in another form (the same lines, and at their end “{RECORD_B.instruction}”)",
     "choice": "answer an exam question with listed options (A. …)",
 }
 SCORES = {"accuracy": "right for {:.0%} of {} test questions", "field_f1": "F1 {:.2f} on {} test dialogues"}
@@ -78,9 +79,10 @@ def recognise(message: str, tasks: Sequence[Task]) -> tuple[Task, dict] | None:
         question = f"Which ICD-10-CM chapter lists “{icd['diagnosis']}”?"
         return task, row | {"question": question, "options": listed or task.options}
     turns = list(_TURN.finditer(message))
-    if "record" in of_kind and {m[1] for m in turns} == {"D", "P"}:
-        dialogue = message[turns[0].start() :].strip().removesuffix(RECORD.instruction).strip()
-        return of_kind["record"], row | {"question": _TURN.sub(r"\1:", dialogue), "options": []}
+    kind = "record_b" if message.rstrip().endswith(RECORD_B.instruction) else "record"
+    if kind in of_kind and {m[1] for m in turns} == {"D", "P"}:
+        dialogue = message[turns[0].start() :].strip().removesuffix(TEMPLATES[kind].instruction).strip()
+        return of_kind[kind], row | {"question": _TURN.sub(r"\1:", dialogue), "options": []}
     if "choice" in of_kind and listed and asked:
         return of_kind["choice"], row | {"question": asked}
     return None

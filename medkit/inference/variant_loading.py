@@ -8,22 +8,28 @@ from torch import nn
 
 from medkit.inference.server_engine import ServerEngine, llama_server
 from medkit.inference.torch_engine import TorchEngine
+from medkit.lora import adapters
 from medkit.modeling import loading
 from medkit.modeling.engine import EngineError
 from medkit.params import Params, ServerParams
 from medkit.quantization import quantize
 from medkit.stage import run_dir
+from medkit.variants import ADAPTER, VARIANTS
 
 
 def load_variant(run: str, folder: str, params: Params) -> nn.Module:
     """The model in a folder below the run's folder: saved whole, by a plan, or as a GGUF file.
 
-    `folder` empty is the teacher as it was downloaded.
+    `folder` empty is the teacher as it was downloaded. The adapter beside the edge file is merged into that file's
+    decoded weights, which gives what llama.cpp computes.
     """
     if not folder:
         teacher = params.models.teacher
         return loading.load_model(loading.local_folder(teacher), params.models, keep=teacher.keep_layers)
     path = run_dir(run) / folder
+    if path.name == ADAPTER:
+        edge = loading.load_model(run_dir(run) / VARIANTS["edge"].folder, params.models)
+        return adapters.load_merged(edge, run_dir(run) / "03_lora" / "adapter")
     load = quantize.load_quantized if (path / quantize.PLAN).is_file() else loading.load_model
     return load(path, params.models)
 

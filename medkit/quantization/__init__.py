@@ -1,7 +1,14 @@
 """Quantization: plans that give each weight a number format, and functions that apply, measure and save them."""
 
 from medkit.quantization.gguf_blocks import quantize_blocks, round_to_blocks
-from medkit.quantization.gguf_export import check_export, check_logits, check_manifest, export_gguf, measure_file_bytes
+from medkit.quantization.gguf_export import (
+    check_export,
+    check_logits,
+    check_manifest,
+    export_adapter,
+    export_gguf,
+    measure_file_bytes,
+)
 from medkit.quantization.memory_budget import estimate_plan
 from medkit.quantization.memory_ledger import COMPONENTS, measure_bytes
 from medkit.quantization.merge_quantized import compare_predictions, dequantize, merge_into_quantized, surviving_share

@@ -11,6 +11,8 @@ import gguf
 import numpy as np
 import pandas as pd
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -22,6 +24,7 @@ from medkit.stage import DISCLAIMER, atomic_path, sha256_of
 from medkit.variants import TASKS
 
 WEIGHT_TYPES = ("F16", "Q8_0", "Q5_0", "Q4_0")
+LORA = "default"  # the name that PEFT gives an adapter
 LARGEST_DIFFERENCE = 0.05  # float16 and bfloat16 round weights and sums
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 READ_HEAD_DIM = 128  # of a Qwen3 file, where transformers does not read it
@@ -94,7 +97,7 @@ def _write_file(
     model: nn.Module, tokenizer, path: Path, kind: gguf.GGMLQuantizationType, blocks: Mapping[str, Blocks]
 ) -> None:
     config, names = model.config, _gguf_names(model)
-    writer = gguf.GGUFWriter(path, config.model_type)
+    writer = gguf.GGUFWriter(None, config.model_type)
     writer.add_name("medkit student")
     writer.add_description(DISCLAIMER)
     kinds = [gguf.GGMLQuantizationType[b.kind] for b in blocks.values()] or [kind]
@@ -126,10 +129,7 @@ def _write_file(
                 stored = kind if fits else gguf.GGMLQuantizationType.F16
             values = gguf.quantize(values, stored)
         writer.add_tensor(gguf_name, _reorder(name, values, config), raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    _write(writer, path)
 
 
 def _reorder(name: str, rows: np.ndarray, config) -> np.ndarray:
@@ -152,6 +152,43 @@ def _gguf_names(model: nn.Module) -> dict[str, str]:
         if names[name] is None or (name.endswith(".bias") and kind == "llama"):
             raise ExportError(f"{name}: a {kind} file has no place for this weight; export a plain checkpoint")
     return names
+
+
+# --- an adapter beside the file --------------------------------------------------------------------------------------
+
+
+def export_adapter(model: PeftModel, path: Path) -> Path:
+    """Write the LoRA adapter of `model` to a GGUF file of its own, in float16, and then its manifest beside it.
+
+    llama.cpp adds s·B·A to the base model's file for each request that asks for it. It computes s = alpha / rank, so
+    the file's alpha is s·rank, also where rsLoRA made s. Raises ExportError for DoRA, whose norms the file cannot hold,
+    and for a base model that cannot be exported.
+    """
+    base, writer = model.get_base_model(), gguf.GGUFWriter(None, model.config.model_type)
+    _check_config(base.config)
+    known = gguf.get_tensor_name_map(ARCHITECTURES[base.config.model_type], base.config.num_hidden_layers)
+    for name, layer in ((n, m) for n, m in base.named_modules() if isinstance(m, LoraLayer)):
+        if layer.use_dora[LORA]:
+            raise ExportError("lora.adapter.variant 'dora' has norms, which a GGUF adapter cannot hold: choose 'lora'")
+        place, scale = known.get_name(f"{name}.weight", try_suffixes=(".weight",)), layer.scaling[LORA] * layer.r[LORA]
+        a, b = (factor[LORA].weight.detach().half().cpu().numpy() for factor in (layer.lora_A, layer.lora_B))
+        writer.add_tensor(f"{place}.lora_a", a)
+        writer.add_tensor(f"{place}.lora_b", _reorder(f"{name}.weight", b, base.config))
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, scale)
+    writer.add_description(DISCLAIMER)
+    with atomic_path(path) as scratch:
+        _write(writer, scratch)
+    _write_manifest(path, base.config)
+    return path
+
+
+def _write(writer: gguf.GGUFWriter, path: Path) -> None:
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 # --- the manifest ----------------------------------------------------------------------------------------------------

@@ -20,14 +20,16 @@ def write_tasks(
 ) -> Path:
     """Write the tasks of an edge file, from `results.json` (`load_results`) and `evaluation.least_confidence`.
 
-    A task is a source with rows that the student learned from and that the file answered in the test.
+    A task is a source with rows that the student learned from and that the file answered in the test; the second form
+    is one where the adapter stands beside the file.
     """
     path = run_dir(run) / VARIANTS[variant].folder
-    learned = questions[questions.split.isin(["labelled", "transfer"]) & (questions.kind != SECOND_FORM)]
+    learned = questions[questions.split.isin(["labelled", "transfer"])]
     tasks = []
     for source, kind in learned[["source", "kind"]].drop_duplicates().itertuples(index=False):
+        answered_by = f"{variant}_lora" if kind == SECOND_FORM else variant
         metric, scoring = ("field_f1", "generated") if kind in FORMS else ("accuracy", facts["headline_scoring"])
-        rows = results[(results.variant == variant) & (results.result == f"{metric}/{source}")]
+        rows = results[(results.variant == answered_by) & (results.result == f"{metric}/{source}")]
         options = [] if kind in FORMS else sorted(set(questions.options[questions.source == source].explode().dropna()))
         for row in rows[rows.metric == scoring].itertuples():
             task = {"source": source, "kind": kind, "scoring": scoring, "metric": metric, "value": row.value}

@@ -23,7 +23,7 @@ from medkit.modeling.option_scoring import Item, score_options
 from medkit.prompts import templates
 from medkit.quantization import gguf_export
 from medkit.stage import DISCLAIMER, MedkitError, StageError
-from medkit.variants import TASKS
+from medkit.variants import ADAPTER, TASKS
 
 KEY = "secret"
 QUESTION = "Is a tick bite a reason to see a doctor?"
@@ -288,7 +288,7 @@ def test_errors_have_the_shape_of_openai(client, url, start, monkeypatch):
         client.completions.create(model="edge", prompt=[5] * 2000, max_tokens=1)
     headers = {"authorization": f"Bearer {KEY}"}
     refused = httpx.post(f"{url}/v1/chat/completions", content=b"[1", headers=headers)
-    assert refused.status_code == 400 and "not a chat in JSON" in refused.json()["error"]["message"]
+    assert refused.status_code == 400 and "is not what /v1/chat/completions takes" in refused.json()["error"]["message"]
     monkeypatch.setattr(serve, "MAX_BODY_BYTES", 100)
     refused = httpx.post(f"{url}/v1/completions", json={"prompt": "x" * 200}, headers=headers)
     assert refused.status_code == 413 and refused.json()["error"]["type"] == "invalid_request_error"
@@ -311,8 +311,8 @@ def served(monkeypatch):
     monkeypatch.setattr(serve.uvicorn, "run", lambda app, **settings: vars(seen).update(settings))
 
     class Server:
-        def __init__(self, path, slots, context_tokens):
-            seen.path, seen.slots = path, slots
+        def __init__(self, path, slots, context_tokens, adapter):
+            seen.path, seen.slots, seen.adapter = path, slots, adapter
 
         def __enter__(self):
             return ServerAddress("http://127.0.0.1:9/v1", "none")
@@ -345,6 +345,10 @@ def test_serve_takes_the_edge_file_of_the_run_and_no_profile(served, monkeypatch
     assert read_tasks(edge) == TAUGHT
     serve.serve("mine", port=8001, slots=3)
     assert served.path == edge and (served.slots, served.port, served.host) == (3, 8001, "127.0.0.1")
+    assert served.adapter is None
+    edge.with_name(ADAPTER).touch()
+    serve.serve("mine")
+    assert served.adapter == edge.with_name(ADAPTER)
     (edge.parents[1] / "manifest.json").write_text(json.dumps({"files": {"nf4/plan.json": 1}}))
     with pytest.raises(MedkitError, match=r"no edge file \(quantization\.edge is null\)"):
         serve.serve("mine")

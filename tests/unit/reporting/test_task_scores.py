@@ -25,9 +25,14 @@ def test_tasks_are_those_that_the_student_learned_with_their_scores(make_run, tm
     least = pd.Series({("edge", "icd_chapter", "option_text"): 0.4, ("nf4", "icd_chapter", "option_text"): 0.9})
     written = write_tasks("toy", "edge", questions, results, facts, least)
     assert written == file.with_suffix(TASKS)
-    chapter, record = read_tasks(file)
+    chapter, record = read_tasks(file)  # no variant with an adapter answered in the second form
     rows = results[results.variant == "edge"].set_index(["result", "metric"])
     assert (chapter.kind, chapter.options, chapter.least_confidence) == ("icd_chapter", ["Injury", "Neoplasms"], 0.4)
     assert chapter.value == rows.value["accuracy/icd_chapter", "option_text"] and chapter.n == 240
     assert (record.kind, record.metric, record.options, record.least_confidence) == ("record", "field_f1", [], None)
     assert record.value == pytest.approx(rows.value["field_f1/records", "generated"])
+    tuned = (
+        results[results.variant == "edge"].assign(variant="edge_lora").replace("field_f1/records", "field_f1/records_b")
+    )
+    write_tasks("toy", "edge", questions, pd.concat([results, tuned]), facts, least)
+    assert [task.kind for task in read_tasks(file)] == ["icd_chapter", "record", "record_b"]
