@@ -287,7 +287,7 @@ def doctor() -> None:
     table = Table("what", "here")
     table.add_row("device", device_name())
     table.add_row("python, torch", f"{sys.version.split()[0]}, {torch.__version__}, {torch.get_num_threads()} threads")
-    table.add_row("attention", "{}: {}".format(*pick_attention("auto", device)))
+    table.add_row("attention", "{}: {}".format(*pick_attention("auto", device, "bfloat16")))
     table.add_row("memory, disk free", f"{memory_gb:.1f} GB, {disk_gb:.1f} GB")
     table.add_row("cache", f"{cache_root()}: " + (", ".join(filled) or "empty, the first run needs a network"))
     console.print(table)

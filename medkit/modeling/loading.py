@@ -71,8 +71,10 @@ def pick_device(requested: str) -> torch.device:
     return torch.device("cuda" if requested != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def pick_attention(requested: str, device: torch.device) -> tuple[str, str]:
-    """The attention implementation to load with, and the reason in one sentence."""
+def pick_attention(requested: str, device: torch.device, dtype: str) -> tuple[str, str]:
+    """The attention implementation for weights of this dtype, and the reason in one sentence."""
+    if dtype == "float32" and device.type == "cuda" and requested not in ("eager", "sdpa"):
+        return "sdpa", "FlashAttention takes no float32"
     if requested != "auto":
         return requested, "asked for in the params"
     if device.type != "cuda":
@@ -206,7 +208,7 @@ def load_model(folder: Path, models: ModelsParams, keep: Sequence[int] = (), **q
     keywords for `from_pretrained`.
     """
     device = pick_device(models.device)
-    attention, _ = pick_attention(models.attention, device)
+    attention, _ = pick_attention(models.attention, device, models.dtype)
     options = {"dtype": getattr(torch, models.dtype), "attn_implementation": attention, "device_map": {"": device}}
     model = read_weights(AutoModelForCausalLM, folder, **options, **quantization)
     # greedy, whatever the checkpoint recommends

@@ -87,8 +87,8 @@ def load_for_training(folder: Path, models: ModelsParams, keep: Sequence[int] = 
     """
     changes = {} if adapter else {"dtype": "float32"}
     if trainer.is_sharded():
-        attention, _ = loading.pick_attention(models.attention, loading.pick_device(models.device))
-        changes |= {"device": "cpu", "attention": attention}
+        device, dtype = loading.pick_device(models.device), changes.get("dtype", models.dtype)
+        changes |= {"device": "cpu", "attention": loading.pick_attention(models.attention, device, dtype)[0]}
     return loading.load_model(folder, models.model_copy(update=changes), keep)
 
 

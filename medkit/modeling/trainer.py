@@ -108,6 +108,7 @@ def train(
     if sharded:
         _gather_weights(trainer, model, dtypes)
     trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)  # remove the Trainer's autocast
+    vars(model).pop("forward", None)  # left by that: a model that holds itself would keep its memory after `del`
     model.eval()
     return pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
 

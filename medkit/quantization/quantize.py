@@ -161,7 +161,7 @@ def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
     """
     plan = read_plan(folder)
     device, dtype = loading.pick_device(params.device), getattr(torch, params.dtype)
-    attention, _ = loading.pick_attention(params.attention, device)
+    attention, _ = loading.pick_attention(params.attention, device, params.dtype)
     with init_empty_weights(include_buffers=False):
         config = AutoConfig.from_pretrained(folder)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

@@ -158,6 +158,19 @@ def test_drift_is_zero_iff_the_logits_are_equal():
     assert drift["max_abs_logit"] == pytest.approx((logits[2].max() + 1 - logits[2].min()).item())
 
 
+def test_logits_of_a_bfloat16_model_take_two_bytes_and_are_compared_in_float32(make_llama, make_examples, monkeypatch):
+    monkeypatch.setattr(batches, "DRIFT_ROWS", 3)  # several parts, the last one shorter
+    before, after = (batches.collect_logits(make_llama(seed=n).bfloat16(), make_examples(4)) for n in (0, 1))
+    assert before.dtype == after.dtype == torch.bfloat16 and len(before) % 3 and len(before) > 6
+    kl = torch.nn.functional.kl_div(
+        *(logits.float().log_softmax(-1) for logits in (after, before)), log_target=True, reduction="none"
+    )
+    drift = batches.measure_drift(before, after)
+    assert drift["kl_nats"] == pytest.approx(kl.sum(-1).mean().item(), rel=1e-5)
+    assert drift["max_abs_logit"] == (before.float() - after.float()).abs().max().item()
+    assert drift["top1_changed"] == (before.argmax(-1) != after.argmax(-1)).float().mean().item()
+
+
 def cost(batches, lengths, limit):
     """What `bucket_by_length` keeps small: tokens read, padding included, and what the passes themselves take."""
     return sum(lengths[batch[0]] * len(batch) + limit / PASSES for batch in batches)

@@ -210,9 +210,11 @@ def test_the_device_asked_for_and_the_attention_that_it_has(monkeypatch):
     assert loading.pick_device("auto") == torch.device("cuda")
     for flash, picked in ((True, "flash_attention_2"), (None, "sdpa")):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=flash: found)
-        assert loading.pick_attention("auto", torch.device("cuda"))[0] == picked
-        assert loading.pick_attention("auto", torch.device("cpu"))[0] == "sdpa"
-    assert loading.pick_attention("eager", torch.device("cuda")) == ("eager", "asked for in the params")
+        assert loading.pick_attention("auto", torch.device("cuda"), "bfloat16")[0] == picked
+        assert loading.pick_attention("auto", torch.device("cpu"), "bfloat16")[0] == "sdpa"
+    for requested in ("auto", "flash_attention_2"):  # a student that is trained has float32 weights
+        assert loading.pick_attention(requested, torch.device("cuda"), "float32")[0] == "sdpa"
+    assert loading.pick_attention("eager", torch.device("cuda"), "float32") == ("eager", "asked for in the params")
 
 
 def test_transformers_is_quiet_inside_the_block_only():

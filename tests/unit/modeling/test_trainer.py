@@ -1,6 +1,8 @@
 """The promises of `train`: neither slices nor a kill change what comes out."""
 
+import gc
 import os
+import weakref
 
 import pandas as pd
 import pytest
@@ -166,6 +168,20 @@ def test_bf16_arithmetic_learns_what_float32_learns_at_a_small_learning_rate(
         used = expected != 0  # rows of tokens that do not occur stay as they are
         assert (moved[used].sign() == expected[used].sign()).float().mean() > 0.9, name
         assert (start[name] + moved).bfloat16().eq(start[name].bfloat16()).float().mean() > 0.8, "bfloat16 loses them"
+
+
+def test_a_trained_model_is_gone_when_it_is_deleted(make_llama, make_examples, make_section, tmp_path):
+    """A model that holds itself would keep its memory until Python looks for garbage: too late for a GPU."""
+    model = make_llama(layers=1)
+    reference, section = weakref.ref(model), make_section(bf16=True, gradient_checkpointing=True)
+    gc.collect()
+    gc.disable()
+    try:
+        trainer.train(model, make_examples(4), section, trainer.cross_entropy, tmp_path, seed=0)
+        del model
+        assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_weights_held_in_bfloat16_are_refused(make_llama, make_examples, make_section, tmp_path):
