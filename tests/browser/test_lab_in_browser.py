@@ -20,7 +20,8 @@ from medkit.stage import ROOT
 pytestmark = pytest.mark.slow
 TOKEN = "of-this-test"
 LAPTOP = {"width": 1366, "height": 768}
-NOTEBOOKS = ["00_start", *STAGES, "labs/lab1_retrieval", *(f"solutions/{stage}_exercises" for stage in STAGES)]
+LABS = sorted(f"labs/{path.stem}" for path in (ROOT / "notebooks" / "labs").glob("*.ipynb"))
+NOTEBOOKS = ["00_start", *STAGES, *LABS, *(f"solutions/{stage}_exercises" for stage in STAGES)]
 OPEN = """async (path) => {
   const panel = await window.jupyterapp.commands.execute("docmanager:open", {path, factory: "Notebook"});
   await Promise.all([panel.context.ready, panel.revealed, panel.sessionContext.ready]);
