@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -23,14 +22,12 @@ from torch import nn
 from tqdm import tqdm
 
 from medkit.modeling.batches import Example, iterate_predicted
-from medkit.modeling.engine import EngineError, PromptReader
 from medkit.params import digest
 from medkit.stage import MedkitError, atomic_path, sha256_of
 
 INDEX = "index.json"
 LOW_BITS = 16
 OPEN_SHARDS = 4  # most shards that a reader keeps open
-REQUESTS = 16  # most requests to a server at the same time
 
 
 class CacheError(MedkitError):
@@ -44,26 +41,22 @@ def top_k_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
 
 
 def capture_teacher(
-    teacher: nn.Module | PromptReader,
+    teacher: nn.Module,
     examples: Sequence[Example],
     folder: Path,
     top_k: int,
     shard_examples: int,
     key: str,
     hidden_layers: Sequence[int] = (),
-    vocab_size: int | None = None,
 ) -> TeacherCache:
     """Run a teacher over the examples, write its cache to `folder`, and return the reader of it.
 
-    `teacher` is a model, or an engine that returns log-probabilities of a prompt, such as a server; with an engine give
-    `vocab_size`, its number of logits with padding. `hidden_layers` count as in transformers' `output_hidden_states`;
-    a model alone returns them. Each shard holds `shard_examples` examples. Undamaged shards are kept, so a killed
-    capture goes on. `key` identifies the teacher, the template and the tokenizer: if it or another setting differs from
-    the index, the shards of that index are removed. Other files in the folder are left alone.
-    Raises CacheError for values beyond the range of fp16 and for a server that fails.
+    `hidden_layers` count as in transformers' `output_hidden_states`. Each shard holds `shard_examples` examples.
+    Undamaged shards are kept, so a killed capture goes on. `key` identifies the teacher, the template and the
+    tokenizer: if it or another setting differs from the index, the shards of that index are removed. Other files in the
+    folder are left alone. Raises CacheError for values beyond the range of fp16.
     """
-    is_model = isinstance(teacher, nn.Module)
-    vocab_size = teacher.config.get_text_config().vocab_size if is_model else vocab_size
+    vocab_size = teacher.config.get_text_config().vocab_size
     settings = {
         "key": key,
         "examples": digest([(e.input_ids, e.loss_start) for e in examples]),
@@ -87,10 +80,7 @@ def capture_teacher(
         if path.is_file() and sha256_of(path) == checksums.get(path.name):
             continue
         part = examples[start : start + shard_examples]
-        if is_model:
-            arrays = _run_model(teacher, part, settings["top_k"], hidden_layers)
-        else:
-            arrays = _ask_server(teacher, part, settings["top_k"])
+        arrays = _run_model(teacher, part, settings["top_k"], hidden_layers)
         with atomic_path(path) as scratch:
             save_file(_pack(arrays, [e.num_predicted for e in part], vocab_size), scratch)
         checksums[path.name] = sha256_of(path)  # after the shard: if killed between the two, the shard does not count
@@ -114,23 +104,6 @@ def _run_model(
             values = tensor.cpu().numpy()
             arrays.setdefault(name, np.empty((offsets[-1], *values.shape[1:]), values.dtype))[positions] = values
     return arrays
-
-
-def _ask_server(engine: PromptReader, examples: Sequence[Example], top_k: int) -> dict[str, np.ndarray]:
-    """The same arrays from an engine, without hidden states; several requests run at the same time."""
-
-    def ask(example: Example) -> tuple[list, list, list]:
-        answer = engine.prompt_logprobs(example.input_ids, top_k)
-        predicted = slice(example.loss_start - 1, len(example.input_ids) - 1)  # position n is about token n + 1
-        return answer.top_ids[predicted], answer.top_logprobs[predicted], answer.token_logprobs[predicted]
-
-    try:
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            answers = list(pool.map(ask, examples))
-    except EngineError as error:
-        raise CacheError(f"the teacher's server failed: {error}; run the capture again, it goes on") from error
-    names = ("ids", "logprobs", "target_logprobs")
-    return {name: np.concatenate(arrays) for name, arrays in zip(names, zip(*answers, strict=True), strict=True)}
 
 
 def _shard_path(folder: Path, number: int) -> Path:
@@ -172,11 +145,6 @@ def _high_bits(vocab_size: int) -> int:
 
 def pack_ids(ids: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
     """Ids (N, k) as uint16 (N, k) and, where the vocabulary needs them, their higher bits (N, ⌈k·bits/8⌉) uint8."""
-    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
-        raise CacheError(
-            f"the teacher returned token {ids.max()}, but vocab_size is {vocab_size}; set vocab_size to its number of "
-            f"logits, padding included"
-        )
     packed = {"ids_low": (ids & 0xFFFF).astype(np.uint16)}
     if bits := _high_bits(vocab_size):
         high = (ids[..., None] >> (LOW_BITS + np.arange(bits))) & 1

@@ -23,7 +23,7 @@ import numpy as np
 import openai
 
 from medkit.inference import llama_process
-from medkit.modeling.engine import EngineError, Generation, PromptLogprobs, Request
+from medkit.modeling.engine import EngineError, Generation, Request
 from medkit.quantization.gguf_export import check_manifest
 
 # in a request to llama.cpp's server; a request that says nothing would go on from what an adapter has read before it
@@ -121,26 +121,6 @@ class ServerEngine:
         began = time.perf_counter()
         with ThreadPoolExecutor(min(AT_ONCE, len(requests))) as pool:
             return list(pool.map(lambda request: self._checked(request, ask, began), requests))
-
-    def prompt_logprobs(self, prompt_ids: Sequence[int], k: int) -> PromptLogprobs:
-        """The k most likely tokens at every place of a prompt: see `modeling.engine.PromptReader`.
-
-        Needs a server that echoes prompts with log-probabilities, as vLLM does (started with `--max-logprobs k`).
-        """
-        with self._explain():
-            answer = self._client.completions.create(
-                model=self._model, prompt=list(prompt_ids), echo=True, logprobs=k, max_tokens=1, temperature=0,
-                extra_body={"return_tokens_as_token_ids": True},
-            )  # fmt: skip
-            logprobs = answer.choices[0].logprobs
-            places = logprobs.top_logprobs[1:] if logprobs and logprobs.top_logprobs else []
-            if len(places) != len(prompt_ids) or any(len(place or ()) < k for place in places):
-                cure = f"start vLLM with --max-logprobs {k}"
-                raise EngineError(f"{self._url} does not echo {k} log-probabilities: {cure}")
-            tops = [sorted(place.items(), key=lambda pair: -pair[1])[:k] for place in places]  # names: token_id:<id>
-            ids = [[int(name.rpartition(":")[2]) for name, _ in top] for top in tops]
-            values = [[value for _, value in top] for top in tops]
-            return PromptLogprobs(ids, values, [float(logprobs.token_logprobs[n]) for n in range(1, len(prompt_ids))])
 
     def close(self) -> None:
         self._client.close()

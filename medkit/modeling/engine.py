@@ -36,16 +36,6 @@ class Generation:
     begun_s: float | None = None  # When the engine began to read the prompt; None if it does not tell
 
 
-@dataclass
-class PromptLogprobs:
-    """Log-probabilities (nats) of a prompt of n tokens. Entry i is about the token after the first i + 1 tokens."""
-
-    top_ids: list[list[int]]
-    """The k most likely tokens, most likely first. The last of the n entries is about the token that would follow."""
-    top_logprobs: list[list[float]]
-    token_logprobs: list[float]  # Of the tokens of the prompt: n − 1, since nothing predicts the first
-
-
 class Engine(Protocol):
     """One loaded model. Free it with `close`; nothing else may be called after that."""
 
@@ -56,14 +46,6 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-class PromptReader(Protocol):
-    """An engine that returns the log-probabilities of a prompt: a teacher behind a server needs one."""
-
-    def prompt_logprobs(self, prompt_ids: Sequence[int], k: int) -> PromptLogprobs:
-        """Log-probabilities after the softmax over all tokens. Raises EngineError where they are not available."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from medkit.inference import serve, server_engine
 from medkit.inference.server_engine import ServerAddress, ServerEngine
 from medkit.inference.tasks import Task
-from medkit.modeling.engine import Generation, PromptLogprobs, Request
+from medkit.modeling.engine import Generation, Request
 from medkit.stage import DISCLAIMER
 
 CHATS = [
@@ -113,22 +113,17 @@ MODELS = {"object": "list", "data": [{"id": "edge", "object": "model", "created"
 LLAMA = {"id": "c", "object": "text_completion", "created": 1, "model": "edge", "choices": [{"index": 0, "text": "a"}]}
 LLAMA |= {"timings": {"predicted_ms": 4.0, "prompt_ms": 2.0}, "__verbose": {"tokens": [5, 6, 2]}}
 CHUNK = {"choices": [{"index": 0, "text": "a", "token_ids": [5, 2], "finish_reason": "stop"}]}
-TOPS = {"token_logprobs": [None, -1.0, -0.5], "top_logprobs": [None, {"token_id:5": -1.0}, {"token_id:6": -0.5}]}
-ECHO = {"choices": [{"index": 0, "text": "a", "logprobs": TOPS}]}
 
 
-def ask_engine(models: bytes, answer: bytes, reads_prompts: bool) -> Generation | PromptLogprobs:
-    engine = ServerEngine("http://127.0.0.1:9/v1")
-    if reads_prompts:
-        return engine.prompt_logprobs([5, 6], 1)
-    return engine.generate([Request([5, 6], 3, (2,))])[0]
+def ask_engine(models: bytes, answer: bytes) -> Generation:
+    return ServerEngine("http://127.0.0.1:9/v1").generate([Request([5, 6], 3, (2,))])[0]
 
 
 @pytest.fixture
 def engine(monkeypatch):
-    """engine(models, answer, …): what the engine makes of a server that lists `models` and answers with `answer`."""
+    """engine(models, answer, stream): what the engine makes of a server that lists `models` and gives this answer."""
 
-    def ask(models: bytes, answer: bytes, reads_prompts: bool, stream: bool):
+    def ask(models: bytes, answer: bytes, stream: bool):
         def server(request: httpx.Request) -> httpx.Response:
             kind = "text/event-stream" if stream and request.url.path.endswith("completions") else "application/json"
             content = models if request.url.path.endswith("/models") else answer
@@ -136,8 +131,7 @@ def engine(monkeypatch):
 
         client = httpx.Client(transport=httpx.MockTransport(server))
         monkeypatch.setattr(server_engine.openai, "OpenAI", partial(OPENAI, http_client=client))
-        kind = PromptLogprobs if reads_prompts else Generation
-        return check_promise(kind, ask_engine, models, answer, reads_prompts)
+        return check_promise(Generation, ask_engine, models, answer)
 
     return ask
 
@@ -150,7 +144,7 @@ platform.processor()  # which OpenAI's client sends to the server: Python asks `
 @given(models=st.just(as_json(MODELS).encode()) | tree_or_bytes([MODELS]), answer=tree_or_bytes([LLAMA]))
 @example(models=b"[]", answer=b"{}")
 def test_the_engine_on_llama_cpp(engine, models, answer):
-    generation = engine(models, answer, False, False)
+    generation = engine(models, answer, False)
     assert generation is None or all(type(token) is int and token >= 0 for token in generation.token_ids)
 
 
@@ -160,13 +154,5 @@ def test_the_engine_on_a_stream(engine, answer, first):
     models = as_json(MODELS).replace("llamacpp", "vllm").encode()
     whole = b"data: " + as_json(CHUNK | {"choices": [CHUNK["choices"][0] | {"finish_reason": None}]}).encode() + b"\n\n"
     stream = whole * first + b"data: " + answer + b"\n\ndata: [DONE]\n\n"
-    generation = engine(models, stream, False, True)
+    generation = engine(models, stream, True)
     assert generation is None or all(type(token) is int and token >= 0 for token in generation.token_ids)
-
-
-@tries(30, 750)
-@given(answer=tree_or_bytes([ECHO]))
-@example(answer=as_json(ECHO).replace('{"token_id:5": -1.0}', "null").encode())
-def test_the_engine_on_an_echo(engine, answer):
-    logprobs = engine(as_json(MODELS).encode(), answer, True, False)
-    assert logprobs is None or (len(logprobs.top_ids), len(logprobs.token_logprobs)) == (2, 1)

@@ -176,22 +176,3 @@ def test_a_busy_server_is_asked_again_and_an_error_is_told():
             engine.generate([Request([9], 1)])
         with pytest.raises(EngineError, match=r"wrote 1 of 3 tokens"):
             engine.generate([Request([5], 3)])
-
-
-def test_log_probabilities_of_a_prompt_are_those_that_the_server_echoes():
-    def answer(body):
-        assert body["echo"] and body["return_tokens_as_token_ids"] and body["prompt"] == [5, 6]
-        top = [
-            None,
-            {"token_id:6": -2.0, "token_id:9": -0.5, "token_id:7": -1.0},
-            {"token_id:1": -0.1, "token_id:3": -3},
-        ]
-        logprobs = {"tokens": [], "token_logprobs": [None, -2.0, -0.1], "top_logprobs": top}
-        return JSONResponse({"choices": [{"index": 0, "text": "", "finish_reason": "length", "logprobs": logprobs}]})
-
-    with running(answer) as url:
-        found = ServerEngine(url).prompt_logprobs([5, 6], 2)
-        assert (found.top_ids, found.token_logprobs) == ([[9, 7], [1, 3]], [-2.0])
-        assert found.top_logprobs == [[-0.5, -1.0], [-0.1, -3.0]]
-        with pytest.raises(EngineError, match="does not echo 3 log-probabilities"):
-            ServerEngine(url).prompt_logprobs([5, 6], 3)
