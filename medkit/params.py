@@ -4,20 +4,18 @@ A profile is complete: no inheritance, no defaults hidden in code. An unknown, m
 that names the key, the file and what was expected. This module knows no torch and reads no data.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import json
 import os
 import reprlib
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,6 +24,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 
@@ -34,7 +33,6 @@ from medkit.variants import FINAL, VARIANTS, list_variants
 
 RUN_PARAMS = "params.yaml"  # in the folder of a run: its profile with the overrides in it
 SPLITS = ("private", "labelled", "transfer", "valid", "test")
-MANY_NODES = 10_000  # mappings and lists of a profile, aliases written out
 
 
 class ParamsError(MedkitError):
@@ -79,16 +77,25 @@ class Hub(Section):
     subset: str  # Name of a dataset's configuration; `""` for none
 
 
+def _from_profile(path: str, info: ValidationInfo) -> str:
+    """Notebooks run in a folder of their own, so relative paths start at the profile's."""
+    return str(info.context / os.path.expanduser(path)) if info.context else path
+
+
+LocalPath = Annotated[str, AfterValidator(_from_profile)]  # Absolute, or relative to the profile's folder
+
+
 class Local(Section):
     """A file or folder on this machine."""
 
     kind: Literal["local"]
-    path: str  # Absolute, or relative to the profile's folder
+    path: LocalPath
 
 
 Source = Annotated[Wheel | Wheels | Hub | Local, Field(discriminator="kind")]
 Count = NonNegativeInt | Literal["all"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Inside = Annotated[float, Field(gt=0.0, lt=1.0)]  # Neither nothing nor all
 Scoring = Literal["option_text", "letter", "generated"]
 AnswerForm = Literal["index0", "index1", "letter", "text"]  # A place from 0 or 1, the option's letter, or its text
 
@@ -130,14 +137,14 @@ class Table(Section):
     """A file of your own questions, json lines, csv or parquet, with its columns declared. The name is free."""
 
     kind: Literal["table"]
-    path: str  # Absolute, or relative to the profile's folder
+    path: LocalPath
     pool: Literal["train", "test", "transfer"] | None
     """What the questions may be used for; null lets the near-duplicate groups decide, as for an exam without splits."""
     columns: TableColumns
     answer_is: AnswerForm
 
     @model_validator(mode="after")
-    def _has_answers_to_grade(self) -> Table:
+    def _has_answers_to_grade(self) -> Self:
         if not self.columns.answer and self.pool != "transfer":
             raise ValueError(f"columns.answer: only a table of pool 'transfer' may be without, this is {self.pool!r}")
         return self
@@ -220,7 +227,7 @@ class DistillationParams(Section):
     """λ1 of the loss λ1·CE + λ2·T²·divergence + λ3·hidden + λ4·entity; a term of weight 0 is not computed."""
     kl_weight: float  # λ2, for any divergence
     divergence: Literal["forward_kl", "reverse_kl", "jsd"]
-    jsd_beta: Annotated[float, Field(gt=0.0, lt=1.0)]  # Of `jsd`: the teacher's share in the mixture
+    jsd_beta: Inside  # Of `jsd`: the teacher's share in the mixture
     hidden_weight: NonNegativeFloat
     hidden_layers: list[Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]]
     """Pairs of a student's and a teacher's layer whose states are compared; 0 is the embedding, n layer n's output."""
@@ -237,7 +244,7 @@ class DistillationParams(Section):
     rationales: RationaleParams | None
 
     @model_validator(mode="after")
-    def _terms_can_be_computed(self) -> DistillationParams:
+    def _terms_can_be_computed(self) -> Self:
         if self.hidden_weight and not self.hidden_layers:
             raise ValueError("hidden_layers: hidden_weight is not 0, so name at least one pair of layers")
         plain = {"divergence": "forward_kl", "temperature": 1.0, "hidden_weight": 0.0, "entity_weight": 0.0}
@@ -307,25 +314,22 @@ class InferenceParams(Section):
     """Test source → number of questions, by option text, for the untrained and the distilled student alone."""
     shuffle: ShuffleParams  # How far an answer depends on the order of its options; asked of two variants
     dialogues: Count  # Real consultations of which two variants write a record of the first form; 0 for none
-    safety_probes: (
-        PositiveInt | Literal["all"]
-    )  # Open questions that can do harm (docs/safety.md), spread evenly over their categories
+    safety_probes: PositiveInt | Literal["all"]
+    """Open questions that can do harm (docs/safety.md), spread evenly over their categories."""
     bench: BenchParams
     server: ServerParams | None
     """It runs the edge file, or the same student, and is timed; null starts llama.cpp's own."""
 
 
 class EvaluationParams(Section):
-    confidence: Annotated[float, Field(gt=0.0, lt=1.0)]
-    power: Annotated[
-        float, Field(gt=0.0, lt=1.0)
-    ]  # Of the minimum detectable effect that is stated beside each comparison
+    confidence: Inside
+    power: Inside  # Of the minimum detectable effect that is stated beside each comparison
     headline_source: str  # Test source whose accuracy leads the summary
     headline_scoring: Literal["option_text", "option_text_norm"]
     """How it is read: the highest summed log-probability, or the highest mean per token. Fixed before testing."""
-    margin: Annotated[float, Field(gt=0.0, lt=1.0)]
+    margin: Inside
     """Differences in accuracy smaller than this count as none, where a test can show that they are."""
-    margins: dict[str, Annotated[float, Field(gt=0.0, lt=1.0)]]  # Variant → a margin of its own, fixed before testing
+    margins: dict[str, Inside]  # Variant → a margin of its own, fixed before testing
     price_per_kwh: NonNegativeFloat  # Of electricity, in the currency of your choice
     price_per_machine_hour: NonNegativeFloat  # Rent of the machine, or its price over its hours of life
 
@@ -341,7 +345,7 @@ class Params(Section):
     evaluation: EvaluationParams
 
     @model_validator(mode="after")
-    def _asks_for_what_is_there(self) -> Params:
+    def _asks_for_what_is_there(self) -> Self:
         asked = {f"inference.questions.{scoring}": sources for scoring, sources in self.inference.questions.items()}
         asked["inference.exams"] = self.inference.exams
         asked["inference.shuffle.questions"] = self.inference.shuffle.questions
@@ -386,12 +390,8 @@ def load_params(path: str | Path, overrides: dict | None = None) -> Params:
     raw = _read_mapping(path)
     for dotted, value in (overrides or {}).items():
         _override(raw, dotted, value, path)
-    for node in _nodes(raw, path):
-        # notebooks run in a folder of their own, so relative paths start at the profile's
-        if isinstance(node, dict) and node.get("kind") in ("local", "table") and isinstance(node.get("path"), str):
-            node["path"] = str(path.parent.resolve() / os.path.expanduser(node["path"]))
     try:
-        return Params.model_validate(raw)
+        return Params.model_validate(raw, context=path.parent.resolve())
     except ValidationError as error:
         raise ParamsError(f"{path}: " + "; ".join(_sentence(e) for e in error.errors())) from error
 
@@ -463,17 +463,6 @@ class StrictLoader(yaml.SafeLoader):
             if count > 1:
                 raise yaml.YAMLError(f"key {key!r} stands twice{node.start_mark}")
         return super().construct_mapping(node, deep)
-
-
-def _nodes(tree: dict, path: Path) -> Iterator[dict | list]:
-    """The mappings and lists of a profile. Raises ParamsError for aliases that would unfold without end."""
-    waiting, count = [tree], 0
-    while waiting:
-        node = waiting.pop()
-        yield node
-        waiting += [v for v in (node.values() if isinstance(node, dict) else node) if isinstance(v, dict | list)]
-        if (count := count + 1) > MANY_NODES:
-            raise ParamsError(f"{path}: its aliases unfold to more than {MANY_NODES} mappings and lists; remove some")
 
 
 def _override(raw: dict, dotted: str, value, path: Path) -> None:

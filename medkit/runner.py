@@ -5,8 +5,6 @@ stages before it, the notebook's code cells, the definitions of medkit that they
 shared keys and the versions of the libraries that compute. Prose, docstrings and comments rerun nothing.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

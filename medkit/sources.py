@@ -5,8 +5,6 @@ and never executed. Everything lands in one cache, `$MEDKIT_CACHE` (default `~/.
 atomic rename: a killed run leaves a whole file or none. After the first time no network is needed.
 """
 
-from __future__ import annotations
-
 import glob
 import os
 import shutil

@@ -4,8 +4,6 @@ A stage writes its artifacts first and its manifest last, so a manifest that exi
 whole. Nothing else may decide that a stage is done. Every write is atomic: a scratch file, then a rename.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib
@@ -217,7 +215,7 @@ class Stage:
             raise StageError(f"{stage}/{filename} is not there: run notebook {first} first (run={self.run!r})")
         return upstream.dir / filename
 
-    def write_table(self, filename: str, table: pd.DataFrame) -> Path:
+    def write_table(self, filename: str, table: "pd.DataFrame") -> Path:
         """Write a parquet table whole or not at all."""
         with atomic_path(self.dir / filename) as scratch:
             table.to_parquet(scratch, index=False)

@@ -9,13 +9,11 @@ A probability here is that of one path of tokens, and other paths can write the 
 because a bucket of paths is not a set of tokens.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import nn
@@ -130,7 +128,7 @@ class TokenAligner:
             self.shared[token] = student.ids.get(piece, -1)
 
     @classmethod
-    def from_tokenizers(cls, student, teacher) -> TokenAligner:
+    def from_tokenizers(cls, student, teacher) -> Self:
         """Raises MedkitError if the bytes of a tokenizer's tokens are not known."""
         return cls(read_vocabulary(student), read_vocabulary(teacher))
 

@@ -3,13 +3,11 @@
 Each term is a sum over predicted positions, so slices of a batch add up to the batch. T² is after arXiv 1503.02531.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import nn
@@ -158,7 +156,7 @@ class DistillationLoss:
     entity_weight: float = 0.0
 
     @classmethod
-    def from_params(cls, section: DistillationParams) -> DistillationLoss:
+    def from_params(cls, section: DistillationParams) -> Self:
         names = set(cls.__dataclass_fields__) - {"layers"}
         layers = tuple((student, teacher) for student, teacher in section.hidden_layers)
         return cls(**section.model_dump(include=names), layers=layers)

@@ -7,8 +7,6 @@ for the low 16 bits of the token ids, 8 for each higher bit of an id (none up to
 for the target token: 258 to 274 bytes. Each layer of hidden states adds 2 bytes per unit.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from functools import lru_cache
@@ -48,7 +46,7 @@ def capture_teacher(
     shard_examples: int,
     key: str,
     hidden_layers: Sequence[int] = (),
-) -> TeacherCache:
+) -> "TeacherCache":
     """Run a teacher over the examples, write its cache to `folder`, and return the reader of it.
 
     `hidden_layers` count as in transformers' `output_hidden_states`. Each shard holds `shard_examples` examples.

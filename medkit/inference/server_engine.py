@@ -4,8 +4,6 @@ Prompts are sent as token ids, so no server puts a chat template of its own arou
 `xllamacpp`; `vllm serve` and others are reached by their URL.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -3,8 +3,6 @@
 Only safetensors are read, and no remote code runs.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import re

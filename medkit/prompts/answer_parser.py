@@ -4,8 +4,6 @@ A letter or an option's text is an answer only where the text *declares* it: alo
 answer is", "I choose"), before a verdict ("is correct") or in a box, and with an end behind it. Nothing is guessed.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

@@ -3,8 +3,6 @@
 Scoring and training both use `encode`, so prompt and answer are tokenised in one way only.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import warnings

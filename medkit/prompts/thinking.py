@@ -1,7 +1,5 @@
 """How models think before they answer: the marks around a thought, and what a chat template does about it."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass

@@ -6,9 +6,8 @@ its 4-bit embedding cannot be saved, and its head cannot be tied to it. Activati
 multiplies with exactly the weight that `fake_quantize` returns. For inference only.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
+from typing import Self
 
 import bitsandbytes as bnb
 import torch
@@ -33,7 +32,7 @@ class Int8Rows(nn.Module):
         self.shape, self.dtype = codes.shape, dtype
 
     @classmethod
-    def quantize(cls, weight: torch.Tensor) -> Int8Rows:
+    def quantize(cls, weight: torch.Tensor) -> Self:
         exact = weight.detach().float()
         scale = (exact.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
         return cls((exact / scale).round().clamp(-127, 127).to(torch.int8), scale, weight.dtype)
