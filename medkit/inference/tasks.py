@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from medkit.prompts.templates import LETTERS, RECORD_B, TEMPLATES
 from medkit.quantization.gguf_export import check_manifest
-from medkit.stage import MedkitError
+from medkit.stage import MedkitError, reading
 from medkit.variants import TASKS
 
 ASKS = {  # what the model can do, by the kind of a question (`data.COLUMNS`)
@@ -45,11 +45,9 @@ class Task(BaseModel):
 def read_tasks(path: Path) -> list[Task]:
     """The tasks of the GGUF file at `path`. Raises MedkitError if they are missing, damaged or of another file."""
     file = path.with_suffix(TASKS)
-    try:
+    with reading(file, MedkitError, "run notebook 06_evaluation, which writes it"):
         content = json.loads(file.read_text())
         tasks = [Task(**task) for task in content["tasks"] if task["kind"] in ASKS]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MedkitError(f"{file} cannot be read ({error}): run notebook 06_evaluation, which writes it") from error
     if content.get("sha256") != check_manifest(path)["sha256"]:
         raise MedkitError(f"{file} holds the scores of another file: run notebook 06_evaluation again")
     return tasks

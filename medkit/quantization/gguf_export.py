@@ -20,7 +20,7 @@ from medkit.quantization.gguf_blocks import Blocks
 from medkit.quantization.gguf_readers import write_reader_files
 from medkit.quantization.gguf_tokenizer import ExportError, write_tokenizer
 from medkit.quantization.memory_ledger import head_dim
-from medkit.stage import DISCLAIMER, atomic_path, sha256_of
+from medkit.stage import DISCLAIMER, atomic_path, reading, sha256_of
 from medkit.variants import TASKS
 
 WEIGHT_TYPES = ("F16", "Q8_0", "Q5_0", "Q4_0")
@@ -219,17 +219,11 @@ def check_manifest(path: Path) -> dict:
 
     Raises ExportError if the file was cut or changed, or if its manifest is missing or damaged.
     """
-    try:
+    with reading(manifest_path(path), ExportError, f"copy it together with {path.name}, or export that again"):
         manifest = json.loads(manifest_path(path).read_text())
-        size, digest = manifest["bytes"], manifest["sha256"]
-    except FileNotFoundError:
-        raise ExportError(f"{manifest_path(path)} is missing: copy it together with {path.name}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{manifest_path(path)} is damaged ({error}): export {path.name} again") from error
-    if not path.is_file():
-        raise ExportError(f"{path} is missing, but its manifest is there: copy the file, or export it again")
-    if path.stat().st_size != size or sha256_of(path) != digest:
-        raise ExportError(f"{path} is not the file of its manifest, it was cut or changed: copy or export it again")
+        digest = manifest["sha256"]
+    if not path.is_file() or sha256_of(path) != digest:
+        raise ExportError(f"{path} is missing, cut or changed, its manifest tells of another: copy or export it again")
     return manifest
 
 

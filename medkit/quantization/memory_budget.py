@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, DynamicCache, PreTrainedConfig
 
 from medkit.params import ParamsError
 from medkit.quantization import plans
 from medkit.quantization.memory_ledger import Weight, activation_bytes, kv_cache_bytes, model_shapes, plan_bytes
+from medkit.stage import reading
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 BF16_BYTES = 2
@@ -65,14 +65,9 @@ def read_config(model: str) -> PreTrainedConfig:
         raise ParamsError(
             f"--model {model!r}: give a config.json, a folder that has one, or one of {', '.join(KNOWN_MODELS)}"
         )
-    try:
+    with reading(f"--model {model!r}", ParamsError, "correct it", f"{path} is not the config of a model"):
         values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else KNOWN_MODELS[name]
         config = AutoConfig.for_model(**values).get_text_config()
-    except (KeyError, ValueError, TypeError, OSError, StrictDataclassError) as error:
-        reason = error.args[0] if isinstance(error, KeyError) else error  # a KeyError puts quotes around its sentence
-        raise ParamsError(
-            f"--model {model!r}: {path} is not the config of a model: {' '.join(str(reason).split())}"
-        ) from error
     if config.model_type not in DENSE_DECODERS:
         raise ParamsError(
             f"--model {model!r}: {config.model_type!r} is not supported; choose one of {', '.join(DENSE_DECODERS)}"

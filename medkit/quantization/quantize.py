@@ -12,8 +12,6 @@ from pathlib import Path
 import bitsandbytes as bnb
 import torch
 from accelerate import init_empty_weights
-from pydantic import ValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -24,7 +22,7 @@ from medkit.params import ModelsParams
 from medkit.quantization import memory_ledger, rowwise
 from medkit.quantization.plans import Plan, PlanError, Shapes, layer_of
 from medkit.quantization.rowwise import Int8Rows, Nf4Rows, QuantizedEmbedding, QuantizedLinear
-from medkit.stage import atomic_path
+from medkit.stage import atomic_path, reading
 
 PLAN, WEIGHTS = "plan.json", "quantized.safetensors"
 """The weights have their own file name, so that transformers refuses the folder instead of loading random weights."""
@@ -167,7 +165,9 @@ def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
     check_plan(plan, model)
-    head, tensors = _tied_head(model), _read_weights(folder / WEIGHTS, device)
+    head = _tied_head(model)
+    with reading(folder / WEIGHTS, PlanError, "copy the whole folder again, or quantize the model again"):
+        tensors = load_file(folder / WEIGHTS, device=str(device))
     for name, scheme in plan.schemes.items():
         own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
         if _scheme_of(own) != scheme:
@@ -200,24 +200,8 @@ def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
 
 def read_plan(folder: Path) -> Plan:
     """The plan of a quantized model. Raises PlanError if it is missing or damaged."""
-    path = folder / PLAN
-    if not path.is_file():
-        raise PlanError(f"{folder}: no {PLAN}; give a folder that `save_quantized` wrote")
-    try:
-        return Plan.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the top"
-        raise PlanError(f"{path} is damaged ({first['msg']} at {place}); quantize the model again") from error
-
-
-def _read_weights(path: Path, device: torch.device) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise PlanError(f"{path} is missing; copy the whole folder, or quantize the model again")
-    try:
-        return load_file(path, device=str(device))
-    except SafetensorError as error:
-        raise PlanError(f"{path} is damaged ({error}); copy it again, or quantize the model again") from error
+    with reading(folder / PLAN, PlanError, "give a whole folder that `save_quantized` wrote"):
+        return Plan.model_validate_json((folder / PLAN).read_bytes())
 
 
 def _scheme_of(tensors: dict[str, torch.Tensor]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from medkit.stage import DISCLAIMER, StageError, atomic_path, provenance
+from medkit.stage import DISCLAIMER, StageError, atomic_path, provenance, reading
 from medkit.statistics import median_interval
 from medkit.variants import FINAL, VARIANTS
 
@@ -142,10 +142,6 @@ def load_results(path: Path) -> tuple[pd.DataFrame, dict]:
 
     Raises StageError if the file is missing or damaged.
     """
-    if not path.is_file():
-        raise StageError(f"{path}: no results there; `python -m medkit run` writes them in its last notebook")
-    try:
+    with reading(path, StageError, "`python -m medkit run` writes it in its last notebook", "no whole results file"):
         content = json.loads(path.read_text())
         return pd.DataFrame(content.pop("results")), content
-    except (ValueError, KeyError) as error:
-        raise StageError(f"{path}: not a whole results file ({error!r}); run notebook 06 again") from error

@@ -335,7 +335,7 @@ def test_serve_takes_the_edge_file_of_the_run_and_no_profile(served, monkeypatch
     edge.write_bytes(b"x")
     gguf_export.manifest_path(edge).write_text(json.dumps({"bytes": 1, "sha256": sha256(b"x").hexdigest()}))
     (edge.parents[1] / "manifest.json").write_text(json.dumps({"files": {"edge/student.gguf": 1}}))
-    with pytest.raises(MedkitError, match=r"student\.tasks\.json cannot be read .*: run notebook 06_evaluation"):
+    with pytest.raises(MedkitError, match=r"student\.tasks\.json: cannot be read .*; run notebook 06_evaluation"):
         serve.serve("mine")
     tasks = {"sha256": sha256(b"y").hexdigest(), "tasks": [task.model_dump() for task in TAUGHT]}
     edge.with_suffix(TASKS).write_text(json.dumps(tasks))

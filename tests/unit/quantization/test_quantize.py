@@ -205,31 +205,25 @@ def cut_in_half(path):
 
 @pytest.mark.parametrize("file", [quantize.PLAN, quantize.WEIGHTS])
 @pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (lambda path: path.unlink(), "give a folder that|is missing; copy"),
-        (cut_in_half, "is damaged .*quantize the model again"),
-        (lambda path: path.write_bytes(b"\xff\xfe not text"), "is damaged .*quantize the model again"),
-    ],
+    "damage",
+    [lambda path: path.unlink(), cut_in_half, lambda path: path.write_bytes(b"\xff\xfe not text")],
     ids=["missing", "cut", "noise"],
 )
-def test_a_missing_or_damaged_file_is_named_with_a_cure(
-    make_model, tokenizer, models_params, tmp_path, file, damage, said
-):
+def test_a_missing_or_damaged_file_is_named_with_a_cure(make_model, tokenizer, models_params, tmp_path, file, damage):
     model = make_model()
     plan = plan_for(model, "nf4_int8_embed")
     quantize.apply_plan(model, plan, True)
     folder = quantize.save_quantized(model, tokenizer, plan, tmp_path / "quantized")
     damage(folder / file)
-    with pytest.raises(PlanError, match=said) as raised:
+    with pytest.raises(PlanError, match=rf"{file}: cannot be read .*; (?:copy|give) .*folder") as raised:
         quantize.load_quantized(folder, models_params)
-    assert file in str(raised.value) and "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_folder_without_a_plan_is_refused_and_a_quantized_one_by_transformers(
     make_model, saved, tokenizer, models_params, tmp_path
 ):
-    with pytest.raises(PlanError, match=r"no plan\.json"):
+    with pytest.raises(PlanError, match=r"plan\.json: cannot be read .*save_quantized"):
         quantize.load_quantized(saved(), models_params)
     model = make_model()
     plan = plan_for(model, "nf4_int8_embed")

@@ -69,6 +69,6 @@ def test_without_results_the_old_page_stays(make_run, tmp_path):
     folder = make_run(tmp_path / "toy")
     before = reporting.write_report(folder).read_text()
     (folder / "results.json").write_text("{")
-    with pytest.raises(StageError, match="not a whole results file"):
+    with pytest.raises(StageError, match="no whole results file"):
         reporting.write_report(folder)
     assert (folder / "report.html").read_text() == before and not list(folder.glob("*.part"))
