@@ -303,7 +303,7 @@ class ShuffleParams(Section):
 
 
 class InferenceParams(Section):
-    batch_tokens: PositiveInt  # Tokens per forward pass when scoring; questions are bucketed by length into it
+    batch_tokens: PositiveInt  # Of writing: the KV cache holds four times as many tokens, of prompts and answers
     max_new_tokens: PositiveInt  # For generated answers
     max_thinking_tokens: PositiveInt | None  # Of a thought before a generated answer; null: it is empty
     questions: dict[Scoring, dict[str, Count]]

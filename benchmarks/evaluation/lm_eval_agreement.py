@@ -41,7 +41,6 @@ from medkit.params import load_params
 from medkit.stage import ROOT
 
 PACKAGE_TASKS = Path(lm_eval.__file__).parent / "tasks"
-BATCH_TOKENS = 512  # on one thread no slower than 1024, and their activations are half as large
 VERSIONS = ("torch", "transformers", "lm_eval", "datasets")
 LOGLIKELIHOOD_GOAL = 1e-3  # nats; float32 sums in another order
 LETTER_SPEED, TEXT_SPEED = 1.6, 3.0  # goals
@@ -184,7 +183,7 @@ def score_by_ours(
             if any(prompt != encoded[0][0] for prompt, _ in encoded):
                 raise RuntimeError("one document with two contexts: its options cannot share one reading")
             items.append(option_scoring.Item(encoded[0][0], [answer for _, answer in encoded]))
-        scores = option_scoring.score_options(lm.model, items, BATCH_TOKENS, lm.tokenizer.pad_token_id)
+        scores = option_scoring.score_options(lm.model, items)
     return scores, watch, items
 
 
@@ -306,7 +305,7 @@ def main() -> None:
         "tasks": {name: {"include": task.base, "changes": task.changes, "why": task.why}
                   for name, task in TASKS.items()},
         "lm_eval": "HFLM, batch size 1, its own tokenising of context and continuation, logits cache on (default)",
-        "medkit": f"score_options, batches of {BATCH_TOKENS} tokens, the same tokens",
+        "medkit": "score_options, trees of at most 512 tokens, the same tokens",
         "timed": {"rounds": args.rounds, "statistic": "median of the rounds' ratios; contenders take turns"},
         "versions": versions(*VERSIONS),
     }  # fmt: skip

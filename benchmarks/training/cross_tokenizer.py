@@ -203,7 +203,7 @@ def score(model, tokenizer, rows: pd.DataFrame, params) -> list[list[float]]:
         messages = templates.render(question, templates.pick_template(question["kind"], "option_text"))
         encoded = [templates.encode(tokenizer, messages, option) for option in question["options"]]
         items.append(option_scoring.Item(encoded[0][0], [answer_ids for _, answer_ids in encoded]))
-    return option_scoring.score_options(model, items, params.inference.batch_tokens, tokenizer.pad_token_id)
+    return option_scoring.score_options(model, items)
 
 
 def right_nll(scores: list[list[float]], rows: pd.DataFrame) -> list[float]:

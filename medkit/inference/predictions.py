@@ -73,7 +73,7 @@ def predict(
             scored.append((rows[-1], prompt, answers))
             to_score.setdefault(prompt, {}).update(dict.fromkeys(ids for forms in answers for ids in forms))
     items = [Item(list(prompt), [list(ids) for ids in answers]) for prompt, answers in to_score.items()]
-    scores = score_options(model, items, batch_tokens, tokenizer.pad_token_id)
+    scores = score_options(model, items)
     scores = {p: dict(zip(to_score[p], values, strict=True)) for p, values in zip(to_score, scores, strict=True)}
     for row, prompt, answers in scored:  # the probability of an option is the sum over all of its forms
         row["logprobs"] = [float(np.logaddexp.reduce([scores[prompt][ids] for ids in forms])) for forms in answers]

@@ -1,11 +1,11 @@
-"""Token sequences with shared prefixes: groups of them, and several sequences as one row that is a tree.
+"""Token sequences with shared prefixes: several of them as one row that is a tree.
 
 A model reads a shared prefix once. This module knows token ids and masks, and not what the sequences mean.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,38 +15,6 @@ from torch import nn
 def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the longest common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def group_by_prefix(prompts: Sequence[Sequence[int]], least_saved: int) -> list[tuple[int, list[int]]]:
-    """Groups of prompts as (length of the shared prefix, indices); each index is in one group.
-
-    A group saves at least `least_saved` (≥ 1) tokens beyond the prefix that all prompts share. The last group holds the
-    rest, with length 0 if sharing saves less. At least one token of every prompt is left after the prefix.
-    """
-    if not prompts:
-        return []
-    groups: list[tuple[int, list[int]]] = []
-
-    def shared_by(members: list[int]) -> int:
-        first, last = prompts[members[0]], prompts[members[-1]]  # members are sorted: no two share less than these
-        return min(shared_length(first, last), min(len(prompts[i]) for i in members) - 1)
-
-    def divide(members: list[int]) -> list[int]:
-        """Add groups, the longest prefixes first; return the members that are in none."""
-        length, rest = shared_by(members), []
-        for _, branch in groupby(members, key=lambda i: prompts[i][length]):
-            same = list(branch)
-            rest += same if len(same) in (1, len(members)) else divide(same)
-        if (length - shared_by_all) * (len(rest) - 1) < least_saved:
-            return rest
-        groups.append((length, rest))
-        return []
-
-    order = sorted(range(len(prompts)), key=lambda i: prompts[i])
-    shared_by_all = shared_by(order)
-    if rest := divide(order):
-        groups.append((shared_by_all if shared_by_all * (len(rest) - 1) >= least_saved else 0, rest))
-    return groups
 
 
 @dataclass(frozen=True)
@@ -109,7 +77,7 @@ def takes_branches(model: nn.Module) -> bool:
 
 
 def additive_masks(model: nn.Module, mask: torch.Tensor, position_ids: torch.Tensor):
-    """A bool mask (B, L, shared + L) in the form the model takes: 0 or the dtype's minimum, (B, 1, L, shared + L).
+    """A bool mask (B, L, L) in the form the model takes: 0 or the dtype's minimum, (B, 1, L, L).
 
     A dict with one mask for each kind of layer if some layers have a sliding window.
     """
@@ -122,7 +90,5 @@ def additive_masks(model: nn.Module, mask: torch.Tensor, position_ids: torch.Ten
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if window is None or (kinds and "sliding_attention" not in kinds):
         return additive(mask)
-    before = torch.arange(mask.shape[2] - mask.shape[1], device=mask.device).expand(len(mask), -1)
-    distances = position_ids[:, :, None] - torch.cat([before, position_ids], dim=1)[:, None, :]
-    near = additive(mask & (distances < window))
+    near = additive(mask & (position_ids[:, :, None] - position_ids[:, None, :] < window))
     return {"full_attention": additive(mask), "sliding_attention": near} if kinds else near

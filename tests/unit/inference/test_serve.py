@@ -118,7 +118,7 @@ def test_a_choice_is_the_one_of_torch_with_its_confidence(taught, edge_file, tok
         row = {"question": ICD, "context": "", "options": options}
         encoded = [templates.encode(tokenizer, templates.render(row, templates.TEXT), option) for option in options]
         item = Item(encoded[0][0], [answer for _, answer in encoded])
-        scores = np.array(score_options(model, [item], 512, 0)[0])
+        scores = np.array(score_options(model, [item])[0])
         expected = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
         asked = ICD + "".join(f"\n{letter}. {option}" for letter, option in zip("AB", listed, strict=True))
         answer = ask(taught, asked if options == listed else ICD).parse()

@@ -21,7 +21,7 @@ def test_scores_are_those_of_torch_and_the_far_ones_are_bounds(edge_file, upstre
     messages = templates.render({"question": "What is gout?", "context": "", "options": options}, templates.TEXT)
     encoded = [templates.encode(tokenizer, messages, option) for option in options]
     answers = [ids[:1] if scoring == "letter" else ids for _, ids in encoded]
-    expected = np.array(score_options(toys.read_gguf(edge_file), [Item(encoded[0][0], answers)], 512, 0)[0])
+    expected = np.array(score_options(toys.read_gguf(edge_file), [Item(encoded[0][0], answers)])[0])
     if scoring == "option_text_norm":
         expected /= [len(ids) for ids in answers]
     monkeypatch.setattr(server_scoring, "TOP", len(tokenizer))  # random weights hold no end token to be likely

@@ -1,15 +1,14 @@
-"""One reading serves many: a shared prefix and equal beginnings of options change the work and no score."""
+"""One reading serves many: equal beginnings of prompts and options change the work and no score."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from medkit.modeling import option_scoring
+from medkit.modeling import batches, option_scoring
 from medkit.modeling.option_scoring import Item
 from medkit.quantization import plans, quantize
 
-PAD = 0
 HEADERS = [[], [7, 8, 9], [7, 8, 9, 10, 11, 12, 13], [7, 8, 20, 21, 22]]  # two begin like another one
 token = st.integers(3, 30)  # few, so that answers often begin alike
 items = st.builds(
@@ -52,55 +51,50 @@ def fed(monkeypatch):
 
 @pytest.mark.parametrize("architecture", ["Llama", "Qwen2"])
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(asked=st.lists(items, min_size=1, max_size=8), batch_tokens=st.integers(1, 80), least=st.integers(1, 12))
-def test_scores_are_those_of_each_option_alone_whatever_is_shared(
-    toys, architecture, asked, batch_tokens, least, monkeypatch
-):
+@given(asked=st.lists(items, min_size=1, max_size=8), most_tokens=st.integers(1, 80))
+def test_scores_are_those_of_each_option_alone_whatever_is_shared(toys, architecture, asked, most_tokens, monkeypatch):
     model = toys[architecture]
-    monkeypatch.setattr(option_scoring, "LEAST_SAVED", least)
-    found = option_scoring.score_options(model, asked, batch_tokens, PAD)
+    monkeypatch.setattr(batches, "PACKED_TOKENS", most_tokens)
+    found = option_scoring.score_options(model, asked)
     for item, scores in zip(asked, found, strict=True):
         assert scores == pytest.approx(plain_scores(model, item), abs=1e-4)
-    backwards = option_scoring.score_options(model, asked[::-1], batch_tokens, PAD)[::-1]
+    backwards = option_scoring.score_options(model, asked[::-1])[::-1]
     for there, back in zip(found, backwards, strict=True):
         assert back == pytest.approx(there, abs=1e-4)
 
 
-def test_a_shared_prefix_is_read_once(toys, fed, monkeypatch):
-    monkeypatch.setattr(option_scoring, "LEAST_SAVED", 10)
+def test_a_shared_prefix_is_read_once(toys, fed):
     asked = [Item([*range(3, 13), 20 + i], [[7], [9]]) for i in range(6)]
     shapes = fed(toys["Llama"])
-    option_scoring.score_options(toys["Llama"], asked, 4, PAD)
-    assert shapes == [(1, 10), (4, 1), (2, 1)]
+    option_scoring.score_options(toys["Llama"], asked)
+    assert shapes == [(1, 10 + 6)]
 
 
 def test_equal_beginnings_of_options_are_read_once_and_last_tokens_never(toys, fed):
     item = Item([5, 6], [[10, 11, 12], [10, 11, 13, 14], [10, 15], [16], [10, 11, 12]])
     expected = plain_scores(toys["Llama"], item)
     shapes = fed(toys["Llama"])
-    (scores,) = option_scoring.score_options(toys["Llama"], [item], 1000, PAD)
+    (scores,) = option_scoring.score_options(toys["Llama"], [item])
     assert shapes == [(1, len([5, 6, 10, 11, 13]))]
     assert scores[0] == scores[4]
     assert scores == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("end", ["unquantized", "int8", "nf4"])
-def test_a_quantised_model_is_scored_alike(make_llama, monkeypatch, end):
-    monkeypatch.setattr(option_scoring, "LEAST_SAVED", 10)
+def test_a_quantised_model_is_scored_alike(make_llama, end):
     model = make_llama(layers=2, intermediate_size=128, initializer_range=0.2)
     plan = plans.nf4_plan(quantize.weight_shapes(model), end)
     model = quantize.apply_plan(model, plan, double_quant=True)
     asked = [Item([*range(3, 13), 20 + i], [[7, 8, 9], [7, 8, 4], [9]]) for i in range(6)]
-    for item, scores in zip(asked, option_scoring.score_options(model, asked, 40, PAD), strict=True):
+    for item, scores in zip(asked, option_scoring.score_options(model, asked), strict=True):
         assert scores == pytest.approx(plain_scores(model, item), abs=1e-3)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_sliding_window_slides_along_the_branch(make_llama, attention, monkeypatch):
+def test_a_sliding_window_slides_along_the_branch(make_llama, attention):
     """Gemma 3: every other layer sees the last few tokens only, of the prefix too."""
-    monkeypatch.setattr(option_scoring, "LEAST_SAVED", 10)
     window = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
     model = make_llama(layers=2, kind="Gemma3", initializer_range=0.2, attn_implementation=attention, **window)
     asked = [Item([*range(3, 3 + n), 20 + n], [[7, 8, 9, 4], [7, 8, 5], [9]]) for n in (12, 12, 15, 9)]
-    for item, scores in zip(asked, option_scoring.score_options(model, asked, 40, PAD), strict=True):
+    for item, scores in zip(asked, option_scoring.score_options(model, asked), strict=True):
         assert scores == pytest.approx(plain_scores(model, item), abs=1e-4)

@@ -1,4 +1,4 @@
-"""What begins alike is read once: groups of prompts, and trees of sequences."""
+"""What begins alike is read once: trees of sequences."""
 
 import itertools
 
@@ -8,25 +8,6 @@ from hypothesis import strategies as st
 from medkit.modeling import prefix_tree
 
 some_prompts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=8), max_size=12)
-
-
-@given(prompts=some_prompts, least=st.integers(1, 12))
-def test_groups_hold_each_prompt_once_with_a_start_that_all_share(prompts, least):
-    groups = prefix_tree.group_by_prefix(prompts, least)
-    assert sorted(itertools.chain(*(members for _, members in groups))) == list(range(len(prompts)))
-    for length, members in groups:
-        assert len({tuple(prompts[i][:length]) for i in members}) == 1
-        assert all(length < len(prompts[i]) for i in members), "a token is left to be read"
-        assert length == 0 or length * (len(members) - 1) >= least, "a group pays for itself"
-
-
-def test_a_start_is_shared_by_as_many_as_have_it():
-    system, exam, code = [1, 2, 3], [10, 11, 12, 13], [20, 21]
-    prompts = [[*system, *kind, 100 + i] for i in range(20) for kind in (exam, code, [])]
-    groups = {length: sorted(members) for length, members in prefix_tree.group_by_prefix(prompts, least_saved=30)}
-    assert groups == {7: list(range(0, 60, 3)), 5: list(range(1, 60, 3)), 3: list(range(2, 60, 3))}
-    groups = dict(prefix_tree.group_by_prefix(prompts, least_saved=60))
-    assert {length: len(members) for length, members in groups.items()} == {7: 20, 3: 40}, "exam alone saves enough"
 
 
 @given(some_prompts.filter(len), st.booleans())
