@@ -28,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-from medkit.stage import MedkitError, atomic_path, reading, run_dir
+from medkit.stage import MedkitError, reading, run_dir, write_text
 from medkit.variants import FINAL, VARIANTS, list_variants
 
 RUN_PARAMS = "params.yaml"  # in the folder of a run: its profile with the overrides in it
@@ -317,8 +317,7 @@ class InferenceParams(Section):
     safety_probes: PositiveInt | Literal["all"]
     """Open questions that can do harm (docs/safety.md), spread evenly over their categories."""
     bench: BenchParams
-    server: ServerParams | None
-    """It runs the edge file, or the same student, and is timed; null starts llama.cpp's own."""
+    server: ServerParams | None  # It runs the edge file, or the same student, and is timed; null starts llama.cpp's own
 
 
 class EvaluationParams(Section):
@@ -327,8 +326,7 @@ class EvaluationParams(Section):
     headline_source: str  # Test source whose accuracy leads the summary
     headline_scoring: Literal["option_text", "option_text_norm"]
     """How it is read: the highest summed log-probability, or the highest mean per token. Fixed before testing."""
-    margin: Inside
-    """Differences in accuracy smaller than this count as none, where a test can show that they are."""
+    margin: Inside  # Differences in accuracy smaller than this count as none, where a test can show that they are
     margins: dict[str, Inside]  # Variant → a margin of its own, fixed before testing
     price_per_kwh: NonNegativeFloat  # Of electricity, in the currency of your choice
     price_per_machine_hour: NonNegativeFloat  # Rent of the machine, or its price over its hours of life
@@ -401,8 +399,7 @@ def save_run_params(params: Params, run: str) -> Path:
     path = run_dir(run) / RUN_PARAMS
     text = yaml.safe_dump(params.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     if not path.is_file() or path.read_text() != text:  # a run that is up to date changes no file
-        with atomic_path(path) as scratch:
-            scratch.write_text(text)
+        write_text(path, text)
     return path
 
 

@@ -115,6 +115,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _settle(aside)
 
 
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file (UTF-8) whole or not at all; returns its path. Raises as `atomic_path`."""
+    with atomic_path(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+    return path
+
+
 def _settle(left: Path) -> None:
     """Remove a scratch path; but put back the folder that was being replaced, if nothing is in its place."""
     target, _, is_aside = SCRATCH.fullmatch(left.name).groups()
@@ -223,9 +230,7 @@ class Stage:
 
     def write_json(self, filename: str, value) -> Path:
         """Write a json file whole or not at all."""
-        with atomic_path(self.dir / filename) as scratch:
-            scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-        return self.dir / filename
+        return write_text(self.dir / filename, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def manifest(self) -> dict:
         """The stage's manifest, `{}` while it is not complete (or if the manifest itself was damaged)."""

@@ -24,7 +24,7 @@ from medkit.modeling.train_once import key_of, load_for_training, open_stage, tr
 from medkit.modeling.trainer import Loss
 from medkit.params import Params
 from medkit.prompts import templates
-from medkit.stage import Stage, StageError, atomic_path
+from medkit.stage import Stage, StageError
 from medkit.variants import VARIANTS, list_variants
 
 STUDENTS = tuple(name for name in VARIANTS if name.startswith("student_"))
@@ -221,8 +221,7 @@ def _verified_examples(
     samples, own = collect("teacher", **sampling), collect("base") if section.too_easy <= 1 else None
     verified, counts = answers.keep_verified(samples, rows, section.too_easy, own)
     if PartialState().is_main_process:
-        with atomic_path(stage.path("rationale_yield.parquet")) as scratch:
-            counts.to_parquet(scratch)
+        stage.write_table("rationale_yield.parquet", counts)
     if verified.empty:
         raise StageError(
             f"none of {len(samples)} rationales was verified; raise distillation.rationales.samples, max_new_tokens or "

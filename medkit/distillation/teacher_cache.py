@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from medkit.modeling.batches import Example, iterate_predicted
 from medkit.params import digest
-from medkit.stage import MedkitError, atomic_path, sha256_of
+from medkit.stage import MedkitError, atomic_path, sha256_of, write_text
 
 INDEX = "index.json"
 LOW_BITS = 16
@@ -109,8 +109,7 @@ def _shard_path(folder: Path, number: int) -> Path:
 
 
 def _write_index(folder: Path, settings: dict, checksums: dict[str, str]) -> None:
-    with atomic_path(folder / INDEX) as scratch:
-        scratch.write_text(json.dumps({**settings, "sha256": checksums}, indent=1))
+    write_text(folder / INDEX, json.dumps({**settings, "sha256": checksums}, indent=1))
 
 
 def read_index(folder: Path) -> dict:

@@ -10,12 +10,9 @@ from medkit.stage import MedkitError
 from medkit.variants import FINAL
 
 START = "base"
-SECOND_FORM = (FINAL, "lora", "edge_lora")
-"""Variants that answer in the second hospital's form; no other one has learned it."""
-STUDIED = (FINAL, "edge")
-"""Variants that are asked under several orders of the options."""
-OF_DIALOGUES = ("teacher", FINAL)
-"""Variants that write records of real dialogues."""
+SECOND_FORM = (FINAL, "lora", "edge_lora")  # Variants that answer in the second hospital's form; no other learned it
+STUDIED = (FINAL, "edge")  # Variants that are asked under several orders of the options
+OF_DIALOGUES = ("teacher", FINAL)  # Variants that write records of real dialogues
 MAX_CHARACTERS = 2000
 
 

@@ -32,8 +32,7 @@ RETURN_IDS = {"return_token_ids": True, "return_tokens": True, "verbose": True}
 
 
 class ServerAddress(NamedTuple):
-    url: str
-    """Ends in /v1."""
+    url: str  # Ends in /v1
     api_key: str
 
 

@@ -56,8 +56,7 @@ class Written:
     answer: str
     thinking_tokens: int
     answer_tokens: int
-    finished: bool
-    """The model itself ended its thought, and its answer, which is not empty."""
+    finished: bool  # The model itself ended its thought, and its answer, which is not empty
 
 
 def write(

@@ -25,7 +25,7 @@ from medkit.modeling import loading, trainer
 from medkit.modeling.batches import Example
 from medkit.modeling.trainer import Loss
 from medkit.params import ModelsParams, Params, TrainParams, digest
-from medkit.stage import Stage, atomic_path, library_versions, lock_run
+from medkit.stage import Stage, atomic_path, library_versions, lock_run, write_text
 
 ADAPTER_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
 
@@ -57,8 +57,8 @@ def find_record(path: Path, key: str | None) -> dict | None:
 
 def write_record(path: Path, key: str, **facts) -> None:
     """Record that `path` was made under this key. Call it in the main process, after `path` is written."""
-    with atomic_path(_record_path(path)) as scratch:
-        scratch.write_text(json.dumps({"key": key, "sizes": _file_sizes(path), "facts": facts}, indent=1) + "\n")
+    record = {"key": key, "sizes": _file_sizes(path), "facts": facts}
+    write_text(_record_path(path), json.dumps(record, indent=1) + "\n")
 
 
 def forget_record(path: Path) -> None:

@@ -20,7 +20,7 @@ from medkit.quantization.gguf_blocks import Blocks
 from medkit.quantization.gguf_readers import write_reader_files
 from medkit.quantization.gguf_tokenizer import ExportError, write_tokenizer
 from medkit.quantization.memory_ledger import head_dim
-from medkit.stage import DISCLAIMER, atomic_path, reading, sha256_of
+from medkit.stage import DISCLAIMER, atomic_path, reading, sha256_of, write_text
 from medkit.variants import TASKS
 
 WEIGHT_TYPES = ("F16", "Q8_0", "Q5_0", "Q4_0")
@@ -210,8 +210,7 @@ def _write_manifest(path: Path, config) -> None:
         "source": Path(config.name_or_path).name or None,
         "disclaimer": DISCLAIMER,
     }
-    with atomic_path(manifest_path(path)) as scratch:
-        scratch.write_text(json.dumps(manifest, indent=1) + "\n")
+    write_text(manifest_path(path), json.dumps(manifest, indent=1) + "\n")
 
 
 def check_manifest(path: Path) -> dict:

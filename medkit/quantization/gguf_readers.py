@@ -6,7 +6,7 @@ Ollama does not run the file's chat template, so the Modelfile holds it in Ollam
 from pathlib import Path
 
 from medkit.prompts.templates import SYSTEM, end_ids, file_template
-from medkit.stage import DISCLAIMER, atomic_path
+from medkit.stage import DISCLAIMER, write_text
 
 CONTEXT_TOKENS = 4096
 USE = """# {name} in other programs
@@ -27,8 +27,7 @@ def write_reader_files(path: Path, tokenizer) -> None:
     use = USE.format(name=path.name, disclaimer=DISCLAIMER, context=CONTEXT_TOKENS)
     for name, text in {"Modelfile": make_modelfile(path.name, tokenizer), "USE.md": use}.items():
         if text:
-            with atomic_path(path.with_name(name)) as scratch:
-                scratch.write_text(text, encoding="utf-8")
+            write_text(path.with_name(name), text)
 
 
 def make_modelfile(name: str, tokenizer) -> str | None:

@@ -7,7 +7,7 @@ import pandas as pd
 
 from medkit.reporting.results import load_results
 from medkit.reporting.tables import label, markdown
-from medkit.stage import DISCLAIMER, StageError, atomic_path
+from medkit.stage import DISCLAIMER, StageError, atomic_path, write_text
 from medkit.statistics import paired_difference, verdicts
 from medkit.variants import VARIANTS
 
@@ -71,8 +71,7 @@ def write_comparison(comparison: Comparison, folder: Path) -> str:
     with atomic_path(folder / "deltas.csv") as scratch:
         comparison.deltas.to_csv(scratch, index=False)
     text = comparison_text(comparison)
-    with atomic_path(folder / "comparison.md") as scratch:
-        scratch.write_text(text)
+    write_text(folder / "comparison.md", text)
     return text
 
 

@@ -14,7 +14,7 @@ from medkit.data.data_card import licence_of
 from medkit.params import SPLITS
 from medkit.reporting import tables
 from medkit.reporting.results import load_results
-from medkit.stage import DISCLAIMER, atomic_path
+from medkit.stage import DISCLAIMER, write_text
 from medkit.variants import FINAL, VARIANTS
 
 PRODUCTS = (FINAL, *(v.name for v in VARIANTS.values() if v.baseline == FINAL))
@@ -24,10 +24,7 @@ SETTINGS = ("models", "distillation", "lora", "quantization", "evaluation", "see
 
 def write_card(path: Path, results_file: Path) -> Path:
     """Write the card of a results file to `path`. Raises StageError if the results are missing or damaged."""
-    card = build_card(*load_results(results_file))
-    with atomic_path(path) as scratch:
-        scratch.write_text(str(card))
-    return path
+    return write_text(path, str(build_card(*load_results(results_file))))
 
 
 def build_card(results: pd.DataFrame, facts: Mapping) -> ModelCard:

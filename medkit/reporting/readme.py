@@ -11,7 +11,7 @@ import pandas as pd
 
 from medkit.reporting import story
 from medkit.reporting.results import load_results
-from medkit.stage import ROOT, atomic_path
+from medkit.stage import ROOT, atomic_path, write_text
 from medkit.variants import FINAL
 
 RESULTS = ROOT / "docs" / "results" / "tiny.json"
@@ -55,8 +55,7 @@ def main(results_file: Path) -> None:
     if results_file.is_file():
         content = select_results(*load_results(results_file))
         rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in content.pop("results"))
-        with atomic_path(RESULTS) as scratch:
-            scratch.write_text(f'{json.dumps(content, ensure_ascii=False)[:-1]}, "results": [\n{rows}\n]}}\n')
+        write_text(RESULTS, f'{json.dumps(content, ensure_ascii=False)[:-1]}, "results": [\n{rows}\n]}}\n')
     figure = story.plot_story(*load_results(RESULTS))
     with atomic_path(FIGURE) as scratch:
         figure.savefig(scratch, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})

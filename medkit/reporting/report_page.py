@@ -14,7 +14,7 @@ import yaml
 
 from medkit.reporting import paper_claims, tables
 from medkit.reporting.results import load_results
-from medkit.stage import DISCLAIMER, MANIFEST, atomic_path
+from medkit.stage import DISCLAIMER, MANIFEST, write_text
 from medkit.variants import STEPS
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; font-src data:"
@@ -52,9 +52,7 @@ def write_report(run_folder: Path) -> Path:
         stages=[(s, f"notebooks/{s['stage']}.html" if s["stage"] in notebooks else None) for s in stages],
         params=yaml.safe_dump(facts.get("params", {}), sort_keys=False, allow_unicode=True),
     )
-    with atomic_path(run_folder / "report.html") as scratch:
-        scratch.write_text(page)
-    return run_folder / "report.html"
+    return write_text(run_folder / "report.html", page)
 
 
 def export_notebooks(run_folder: Path) -> list[Path]:
@@ -77,9 +75,7 @@ def export_notebooks(run_folder: Path) -> list[Path]:
     pages = []
     for notebook in sorted((run_folder / "notebooks").glob("*.ipynb")):
         page = re.sub(r'href="(\d\d_\w+)\.ipynb"', r'href="\1.html"', exporter.from_filename(str(notebook))[0])
-        with atomic_path(notebook.with_suffix(".html")) as scratch:
-            scratch.write_text(page)
-        pages.append(notebook.with_suffix(".html"))
+        pages.append(write_text(notebook.with_suffix(".html"), page))
     return pages
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from medkit.stage import DISCLAIMER, StageError, atomic_path, provenance, reading
+from medkit.stage import DISCLAIMER, StageError, provenance, reading, write_text
 from medkit.statistics import median_interval
 from medkit.variants import FINAL, VARIANTS
 
@@ -132,9 +132,8 @@ def write_results(folder: Path, rows: list[dict], facts: dict) -> Path:
     """Write `results.json` into a run's folder: `facts`, where and when, and the rows. Returns its path."""
     device = {key: value for key, value in provenance().items() if key in ("date", "device", "git_commit", "versions")}
     content = {**facts, **device, "disclaimer": DISCLAIMER, "results": rows}
-    with atomic_path(folder / "results.json") as scratch:
-        scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    return folder / "results.json"
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    return write_text(folder / "results.json", text + "\n")
 
 
 def load_results(path: Path) -> tuple[pd.DataFrame, dict]:

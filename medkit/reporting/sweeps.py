@@ -10,7 +10,7 @@ from medkit import plotting
 from medkit.reporting.compare_runs import compare
 from medkit.reporting.results import load_results
 from medkit.reporting.tables import label, markdown
-from medkit.stage import DISCLAIMER, atomic_path, run_dir
+from medkit.stage import DISCLAIMER, run_dir, write_text
 
 SCORES = ("accuracy/", "field_f1/")
 SEED = "seed"
@@ -62,8 +62,7 @@ def write_sweep(name: str, points: Mapping[str, dict]) -> str:
                 for r in spread.itertuples()]  # fmt: skip
         parts += ["## Over seeds", markdown(["setting", "variant", "score", "mean ± deviation (seeds)"], rows)]
     text = "\n\n".join([*parts, DISCLAIMER]) + "\n"
-    with atomic_path(folder / "sweep.md") as scratch:
-        scratch.write_text(text)
+    write_text(folder / "sweep.md", text)
     return text
 
 

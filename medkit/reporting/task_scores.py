@@ -9,7 +9,7 @@ import pandas as pd
 from medkit.data.splits import SECOND_FORM
 from medkit.prompts.templates import FORMS
 from medkit.quantization.gguf_export import check_manifest
-from medkit.stage import DISCLAIMER, atomic_path, run_dir
+from medkit.stage import DISCLAIMER, run_dir, write_text
 from medkit.variants import TASKS, VARIANTS
 
 FEW = 30  # options: so many are asked one by one where a question lists none
@@ -37,7 +37,5 @@ def write_tasks(
             task |= {"options": options if len(options) <= FEW else []}
             tasks.append(task | {"least_confidence": least_confidence.get((variant, source, scoring))})
     content = {"file": path.name, "sha256": check_manifest(path)["sha256"], "run": run, "tasks": tasks}
-    with atomic_path(path.with_suffix(TASKS)) as scratch:
-        text = json.dumps({**content, "disclaimer": DISCLAIMER}, indent=1, ensure_ascii=False)
-        scratch.write_text(text + "\n", encoding="utf-8")
-    return path.with_suffix(TASKS)
+    text = json.dumps({**content, "disclaimer": DISCLAIMER}, indent=1, ensure_ascii=False)
+    return write_text(path.with_suffix(TASKS), text + "\n")
