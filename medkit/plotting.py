@@ -1,7 +1,4 @@
-"""How figures look: one size, one fixed colour per variant, and one way to save them.
-
-A figure is saved as svg and png with the table it was drawn from beside it, so that every point can be looked up.
-"""
+"""How figures look: one size, one colour per variant; each is saved as svg and png, with its table beside it."""
 
 from pathlib import Path
 
@@ -44,9 +41,9 @@ def save_figure(figure: Figure, folder: Path, name: str, table: pd.DataFrame) ->
         table.to_csv(scratch, index=False)
 
 
-def plot_intervals(table: pd.DataFrame, value: str, label: str) -> Axes:
-    """Horizontal points with their intervals, one row per variant in the table's order; n stands at the row's label."""
-    _, ax = plt.subplots(figsize=(SIZE[0], 0.8 + 0.42 * len(table)))
+def plot_intervals(table: pd.DataFrame, value: str, label: str, ax: Axes | None = None) -> Axes:
+    """Horizontal points with intervals, a row per variant, n at its label; on `ax`, or on a new figure (None)."""
+    ax = ax or plt.subplots(figsize=(SIZE[0], 0.8 + 0.42 * len(table)))[1]
     for y, row in enumerate(table.itertuples()):
         colour, x = VARIANTS[row.variant].colour, getattr(row, value)
         ax.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=2.5, solid_capstyle="round")

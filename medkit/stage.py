@@ -60,10 +60,7 @@ class StageError(MedkitError):
 
 @contextmanager
 def reading(what: object, error_class: type[MedkitError], cure: str, fault: str = "cannot be read") -> Iterator[None]:
-    """Raise what a library makes of somebody else's damaged file as an `error_class`: libraries raise of every kind.
-
-    A full disk stays what it is.
-    """
+    """Raise what a library makes of somebody else's damaged file as an `error_class`; a full disk stays what it is."""
     try:
         yield
     except MedkitError:

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 
 from medkit.distillation.teacher_cache import TeacherCache
-from medkit.plotting import SIZE
+from medkit.plotting import SIZE, plot_intervals
 from medkit.statistics import gap_closed, mean_intervals
 from medkit.variants import VARIANTS
 
@@ -106,13 +106,7 @@ def plot_closing(scores: Mapping[str, pd.DataFrame], confidence: float) -> tuple
         low, high = mean_intervals(by_id.to_numpy(), groups, confidence)
         columns = {"score": by_id.mean().to_numpy(), "ci_low": low, "ci_high": high, "n": len(by_id)}
         means.append(pd.DataFrame({"variant": list(scores), "source": task, **columns}))
-        for y, row in enumerate(means[-1].itertuples()):
-            colour = VARIANTS[row.variant].colour
-            ax.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=2.5, solid_capstyle="round")
-            ax.plot(row.score, y, "o", color=colour, ms=7)
-            ax.annotate(f"{row.score:.2f}", (row.score, y), (0, 7), textcoords="offset points", ha="center", fontsize=9)
-        ax.set(yticks=range(len(scores)), xlabel=f"score on {task}  (n = {len(by_id)})", ylim=(len(scores) - 0.4, -0.8))
-        ax.set_yticklabels([VARIANTS[name].label for name in scores])
+        plot_intervals(means[-1], "score", f"score on {task}", ax)
         closed = gap_closed(*(by_id[name] for name in ("student_ce", "student_kd", "teacher")), groups, confidence)
         shares.append({"source": task, **closed})
         share = f"{closed['share']:.0%} [{closed['ci_low']:.0%}, {closed['ci_high']:.0%}] of the gap closed"

@@ -59,10 +59,7 @@ def teacher_rows(questions: pd.DataFrame) -> pd.DataFrame:
 
 
 def correct_teacher(stage: Stage, params: Params, rows: pd.DataFrame) -> tuple[nn.Module, pd.DataFrame]:
-    """The teacher after a LoRA fine-tune on these rows, merged, and the log (teacher correction, arXiv 2408.11796).
-
-    rows: `teacher_rows`. Writes `teacher_adapter/` and `teacher/`.
-    """
+    """The teacher after LoRA on `teacher_rows`, merged (arXiv 2408.11796), and the log; writes adapter and teacher."""
     section, train, source = params.distillation, params.distillation.correction_train, params.models.teacher
     folder = loading.local_folder(source)
     tokenizer = load_tokenizers(params)[0]
@@ -158,10 +155,7 @@ def train_student(
 
 
 def check_lead(teacher: Mapping[str, float], student: Mapping[str, float], least: float | None) -> dict[str, float]:
-    """The teacher's score minus student_ce's for each task, on validation rows.
-
-    Raises StageError if one is below `least`: then there is nothing to distil, and the trainings to come are wasted.
-    """
+    """The teacher's score minus student_ce's by task. Raises StageError if one is below `least`: nothing to distil."""
     lead = {task: round(teacher[task] - student[task], 6) for task in teacher}  # 0.83 − 0.73 is 0.1
     if least is not None and (low := {task: value for task, value in lead.items() if value < least}):
         raise StageError(
@@ -231,10 +225,7 @@ def _verified_examples(
 
 
 def train_stage(name: str, run: str, params: Params, make_engine: MakeEngine | None = None) -> pd.DataFrame:
-    """Train one of STAGES in this process, or in all processes of `accelerate launch`; returns the log.
-
-    The result and its place are those of the notebook. `lora.train_stage` trains the adapter.
-    """
+    """Train one of STAGES as the notebook does, in one process or all of `accelerate launch`; returns the log."""
     if name not in STAGES:
         raise StageError(f"no trained stage {name!r}; choose one of {', '.join(STAGES)}")
     with open_stage(run, "02_distillation", params) as stage:

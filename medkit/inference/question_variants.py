@@ -28,10 +28,7 @@ def rows_for(variant: str, asked: pd.DataFrame, exams: pd.DataFrame, claims: Seq
 
 
 def dialogue_rows(dialogues: pd.DataFrame, count: int | str) -> pd.DataFrame:
-    """Rows for `predict`: real dialogues (`01_data/dialogues.parquet`), of which records of the first form are wanted.
-
-    The first `count` ones, or "all", of at most MAX_CHARACTERS: what is longer, no variant has learned to read.
-    """
+    """Rows for `predict`: the first `count` real dialogues, or all, of at most MAX_CHARACTERS, for the first form."""
     short = dialogues[dialogues.dialogue.str.len() <= MAX_CHARACTERS]
     rows = short if count == "all" else short.head(count)
     return rows[["id", "source"]].assign(

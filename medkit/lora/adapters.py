@@ -47,10 +47,7 @@ def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
 
 
 def check_targets(model: nn.Module, section: AdapterParams) -> None:
-    """Raise AdapterError if a target module is not a linear layer of the model.
-
-    Nor may it be tied to the embeddings, which merging would change as well.
-    """
+    """Raise AdapterError if a target is no linear layer, or tied to the embeddings, which merging would change too."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     known = {_last(name) for name in linear}
     if unknown := sorted(set(section.target_modules) - known):

@@ -1,7 +1,4 @@
-"""Sentence embeddings: texts as unit vectors from a small BERT encoder with mean pooling (all-MiniLM-L6-v2, sbert.net).
-
-There is no index: for up to 10⁵ texts a matrix product is quicker than building one.
-"""
+"""Sentence embeddings: texts as unit vectors of a small BERT encoder, mean pooling (all-MiniLM-L6-v2, sbert.net)."""
 
 from collections.abc import Sequence
 from pathlib import Path

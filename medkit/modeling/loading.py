@@ -1,7 +1,4 @@
-"""Load a tokenizer and a model from the hub, a local folder or a GGUF file, and save them.
-
-Only safetensors are read, and no remote code runs.
-"""
+"""Load tokenizer and model from the hub, a folder or a GGUF file, and save them: safetensors only, no remote code."""
 
 import importlib.util
 import logging
@@ -181,10 +178,7 @@ class _WholeReader(GGUFReader):
 
 
 def load_tokenizer(folder: Path):
-    """The folder's tokenizer; `end_token_ids` are those of the generation config (`templates.end_ids`).
-
-    Raises ModelError if it has no end token.
-    """
+    """The folder's tokenizer, with `end_token_ids` of its generation config. Raises ModelError without an end token."""
     ends = None
     fault = "no tokenizer can be loaded"
     with reading(folder, ModelError, "copy its files beside the weights", fault), quiet_transformers():
@@ -215,10 +209,7 @@ def load_model(folder: Path, models: ModelsParams, keep: Sequence[int] = (), **q
 
 
 def load_skeleton(section: ModelParams, models: ModelsParams) -> nn.Module:
-    """The model without its weights: their names and shapes are checked as `load_model` does, none is read.
-
-    Raises ModelError, too, for what is not a dense decoder with plain weights.
-    """
+    """The model without weights; their names and shapes are checked. Raises ModelError for no plain dense decoder."""
     options = {"dtype": getattr(torch, models.dtype), "device_map": "meta"}
     if models.attention in ("eager", "sdpa"):
         options["attn_implementation"] = models.attention
@@ -246,17 +237,14 @@ def make_toy_model(vocab_size: int = 64) -> nn.Module:
 
 
 def keep_layers(model: nn.Module, keep: Sequence[int]) -> nn.Module:
-    """The model with only the decoder layers in `keep`, changed in place; `[]` keeps all.
-
-    Layers get new numbers, because each finds its part of the key-value cache by its number.
-    """
+    """The model with only the decoder layers in `keep`, changed in place; `[]` keeps all."""
     if len(keep):
         layers = model.get_decoder().layers
         if min(keep) < 0 or max(keep) >= len(layers) or list(keep) != sorted(set(keep)):
             raise ModelError(f"layers {list(keep)}: give each once, in order, within 0…{len(layers) - 1}")
         model.get_decoder().layers = nn.ModuleList(layers[i] for i in keep)
         for number, layer in enumerate(model.get_decoder().layers):
-            layer.self_attn.layer_idx = number
+            layer.self_attn.layer_idx = number  # by which it finds its part of the key-value cache
         config = model.config.get_text_config()
         config.num_hidden_layers = len(keep)
         if getattr(config, "layer_types", None):

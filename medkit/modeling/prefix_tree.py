@@ -1,7 +1,4 @@
-"""Token sequences with shared prefixes: several of them as one row that is a tree.
-
-A model reads a shared prefix once. This module knows token ids and masks, and not what the sequences mean.
-"""
+"""Token sequences with shared prefixes as one row of tokens, which is a tree: a model reads what they share once."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

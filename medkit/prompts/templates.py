@@ -1,7 +1,4 @@
-"""Question → chat messages and token ids: a registry of named, hashed templates, one for each way of asking.
-
-Scoring and training both use `encode`, so prompt and answer are tokenised in one way only.
-"""
+"""Question → chat messages and token ids: named, hashed templates, and one `encode` for training and scoring alike."""
 
 import json
 import re

@@ -1,7 +1,4 @@
-"""What other programs need to use the GGUF file: an Ollama Modelfile, and the command lines of the others.
-
-Ollama does not run the file's chat template, so the Modelfile holds it in Ollama's language.
-"""
+"""What other programs need to use the GGUF file: an Ollama Modelfile, in Ollama's template language, and commands."""
 
 from pathlib import Path
 

@@ -41,19 +41,13 @@ def layer_of(module: str) -> int | None:
 
 
 def nf4_plan(shapes: Shapes, embeddings: Scheme = "unquantized") -> Plan:
-    """Every linear layer of the decoder in NF4. Embeddings and head get the scheme `embeddings`.
-
-    bitsandbytes leaves embeddings and head unquantized, and so does the default.
-    """
+    """Every linear layer of the decoder in NF4; embeddings and head get `embeddings`, as in bitsandbytes by default."""
     name = {"unquantized": "nf4", "int8": "nf4_int8_embed", "nf4": "nf4_all"}[embeddings]
     return Plan(name=name, schemes={m: embeddings if layer_of(m) is None else "nf4" for m in shapes})
 
 
 def paper_plan(shapes: Shapes) -> Plan:
-    """The mix of arXiv 2505.00025: attention in 8 bits, the other linear layers in NF4.
-
-    The paper does not say what happens to embeddings and head; here they stay unquantized.
-    """
+    """The mix of arXiv 2505.00025: attention in 8 bits, other layers in NF4; it does not say what the rest gets."""
     layers = {m: "int8" if "attn" in m else "nf4" for m in shapes if layer_of(m) is not None}
     return Plan(name="paper_mix", schemes={m: layers.get(m, "unquantized") for m in shapes})
 
