@@ -275,10 +275,8 @@ class Stage:
 
     def changed_files(self) -> list[str]:
         """The files whose bytes are not those that the manifest lists, or that are gone. Reads all of them."""
-        manifest = self.manifest()
-        digests = manifest.get("sha256", {})
-        there = {f: sha256_of(self.dir / f) for f in manifest.get("files", {}) if (self.dir / f).is_file()}
-        return [f for f in manifest.get("files", {}) if f not in there or there[f] != digests.get(f)]
+        digests = self.manifest().get("sha256", {})
+        return [f for f in digests if not (self.dir / f).is_file() or sha256_of(self.dir / f) != digests[f]]
 
 
 def sha256_of(path: Path) -> str:

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from medkit.prompts import templates as prompts
-from medkit.stage import MedkitError
 from medkit.variants import FINAL
 
 START = "base"
@@ -54,15 +52,9 @@ def order_label(order: Sequence[int]) -> str:
 
 
 def shuffled(asked: pd.DataFrame, orders: int, seed: int) -> pd.DataFrame:
-    """Rows for `inference.predict`: the same questions under several orders, with `study`, `condition` and `order`.
-
-    Raises MedkitError for a way of asking that does not show the options: their order could not matter.
-    """
+    """Rows for `inference.predict`: the same questions under several orders, with `study`, `condition` and `order`."""
     rows = []
     for row in asked.to_dict("records"):
-        template = prompts.pick_template(row["kind"], row["scoring"])
-        if not template.lists_options:
-            raise MedkitError(f"{row['scoring']} shows no options, so their order cannot matter: ask by letter")
         for order in option_orders(row, orders, seed):
             rows.append({**row, "study": "shuffle", "condition": order_label(order), "order": order})
     return pd.DataFrame(rows)

@@ -76,14 +76,10 @@ class TorchEngine:
         self._manager = self.model = None
 
     def _check(self, requests: Sequence[Request]) -> None:
-        if self.model is None:
-            raise EngineError("this engine is closed; make a new one")
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         for request in requests:
             prompt, new = len(request.prompt_ids), request.max_new_tokens
             size = f"a prompt of {prompt} tokens and {new} new tokens"
-            if prompt < 1 or new < 1:
-                raise EngineError(f"{size}: at least one of each is needed")
             if limit is not None and prompt + new > limit:
                 raise EngineError(f"{size} make {prompt + new}, the model reads at most {limit}; shorten the prompt")
             if self.scheduler == "continuous" and _pages(request) > self._num_pages:

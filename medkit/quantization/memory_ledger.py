@@ -13,8 +13,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from medkit.quantization.plans import SCHEMES, PlanError
-
 COMPONENTS = ["embeddings", "attention", "mlp", "biases", "norms", "head", "quantization state"]
 DECODED_BYTES = 4 << 20  # the most that is decoded at once of a matrix that is stored by rows (see rowwise.py)
 NF4_BLOCK, NESTED_BLOCK = 64, 256  # weights per scale, and scales per scale of scales (arXiv 2305.14314)
@@ -99,15 +97,8 @@ def plan_bytes(
 
     Modules without a scheme, norms and biases take `dtype_bytes` per weight. int8 takes one byte per weight and one
     scale per row. NF4 takes half a byte per weight, one scale per block of 64 and a table of levels; `double_quant`
-    stores the scales in 8 bits, in blocks of 256 with one scale each, a table and a mean. Raises PlanError for a
-    module that is no matrix of the model, and for an unknown scheme.
+    stores the scales in 8 bits, in blocks of 256 with one scale each, a table and a mean.
     """
-    matrices = {weight.module for weight in shapes if len(weight.shape) == 2}
-    for module, scheme in schemes.items():
-        if module not in matrices:
-            raise PlanError(f"{module!r} is no matrix of this model; a tied head has the name of the embeddings")
-        if scheme not in SCHEMES:
-            raise PlanError(f"{module}: unknown scheme {scheme!r}; choose one of {', '.join(SCHEMES)}")
     rows = []
     for weight in shapes:
         scheme = schemes.get(weight.module) if len(weight.shape) == 2 else None

@@ -168,21 +168,16 @@ def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
     head = _tied_head(model)
     with reading(folder / WEIGHTS, PlanError, "copy the whole folder again, or quantize the model again"):
         tensors = load_file(folder / WEIGHTS, device=str(device))
-    for name, scheme in plan.schemes.items():
+    for name in [name for name, scheme in plan.schemes.items() if scheme != "unquantized"]:
         own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
-        if _scheme_of(own) != scheme:
-            raise PlanError(
-                f"{folder}: {name!r} is {scheme} in {PLAN} and {_scheme_of(own)} in {WEIGHTS}; quantize the model again"
-            )
-        if scheme == "unquantized":
-            continue
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")}
-        if scheme == "int8":
-            stored = Int8Rows(own["rows.codes"], own["rows.scale"], dtype)
-        elif layer_of(name) is None:
-            stored = Nf4Rows(rowwise.restore_nf4(own, "rows.weight"), dtype)
-        else:
-            stored = rowwise.restore_nf4(own, "weight")
+        with reading(f"{folder}: {name!r}", PlanError, "quantize the model again", f"not {plan.schemes[name]} there"):
+            if plan.schemes[name] == "int8":
+                stored = Int8Rows(own["rows.codes"], own["rows.scale"], dtype)
+            elif layer_of(name) is None:
+                stored = Nf4Rows(rowwise.restore_nf4(own, "rows.weight"), dtype)
+            else:
+                stored = rowwise.restore_nf4(own, "weight")
         _replace(model, name, stored, own["bias"].to(dtype) if "bias" in own else None, dtype, head)
     rest = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     unexpected = model.load_state_dict(rest, strict=False, assign=True).unexpected_keys
@@ -202,12 +197,3 @@ def read_plan(folder: Path) -> Plan:
     """The plan of a quantized model. Raises PlanError if it is missing or damaged."""
     with reading(folder / PLAN, PlanError, "give a whole folder that `save_quantized` wrote"):
         return Plan.model_validate_json((folder / PLAN).read_bytes())
-
-
-def _scheme_of(tensors: dict[str, torch.Tensor]) -> str:
-    """The scheme of a module from the names of its tensors."""
-    if "rows.codes" in tensors:
-        return "int8"
-    if any(key.endswith(".absmax") for key in tensors):
-        return "nf4"
-    return "unquantized" if "weight" in tensors else "missing"

@@ -160,11 +160,7 @@ def test_requests_that_do_not_fit_are_refused(make_engine, scheduler):
     engine = make_engine(scheduler, batch_tokens=1024)
     with pytest.raises(EngineError, match=r"prompt of 1000 tokens and 25 new tokens make 1025.* at most 1024"):
         engine.generate([Request([5] * 1000, 25)])
-    with pytest.raises(EngineError, match="at least one of each"):
-        engine.generate([Request([], 5)])
     engine.close()
-    with pytest.raises(EngineError, match="is closed"):
-        engine.generate([Request([5], 5)])
 
 
 def test_settings_that_do_not_exist_are_refused(make_engine):
