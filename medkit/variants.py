@@ -1,8 +1,4 @@
-"""The variants of a run: every model that the notebooks make, in one registry.
-
-Figures take labels and colours from here, notebook 05 takes the folders, notebook 06 the baselines and the questions.
-A new variant is one row of `VARIANTS`.
-"""
+"""The variants of a run, every model that the notebooks make, in one registry: names, looks, folders, baselines."""
 
 from typing import NamedTuple
 

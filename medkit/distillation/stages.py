@@ -1,8 +1,4 @@
-"""The trained stages of distillation: the corrected teacher and its students.
-
-Notebook 02 and `medkit train` call the same functions, in one process or in many. A result that is there already, made
-from the same inputs by the same code, is read back (`modeling.train_once`).
-"""
+"""The trained stages of distillation, for notebook 02 and `medkit train`: the corrected teacher and its students."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
@@ -32,11 +28,7 @@ STAGES = ("teacher", *STUDENTS)
 
 
 def load_tokenizers(params: Params) -> tuple:
-    """The teacher's tokenizer and the student's; with one vocabulary the teacher's, twice.
-
-    Raises MedkitError if `distillation.alignment` is 'tokens' and the vocabularies differ, or if it is 'spans' and the
-    bytes of a tokenizer's tokens are not known.
-    """
+    """The teacher's tokenizer and the student's (or it twice). Raises MedkitError if they do not fit `alignment`."""
     teacher = loading.load_tokenizer(loading.local_folder(params.models.teacher))
     if params.models.student == "pruned_teacher":
         return teacher, teacher

@@ -18,11 +18,7 @@ BATCH_TOKENS = 4096  # of a forward pass
 
 @torch.inference_mode()
 def embed_texts(folder: Path, texts: Sequence[str], device: str = "auto") -> np.ndarray:
-    """Unit vectors (len(texts), hidden) in float32: the mean of the last hidden states over a text's tokens.
-
-    folder: encoder and tokenizer in transformers' format. Raises ModelError for a folder without safetensors, because a
-    pickle can run any code.
-    """
+    """Unit vectors (len(texts), hidden) in float32, means over tokens. Raises ModelError without safetensors."""
     options = {"dtype": torch.float32, "attn_implementation": "sdpa", "add_pooling_layer": False}
     model = read_weights(AutoModel, folder, other_heads=True, **options).to(pick_device(device)).eval()
     with quiet_transformers():

@@ -1,9 +1,4 @@
-"""Plans: which number format each weight matrix of a model gets.
-
-A plan maps every matrix, embeddings and head included, to one of three schemes. Some plans follow from the names of the
-modules. Others are chosen from a table with the sensitivity and the size of every choice, as an exact knapsack.
-This file touches no model: `sensitivity` measures the table, `quantize` applies a plan.
-"""
+"""Plans: which of three number formats each weight matrix of a model gets, by its name or by an exact knapsack."""
 
 import random
 import re
@@ -81,11 +76,7 @@ def budget_plan(choices: pd.DataFrame, budget_bytes: int, name: str = "plan") ->
 
 
 def random_plan(choices: pd.DataFrame, budget_bytes: int, seed: int) -> Plan:
-    """Random schemes that take at most `budget_bytes`, so near to it that no module's next larger scheme fits.
-
-    Starts with the smallest scheme of each module; then random modules get a random larger scheme while one fits.
-    Raises PlanError as above.
-    """
+    """Random schemes of at most `budget_bytes`, with no room for any next larger one. Raises as `budget_plan`."""
     check_budget(choices, budget_bytes)
     draw, chosen = random.Random(seed), choices.loc[choices.groupby("module", sort=False).bytes.idxmin()]
     size, left = dict(zip(chosen.module, chosen.bytes, strict=True)), budget_bytes - chosen.bytes.sum()

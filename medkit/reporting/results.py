@@ -1,8 +1,4 @@
-"""`results.json`: every number that a run measured, one row each. README, docs, report and model card read only it.
-
-A row holds the number with its interval, the number of observations, the unit, the variant it is compared with, and the
-file with the observations. Nothing is measured here: notebooks hand in tables.
-"""
+"""`results.json`: every number that a run measured, one row each; README, docs, report and model card read only it."""
 
 import json
 from collections.abc import Iterator
