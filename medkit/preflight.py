@@ -4,7 +4,6 @@ Sources that need no download are read as the notebooks read them. Of models the
 checked, not their values.
 """
 
-from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -156,7 +155,13 @@ def _check_data(params: Params, tokenizers: list, away: set[str]) -> None:
     table = data.take_splits(data.assign_pools(questions, params.seed), datasets, params.seed)
     if tokenizers:
         table = data.drop_long(table, partial(prompts.count_prompt_tokens, tokenizers), params.data.max_prompt_tokens)
-    for key, counts in _asked(params):
+    section = params.inference
+    asked = {
+        "inference.questions.{scoring}": section.questions,
+        "inference.exams": {"option_text": section.exams},
+        "inference.shuffle.questions": {"letter": section.shuffle.questions},
+    }
+    for key, counts in asked.items():
         counts = {scoring: {n: c for n, c in of.items() if n in datasets} for scoring, of in counts.items()}
         if any(counts.values()):
             inference.choose_questions(table, counts, params.seed, key)
@@ -164,10 +169,3 @@ def _check_data(params: Params, tokenizers: list, away: set[str]) -> None:
         for split in ("labelled", "valid"):
             data.training_rows(table, split)
             lora.adapter_rows(table, split)
-
-
-def _asked(params: Params) -> Iterator[tuple[str, dict]]:
-    section = params.inference
-    yield "inference.questions.{scoring}", section.questions
-    yield "inference.exams", {"option_text": section.exams}
-    yield "inference.shuffle.questions", {"letter": section.shuffle.questions}

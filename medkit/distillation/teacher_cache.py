@@ -23,7 +23,7 @@ from medkit.modeling.batches import Example, iterate_predicted
 from medkit.params import digest
 from medkit.stage import MedkitError, atomic_path, sha256_of, write_text
 
-INDEX = "index.json"
+INDEX, SHARD = "index.json", "{:05d}.safetensors"
 LOW_BITS = 16
 OPEN_SHARDS = 4  # most shards that a reader keeps open
 
@@ -71,10 +71,10 @@ def capture_teacher(
         for name in checksums:
             (folder / name).unlink(missing_ok=True)
         checksums = {}
-        _write_index(folder, settings, checksums)
+        write_text(folder / INDEX, json.dumps({**settings, "sha256": checksums}, indent=1))
     starts = range(0, len(examples), shard_examples)
     for start in tqdm(starts, desc="capturing the teacher", unit="shard", delay=2, mininterval=10):
-        path = _shard_path(folder, start // shard_examples)
+        path = folder / SHARD.format(start // shard_examples)
         if path.is_file() and sha256_of(path) == checksums.get(path.name):
             continue
         part = examples[start : start + shard_examples]
@@ -82,7 +82,7 @@ def capture_teacher(
         with atomic_path(path) as scratch:
             save_file(_pack(arrays, [e.num_predicted for e in part], vocab_size), scratch)
         checksums[path.name] = sha256_of(path)  # after the shard: if killed between the two, the shard does not count
-        _write_index(folder, settings, checksums)
+        write_text(folder / INDEX, json.dumps({**settings, "sha256": checksums}, indent=1))
     return TeacherCache(folder, key)
 
 
@@ -102,14 +102,6 @@ def _run_model(
             values = tensor.cpu().numpy()
             arrays.setdefault(name, np.empty((offsets[-1], *values.shape[1:]), values.dtype))[positions] = values
     return arrays
-
-
-def _shard_path(folder: Path, number: int) -> Path:
-    return folder / f"{number:05d}.safetensors"
-
-
-def _write_index(folder: Path, settings: dict, checksums: dict[str, str]) -> None:
-    write_text(folder / INDEX, json.dumps({**settings, "sha256": checksums}, indent=1))
 
 
 def read_index(folder: Path) -> dict:
@@ -173,7 +165,7 @@ class TeacherCache:
                 f"again with this teacher, template and tokenizer"
             )
         count = -(-self.index["num_examples"] // self.index["shard_examples"])
-        self.shards = [_shard_path(folder, number) for number in range(count)]
+        self.shards = [folder / SHARD.format(number) for number in range(count)]
         for path in self.shards:
             if not path.is_file() or sha256_of(path) != self.index["sha256"].get(path.name):
                 raise CacheError(
