@@ -216,7 +216,7 @@ def check_manifest(path: Path) -> dict:
         manifest = json.loads(manifest_path(path).read_text())
         digest = manifest["sha256"]
     if not path.is_file() or sha256_of(path) != digest:
-        raise ExportError(f"{path} is missing, cut or changed, its manifest tells of another: copy or export it again")
+        raise ExportError(f"{path} is missing, cut or changed: copy the file of its manifest, or export it again")
     return manifest
 
 
