@@ -52,16 +52,12 @@ def visit(chromium, built):
     assert [url for url in requests if not url.startswith(("data:", built.as_uri()))] == []
 
 
-@pytest.mark.parametrize("viewport", [DESK, PHONE], ids=["desk", "phone"])
-def test_the_report_fits_the_screen(visit, viewport):
-    tab = visit("report.html", viewport)
+@pytest.mark.parametrize(("viewport", "scheme"), [(DESK, "light"), (PHONE, "dark")], ids=["desk", "phone in the dark"])
+def test_the_report_fits_the_screen_and_every_text_of_it_can_be_read(visit, viewport, scheme):
+    tab = visit("report.html", viewport, scheme)
     assert tab.locator(".steps li").count() > 5
     assert tab.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_text_of_the_report_can_be_read(visit, scheme):
-    contrasts = visit("report.html", scheme=scheme).evaluate(CONTRASTS)
+    contrasts = tab.evaluate(CONTRASTS)
     assert len(contrasts) > 50 and [one for one in contrasts if one[1] < 4.5] == []
 
 

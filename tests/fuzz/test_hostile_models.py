@@ -8,33 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
+import toys
 from hostile import changed, check_promise, damaged, tries
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 
 from medkit.modeling import loading
 from medkit.params import Local, ModelParams, ModelsParams
 from medkit.prompts import templates
 from medkit.quantization import gguf_export
 
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n"
-    "{% endif %}{% endif %}"
-)
+CHATML = toys.CHATML.removesuffix("{% endif %}")
+CHATML += "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {text: i for i, text in enumerate([*specials, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    named = {"bos_token": specials[1], "eos_token": specials[2], "pad_token": specials[0], "chat_template": CHATML}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **named)
+    return toys.make_tokenizer(chat_template=CHATML)
 
 
 @pytest.fixture(scope="module")

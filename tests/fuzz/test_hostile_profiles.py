@@ -34,19 +34,13 @@ def check_profile(folder: Path, text: bytes, overrides: list[str]) -> None:
         assert again == params and digest(again.model_dump(mode="json")) == digest(stored)
 
 
-@tries(25, 1000)
-@given(text=damaged(TEXTS))
+@tries(40, 1750)
+@given(text=damaged(TEXTS) | changed(TREES).map(yaml.safe_dump).map(str.encode))
 @example(text=BOMB.encode())
 @example(text=b"seed: &a [*a]")
 @example(text=b"models: &a {x: *a}")
-def test_a_profiles_text(tmp_path, text):
+def test_a_profile(tmp_path, text):
     check_profile(tmp_path, text, [])
-
-
-@tries(20, 750)
-@given(tree=changed(TREES))
-def test_a_profiles_tree(tmp_path, tree):
-    check_profile(tmp_path, yaml.safe_dump(tree).encode(), [])
 
 
 @tries(20, 500)

@@ -6,13 +6,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config, Qwen3Config
 
-from medkit.modeling import loading
 from medkit.quantization import memory_budget, memory_ledger, quantize
 from medkit.quantization.plans import Plan
 
-GIB = 2**30
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 1024, "pad_token_id": 0,
@@ -50,27 +48,12 @@ def test_shapes_alone_give_the_bytes_of_a_loaded_model(config, dtype):
 
 
 @CONFIGS
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("preset", ["paper_mix", "nf4_int8_embed", "nf4_all"])
+@pytest.mark.parametrize(("preset", "double_quant"), [("paper_mix", True), ("nf4_all", False)])
 def test_a_preset_takes_the_computed_bytes(config, preset, double_quant):
     shapes = memory_ledger.model_shapes(config)
     measured = memory_ledger.measure_bytes(quantized(config, torch.bfloat16, preset, double_quant))
     schemes = memory_budget.preset_schemes(shapes)[preset]
     assert memory_ledger.plan_bytes(shapes, schemes, 2, double_quant).equals(measured)
-
-
-@pytest.mark.parametrize("double_quant", [True, False])
-def test_nf4_takes_what_it_takes_in_the_library(make_llama, tokenizer, models_params, tmp_path, double_quant):
-    folder = loading.save_model(make_llama(intermediate_size=128), tokenizer, tmp_path / "model")
-    library = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double_quant)
-    model = loading.load_model(folder, models_params, quantization_config=library)
-    shapes = memory_ledger.model_shapes(model.config)
-    schemes = memory_budget.preset_schemes(shapes)["nf4"]
-    table = memory_ledger.measure_bytes(model)
-    assert memory_ledger.plan_bytes(shapes, schemes, 4, double_quant).equals(table)
-    buffers = sum(buffer.nbytes for buffer in model.buffers())  # rotary frequencies
-    bytes_of = table.set_index("component").bytes
-    assert model.get_memory_footprint() - buffers == table.bytes.sum() - bytes_of["quantization state"]
 
 
 def test_shared_storage_counts_once(make_llama):
@@ -125,12 +108,9 @@ def measured_peaks(model, batch, context):
 
 @CONFIGS
 @DTYPES
-@pytest.mark.parametrize(
-    ("preset", "tolerance", "batch", "context"),
-    [("bf16", 0.01, 3, 512), ("bf16", 0.01, 1, 256), ("int8", 0.03, 3, 512)],
-)
-def test_computed_peaks_are_those_of_live_tensors(config, dtype, preset, tolerance, batch, context):
-    size, shapes = dtype.itemsize, memory_ledger.model_shapes(config)
+@pytest.mark.parametrize(("preset", "tolerance"), [("bf16", 0.01), ("int8", 0.03)])
+def test_computed_peaks_are_those_of_live_tensors(config, dtype, preset, tolerance):
+    size, shapes, batch, context = dtype.itemsize, memory_ledger.model_shapes(config), 3, 512
     prefill, decode = measured_peaks(quantized(config, dtype, preset), batch, context)
     schemes = memory_budget.preset_schemes(shapes)[preset]
     computed = memory_ledger.activation_bytes(config, shapes, schemes, batch, context, size)
@@ -138,7 +118,7 @@ def test_computed_peaks_are_those_of_live_tensors(config, dtype, preset, toleran
     if config.model_type == "qwen3" and dtype == torch.bfloat16:
         tolerance = 0.1  # its estimate is up to 9 % too high
     assert 0.99 * prefill <= computed["prefill"] + cache <= (1 + tolerance) * prefill
-    if preset == "bf16" and batch == 3:
+    if preset == "bf16":
         assert computed["decode"] == pytest.approx(decode, rel=0.05)
 
 
