@@ -79,6 +79,16 @@ def test_embeddings_and_head_are_what_whole_runs_find(model, examples):
         assert row.kl_nats == pytest.approx(brute_force(model, examples, row.module, row.scheme), rel=1e-5)
 
 
+def test_sensitivity_is_zero_iff_the_scheme_is_exact(model, examples):
+    name = "model.layers.1.mlp.up_proj"
+    with torch.no_grad():  # weights that int8 stores exactly
+        weight = model.get_submodule(name).weight
+        weight.copy_(weight.sign() * 127 / 1024)
+    table = measure(model, examples)
+    exact = (table.scheme == "unquantized") | ((table.scheme == "int8") & (table.module == name))
+    assert ((table.kl_nats == 0) == exact).all()
+
+
 def test_the_model_is_as_it_was_after_a_failure_too(model, examples, monkeypatch):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.model.norm.weight.requires_grad_(False)
