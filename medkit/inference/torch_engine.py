@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import ContinuousBatchingConfig, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from medkit.modeling.batches import bucket_by_length
+from medkit.modeling.batches import Example, bucket_by_length, collate
 from medkit.modeling.engine import EngineError, Generation, Request
 
 SCHEDULERS = ("sequential", "static", "continuous")
@@ -76,11 +76,11 @@ class TorchEngine:
         self._manager = self.model = None
 
     def _check(self, requests: Sequence[Request]) -> None:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = self.model.config.get_text_config().max_position_embeddings
         for request in requests:
             prompt, new = len(request.prompt_ids), request.max_new_tokens
             size = f"a prompt of {prompt} tokens and {new} new tokens"
-            if limit is not None and prompt + new > limit:
+            if prompt + new > limit:
                 raise EngineError(f"{size} make {prompt + new}, the model reads at most {limit}; shorten the prompt")
             if self.scheduler == "continuous" and _pages(request) > self._num_pages:
                 raise EngineError(
@@ -99,16 +99,11 @@ class TorchEngine:
     @torch.inference_mode()
     def _generate_batch(self, requests: list[Request], began: float) -> list[Generation]:
         """One batch, padded on the left, until its longest answer is done."""
-        length = max(len(request.prompt_ids) for request in requests)
-        input_ids = torch.full((len(requests), length), self.pad_token_id)
-        attention_mask = torch.zeros(len(requests), length, dtype=torch.long)
-        for row, request in enumerate(requests):
-            input_ids[row, length - len(request.prompt_ids) :] = torch.tensor(list(request.prompt_ids))
-            attention_mask[row, length - len(request.prompt_ids) :] = 1
-        recorder = _Recorder(requests, began)
+        prompts = [Example(list(request.prompt_ids), len(request.prompt_ids)) for request in requests]
+        batch, recorder = collate(prompts, self.pad_token_id), _Recorder(requests, began)
         self.model.generate(
-            input_ids=input_ids.to(self.model.device),
-            attention_mask=attention_mask.to(self.model.device),
+            input_ids=batch["input_ids"].to(self.model.device),
+            attention_mask=batch["attention_mask"].to(self.model.device),
             generation_config=self._config(max(request.max_new_tokens for request in requests)),
             stopping_criteria=StoppingCriteriaList([recorder]),
         )
