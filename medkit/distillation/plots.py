@@ -106,7 +106,8 @@ def plot_closing(scores: Mapping[str, pd.DataFrame], confidence: float) -> tuple
         low, high = mean_intervals(by_id.to_numpy(), groups, confidence)
         columns = {"score": by_id.mean().to_numpy(), "ci_low": low, "ci_high": high, "n": len(by_id)}
         means.append(pd.DataFrame({"variant": list(scores), "source": task, **columns}))
-        plot_intervals(means[-1], "score", f"score on {task}", ax)
+        plot_intervals(means[-1], "score", f"score on {task}  (n = {len(by_id)})", ax)
+        ax.set(yticklabels=[VARIANTS[name].label for name in scores], ylim=(len(scores) - 0.4, -0.8))
         closed = gap_closed(*(by_id[name] for name in ("student_ce", "student_kd", "teacher")), groups, confidence)
         shares.append({"source": task, **closed})
         share = f"{closed['share']:.0%} [{closed['ci_low']:.0%}, {closed['ci_high']:.0%}] of the gap closed"
