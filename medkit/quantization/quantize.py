@@ -80,11 +80,9 @@ def apply_plan(model: nn.Module, plan: Plan, double_quant: bool, calibration: Se
     check_plan(plan, model)
     head = _tied_head(model)
     calibrated = rowwise.calibrate_nf4(model, plan.schemes, calibration, double_quant) if calibration else {}
-    for name, scheme in plan.schemes.items():
-        if scheme == "unquantized":
-            continue
+    for name in [name for name, scheme in plan.schemes.items() if scheme != "unquantized"]:
         module = model.get_submodule(name)
-        if scheme == "int8":
+        if plan.schemes[name] == "int8":
             stored = Int8Rows.quantize(module.weight)
         else:
             nf4 = calibrated[name] if name in calibrated else rowwise.quantize_nf4(module.weight, double_quant)

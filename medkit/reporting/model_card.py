@@ -61,19 +61,13 @@ def _front_matter(results: pd.DataFrame, facts: Mapping) -> ModelCardData:
         model_name=f"medkit-{facts['run']}",
         eval_results=[
             EvalResult(
-                task_type="multiple-choice",
-                dataset_type=row.result.split("/")[1],
-                dataset_name=row.result.split("/")[1],
-                dataset_split="test",
-                metric_type="accuracy",
-                metric_name=f"accuracy, {tables.label(row.variant)}",
+                task_type="multiple-choice", dataset_type=row.result.split("/")[1],
+                dataset_name=row.result.split("/")[1], dataset_split="test",
+                metric_type="accuracy", metric_name=f"accuracy, {tables.label(row.variant)}",
                 metric_value=round(row.value, 4),
                 metric_args={
-                    "variant": row.variant,
-                    "scoring": row.metric,
-                    "n": int(row.n),
-                    "ci_low": round(row.ci_low, 4),
-                    "ci_high": round(row.ci_high, 4),
+                    "variant": row.variant, "scoring": row.metric, "n": int(row.n),
+                    "ci_low": round(row.ci_low, 4), "ci_high": round(row.ci_high, 4),
                 },
             )
             for row in rows[rows.variant.isin(PRODUCTS)].itertuples()
