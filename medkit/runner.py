@@ -166,11 +166,8 @@ def _run_stages(
 
 
 def _take_stage(stage: Stage, wanted: str, runs: Sequence[str]) -> str | None:
-    """Put a stage that one of these runs made with this fingerprint into this run; returns that run's name.
-
-    Weights are hard links where the disk has them: no file of weights is changed in place. The last stage is not taken:
-    its results belong to the run.
-    """
+    """Put a stage that one of these runs made with this fingerprint into this run; returns that run's name."""
+    # the last stage's results belong to its run
     others = [Stage(run, stage.name) for run in runs if run != stage.run and stage.name != STAGES[-1]]
     other = next((other for other in others if _state(other, wanted) == "done"), None)
     if other is None:
@@ -188,7 +185,7 @@ def _take_stage(stage: Stage, wanted: str, runs: Sequence[str]) -> str | None:
 
 
 def _link_or_copy(old: Path, new: Path) -> None:
-    if old.suffix in (".safetensors", ".gguf"):
+    if old.suffix in (".safetensors", ".gguf"):  # weights: no file of them is changed in place
         with suppress(OSError):
             return os.link(old, new)
     shutil.copyfile(old, new)

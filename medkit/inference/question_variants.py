@@ -15,11 +15,7 @@ MAX_CHARACTERS = 2000
 
 
 def rows_for(variant: str, asked: pd.DataFrame, exams: pd.DataFrame, claims: Sequence[str], few: int) -> pd.DataFrame:
-    """The questions of one variant: all of `asked` if it is one of `claims`, else the `few` first ones of each source.
-
-    The start and the final student answer the `exams` too. Records of the second form are left out for all variants
-    but those that start from it or have learned it.
-    """
+    """The questions of one variant: all of `asked` if it is one of `claims`, else the first `few` of each source."""
     rows = asked if variant in claims else asked.groupby(["scoring", "source"], sort=False).head(few)
     rows = rows[(rows.kind != "record_b") | (variant in SECOND_FORM)]
     return pd.concat([rows, exams]) if variant in (START, FINAL) else rows
