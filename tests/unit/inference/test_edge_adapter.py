@@ -82,7 +82,7 @@ def test_the_second_form_is_written_with_the_adapter_and_all_else_without(
         assert client.post("/completion", json=[asked]).status_code == 400
     adapter.write_bytes(adapter.read_bytes()[:-1])
     with (
-        pytest.raises(ExportError, match=r"adapter\.gguf is not the file of its manifest"),
+        pytest.raises(ExportError, match=r"adapter\.gguf is missing, cut or changed"),
         llama_server(edge, adapter=adapter),
     ):
         pass
