@@ -96,7 +96,7 @@ Source = Annotated[Wheel | Wheels | Hub | Local, Field(discriminator="kind")]
 Count = NonNegativeInt | Literal["all"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Inside = Annotated[float, Field(gt=0.0, lt=1.0)]  # Neither nothing nor all
-Scoring = Literal["option_text", "letter", "generated"]
+Scoring = Literal["option_text", "letter", "generated", "perplexity"]
 AnswerForm = Literal["index0", "index1", "letter", "text"]  # A place from 0 or 1, the option's letter, or its text
 
 
@@ -130,14 +130,15 @@ class TableColumns(Section):
     context: str
     subject: str
     group: str = ""  # What rows share that must not stand on both sides of a split: a drug, a patient, a document
-    split: str = ""  # The row's own split (train, valid, test or transfer); an empty cell takes the table's `pool`
+    split: str = ""  # The row's own split (train, valid, test or transfer); an empty cell takes the table's `pool`.
+    """A dataset folder has it in a column `split`, if its files have no such column."""
 
 
 class Table(Section):
-    """A file of your own questions, json lines, csv or parquet, with its columns declared. The name is free."""
+    """Questions of your own, with their columns declared. The name is free."""
 
     kind: Literal["table"]
-    path: LocalPath
+    path: LocalPath | Hub  # A file or a dataset folder, or a dataset of the hub
     pool: Literal["train", "test", "transfer"] | None
     """What the questions may be used for; null lets the near-duplicate groups decide, as for an exam without splits."""
     columns: TableColumns
@@ -150,8 +151,40 @@ class Table(Section):
         return self
 
 
+class InstructionColumns(Section):
+    """Which column holds what: chats in `messages`, or a `prompt` and a `response`; `""` for none."""
+
+    messages: str = ""  # Lists of {role, content}: user and assistant in turn, before them at most one system turn
+    prompt: str | Annotated[list[ColumnName], Field(min_length=2)] = ""  # One column, or several to be joined
+    response: str = ""
+    system: str = ""  # The system turn of a prompt; without one it is that of all questions
+    group: str = ""  # As of a table
+    split: str = ""
+
+
+class Instructions(Section):
+    """Instruction samples, whose answers are free text: a row of the table of questions for each response."""
+
+    kind: Literal["instructions"]
+    path: LocalPath | Hub  # As of a table
+    pool: Literal["train", "test", "transfer"] | None
+    columns: InstructionColumns
+
+    @model_validator(mode="after")
+    def _has_turns(self) -> Self:
+        columns = self.columns
+        if bool(columns.messages) == bool(columns.prompt) or (columns.messages and columns.response + columns.system):
+            raise ValueError("columns: name `messages`, which hold all turns, or `prompt` and `response`")
+        if columns.prompt and not columns.response and self.pool != "transfer":
+            raise ValueError(f"columns.response: only pool 'transfer' may be without, this is {self.pool!r}")
+        return self
+
+
+OWN = ("table", "instructions")  # kinds of origin whose rows are a user's own, in any name
+
+
 class DatasetParams(Section):
-    origin: Annotated[Wheel | Hub | Local | Table, Field(discriminator="kind")]
+    origin: Annotated[Wheel | Hub | Local | Table | Instructions, Field(discriminator="kind")]
     private: Count  # Questions of the teacher alone
     labelled: Count  # The few questions whose answers the students see too
     transfer: Count  # Questions that the teacher answers for the students. `all`: those without a published answer
@@ -160,7 +193,7 @@ class DatasetParams(Section):
 
 
 class DataParams(Section):
-    max_prompt_tokens: PositiveInt  # Longer questions are dropped, and counted
+    max_prompt_tokens: PositiveInt  # Longer questions are dropped, and counted; an instruction with its response
     datasets: dict[str, DatasetParams]
     open_questions: Source | None
     """What consumers ask, without options or answers: a folder laid out like the data wheel's; null for none."""
@@ -307,7 +340,8 @@ class InferenceParams(Section):
     max_new_tokens: PositiveInt  # For generated answers
     max_thinking_tokens: PositiveInt | None  # Of a thought before a generated answer; null: it is empty
     questions: dict[Scoring, dict[str, Count]]
-    """scoring → test source → number of questions, the same ones for every variant that carries a claim."""
+    """scoring → test source → number of questions, the same ones for every variant that carries a claim. Instructions
+    are asked under `perplexity`, and nothing else is."""
     claims: list[Literal[tuple(VARIANTS)]]  # The variants that carry a claim: they answer every question
     few: PositiveInt  # So many of the questions of a source, the first ones, for the other variants
     exams: dict[str, Count]
@@ -350,13 +384,16 @@ class Params(Section):
         headline = self.evaluation.headline_source
         asked["evaluation.headline_source"] = {headline: 0}
         tested = {name: dataset.test for name, dataset in self.data.datasets.items() if dataset.test != 0}
+        chats = {name for name, dataset in self.data.datasets.items() if dataset.origin.kind == "instructions"}
         for key, counts in asked.items():
             for name, count in counts.items():
                 if name not in tested:
                     raise ValueError(f"{key}: {name!r} is not tested; data.datasets with test questions: {[*tested]}")
                 if "all" not in (count, tested[name]) and count > tested[name]:
                     raise ValueError(f"{key}.{name} is {count}, but data.datasets.{name}.test is {tested[name]}")
-        forms = {n for n, d in self.data.datasets.items() if n.startswith("records") and d.origin.kind != "table"}
+                if (name in chats) != key.endswith(".perplexity"):
+                    raise ValueError(f"{key}.{name}: instructions, and only they, belong into questions.perplexity")
+        forms = {n for n, d in self.data.datasets.items() if n.startswith("records") and d.origin.kind not in OWN}
         if headline in forms or headline not in self.inference.questions.get("option_text", ()):
             raise ValueError(f"evaluation.headline_source: {headline!r} must be in inference.questions.option_text")
         if records := forms & self.inference.shuffle.questions.keys():
@@ -367,7 +404,8 @@ class Params(Section):
         if self.inference.server and "edge" not in made:
             raise ValueError("inference.server: it runs the edge file, and quantization.edge is null; set it to null")
         for split in ("labelled", "valid"):
-            if not any(getattr(d, split) for n, d in self.data.datasets.items() if n not in forms & {"records_b"}):
+            others = forms & {"records_b"} | (chats if split == "valid" else set())  # notebook 02 does not score them
+            if not any(getattr(d, split) for n, d in self.data.datasets.items() if n not in others):
                 raise ValueError(f"data.datasets: no row of {split!r}; teacher and students need some")
             if "records_b" in forms and not getattr(self.data.datasets["records_b"], split):
                 raise ValueError(f"data.datasets.records_b.{split}: the adapter needs rows; raise it, or leave it out")

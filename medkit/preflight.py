@@ -11,7 +11,7 @@ import torch
 from medkit import data, distillation, evaluation, inference, lora, modeling, prompts, quantization, sources
 from medkit.inference.torch_engine import CACHE_FACTOR
 from medkit.modeling.batches import letter_forms
-from medkit.params import ModelParams, Params
+from medkit.params import OWN, ModelParams, Params
 from medkit.quantization.gguf_tokenizer import ExportError
 from medkit.stage import MedkitError
 
@@ -33,7 +33,7 @@ def check_profile(params: Params) -> list[str]:
     away = [name for name, source in (model_sources | data_sources).items() if not sources.is_here(source)]
     notes = [f"{name} is not downloaded yet, and not checked" for name in away]
     for source in (model_sources | data_sources).values():
-        if source.kind in ("local", "table"):
+        if source.kind in ("local", *OWN) and isinstance(source.path, str):
             sources.fetch(source)
     _check_settings(params)
     tokenizers = []
@@ -143,8 +143,8 @@ def _check_data(params: Params, tokenizers: list, away: set[str]) -> None:
 
     Before a first download only the user's own files are read: the others take minutes in a large profile.
     """
-    own = {name for name, dataset in params.data.datasets.items() if dataset.origin.kind in ("table", "local")}
-    datasets = {name: d for name, d in params.data.datasets.items() if not away or name in own}
+    own = {name for name, dataset in params.data.datasets.items() if dataset.origin.kind in ("local", *OWN)}
+    datasets = {name: d for name, d in params.data.datasets.items() if not away or name in own - away}
     for name, read in (("open_questions", data.read_open_questions), ("dialogues", data.read_dialogues)):
         if (source := getattr(params.data, name)) and f"data.{name}" not in away:
             read(sources.fetch(source))

@@ -22,7 +22,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from medkit import sources
 from medkit.code_digest import digest_code
-from medkit.params import Params, digest, load_params, save_run_params
+from medkit.params import OWN, Params, digest, load_params, save_run_params
 from medkit.stage import (
     FINGERPRINT,
     MANIFEST,
@@ -89,8 +89,10 @@ def fingerprints(params: Params) -> dict[str, str]:
     """
     values = params.model_dump()
     for name, dataset in params.data.datasets.items():
-        if dataset.origin.kind == "table":
-            values["data"]["datasets"][name]["content"] = sha256_of(sources.fetch(dataset.origin))
+        if dataset.origin.kind in OWN and isinstance(dataset.origin.path, str):
+            path = sources.fetch(dataset.origin)
+            files = {str(file.relative_to(path)): sha256_of(file) for file in path.rglob("*") if file.is_file()}
+            values["data"]["datasets"][name]["content"] = files if path.is_dir() else sha256_of(path)
     sections = {name: name.split("_", 1)[1] for name in STAGES}
     shared = {key: value for key, value in values.items() if key not in sections.values()}
     upstream = digest([shared, library_versions()])

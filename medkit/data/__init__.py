@@ -5,6 +5,7 @@ Also: contamination of the test questions, problem types of open questions, and 
 
 from medkit.data.contamination import clean_mask, contamination_table, find_contamination
 from medkit.data.data_card import build_card, seen_notes
+from medkit.data.instructions import prompt_texts
 from medkit.data.near_duplicates import group_near_duplicates
 from medkit.data.plots import plot_confusions, plot_places_and_subjects, plot_sizes_and_lengths
 from medkit.data.problem_types import agreement, classify_by_keywords, join_labels, measure_keywords

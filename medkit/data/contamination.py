@@ -15,6 +15,7 @@ from rapidfuzz import fuzz, process
 from scipy.sparse import csr_matrix
 from sklearn.preprocessing import MultiLabelBinarizer
 
+from medkit.data.instructions import prompt_texts
 from medkit.data.near_duplicates import count_families, distinct_texts, find_families, normalise, word_runs
 from medkit.data.raw_questions import DataError
 
@@ -103,7 +104,7 @@ class _Features:
 
 
 def _compute_features(questions: pd.DataFrame) -> _Features:
-    texts, copy_of = distinct_texts(questions.question + " " + questions.context)
+    texts, copy_of = distinct_texts(prompt_texts(questions))
     runs, family = word_runs(texts, RUN_WORDS), find_families(word_runs(texts))
     is_long = np.array([text.count(" ") >= RUN_WORDS - 1 for text in texts], bool)
     run_count = np.diff(runs.indptr) * is_long

@@ -35,10 +35,12 @@ def group_near_duplicates(texts: pd.Series) -> np.ndarray:
 def grouping_texts(questions: pd.DataFrame) -> pd.Series:
     """The text by which questions are compared: the question and its options in one order, since copies shuffle them.
 
-    The options of an abstract are left out: yes, no and maybe are the same for all.
+    The options of an abstract are left out: yes, no and maybe are the same for all. An instruction is compared by all
+    that the user says in its conversation (`prompts`).
     """
     options = questions.options.map(sorted).str.join(" ").where(questions.kind != "abstract", "")
-    return questions.question + " " + options
+    texts = questions.question + " " + options
+    return questions.prompts.fillna(texts) if "prompts" in questions else texts
 
 
 def normalise(text: str) -> str:

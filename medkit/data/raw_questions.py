@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import pandas as pd
 
 from medkit.params import AnswerForm
-from medkit.prompts.templates import FORMS, LETTERS
+from medkit.prompts.templates import INSTRUCTION, LETTERS, WRITTEN
 from medkit.stage import MedkitError
 
 Pool = Literal["train", "valid", "test", "transfer"]
@@ -59,10 +59,11 @@ def pool_of_group(group: str, seed: int) -> Pool:
     return "train"
 
 
-def clean_text(text: str) -> str:
+def clean_text(text: str, lines: bool = False) -> str:
     """The text in NFC with one spelling (SPELLINGS), single spaces, nothing invisible, no closing quote never opened.
 
-    Cyrillic look-alikes become Latin letters, unless the text has other Cyrillic letters too.
+    Cyrillic look-alikes become Latin letters, unless the text has other Cyrillic letters too. With `lines` its line
+    breaks, indentation and quotes stay.
     """
     if not text.isprintable() or not text.isascii():
         text = unicodedata.normalize("NFC", INVISIBLE.sub("", text))
@@ -70,6 +71,8 @@ def clean_text(text: str) -> str:
         cyrillic = set(re.findall(r"[\u0400-\u04ff]", text))
         if cyrillic and cyrillic <= LOOKALIKES.keys():
             text = unicodedata.normalize("NFC", text.translate(str.maketrans(LOOKALIKES)))
+    if lines:
+        return "\n".join(re.sub(r"[^\S\t]", " ", line).rstrip() for line in text.splitlines()).strip()
     text = " ".join(text.split())
     return text[:-1].rstrip() if text.endswith('"') and text.count('"') % 2 else text
 
@@ -166,6 +169,8 @@ def make_record(
 def rejection_reason(record: dict) -> str | None:
     """Why a record is not a usable question, in a few words; None if it is usable."""
     options, answer = record["options"], record["answer"]
+    if "fault" in record:
+        return record["fault"]
     for field in ("question", "context", "subject"):
         if not isinstance(record[field], str):
             return f"{field} is not text: name another column as `columns.{field}`, or write texts into it"
@@ -177,19 +182,21 @@ def rejection_reason(record: dict) -> str | None:
         return "options are not a list: `columns.options` names a column of lists or of letter → text, or many columns"
     if not all(isinstance(option, str) for option in options):
         return "an option is not text or a number: correct `columns.options` or the row"
-    texts = [*(record[f] for f in ("question", "context", "subject")), *options, record.get("group") or ""]
+    texts = [*(record[f] for f in ("question", "context", "subject")), *options]
+    texts += [record.get(field) or "" for field in ("group", "prompts")]
     if any(map(SURROGATE.search, texts)):
         return "broken characters (lone surrogates, or bytes that are not UTF-8)"
     if "" in options:
         return "empty option"
-    if len(options) < 2 and record["kind"] not in FORMS:
+    if len(options) < 2 and record["kind"] not in WRITTEN:
         return "fewer than two options"
     if len(options) > len(LETTERS):
         return f"more than {len(LETTERS)} options"
     if len(set(options)) < len(options):
         return "two options alike"
     if answer == -1 and record["pool"] != "transfer":
-        return "no answer"
+        of_chat = "no response to the user's last turn: only rows of pool transfer may be without"
+        return of_chat if record["kind"] == INSTRUCTION else "no answer"
     return "answer is none of the options" if answer is None or not -1 <= answer < len(options) else None
 
 

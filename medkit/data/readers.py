@@ -18,6 +18,7 @@ import pandas as pd
 from pyarrow import parquet
 
 from medkit import sources
+from medkit.data.instructions import ROLES, make_instructions
 from medkit.data.raw_questions import (
     SURROGATE,
     DataError,
@@ -29,7 +30,7 @@ from medkit.data.raw_questions import (
     wheel_file,
     whole_number,
 )
-from medkit.params import AnswerForm, Table, TableColumns, digest
+from medkit.params import AnswerForm, Hub, InstructionColumns, Instructions, Table, TableColumns, digest
 from medkit.prompts.templates import LETTERS
 from medkit.stage import reading
 
@@ -129,12 +130,18 @@ MANY_ANSWERS = 20  # with four options, 20 answers without any 0 are a chance of
 
 def _map_columns(row: dict, columns: TableColumns, form: AnswerForm, pool: str | None, **more) -> dict:
     """The record of a row whose columns are declared; `more` goes to `make_record`."""
-    names = columns.model_dump(exclude={"options"})
+    names = columns.model_dump(exclude={"options", "split", "group"})
     values = {name: _value(row.get(column)) if column else None for name, column in names.items()}
-    split, group = values.pop("split"), values.pop("group")
-    pool = pool if split in (None, "") else SPLIT_NAMES.get(str(split).strip().lower(), split)
+    pool, group = _place(row, columns, pool)
     record = make_record(options=_options(row, columns), answer_form=form, pool=pool, **more, **values)
-    return record if group in (None, "") else record | {"group": f"table:{group}"}
+    return record | {"group": group} if group else record
+
+
+def _place(row: dict, columns: TableColumns | InstructionColumns, pool: str | None) -> tuple[str | None, str | None]:
+    """The pool of a row, which its own split decides if it has one, and its group; None if it has none."""
+    split, group = (_value(row.get(column)) if column else None for column in (columns.split, columns.group))
+    pool = pool if split in (None, "") else SPLIT_NAMES.get(str(split).strip().lower(), split)
+    return pool, None if group in (None, "") else f"table:{group}"
 
 
 def _value(value):
@@ -183,11 +190,41 @@ def _parse(text: str) -> list | dict | None:
 
 
 def read_table(path: Path, table: Table) -> Iterator[dict]:
-    """Records of a user's own questions: json lines, csv or parquet.
+    """Records of a user's own questions. Raises DataError as `_read_rows`, and for answers that are not `answer_is`."""
+    rows = _read_rows(path, table)
+    options = [row_options for row in rows if isinstance(row_options := _options(row, table.columns), list)]
+    labelled = any(strip_letters(row_options, labelled=False) != row_options for row_options in options)
+    records = [_map_columns(row, table.columns, table.answer_is, table.pool, labelled=labelled) for row in rows]
+    if table.columns.answer:
+        _check_answers(path, table, [row.get(table.columns.answer) for row in rows], records)
+    yield from records
 
-    Raises DataError if no row has a declared column, and where the answers as a whole are not what `answer_is` says.
-    """
+
+def read_instructions(path: Path, origin: Instructions) -> Iterator[dict]:
+    """Records of a user's own instruction samples, one for each response. Raises DataError as `_read_rows`."""
+    for number, row in enumerate(_read_rows(path, origin), 1):
+        yield from make_instructions(_turns_of(row, origin.columns), *_place(row, origin.columns, origin.pool), number)
+
+
+def _turns_of(row: dict, columns: InstructionColumns):
+    """The conversation of a row as a list of {role, content}, if it is one; it may be written as text, as in csv."""
+    if columns.messages:
+        messages = row.get(columns.messages)
+        return _parse(messages) if isinstance(messages, str) else messages
+    names = [columns.prompt] if isinstance(columns.prompt, str) else columns.prompt
+    parts = [part for name in names if (part := _value(row.get(name))) not in (None, "")]
+    prompt = "\n\n".join(parts) if all(isinstance(part, str) for part in parts) else None
+    contents = (row.get(columns.system), prompt, row.get(columns.response))
+    turns = [{"role": role, "content": _value(text)} for role, text in zip(ROLES, contents, strict=True)]
+    return [turn for turn in turns if turn["role"] == "user" or turn["content"] not in (None, "")]
+
+
+def _read_rows(path: Path, table: Table | Instructions) -> list[dict]:
+    """The rows of a file, or of all splits of a dataset folder. Raises DataError if no row has a declared column."""
     match path.suffix:
+        case _ if path.is_dir():
+            splits = _load_splits(table.kind, path, table.path.subset if isinstance(table.path, Hub) else "")
+            rows = [{"split": name, **row} for name, part in splits.items() for row in part]
         case ".jsonl" | ".json":
             rows = list(_read_jsonl(path))
         case ".csv" | ".tsv":
@@ -202,12 +239,15 @@ def read_table(path: Path, table: Table) -> Iterator[dict]:
     missing = declared - {column for row in rows for column in row}
     if rows and missing:
         raise DataError(f"{path}: no column {sorted(missing)}; correct `columns`, the file has {sorted(rows[0])}")
-    options = [row_options for row in rows if isinstance(row_options := _options(row, table.columns), list)]
-    labelled = any(strip_letters(row_options, labelled=False) != row_options for row_options in options)
-    records = [_map_columns(row, table.columns, table.answer_is, table.pool, labelled=labelled) for row in rows]
-    if table.columns.answer:
-        _check_answers(path, table, [row.get(table.columns.answer) for row in rows], records)
-    yield from records
+    return rows
+
+
+def _load_splits(name: str, folder: Path, subset: str) -> dict:
+    """Split → rows of a dataset folder (parquet, json or csv files). Raises DataError if `datasets` cannot load it."""
+    from datasets import load_dataset
+
+    with reading(name, DataError, "correct `subset` or `revision`", f"cannot load {folder}"):
+        return load_dataset(str(folder), name=subset or None, cache_dir=str(sources.cache_root() / "datasets"))
 
 
 def _check_answers(path: Path, table: Table, answers: list, records: list[dict]) -> None:
@@ -263,12 +303,8 @@ def read_hub(name: str, folder: Path, subset: str) -> Iterator[dict]:
     Raises DataError for files that `datasets` cannot load, and for a split that is not in HUB_POOLS: a change of the
     repository must not stay unseen.
     """
-    from datasets import load_dataset
-
     columns, form = HUB_COLUMNS[name]
-    with reading(name, DataError, "correct `subset` or `revision`", f"cannot load {folder}"):
-        splits = load_dataset(str(folder), name=subset or None, cache_dir=str(sources.cache_root() / "datasets"))
-    for split, rows in splits.items():
+    for split, rows in _load_splits(name, folder, subset).items():
         if split not in HUB_POOLS[name]:
             raise DataError(f"{name}: unknown split {split!r} in {folder}; add it to readers.HUB_POOLS")
         for row in rows if HUB_POOLS[name][split] else ():

@@ -35,9 +35,9 @@ def load_questions(
         for number, record in enumerate(_read_records(name, dataset, paths[name], seed), 1):
             reason = rejection_reason(record)
             if reason:
-                rejected.append((name, reason, number, record["question"]))
+                rejected.append((name, reason, record.get("row", number), record["question"]))
             else:
-                rows.append({"group": None, **record, "source": name, "row": number})
+                rows.append({"group": None, "row": number, **record, "source": name})
         reasons = Counter(reason for source, reason, *_ in rejected if source == name)
         if reasons.total() > number / 2:
             warnings.warn(f"{name}: {reasons.total()} of {number} rows are rejected: {dict(reasons)}", stacklevel=2)
@@ -62,11 +62,13 @@ def _read_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> I
     origin = dataset.origin
     if origin.kind == "table":
         return readers.read_table(path, origin)
+    if origin.kind == "instructions":
+        return readers.read_instructions(path, origin)
     if name in MADE:
         return _make_records(name, dataset, path, seed)
     if name not in readers.READERS:
         known = sorted([*readers.READERS, *MADE])
-        raise DataError(f"{name}: no reader for this dataset; known: {known}; your own file is of kind `table`")
+        raise DataError(f"{name}: no reader for this dataset; known: {known}; your own is a `table` or `instructions`")
     return readers.read_hub(name, path, origin.subset) if origin.kind == "hub" else readers.READERS[name](path)
 
 

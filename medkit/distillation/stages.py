@@ -192,7 +192,7 @@ def _verified_examples(
     The main process alone samples. With a large teacher, sample in one process before `accelerate launch`.
     """
     section, tokenizer = params.distillation.rationales, load_tokenizers(params)[1]
-    rows = rows[~rows.kind.isin(templates.FORMS)]
+    rows = rows[~rows.kind.isin(templates.WRITTEN)]
     if section.questions != "all":
         rows = rows.sample(min(section.questions, len(rows)), random_state=params.seed)
 

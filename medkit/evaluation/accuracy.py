@@ -36,14 +36,14 @@ def judge(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
     log-probability, `option_text_norm` the highest mean per token; predictions without `answer_tokens` have no such
     row. `probabilities`: softmax over the options of the scores that the choice was read from; None for generated text,
     which `answer_parser.parse` reads. TEST_COLUMNS are copied. A clean question resembles no training question. Records
-    have no row here: `records` judges them.
+    and instructions have no row here: `records` judges them.
     """
     columns = questions[["id", "source", "options", "answer", "clean", "group"]]
     table = predictions.merge(columns, on="id", validate="many_to_one")
     if len(table) < len(predictions):
         raise EvaluationError(f"{len(predictions) - len(table)} predictions are for questions this run does not have")
     if "kind" in questions:
-        table = table[~table.id.isin(questions.id[questions.kind.isin(list(templates.FORMS))])]
+        table = table[~table.id.isin(questions.id[questions.kind.isin(templates.WRITTEN)])]
     table["answer_tokens"] = table.answer_tokens if "answer_tokens" in table else None
     by_text = table[table.scoring == "option_text"]
     with_tokens = by_text[by_text.answer_tokens.notna()]

@@ -113,13 +113,13 @@ def measure_records(scores: pd.DataFrame, confidence: float) -> pd.DataFrame:
         groups = part.groupby("id").group.first()
         for metric, names in METRICS.items():
             above, below = (records[name].unstack("variant").loc[groups.index] for name in names)
-            rates = _ratio(above, below, groups, confidence, metric != "tokens")
+            rates = ratio_of_sums(above, below, groups, confidence, metric != "tokens")
             tables.append(rates.assign(source=source, metric=metric))
     order = ["variant", "source", "metric", "value", "ci_low", "ci_high", "n"]
     return pd.concat(tables, ignore_index=True)[order] if tables else pd.DataFrame(columns=order)
 
 
-def _ratio(
+def ratio_of_sums(
     above: pd.DataFrame, below: pd.DataFrame, groups: pd.Series, confidence: float, is_share: bool
 ) -> pd.DataFrame:
     """Sum of `above` over sum of `below`, (records, variants) each, with percentile intervals."""

@@ -43,7 +43,7 @@ def _encode(tokenizer, question: dict) -> Example:
         prompt_ids, answer_ids = templates.encode(tokenizer, messages, answer)
         return Example([*prompt_ids, *answer_ids], len(prompt_ids))
     text_ids, _ = templates.encode(tokenizer, messages)
-    empty_ids, _ = templates.encode(tokenizer, [messages[0], {"role": "user", "content": ""}])
+    empty_ids, _ = templates.encode(tokenizer, [*messages[:-1], {"role": "user", "content": ""}])
     before = shared_length(text_ids, empty_ids)
     after = shared_length(text_ids[before:][::-1], empty_ids[before:][::-1])
     return Example(text_ids[: len(text_ids) - after], before)

@@ -3,10 +3,12 @@
 from medkit.prompts.answer_parser import parse
 from medkit.prompts.templates import (
     FORMS,
+    INSTRUCTION,
     LETTER,
     LETTERS,
     TEMPLATES,
     TEXT,
+    WRITTEN,
     answers,
     count_prompt_tokens,
     encode,

@@ -52,6 +52,8 @@ class RecordB(BaseModel):
 
 FORMS: dict[str, type[BaseModel]] = {"record": Record, "record_b": RecordB}
 """The form of each kind of question (`data.COLUMNS`) whose answer is a record: one JSON object, in this order."""
+INSTRUCTION = "instruction"  # the kind of question whose answer is free text, and whose context is a chat in JSON
+WRITTEN = (*FORMS, INSTRUCTION)  # kinds whose answer is a text, no choice of an option
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,12 @@ def render(question: dict, template: Template, shots: Sequence[dict] = ()) -> li
     """Chat messages for one question row, ending with the user's turn.
 
     `shots` are solved question rows (`answer` ≥ 0) that come first, each as two turns, in the order given: put the most
-    similar one last, next to the question.
+    similar one last, next to the question. An instruction comes after its own chat, whose system turn counts.
     """
+    if question.get("kind") == INSTRUCTION:
+        chat = json.loads(question["context"] or "[]")
+        system = [] if chat and chat[0]["role"] == "system" else [{"role": "system", "content": SYSTEM}]
+        return [*system, *chat, {"role": "user", "content": _ask(question | {"context": ""}, template)}]
     turns = [{"role": "system", "content": SYSTEM}]
     for shot in shots:
         turns.append({"role": "user", "content": _ask(shot, template)})
@@ -244,9 +250,14 @@ def _plain_marks(tokenizer, template: str) -> tuple[str, ...]:
 
 
 def count_prompt_tokens(tokenizers: Sequence, question: dict) -> int:
-    """Tokens of a question's prompt that asks for an option's text, by the tokenizer that needs most."""
+    """Tokens of a question's prompt that asks for an option's text, by the tokenizer that needs most.
+
+    The response of an instruction counts too, for it can be as long as it likes.
+    """
     messages = render(question, pick_template(question["kind"], "option_text"))
-    return max(len(encode(tokenizer, messages)[0]) for tokenizer in tokenizers)
+    # without a response `answer` is −1, the place of None
+    response = [*question["options"], None][question["answer"]] if question["kind"] == INSTRUCTION else None
+    return max(sum(map(len, encode(tokenizer, messages, response))) for tokenizer in tokenizers)
 
 
 def _apply(tokenizer, template: str, messages: list[dict]) -> list[int]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from medkit.data import readers, splits
-from medkit.params import SPLITS, DatasetParams, Table
+from medkit.params import SPLITS, DatasetParams, Instructions, Table
 
 CASES = Path(__file__).parents[1] / "unit" / "data" / "cases"
 OPTIONS = ["insulin", "A. glucagon", "cortisol 5 mg"]
@@ -105,6 +105,24 @@ def parquet_bytes(tmp_path_factory) -> bytes:
 def test_a_parquet_file(tmp_path, parquet_bytes, data, form):
     (tmp_path / "mine.parquet").write_bytes(data.draw(damaged([parquet_bytes])))
     check_table(tmp_path / "mine.parquet", form, "test", False)
+
+
+CHAT = [{"role": role, "content": f"{role}\n\tsays"} for role in ("system", "user", "assistant", "user", "assistant")]
+
+
+@tries(30, 1000)
+@given(rows=changed([[{"chat": CHAT}, {"chat": CHAT[1:3]}, {"chat": json.dumps(CHAT[1:])}]]), pool=POOLS)
+def test_chats(tmp_path, rows, pool):
+    path = tmp_path / "chats.jsonl"
+    text = "\n".join(json.dumps(row, ensure_ascii=False, default=str) for row in rows)
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    origin = Instructions(kind="instructions", path=str(path), pool=pool, columns={"messages": "chat"})
+    dataset = {"own": DatasetParams(origin=origin, **dict.fromkeys(SPLITS, 0))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        loaded = check_promise(tuple, splits.load_questions, dataset, {"own": path}, 0)
+    for name, table in zip(("questions", "rejected"), loaded or (), strict=False):
+        table.to_parquet(tmp_path / f"{name}.parquet")
 
 
 # --- a folder laid out like the data wheel's -------------------------------------------------------------------------

@@ -24,7 +24,7 @@ SMOKE = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text())
 EXPORTED = ("llama", "llama3_rope", "qwen2", "qwen3")
 FACTORS = {
     "architecture": ["llama", "qwen2", "qwen3", "gemma3", "mistral", "phi3", "llama3_rope"],
-    "data": ["table", "made", "both"],
+    "data": ["table", "made", "all"],  # all: instruction samples too
     "ending": ["jsonl", "csv", "parquet"],
     "template": ["chatml", "none", "no_system"],
     "edge": ["both", "null"],
@@ -164,6 +164,25 @@ def save_table(path) -> dict:
     return {"kind": "table", "path": str(path), "pool": None, "columns": columns, "answer_is": "letter"}
 
 
+def save_chats(path) -> dict:
+    """Ninety chats of one or two turns; its `origin`."""
+    draw, rows = random.Random(1), []
+    for number in range(90):
+        words = ["".join(draw.choices(WORDS, k=2)) for _ in range(16)]
+        chat = [("user", f"What is {' '.join(words[:8])}?"), ("assistant", f"It is:\n- {words[8]}\n- {words[9]}")]
+        chat += [("user", " ".join(words[10:])), ("assistant", words[9])] * (number % 2)
+        messages = [{"role": role, "content": content} for role, content in chat]
+        rows.append({"chat": messages, "fold": {0: "test", 1: "valid"}.get(number % 3, "train")})
+    table = pd.DataFrame(rows)
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.suffix == ".csv":
+        table.assign(chat=table.chat.map(json.dumps)).to_csv(path, index=False)
+    else:
+        table.to_json(path, orient="records", lines=True)
+    return {"kind": "instructions", "path": str(path), "pool": None, "columns": {"messages": "chat", "split": "fold"}}
+
+
 def make_profile(case: dict, folder) -> dict:
     """The smoke profile, changed as the case says."""
     raw = copy.deepcopy(SMOKE)
@@ -180,7 +199,10 @@ def make_profile(case: dict, folder) -> dict:
         datasets |= {"icd_chapter": known["icd_chapter"] | counts, "records": known["records"] | {"private": 6}}
         if case["second_form"]:
             datasets["records_b"] = known["records_b"]
-    raw["data"] |= {"datasets": datasets, "max_prompt_tokens": 1200}
+    chats = {}
+    if case["data"] == "all":
+        chats["notes"] = {"origin": save_chats(folder / f"notes.{case['ending']}"), **counts}
+    raw["data"] |= {"datasets": datasets | chats, "max_prompt_tokens": 1200}
     if not case["open_and_dialogues"]:
         raw["data"] |= {"open_questions": None, "dialogues": None}
     targets = ["q_proj", "v_proj"] if architecture != "phi3" else ["qkv_proj", "gate_up_proj"]
@@ -193,7 +215,8 @@ def make_profile(case: dict, folder) -> dict:
     choices = [name for name in datasets if not name.startswith("records")]
     records = {name: 3 for name in datasets if name.startswith("records")}
     raw["inference"] |= {
-        "questions": {"option_text": dict.fromkeys(choices, 8)} | ({"generated": records} if records else {}),
+        "questions": {"option_text": dict.fromkeys(choices, 8)} | ({"generated": records} if records else {})
+        | ({"perplexity": {"notes": 8}} if chats else {}),
         "claims": ["student_ce", "student_kd", *(["edge"] if case["edge"] == "both" else [])],
         "exams": {}, "few": 3, "max_new_tokens": 8, "dialogues": 2, "batch_tokens": 2048,
         "shuffle": {"questions": dict.fromkeys(choices, 3), "orders": 2},
@@ -234,6 +257,9 @@ def test_what_a_dry_run_accepts_all_notebooks_finish(case, tmp_path, monkeypatch
     results, facts = reporting.load_results(run_dir("matrix") / "results.json")
     scored = results[results.result == f"accuracy/{facts['headline_source']}"]
     assert set(scored.variant) >= set(list_variants(params))
+    assert not len(results[results.result == "accuracy/notes"])
+    predicted = results[results.result == "perplexity/notes"]
+    assert set(predicted.variant) == (set(list_variants(params)) if case["data"] == "all" else set())
     assert reporting.write_report(run_dir("matrix")).is_file()
 
 

@@ -172,6 +172,52 @@ def test_a_table_without_answers_is_for_transfer_and_is_no_model():
         assert key in message and "table" in message
 
 
+CHATS = {"kind": "instructions", "path": "mine.jsonl", "pool": None, "columns": {"messages": "chat"}}
+HUB = {"kind": "hub", "repo": "owner/set", "revision": "main", "type": "dataset", "subset": ""}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"path": HUB}, {"columns": {"prompt": ["q", "more"], "response": "a", "system": "s"}},
+     {"columns": {"prompt": "q"}, "pool": "transfer"}],
+)  # fmt: skip
+def test_instructions_are_an_origin_of_their_own(changes):
+    chats = CHATS | changes
+    origin = load_params(SMOKE, {ORIGIN: chats, "inference.exams": {}}).data.datasets["mmlu"].origin
+    path = HUB if "path" in changes else str(SMOKE.parent / "mine.jsonl")
+    assert origin.model_dump(exclude_defaults=True) == chats | {"path": path}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"columns": {}}, "columns: name `messages`, which hold all turns, or `prompt`"),
+        ({"columns": {"messages": "m", "prompt": "q"}}, "columns: name `messages`,"),
+        ({"columns": {"messages": "m", "response": "a"}}, "columns: name `messages`,"),
+        ({"columns": {"prompt": "q"}}, "columns.response: only pool 'transfer' may be without, this is None"),
+        ({"columns": {"prompt": ["q"], "response": "a"}}, "columns.prompt"),
+        ({"answer_is": "text"}, "answer_is"),
+    ],
+)
+def test_instructions_that_cannot_be_read_are_refused_by_name(changes, said):
+    assert said in refusal(SMOKE, {ORIGIN: CHATS | changes})
+
+
+def test_instructions_are_scored_by_perplexity_and_by_nothing_else():
+    chats, asked = {ORIGIN: CHATS, "inference.exams": {}}, RAW["inference"]["questions"]
+    assert load_params(SMOKE, chats | {"inference.questions": asked | {"perplexity": {"mmlu": 4}}})
+    alone = "instructions, and only they, belong into questions.perplexity"
+    for key in ("inference.exams", "inference.shuffle.questions"):
+        assert f"{key}.mmlu: {alone}" in refusal(SMOKE, chats | {key: {"mmlu": 2}})
+    for scoring, name in (("option_text", "mmlu"), ("generated", "mmlu"), ("perplexity", "icd_chapter")):
+        wrong = asked | {scoring: asked.get(scoring, {}) | {name: 2}}
+        assert f"inference.questions.{scoring}.{name}: {alone}" in refusal(
+            SMOKE, chats | {"inference.questions": wrong}
+        )
+    none = {f"data.datasets.{name}.valid": 0 for name in RAW["data"]["datasets"] if name != "records_b"}
+    assert "no row of 'valid'" in refusal(SMOKE, chats | none | {"data.datasets.mmlu.valid": 4})
+
+
 def test_override_changes_that_key_and_no_other():
     assert load_params(SMOKE, {"lora.adapter.rank": 5}) == Params.model_validate(changed("lora.adapter.rank", 5))
 

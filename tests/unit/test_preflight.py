@@ -121,20 +121,27 @@ def test_what_is_not_downloaded_is_named_and_not_fetched(check, no_network, tmp_
     monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path / "empty"))
     teacher = {"models.teacher.source": SMOKE["models"]["teacher"]["source"]}
     hub = {"kind": "hub", "repo": "owner/set", "revision": "main", "type": "dataset", "subset": ""}
-    notes = check(teacher | {"data.open_questions": hub})
-    assert notes == [
-        f"{name} is not downloaded yet, and not checked" for name in ("models.teacher", "data.open_questions")
-    ]
+    notes = check(teacher | {"data.open_questions": hub, "data.datasets.own.origin.path": hub})
+    away = ("models.teacher", "data.datasets.own", "data.open_questions")
+    assert notes == [f"{name} is not downloaded yet, and not checked" for name in away]
     assert no_network == [] and not (tmp_path / "empty").exists()
 
 
 def test_the_documented_example_is_accepted(check, tmp_path):
     text = (ROOT / "docs" / "own_data.md").read_text()
-    changes = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    changes, more = (yaml.safe_load(block.split("```")[0]) for block in text.split("```yaml\n")[1:3])
     header, example = text.split("```csv\n")[1].split("```")[0].strip().splitlines()
     rows = [example.replace("metformin", f"drug{n}").replace("organ", f"organ of the {n}th kind") for n in range(120)]
     changes["data"]["datasets"]["mine"]["origin"]["path"] = str(tmp_path / "mine.csv")
     (tmp_path / "mine.csv").write_text("\n".join([header, *rows]))
+    chat = text.split("```json\n")[1].split("```")[0]
+    chats = [
+        chat.replace("toe", f"toe {n} of the {n}th foot in the {n}th week").replace("p1", f"p{n}") for n in range(120)
+    ]
+    more["data"]["datasets"]["notes"]["origin"]["path"] = str(tmp_path / "notes.jsonl")
+    (tmp_path / "notes.jsonl").write_text("".join(chats))
+    changes["data"]["datasets"] |= more["data"]["datasets"]
+    changes["inference"] |= more["inference"]
     flat = {"data": changes["data"], "evaluation.headline_source": changes["evaluation"]["headline_source"]}
     flat |= {
         f"{section}.{key}": value

@@ -18,8 +18,14 @@ def test_runs_on_a_users_own_table_without_the_optional_files(tmp_path, monkeypa
     table = {"kind": "table", "path": str(tmp_path / "mine.jsonl"), "pool": None, "columns": columns}
     counts = {"private": 6, "labelled": 2, "transfer": 2, "valid": 1, "test": 8}
     mine = {"origin": {**table, "answer_is": "index0"}, **counts}
+    texts = [" ".join(f"v{i}x{j}" for j in range(12)) for i in range(41)]
+    chats = [[("user", text), ("assistant", "Yes:\n- a")] for text in [*texts[:-1], "long " * 2000]]
+    rows = [{"chat": [{"role": role, "content": content} for role, content in chat]} for chat in chats]
+    (tmp_path / "notes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    notes = {"kind": "instructions", "path": str(tmp_path / "notes.jsonl"), "columns": {"messages": "chat"}}
+    notes = {"origin": {**notes, "pool": "train"}, **counts, "private": "all", "test": 0}
     overrides = {
-        "data.datasets": {"mine": mine},
+        "data.datasets": {"mine": mine, "notes": notes},
         "data.open_questions": None,
         "inference.questions": {"option_text": {"mine": 4}},
         "inference.exams": {},
@@ -33,8 +39,11 @@ def test_runs_on_a_users_own_table_without_the_optional_files(tmp_path, monkeypa
     names = {"params_file": "../params/smoke.yaml", "run": "mine", "overrides": overrides, "display": print}
     with mpl.rc_context():
         exec("\n".join(cell.source for cell in cells), names)  # in this process, which has imported torch already
-    assert "data.open_questions is null" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "data.open_questions is null" in printed and "1 of 60 rows are longer than data.max_prompt_tokens" in printed
     stage = Stage("mine", "01_data")
-    assert stage.is_whole() and len(pd.read_parquet(stage.dir / "questions.parquet")) == 19
+    questions = pd.read_parquet(stage.dir / "questions.parquet")
+    assert stage.is_whole() and questions.source.value_counts().to_dict() == {"notes": 40, "mine": 19}
+    assert set(questions.options[questions.source == "notes"].str[0]) == {"Yes:\n- a"}
     empty = pd.read_parquet(stage.dir / "open_questions.parquet")
     assert empty.empty and "question" in empty

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
+from medkit.data import splits
+from medkit.data.instructions import make_instructions
 from medkit.distillation import answers
 from medkit.distillation.answers import answer_rows, collect_answers, encode_verified, keep_verified, write_answers
 from medkit.modeling import batches, loading
@@ -62,6 +64,28 @@ def test_each_question_is_asked_so_often_with_its_options(engine, tokenizer, kno
     with pytest.raises(MedkitError, match="must not answer test questions for training"):
         write_answers(engine, tokenizer, known.assign(split="test"), 60)
     assert len(engine.asked) == 12
+
+
+def test_an_instruction_is_answered_after_its_whole_chat_and_the_answer_is_learned_there(tokenizer):
+    chat = [
+        ("system", "Be kind."),
+        ("user", "My toe hurts."),
+        ("assistant", "Since when?"),
+        ("user", "May"),
+        ("assistant", "x"),
+    ]
+    records = make_instructions([{"role": role, "content": content} for role, content in chat], "train", None, 1)
+    rows = pd.DataFrame(records).assign(id=["a", "b"], source="notes", split="transfer")
+    rows = splits.training_rows(rows, "transfer")
+    engine = Scripted(tokenizer, ["1. Rest\n2. Ice", "Since\nMay?"])
+    taught = answer_rows(rows, write_answers(engine, tokenizer, rows, 60))
+    for request, example, text in zip(
+        engine.asked, batches.encode_questions(tokenizer, taught), engine.texts, strict=True
+    ):
+        assert example.input_ids[: example.loss_start] == list(request.prompt_ids)
+        assert tokenizer.decode(example.input_ids[example.loss_start : -1]) == text
+    asked = tokenizer.decode(engine.asked[1].prompt_ids)
+    assert all(content in asked for _, content in chat[:-1]) and templates.SYSTEM not in asked
 
 
 def test_what_is_right_finished_new_and_not_too_easy_is_kept(engine, tokenizer, known):

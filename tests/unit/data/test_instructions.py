@@ -1,0 +1,158 @@
+"""Instruction samples: every response is learned once and nothing else; what cannot be used is said in a sentence."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from medkit.data import contamination, splits
+from medkit.data.instructions import prompt_texts
+from medkit.data.raw_questions import DataError
+from medkit.params import SPLITS, DatasetParams, Instructions, Table
+
+
+def say(*contents: str, roles=("user", "assistant")) -> list[dict]:
+    """Messages of these contents, the roles in turn."""
+    return [{"role": roles[place % 2], "content": content} for place, content in enumerate(contents)]
+
+
+def system(content: str) -> dict:
+    return {"role": "system", "content": content}
+
+
+LONG = "Steps:\n\n1. Rest\n    - no work\n2. Drink\n"
+CHATS = [
+    say("What is gout?", "Crystals in a joint."),
+    say("Hi", "Hello. What is it?", "My toe hurts at night.", LONG, "Thanks", "Get well."),
+    [system("You are a nurse."), *say("Is 37 °C a fever?", "No.")],
+]
+
+
+def load(path, columns=None, pool=None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`load_questions` of one source."""
+    origin = {"kind": "instructions", "path": str(path), "pool": pool, "columns": columns or {"messages": "chat"}}
+    notes = DatasetParams(origin=Instructions(**origin), **dict.fromkeys(SPLITS, 0))
+    return splits.load_questions({"notes": notes}, {"notes": path}, seed=0)
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(chats, ending): a file with a chat in each row."""
+
+    def write(chats, ending="jsonl"):
+        path, table = tmp_path / f"mine.{ending}", pd.DataFrame({"chat": chats, "patient": range(len(chats))})
+        if ending == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in table.to_dict("records")))
+        elif ending == "parquet":
+            table.to_parquet(path)
+        else:
+            table.assign(chat=table.chat.map(json.dumps)).to_csv(path, index=False)
+        return path
+
+    return write
+
+
+def test_every_file_and_a_dataset_folder_hold_the_same_samples(write, tmp_path, monkeypatch):
+    table, *others = (load(write(CHATS, ending))[0] for ending in ("jsonl", "parquet", "csv"))
+    for other in others:
+        pd.testing.assert_frame_equal(other, table)
+    turns = [turn for chat in CHATS for turn in chat if turn["role"] == "assistant"]
+    assert table.options.tolist() == [[turn["content"].strip()] for turn in turns]
+    assert set(table.kind) == {"instruction"} and set(table.answer) == {0} and table.id.is_unique
+    pairs = [{"q": "What is gout?", "more": "", "a": "Crystals in a joint.", "as": ""}]
+    pairs += [{"q": "Is 37 °C", "more": "a fever?", "a": "No.", "as": "You are a nurse."}]
+    monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path / "cache"))
+    for name, row in zip(("train", "test"), pairs, strict=True):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / f"{name}.jsonl").write_text(json.dumps(row))
+    columns = {"prompt": ["q", "more"], "response": "a", "system": "as", "split": "split"}
+    found, _ = load(tmp_path / "folder", columns)
+    assert found.pool.tolist() == ["train", "test"] and found.id[0] == table.id[0]
+    assert found.question[1] == "Is 37 °C\n\na fever?" and found.context[1] == table.context[4]
+
+
+FAULTS = {
+    "messages are not a list": [{"role": "user"}, "hello", ["hello"], None],
+    "the role 'tool' is none of system, user, assistant": [[*say("a", "b"), {"role": "tool", "content": "c"}]],
+    "the role 'None' is none": [[{"from": "human", "value": "a"}]],
+    "a turn's content is not text": [say("a", [{"type": "text", "text": "b"}]), say("a", None)],
+    "an empty turn": [say("a", ""), say("a", " \n\u200b"), say("", "b")],
+    "the turns are not user, assistant, user, …": [
+        [], say("a", "b", roles=("assistant", "user")), say("a", "b", roles=("user", "user")), [system("a")],
+        [*say("a", "b"), system("c")],
+    ],
+    "no response to the user's last turn": [say("a"), [system("a"), *say("b")]],
+    "broken characters": [say("a", "\ud800"), say("a", "b", "\udfff", "c")],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", FAULTS)
+@pytest.mark.filterwarnings("ignore:notes")  # most rows are rejected
+def test_what_cannot_be_used_is_said_in_one_sentence(write, said):
+    rows = [CHATS[0], *FAULTS[said]]
+    table, rejected = load(write(rows))
+    assert len(table) == 1 and len(rejected) == 1
+    (line,) = rejected.itertuples()
+    assert said in line.reason
+    assert {int(row) for row in line.rows.split(", ")} == set(range(2, len(rows) + 1))
+
+
+def test_a_chat_that_ends_with_the_user_keeps_its_responses_and_asks_its_last_turn_as_transfer(write):
+    path = write([say("a first turn", "b", "the last turn")])
+    table, rejected = load(path)
+    assert table.options.tolist() == [["b"]] and rejected["count"].tolist() == [1]
+    table, rejected = load(path, pool="transfer")
+    assert table.answer.tolist() == [0, -1] and rejected.empty and table.options[1] == []
+
+
+def test_columns_that_do_not_exist_are_named_with_those_that_do(write):
+    for columns, missing in (({"messages": "talk"}, "['talk']"), ({"prompt": "q", "response": "a"}, "['a', 'q']")):
+        with pytest.raises(DataError) as caught:
+            load(write(CHATS), columns)
+        assert f"no column {missing}" in str(caught.value) and "['chat', 'patient']" in str(caught.value)
+
+
+WORDS = "the knee has been swollen and warm for nine days after a long walk in the hills"
+
+
+def test_a_conversation_and_its_near_duplicates_stand_on_one_side(write):
+    """The prompts decide, not responses or a system turn that all share."""
+    shared = system("You are a careful assistant of a clinic. " * 8)
+    chats = [[shared, *say("Hi", "Hello", f"{WORDS} {n}", "Rest. " * n)] for n in (1, 30)]
+    chats += [
+        [shared, *say(" ".join(f"w{n}x{i}" for i in range(12)), "The same long response. " * 9)] for n in range(40)
+    ]
+    table = splits.assign_pools(load(write(chats))[0], seed=0)
+    knee = table[table.question.str.contains("knee|Hi$")]
+    assert knee.group.nunique() == 1 and len(knee) == 3  # one greeting is the same row
+    assert table.group.nunique() == 41 and table.pool.nunique() > 1
+    declared = splits.assign_pools(load(write(chats), {"messages": "chat", "group": "patient"})[0], seed=0)
+    assert declared.groupby("group").pool.nunique().max() == 1 and declared.group.nunique() == 42
+
+
+def test_contamination_reads_what_the_user_said_in_the_whole_chat(write):
+    shared = system("You are a careful assistant of a clinic who answers in short plain words. " * 4)
+    chats = [
+        [shared, *say(WORDS, "Rest.", "And then?", "Ice.")],
+        [shared, *say("Hm.", "Yes?", f"Well: {WORDS}!", "Walk.")],
+    ]
+    chats += [[shared, *say("Which vitamin prevents scurvy?", "Vitamin C.")]]
+    table, _ = load(write(chats))
+    table["split"] = ["test", "test", "private", "private", "private"]
+    found = contamination.find_contamination(table, np.eye(len(table)))
+    assert {*found.id_test} == {*table.id[:2]} and set(found.id_train) == {table.id[3]}
+    assert not prompt_texts(table).str.contains("clinic|Rest").any()
+
+
+def test_a_table_of_questions_may_be_a_dataset_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    for name in ("train", "validation"):
+        row = {"q": f"Which {name}?", "o": ["x", "y"], "a": 1}
+        (tmp_path / "set" / f"{name}.jsonl").write_text(json.dumps(row))
+    columns = {"question": "q", "options": "o", "answer": "a", "context": "", "subject": "", "split": "split"}
+    own = Table(kind="table", path=str(tmp_path / "set"), pool=None, columns=columns, answer_is="index0")
+    dataset = DatasetParams(origin=own, **dict.fromkeys(SPLITS, 0))
+    table, _ = splits.load_questions({"own": dataset}, {"own": tmp_path / "set"}, seed=0)
+    assert table.pool.tolist() == ["train", "valid"] and table.answer.tolist() == [1, 1]
