@@ -119,7 +119,13 @@ def test_what_no_later_stage_reads_is_there_too(whole):
         "01_data": ["rejected.parquet", "data_card.json"],
         "02_distillation": ["history.parquet"],
         "03_lora": ["history.parquet"],
-        "04_quantization": ["edge/Modelfile", "edge/USE.md", "edge_small/student.gguf", "certificates.parquet"],
+        "04_quantization": [
+            "edge/Modelfile",
+            "edge/USE.md",
+            "edge/adapter.gguf",
+            "edge_small/student.gguf",
+            "certificates.parquet",
+        ],
         "05_inference": ["energy.parquet", "bench.parquet"],
         "06_evaluation": ["flips.parquet", "model_card.md", "../04_quantization/edge/student.tasks.json"],
     }.items():
@@ -152,7 +158,8 @@ def test_results_trace_to_files_and_carry_intervals(whole):
 
 def test_the_edge_file_says_what_it_was_taught(whole):
     tasks = read_tasks(run_dir(whole) / variants.VARIANTS["edge"].folder)
-    assert {task.kind: task.least_confidence is not None for task in tasks} == {"icd_chapter": True, "record": False}
+    withheld = {"icd_chapter": True, "record": False, "record_b": False}
+    assert {task.kind: task.least_confidence is not None for task in tasks} == withheld
 
 
 def test_report_is_there_and_a_run_equals_itself(whole, capsys):
