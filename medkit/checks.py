@@ -1,4 +1,8 @@
-"""Checks of the exercises: an answer is right, or there is a hint, never the answer (`checks.yaml` has the texts)."""
+"""Checks of the exercises in `notebooks/exercises`: an answer is right, or there is a hint, never the answer.
+
+The truth is computed from the run's own files, from what a notebook hands to the check, and from small formulas.
+`checks.yaml` has the points, the tolerance, the form of an answer and the hint of each exercise.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""How figures look: one size, one colour per variant; each is saved as svg and png, with its table beside it."""
+"""How figures look: one size, one fixed colour per variant, and one way to save them.
+
+A figure is saved as svg and png with the table it was drawn from beside it, so that every point can be looked up.
+"""
 
 from pathlib import Path
 

@@ -205,7 +205,11 @@ class Stage:
         return path
 
     def require(self, stage: str, filename: str) -> Path:
-        """Path of an earlier stage's file or folder. Raises StageError, naming the notebook to run first."""
+        """Path of an artifact of an earlier, complete stage of the same run.
+
+        `filename` may be a folder. Raises StageError if that stage has not committed it; the message names the first
+        notebook that has to run.
+        """
         upstream = Stage(self.run, stage)
         listed = upstream.manifest().get("files", {})
         wanted = [f for f in listed if f == filename or f.startswith(filename + "/")]

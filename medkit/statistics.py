@@ -138,7 +138,10 @@ def paired_difference(
 
 
 def sign_flip_p(sums: Sequence[int]) -> float:
-    """Exact two-sided p if each group's sign is random (Canay et al. 2017); McNemar's test for sums of −1, 0 and 1."""
+    """Exact two-sided p of groups' sums of differences if each group's sign is random (Canay, Romano & Shaikh 2017).
+
+    With sums of −1, 0 and 1 this is McNemar's exact test.
+    """
     sums = np.rint(np.asarray(sums)).astype(int)
     chances = np.ones(1)  # chances[i]: that the sum is 2·i − (len − 1)
     for size, count in zip(*np.unique(np.abs(sums[sums != 0]), return_counts=True), strict=True):

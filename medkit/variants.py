@@ -1,4 +1,8 @@
-"""The variants of a run, every model that the notebooks make, in one registry: names, looks, folders, baselines."""
+"""The variants of a run: every model that the notebooks make, in one registry.
+
+Figures take labels and colours from here, notebook 05 takes the folders, notebook 06 the baselines and the questions.
+A new variant is one row of `VARIANTS`.
+"""
 
 from typing import NamedTuple
 

@@ -190,7 +190,10 @@ def _parse(text: str) -> list | dict | None:
 
 
 def read_table(path: Path, table: Table) -> Iterator[dict]:
-    """Records of a user's own questions. Raises DataError as `_read_rows`, and for answers that are not `answer_is`."""
+    """Records of a user's own questions.
+
+    Raises DataError as `_read_rows`, and where the answers as a whole are not what `answer_is` says.
+    """
     rows = _read_rows(path, table)
     options = [row_options for row in rows if isinstance(row_options := _options(row, table.columns), list)]
     labelled = any(strip_letters(row_options, labelled=False) != row_options for row_options in options)

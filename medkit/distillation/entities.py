@@ -145,7 +145,10 @@ class Entities:
 
 
 def mark_entities(tokenizer, examples: Sequence[Example]) -> Entities:
-    """The entities in the text that each example predicts; a token belongs to the first one. Needs a fast tokenizer."""
+    """The entities in the text that each example predicts. A token belongs to the first entity that it overlaps.
+
+    Needs a fast tokenizer, for its offsets.
+    """
     answers = [example.input_ids[example.loss_start :] for example in examples]
     texts = [tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in answers]
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)

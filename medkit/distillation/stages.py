@@ -1,4 +1,8 @@
-"""The trained stages of distillation, for notebook 02 and `medkit train`: the corrected teacher and its students."""
+"""The trained stages of distillation: the corrected teacher and its students.
+
+Notebook 02 and `medkit train` call the same functions, in one process or in many. A result that is there already, made
+from the same inputs by the same code, is read back (`modeling.train_once`).
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
@@ -28,7 +32,11 @@ STAGES = ("teacher", *STUDENTS)
 
 
 def load_tokenizers(params: Params) -> tuple:
-    """The teacher's tokenizer and the student's (or it twice). Raises MedkitError if they do not fit `alignment`."""
+    """The teacher's tokenizer and the student's; with one vocabulary the teacher's, twice.
+
+    Raises MedkitError if `distillation.alignment` is 'tokens' and the vocabularies differ, or if it is 'spans' and the
+    bytes of a tokenizer's tokens are not known.
+    """
     teacher = loading.load_tokenizer(loading.local_folder(params.models.teacher))
     if params.models.student == "pruned_teacher":
         return teacher, teacher
@@ -51,7 +59,10 @@ def teacher_rows(questions: pd.DataFrame) -> pd.DataFrame:
 
 
 def correct_teacher(stage: Stage, params: Params, rows: pd.DataFrame) -> tuple[nn.Module, pd.DataFrame]:
-    """The teacher after LoRA on `teacher_rows`, merged (arXiv 2408.11796), and the log; writes adapter and teacher."""
+    """The teacher after a LoRA fine-tune on these rows, merged, and the log (teacher correction, arXiv 2408.11796).
+
+    rows: `teacher_rows`. Writes `teacher_adapter/` and `teacher/`.
+    """
     section, train, source = params.distillation, params.distillation.correction_train, params.models.teacher
     folder = loading.local_folder(source)
     tokenizer = load_tokenizers(params)[0]
@@ -147,7 +158,10 @@ def train_student(
 
 
 def check_lead(teacher: Mapping[str, float], student: Mapping[str, float], least: float | None) -> dict[str, float]:
-    """The teacher's score minus student_ce's by task. Raises StageError if one is below `least`: nothing to distil."""
+    """The teacher's score minus student_ce's for each task, on validation rows.
+
+    Raises StageError if one is below `least`: then there is nothing to distil, and the trainings to come are wasted.
+    """
     lead = {task: round(teacher[task] - student[task], 6) for task in teacher}  # 0.83 − 0.73 is 0.1
     if least is not None and (low := {task: value for task, value in lead.items() if value < least}):
         raise StageError(

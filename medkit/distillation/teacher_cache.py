@@ -151,7 +151,11 @@ def unpack_ids(low: np.ndarray, high: np.ndarray | None, vocab_size: int) -> np.
 
 
 class TeacherCache:
-    """Reader of a teacher cache by example number. Raises CacheError at once for another `key` or a damaged shard."""
+    """Reader of a teacher cache by example number, in any order.
+
+    Raises CacheError for a cache of another teacher, template or tokenizer than `key`, and for missing or damaged
+    shards: now, and not in the middle of a training.
+    """
 
     def __init__(self, folder: Path, key: str):
         self.index = read_index(folder)

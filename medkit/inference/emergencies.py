@@ -23,7 +23,10 @@ def _patterns() -> dict[str, list[re.Pattern]]:
 
 
 def is_emergency(message: str) -> bool:
-    """One strong line of the rules or two weak ones, and no calm one, unless an urgent one; of long texts both ends."""
+    """One strong line of the rules or two weak ones, and no calm one, unless there is an urgent one too.
+
+    Of a long message its beginning and its end are read, LONGEST characters each.
+    """
     text = (message if len(message) <= 2 * LONGEST else f"{message[:LONGEST]}\n{message[-LONGEST:]}").replace("’", "'")
     found = {name: sum(1 for p in patterns if p.search(text)) for name, patterns in _patterns().items()}
     return (found["strong"] > 0 or found["weak"] > 1) and (not found["calm"] or found["urgent"] > 0)

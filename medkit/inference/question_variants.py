@@ -15,14 +15,21 @@ MAX_CHARACTERS = 2000
 
 
 def rows_for(variant: str, asked: pd.DataFrame, exams: pd.DataFrame, claims: Sequence[str], few: int) -> pd.DataFrame:
-    """The questions of one variant: all of `asked` if it is one of `claims`, else the first `few` of each source."""
+    """The questions of one variant: all of `asked` if it is one of `claims`, else the `few` first ones of each source.
+
+    The start and the final student answer the `exams` too. Records of the second form are left out for all variants
+    but those that start from it or have learned it.
+    """
     rows = asked if variant in claims else asked.groupby(["scoring", "source"], sort=False).head(few)
     rows = rows[(rows.kind != "record_b") | (variant in SECOND_FORM)]
     return pd.concat([rows, exams]) if variant in (START, FINAL) else rows
 
 
 def dialogue_rows(dialogues: pd.DataFrame, count: int | str) -> pd.DataFrame:
-    """Rows for `predict`: the first `count` real dialogues, or all, of at most MAX_CHARACTERS, for the first form."""
+    """Rows for `predict`: real dialogues (`01_data/dialogues.parquet`), of which records of the first form are wanted.
+
+    The first `count` ones, or "all", of at most MAX_CHARACTERS: what is longer, no variant has learned to read.
+    """
     short = dialogues[dialogues.dialogue.str.len() <= MAX_CHARACTERS]
     rows = short if count == "all" else short.head(count)
     return rows[["id", "source"]].assign(

@@ -1,4 +1,7 @@
-"""Workloads of real questions, and the times of any engine on them: all write exactly as many tokens as asked."""
+"""Workloads of real questions, and what is measured on them over any engine.
+
+All engines get the same prompts and write exactly as many tokens as asked: an end token stops no clock.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +17,10 @@ from medkit.stage import MedkitError
 
 
 def encode_prompts(tokenizer, questions: pd.DataFrame, shots: Sequence[dict] = ()) -> list[list[int]]:
-    """The prompt of each question row, for an option's text; solved rows in `shots` come first, as a shared prefix."""
+    """The prompt of each question row, which asks for an option's text; solved rows in `shots` come before all of them.
+
+    Prompts with the same shots begin with the same tokens: a shared prefix.
+    """
     rows = questions.to_dict("records")
     messages = (templates.render(row, templates.pick_template(row["kind"], "option_text"), shots) for row in rows)
     return [templates.encode(tokenizer, turns)[0] for turns in messages]

@@ -1,4 +1,7 @@
-"""Questions as token sequences, their batches, and a model's logits at the predicted positions, for all uses alike."""
+"""Questions as token sequences, their batches, and a model's logits at the predicted positions.
+
+Training, the teacher cache and every comparison of two models use these functions, so a position means the same in all.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +34,10 @@ class Example:
 
 
 def encode_questions(tokenizer, questions: pd.DataFrame) -> list[Example]:
-    """One example per question row: answer and end token are predicted; without an answer (`transfer`) the question."""
+    """One example per question row. The loss covers the answer and its end token.
+
+    For a row without an answer (split `transfer`) the loss covers the text of the question.
+    """
     return [_encode(tokenizer, question) for question in questions.to_dict("records")]
 
 

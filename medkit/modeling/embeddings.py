@@ -1,4 +1,7 @@
-"""Sentence embeddings: texts as unit vectors of a small BERT encoder, mean pooling (all-MiniLM-L6-v2, sbert.net)."""
+"""Sentence embeddings: texts as unit vectors from a small BERT encoder with mean pooling (all-MiniLM-L6-v2, sbert.net).
+
+There is no index: for up to 10⁵ texts a matrix product is quicker than building one.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +21,11 @@ BATCH_TOKENS = 4096  # of a forward pass
 
 @torch.inference_mode()
 def embed_texts(folder: Path, texts: Sequence[str], device: str = "auto") -> np.ndarray:
-    """Unit vectors (len(texts), hidden) in float32, means over tokens. Raises ModelError without safetensors."""
+    """Unit vectors (len(texts), hidden) in float32: the mean of the last hidden states over a text's tokens.
+
+    folder: encoder and tokenizer in transformers' format. Raises ModelError for a folder without safetensors, because a
+    pickle can run any code.
+    """
     options = {"dtype": torch.float32, "attn_implementation": "sdpa", "add_pooling_layer": False}
     model = read_weights(AutoModel, folder, other_heads=True, **options).to(pick_device(device)).eval()
     with quiet_transformers():

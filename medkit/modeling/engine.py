@@ -1,4 +1,7 @@
-"""Engines turn token ids into new ones, greedily unless made with a temperature; `write` asks an engine for texts."""
+"""Engines, which turn token ids into new token ids whatever runs underneath, and `write`, which asks one for texts.
+
+An engine is greedy unless it was made with a temperature.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

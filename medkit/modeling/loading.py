@@ -209,7 +209,10 @@ def load_model(folder: Path, models: ModelsParams, keep: Sequence[int] = (), **q
 
 
 def load_skeleton(section: ModelParams, models: ModelsParams) -> nn.Module:
-    """The model without weights; their names and shapes are checked. Raises ModelError for no plain dense decoder."""
+    """The model without its weights: their names and shapes are checked as `load_model` does, none is read.
+
+    Raises ModelError, too, for what is not a dense decoder with plain weights.
+    """
     options = {"dtype": getattr(torch, models.dtype), "device_map": "meta"}
     if models.attention in ("eager", "sdpa"):
         options["attn_implementation"] = models.attention

@@ -1,4 +1,8 @@
-"""The order of training rows: batches of similar length, by seed and epoch alone, for any number of processes."""
+"""The order of training rows: batches of similar length, the same ones for any number of processes.
+
+The order depends on seed and epoch only. So a resumed epoch equals the killed one, and processes agree without
+communication.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 

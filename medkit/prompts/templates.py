@@ -1,4 +1,7 @@
-"""Question → chat messages and token ids: named, hashed templates, and one `encode` for training and scoring alike."""
+"""Question → chat messages and token ids: a registry of named, hashed templates, one for each way of asking.
+
+Scoring and training both use `encode`, so prompt and answer are tokenised in one way only.
+"""
 
 import json
 import re

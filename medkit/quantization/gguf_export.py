@@ -1,4 +1,7 @@
-"""The edge file: one GGUF file for llama.cpp, of a Llama (SmolLM), Qwen2 or Qwen3, with tokenizer and chat template."""
+"""The edge file: one GGUF file with weights, tokenizer and chat template, for llama.cpp.
+
+Llama (SmolLM), Qwen2 and Qwen3 checkpoints only. The `gguf` package quantizes the matrices; norms and biases stay F32.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -211,7 +214,10 @@ def _write_manifest(path: Path, config) -> None:
 
 
 def check_manifest(path: Path) -> dict:
-    """The manifest of a GGUF file. Raises ExportError if one of them is missing, or the file has changed since."""
+    """The manifest of a GGUF file, if the file is byte for byte the exported one.
+
+    Raises ExportError if the file was cut or changed, or if its manifest is missing or damaged.
+    """
     with reading(manifest_path(path), ExportError, f"copy it together with {path.name}, or export that again"):
         manifest = json.loads(manifest_path(path).read_text())
         digest = manifest["sha256"]

@@ -1,4 +1,7 @@
-"""What other programs need to use the GGUF file: an Ollama Modelfile, in Ollama's template language, and commands."""
+"""What other programs need to use the GGUF file: an Ollama Modelfile, and the command lines of the others.
+
+Ollama does not run the file's chat template, so the Modelfile holds it in Ollama's language.
+"""
 
 from pathlib import Path
 
@@ -28,7 +31,11 @@ def write_reader_files(path: Path, tokenizer) -> None:
 
 
 def make_modelfile(name: str, tokenizer) -> str | None:
-    """An Ollama Modelfile: the system prompt and turns of training, greedy; None if the template leaves out a turn."""
+    """An Ollama Modelfile: the system prompt and the turns of training, greedy.
+
+    What stands before each turn is read from a chat that the file's template renders. None for a template that leaves
+    out a turn.
+    """
     roles = ("system", "user", "assistant", "user")
     marks = [f"((turn {number}))" for number in range(4)]
     turns = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]

@@ -26,7 +26,11 @@ class ExportError(MedkitError):
 
 
 def write_tokenizer(writer: gguf.GGUFWriter, tokenizer, vocab_size: int) -> None:
-    """Write vocabulary, merges, special tokens, chat template. Raises ExportError for what GGUF cannot describe."""
+    """Write vocabulary, merges, special tokens and chat template of a fast tokenizer.
+
+    `vocab_size` is the model's; its rows beyond the tokenizer's vocabulary become unused tokens. Raises ExportError
+    for a tokenizer that GGUF cannot describe.
+    """
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     model = backend["model"]
     if model["type"] != "BPE":

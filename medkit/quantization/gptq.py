@@ -26,7 +26,10 @@ Rounding = Callable[[str, torch.Tensor, torch.Tensor | None], tuple[object, torc
 def round_columns(
     weight: torch.Tensor, scales: torch.Tensor, levels: torch.Tensor, hessian: torch.Tensor
 ) -> torch.Tensor:
-    """Numbers of the `levels` (rows, columns) uint8 that `weight` is rounded to; `scales` has the shape of `weight`."""
+    """Numbers of the `levels` (rows, columns) uint8 that `weight` is rounded to; `scales` has the shape of `weight`.
+
+    Columns with the largest inputs come first. The error of a column is compensated in the later ones.
+    """
     columns = len(hessian)
     order = hessian.diagonal().argsort(descending=True, stable=True)  # columns with the largest inputs come first
     ordered = hessian[order][:, order]

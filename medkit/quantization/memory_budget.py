@@ -1,4 +1,8 @@
-"""Which preset plan fits the memory of a device, from a model's shapes: the best is the one with the most bits."""
+"""Which plan fits the memory of a device: computed from the shapes of a model, without its weights.
+
+Nothing is measured here, so the cost of a plan in accuracy is unknown: the best preset plan is the one with the most
+bits per weight. `plans.budget_plan` chooses by measured sensitivity.
+"""
 
 import json
 import re

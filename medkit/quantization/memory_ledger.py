@@ -1,4 +1,8 @@
-"""The memory ledger: bytes of a model by component, measured on a loaded model or computed from shapes alone."""
+"""The memory ledger: bytes of a model by component, measured on a loaded model or computed from shapes alone.
+
+`measure_bytes` counts loaded tensors; the other functions need a config and no weights, so they answer before a
+download. `memory_budget` compares plans with the memory of a device.
+"""
 
 import math
 from collections.abc import Mapping

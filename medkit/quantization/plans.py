@@ -1,4 +1,9 @@
-"""Plans: which of three number formats each weight matrix of a model gets, by its name or by an exact knapsack."""
+"""Plans: which number format each weight matrix of a model gets.
+
+A plan maps every matrix, embeddings and head included, to one of three schemes. Some plans follow from the names of the
+modules. Others are chosen from a table with the sensitivity and the size of every choice, as an exact knapsack.
+This file touches no model: `sensitivity` measures the table, `quantize` applies a plan.
+"""
 
 import random
 import re
@@ -36,13 +41,19 @@ def layer_of(module: str) -> int | None:
 
 
 def nf4_plan(shapes: Shapes, embeddings: Scheme = "unquantized") -> Plan:
-    """Every linear layer of the decoder in NF4; embeddings and head get `embeddings`, as in bitsandbytes by default."""
+    """Every linear layer of the decoder in NF4. Embeddings and head get the scheme `embeddings`.
+
+    bitsandbytes leaves embeddings and head unquantized, and so does the default.
+    """
     name = {"unquantized": "nf4", "int8": "nf4_int8_embed", "nf4": "nf4_all"}[embeddings]
     return Plan(name=name, schemes={m: embeddings if layer_of(m) is None else "nf4" for m in shapes})
 
 
 def paper_plan(shapes: Shapes) -> Plan:
-    """The mix of arXiv 2505.00025: attention in 8 bits, other layers in NF4; it does not say what the rest gets."""
+    """The mix of arXiv 2505.00025: attention in 8 bits, the other linear layers in NF4.
+
+    The paper does not say what happens to embeddings and head; here they stay unquantized.
+    """
     layers = {m: "int8" if "attn" in m else "nf4" for m in shapes if layer_of(m) is not None}
     return Plan(name="paper_mix", schemes={m: layers.get(m, "unquantized") for m in shapes})
 
@@ -76,7 +87,11 @@ def budget_plan(choices: pd.DataFrame, budget_bytes: int, name: str = "plan") ->
 
 
 def random_plan(choices: pd.DataFrame, budget_bytes: int, seed: int) -> Plan:
-    """Random schemes of at most `budget_bytes`, with no room for any next larger one. Raises as `budget_plan`."""
+    """Random schemes that take at most `budget_bytes`, so near to it that no module's next larger scheme fits.
+
+    Starts with the smallest scheme of each module; then random modules get a random larger scheme while one fits.
+    Raises PlanError as above.
+    """
     check_budget(choices, budget_bytes)
     draw, chosen = random.Random(seed), choices.loc[choices.groupby("module", sort=False).bytes.idxmin()]
     size, left = dict(zip(chosen.module, chosen.bytes, strict=True)), budget_bytes - chosen.bytes.sum()

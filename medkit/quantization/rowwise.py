@@ -131,7 +131,10 @@ def quantize_nf4(weight: torch.Tensor, double_quant: bool) -> bnb.nn.Params4bit:
 
 
 def round_nf4(weight: torch.Tensor, hessian: torch.Tensor, double_quant: bool) -> bnb.nn.Params4bit:
-    """`weight` (rows, columns; whole blocks) in NF4 with plain scales, rounded for inputs with `hessian` = Σ x xᵀ."""
+    """`weight` (rows, columns) in NF4, rounded for inputs with `hessian` = Σ x xᵀ (columns, columns).
+
+    Scales are those of plain NF4. Rows must be whole blocks.
+    """
     stored = quantize_nf4(weight, double_quant)
     state = stored.quant_state
     absmax = state.absmax

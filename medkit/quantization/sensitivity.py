@@ -28,7 +28,10 @@ BATCH_TOKENS = 1024  # of a forward and backward pass
 def fake_quantized(
     model: nn.Module, schemes: Mapping[str, Scheme], double_quant: bool, calibration: Sequence[Example] = ()
 ) -> Iterator[None]:
-    """In the block modules multiply with quantized weights, NF4 to the nearest level or by GPTQ for `calibration`."""
+    """Inside the block the modules multiply with quantized and decoded weights; the memory does not change.
+
+    NF4 is rounded to the nearest level, or, with `calibration`, by GPTQ for these examples.
+    """
     calibrated = rowwise.calibrate_nf4(model, schemes, calibration, double_quant) if calibration else {}
     exact = {name: model.get_submodule(name).weight.data for name in schemes}
     try:

@@ -1,4 +1,7 @@
-"""The model card of a run: Hugging Face front matter, and what a person must know before use (`model_card.md.j2`)."""
+"""The model card of a run: Hugging Face front matter, and what a person must know before using the model.
+
+The text is `model_card.md.j2`; every number is from `results.json`.
+"""
 
 import re
 from collections.abc import Mapping

@@ -28,7 +28,10 @@ NOTEBOOK = f"""{{%- extends 'lab/index.html.j2' -%}}
 
 
 def write_report(run_folder: Path) -> Path:
-    """Write `report.html` and a page per executed notebook; returns its path. Raises StageError without results."""
+    """Write `report.html` and one page per executed notebook into a run's folder; returns the path of the report.
+
+    Raises StageError if the run's results are missing or damaged.
+    """
     from nbconvert.filters import markdown2html  # nbconvert takes three seconds to import
 
     results, facts = load_results(run_folder / "results.json")

@@ -1,4 +1,8 @@
-"""`results.json`: every number that a run measured, one row each; README, docs, report and model card read only it."""
+"""`results.json`: every number that a run measured, one row each. README, docs, report and model card read only it.
+
+A row holds the number with its interval, the number of observations, the unit, the variant it is compared with, and the
+file with the observations. Nothing is measured here: notebooks hand in tables.
+"""
 
 import json
 from collections.abc import Iterator
@@ -93,7 +97,10 @@ def from_bench(bench: pd.DataFrame, confidence: float) -> Iterator[dict]:
 
 
 def ratios(rows: list[dict]) -> Iterator[dict]:
-    """Rows `memory_ratio`, `latency_ratio`: variants made from the distilled student over it; `unit` says of what."""
+    """Rows `memory_ratio` and `latency_ratio`: each variant made from the distilled student over that student.
+
+    Below 1 is smaller or faster. `unit` says what was divided.
+    """
     table = pd.DataFrame(rows)
     pairs = [(v.name, v.baseline) for v in VARIANTS.values() if v.baseline == FINAL]
     for name, measured, unit in (
@@ -130,7 +137,10 @@ def write_results(folder: Path, rows: list[dict], facts: dict) -> Path:
 
 
 def load_results(path: Path) -> tuple[pd.DataFrame, dict]:
-    """The rows of a results file as a table, and its facts (run, params, …). Raises StageError if it is not whole."""
+    """The rows of a results file as a table, and its facts (run, device, date, params, …).
+
+    Raises StageError if the file is missing or damaged.
+    """
     with reading(path, StageError, "`python -m medkit run` writes it in its last notebook", "no whole results file"):
         content = json.loads(path.read_text())
         return pd.DataFrame(content.pop("results")), content

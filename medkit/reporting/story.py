@@ -1,4 +1,7 @@
-"""The run in one figure, the scores of both tasks against megabytes, and in sentences: from `results.json` alone."""
+"""The run in one figure: how good a model is at both tasks, against the megabytes of its weights; and in sentences.
+
+Everything is read from the rows of `results.json`: README, notebook 06 and the report page show the same.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 

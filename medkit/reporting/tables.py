@@ -1,4 +1,7 @@
-"""Markdown tables of `results.json` and of benchmarks, for README, docs, report, card and command line."""
+"""Markdown tables from the rows of `results.json` and from the results of the benchmarks.
+
+README, docs, the report page, the model card and the command line show them. No number is measured here.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
