@@ -26,10 +26,11 @@ def make_instructions(messages, pool: str | None, group: str | None, row: int) -
     """
     record = {"question": "", "context": "", "options": [], "answer": -1, "subject": "", "kind": INSTRUCTION}
     record |= {"pool": pool, "row": row} | ({"group": group} if group else {})
-    if fault := _find_fault(messages):
-        yield record | {"question": str(messages), "fault": fault}
+    try:
+        turns = _read_turns(messages)
+    except ValueError as fault:
+        yield record | {"question": str(messages), "fault": str(fault)}
         return
-    turns = [{"role": turn["role"], "content": clean_text(turn["content"], lines=True)} for turn in messages]
     prompts = " ".join(turn["content"] for turn in turns if turn["role"] == "user")
     for place, turn in enumerate(turns):
         if turn["role"] == "user":
@@ -39,21 +40,23 @@ def make_instructions(messages, pool: str | None, group: str | None, row: int) -
             yield record | {"options": responses, "answer": len(responses) - 1}
 
 
-def _find_fault(messages) -> str | None:
-    """Why a conversation cannot be used, in a few words."""
+def _read_turns(messages) -> list[dict]:
+    """The turns of a conversation, cleaned. Raises ValueError, which says in a few words why it cannot be used."""
     if not isinstance(messages, list) or not all(isinstance(turn, dict) for turn in messages):
-        return "messages are not a list of {role, content}"
+        raise ValueError("messages are not a list of {role, content}")
     roles = [turn.get("role") for turn in messages]
     if unknown := [role for role in roles if role not in ROLES]:
-        return f"the role {str(unknown[0])[:20]!r} is none of {', '.join(ROLES)}: rename it, or leave the turn out"
+        role = str(unknown[0])[:20]
+        raise ValueError(f"the role {role!r} is none of {', '.join(ROLES)}: rename it, or leave the turn out")
     if not all(isinstance(turn.get("content"), str) for turn in messages):
-        return "a turn's content is not text"
-    if not all(clean_text(turn["content"], lines=True) for turn in messages):
-        return "an empty turn"
+        raise ValueError("a turn's content is not text")
+    turns = [{"role": turn["role"], "content": clean_text(turn["content"], lines=True)} for turn in messages]
+    if not all(turn["content"] for turn in turns):
+        raise ValueError("an empty turn")
     spoken = roles[roles[:1] == ["system"] :]
     if not spoken or any(role != ROLES[1 + place % 2] for place, role in enumerate(spoken)):
-        return "the turns are not user, assistant, user, … after at most one system turn"
-    return None
+        raise ValueError("the turns are not user, assistant, user, … after at most one system turn")
+    return turns
 
 
 def prompt_texts(questions: pd.DataFrame) -> pd.Series:
