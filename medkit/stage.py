@@ -275,8 +275,9 @@ class Stage:
 
     def changed_files(self) -> list[str]:
         """The files whose bytes are not those that the manifest lists, or that are gone. Reads all of them."""
-        digests = self.manifest().get("sha256", {})
-        return [f for f in digests if not (self.dir / f).is_file() or sha256_of(self.dir / f) != digests[f]]
+        manifest = self.manifest()
+        files, digests = (manifest.get(name, {}) for name in ("files", "sha256"))
+        return [f for f in files if not (self.dir / f).is_file() or sha256_of(self.dir / f) != digests.get(f)]
 
 
 def sha256_of(path: Path) -> str:
