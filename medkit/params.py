@@ -467,8 +467,10 @@ def _sentence(error: dict) -> str:
 
 
 def _short(value) -> str:
+    short = reprlib.Repr()
+    short.maxlevel = 2  # a few aliases of yaml can unfold to millions of values
     try:
-        return reprlib.repr(value)
+        return short.repr(value)
     except ValueError:  # Python writes no number of more than 4,300 digits
         return f"one {type(value).__name__}"
 

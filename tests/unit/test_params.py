@@ -1,6 +1,7 @@
 """A profile is complete and exact: every wrong key, value or file is one sentence that names the key and the file."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,13 @@ def test_every_missing_and_unknown_key_is_named_at_once(tmp_path):
     message = refusal(write(tmp_path, raw))
     assert all(f"missing key '{path}'" in message for path in paths)
     assert "unknown key 'lora.adapter.rnak'" in message
+
+
+def test_aliases_that_unfold_to_millions_of_values_are_shown_in_a_short_sentence(tmp_path):
+    nested = "".join(f"k{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else '0'] * 10)}]\n" for n in range(9))
+    path = tmp_path / "profile.yaml"
+    path.write_text(nested + re.sub(r"(?m)^seed: .*$", "seed: *a8", SMOKE.read_text()))
+    assert "'seed': Input should be a valid integer" in refusal(path) and len(refusal(path)) < 1000
 
 
 MISTYPED = [
