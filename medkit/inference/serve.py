@@ -27,6 +27,7 @@ from starlette.responses import HTMLResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from medkit.data.splits import SECOND_FORM
 from medkit.inference.chats import Plan, make_plan
 from medkit.inference.server_engine import ADAPTER_OFF, ServerAddress, llama_server
 from medkit.inference.server_scoring import score_options
@@ -95,7 +96,7 @@ def open_router(
     context_tokens: int = 4096,
 ) -> Iterator[Starlette]:
     """The router before the run's edge file, or before `upstream`; a server that it started ends with the block."""
-    tasks, control, adapter = None, [], None
+    tasks, control, settings = None, [], {}
     if upstream:
         server = nullcontext(ServerAddress(upstream.rstrip("/"), upstream_key or "none"))
     else:
@@ -104,10 +105,11 @@ def open_router(
             raise MedkitError(f"run {run!r} has no edge file (quantization.edge is null): name a server by --upstream")
         path = Stage(run, "05_inference").require(stage, file)
         tasks, control = read_tasks(path), control_tokens(path)
-        adapter = path.with_name(ADAPTER) if path.with_name(ADAPTER).is_file() else None
+        adapter = path.with_name(ADAPTER) if any(task.kind == SECOND_FORM for task in tasks) else None
+        settings = ADAPTER_OFF if adapter else {}
         server = llama_server(path, slots, context_tokens, adapter=adapter)
     with server as address:
-        yield make_router(address, api_key, tasks, control, ADAPTER_OFF if adapter else {})
+        yield make_router(address, api_key, tasks, control, settings)
 
 
 def control_tokens(path: Path) -> list[str]:

@@ -346,8 +346,10 @@ def test_serve_takes_the_edge_file_of_the_run_and_no_profile(served, monkeypatch
     serve.serve("mine", port=8001, slots=3)
     assert served.path == edge and (served.slots, served.port, served.host) == (3, 8001, "127.0.0.1")
     assert served.adapter is None
-    edge.with_name(ADAPTER).touch()
-    serve.serve("mine")
+    second = TAUGHT[1].model_copy(update={"source": "records_b", "kind": "record_b"})
+    tasks |= {"sha256": sha256(b"x").hexdigest(), "tasks": [*tasks["tasks"], second.model_dump()]}
+    edge.with_suffix(TASKS).write_text(json.dumps(tasks))
+    serve.serve("mine")  # what it was taught with the adapter it must not answer without
     assert served.adapter == edge.with_name(ADAPTER)
     (edge.parents[1] / "manifest.json").write_text(json.dumps({"files": {"nf4/plan.json": 1}}))
     with pytest.raises(MedkitError, match=r"no edge file \(quantization\.edge is null\)"):
