@@ -154,7 +154,7 @@ def watched(folder: Path | None = None):
     assert not seen, seen
 
 
-def check_promise(kind: type, read, *args, folder: Path | None = None):
+def assert_promise(kind: type, read, *args, folder: Path | None = None):
     """What `read(*args)` returned, which is a `kind`; None if it raised a MedkitError of one clear sentence.
 
     It may write into `folder` alone.

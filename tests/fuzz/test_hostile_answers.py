@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pandas as pd
-from hostile import changed, check_promise, tries
+from hostile import assert_promise, changed, tries
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -30,9 +30,9 @@ ANSWERS = st.lists(st.sampled_from(PARTS) | st.text(max_size=3), max_size=12).ma
 @given(text=ANSWERS, options=st.lists(st.sampled_from(OPTIONS), min_size=1, max_size=12))
 def test_a_choice(text, options):
     for template in (templates.TEXT, templates.LETTER, templates.ABSTRACT):
-        choice = check_promise(int | None, answer_parser.parse, text, options, template)
+        choice = assert_promise(int | None, answer_parser.parse, text, options, template)
         assert choice is None or 0 <= choice < len(options)
-    assert check_promise(str, thinking.after_thoughts, text) in text
+    assert assert_promise(str, thinking.after_thoughts, text) in text
 
 
 def score(text: str) -> None:
@@ -46,13 +46,13 @@ def score(text: str) -> None:
     }
     questions = pd.DataFrame([{**facts, "id": "r0"}, {**facts, "id": "r1"}])
     answers = pd.DataFrame({"variant": "edge", "source": "records", "id": ["r0", "r1"], "text": text})
-    scores = check_promise(pd.DataFrame, records.score_records, answers.drop(columns="source"), questions)
-    measured = check_promise(pd.DataFrame, records.measure_records, scores, 0.95)
+    scores = assert_promise(pd.DataFrame, records.score_records, answers.drop(columns="source"), questions)
+    measured = assert_promise(pd.DataFrame, records.measure_records, scores, 0.95)
     shares = measured[measured.metric != "tokens"].value.dropna()
     assert shares.between(0, 1).all() and np.isfinite(shares).all()
     facts = {"dialogue": DIALOGUE, "section_header": "ALLERGY", "section_text": "none"}
     dialogues = pd.DataFrame([{**facts, "id": "r0"}, {**facts, "id": "r1"}])
-    check_promise(pd.DataFrame, records.score_dialogues, answers, dialogues, "record", 0.95, {"allergy": "ALLERGY"})
+    assert_promise(pd.DataFrame, records.score_dialogues, answers, dialogues, "record", 0.95, {"allergy": "ALLERGY"})
 
 
 @tries(20, 750)
@@ -61,5 +61,5 @@ def score(text: str) -> None:
 @example(text=json.dumps(PATIENT | {"dose": "nan"}))
 def test_a_record(text):
     for schema in templates.FORMS.values():
-        check_promise(schema | None, answer_parser.parse_record, text, schema)
+        assert_promise(schema | None, answer_parser.parse_record, text, schema)
     score(text.encode(errors="replace").decode())  # a tokenizer decodes to no lone surrogates

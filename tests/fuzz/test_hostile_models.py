@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import toys
-from hostile import changed, check_promise, damaged, tries
+from hostile import assert_promise, changed, damaged, tries
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
@@ -65,7 +65,7 @@ def check(folder, tmp_path, monkeypatch):
         (path / file if path.suffix != ".gguf" else path).write_bytes(content)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = check_promise(nn.Module, load, path, folder=tmp_path / "cache")
+            model = assert_promise(nn.Module, load, path, folder=tmp_path / "cache")
         assert model is None or not any(p.is_meta for p in model.parameters())
         converted = tmp_path / "cache" / "converted"
         assert model or not converted.exists() or not [p for p in converted.iterdir() if p.suffix != ".lock"]
@@ -134,5 +134,5 @@ def test_a_chat_template(tokenizer, template, name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         for tokenizer.chat_template in (template.decode("latin-1"), named):
-            ids = check_promise(tuple, templates.encode, tokenizer, MESSAGES, "yes")
+            ids = assert_promise(tuple, templates.encode, tokenizer, MESSAGES, "yes")
             assert ids is None or ids[1][-1] == tokenizer.eos_token_id

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hostile import BOMB, PIECES, VALUES, changed, check_promise, damaged, tries
+from hostile import BOMB, PIECES, VALUES, assert_promise, changed, damaged, tries
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
@@ -23,14 +23,14 @@ TREES = [yaml.safe_load(text) for text in TEXTS]
 KEYS = ["seed", "lora.adapter.rank", "models.teacher.source", "data.datasets", "inference.questions", "evaluation"]
 
 
-def check_profile(folder: Path, text: bytes, overrides: list[str]) -> None:
+def assert_profile(folder: Path, text: bytes, overrides: list[str]) -> None:
     path = folder / "profile.yaml"
     path.write_bytes(text)
-    params = check_promise(Params, lambda: load_params(path, parse_overrides(overrides)))
+    params = assert_promise(Params, lambda: load_params(path, parse_overrides(overrides)))
     if params is not None:  # it can be stored and read again, as the command line and the notebooks do
         stored = params.model_dump(mode="json")
         path.write_text(yaml.safe_dump(stored, sort_keys=False, allow_unicode=True))
-        again = check_promise(Params, load_params, path)
+        again = assert_promise(Params, load_params, path)
         assert again == params and digest(again.model_dump(mode="json")) == digest(stored)
 
 
@@ -40,7 +40,7 @@ def check_profile(folder: Path, text: bytes, overrides: list[str]) -> None:
 @example(text=b"seed: &a [*a]")
 @example(text=b"models: &a {x: *a}")
 def test_a_profile(tmp_path, text):
-    check_profile(tmp_path, text, [])
+    assert_profile(tmp_path, text, [])
 
 
 @tries(20, 500)
@@ -51,7 +51,7 @@ def test_a_profile(tmp_path, text):
     | st.text(max_size=20),
 )
 def test_an_override(tmp_path, key, value):
-    check_profile(tmp_path, TEXTS[-1], [f"{key}={value}"])
+    assert_profile(tmp_path, TEXTS[-1], [f"{key}={value}"])
 
 
 # --- sources ---------------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def fetch(tmp_path, monkeypatch):
             checked = TypeAdapter(Source).validate_python(source)
         except ValidationError:
             return
-        path = check_promise(Path, sources.fetch, checked, folder=cache)
+        path = assert_promise(Path, sources.fetch, checked, folder=cache)
         assert path is None or source["kind"] == "local" or cache in path.resolve().parents
 
     return fetch

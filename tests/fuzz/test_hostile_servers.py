@@ -8,7 +8,7 @@ from functools import partial
 import httpx
 import openai
 import pytest
-from hostile import changed, check_promise, damaged, tries, watched
+from hostile import assert_promise, changed, damaged, tries, watched
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -131,7 +131,7 @@ def engine(monkeypatch):
 
         client = httpx.Client(transport=httpx.MockTransport(server))
         monkeypatch.setattr(server_engine.openai, "OpenAI", partial(OPENAI, http_client=client))
-        return check_promise(Generation, ask_engine, models, answer)
+        return assert_promise(Generation, ask_engine, models, answer)
 
     return ask
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow
 import pytest
-from hostile import changed, check_promise, damaged, tries
+from hostile import assert_promise, changed, damaged, tries
 from hypothesis import assume, given, reject
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -29,17 +29,17 @@ TEXTS += [path.read_bytes() for path in CASES.glob("*.jsonl")]
 FORMS, POOLS = st.sampled_from(["index0", "index1", "letter", "text"]), st.sampled_from(["train", "test", None])
 
 
-def check_table(path: Path, form: str, pool: str | None, few_columns: bool) -> None:
+def assert_table(path: Path, form: str, pool: str | None, few_columns: bool) -> None:
     columns = {"question": "question", "options": "options", "answer": "answer", "context": "", "subject": ""}
     columns = columns if few_columns else COLUMNS
     table = Table(kind="table", path=str(path), pool=pool, columns=columns, answer_is=form)
     dataset = {"own": DatasetParams(origin=table, **dict.fromkeys(SPLITS, 0))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        loaded = check_promise(tuple, splits.load_questions, dataset, {"own": path}, 0)
+        loaded = assert_promise(tuple, splits.load_questions, dataset, {"own": path}, 0)
     if loaded is not None:  # no row is lost, and the questions can be stored and read again
         questions, rejected = loaded
-        rows = check_promise(list, lambda: list(readers.read_table(path, table)))
+        rows = assert_promise(list, lambda: list(readers.read_table(path, table)))
         assert len(questions) + rejected["count"].sum() == len(rows)
         for name, stored in (("questions", questions), ("rejected", rejected)):
             stored.to_parquet(path.with_name(f"{name}.parquet"))
@@ -60,14 +60,14 @@ LINES = damaged(TEXTS) | st.builds(as_lines, changed([ROWS]), st.booleans())
 @given(text=LINES, form=FORMS, pool=POOLS, few=st.booleans())
 def test_lines_of_json(tmp_path, text, form, pool, few):
     (tmp_path / "mine.jsonl").write_bytes(text)
-    check_table(tmp_path / "mine.jsonl", form, pool, few)
+    assert_table(tmp_path / "mine.jsonl", form, pool, few)
 
 
 @tries(30, 1000)
 @given(text=damaged([pd.DataFrame(ROWS).to_csv(index=False, sep=sep).encode() for sep in ",;"]), form=FORMS, pool=POOLS)
 def test_lines_of_csv(tmp_path, text, form, pool):
     (tmp_path / "mine.csv").write_bytes(text)
-    check_table(tmp_path / "mine.csv", form, pool, False)
+    assert_table(tmp_path / "mine.csv", form, pool, False)
 
 
 def write_parquet(path: Path, rows: list) -> None:
@@ -90,7 +90,7 @@ def write_parquet(path: Path, rows: list) -> None:
 def test_rows_of_parquet(tmp_path, rows, form, pool):
     assume(rows)
     write_parquet(tmp_path / "mine.parquet", rows)
-    check_table(tmp_path / "mine.parquet", form, pool, False)
+    assert_table(tmp_path / "mine.parquet", form, pool, False)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def parquet_bytes(tmp_path_factory) -> bytes:
 @given(data=st.data(), form=FORMS)
 def test_a_parquet_file(tmp_path, parquet_bytes, data, form):
     (tmp_path / "mine.parquet").write_bytes(data.draw(damaged([parquet_bytes])))
-    check_table(tmp_path / "mine.parquet", form, "test", False)
+    assert_table(tmp_path / "mine.parquet", form, "test", False)
 
 
 CHAT = [{"role": role, "content": f"{role}\n\tsays"} for role in ("system", "user", "assistant", "user", "assistant")]
@@ -120,7 +120,7 @@ def test_chats(tmp_path, rows, pool):
     dataset = {"own": DatasetParams(origin=origin, **dict.fromkeys(SPLITS, 0))}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        loaded = check_promise(tuple, splits.load_questions, dataset, {"own": path}, 0)
+        loaded = assert_promise(tuple, splits.load_questions, dataset, {"own": path}, 0)
     for name, table in zip(("questions", "rejected"), loaded or (), strict=False):
         table.to_parquet(tmp_path / f"{name}.parquet")
 
@@ -139,8 +139,8 @@ def test_files_of_the_data_folder(tmp_path, text):
         (tmp_path / name).mkdir(parents=True, exist_ok=True)
         (tmp_path / name / "test.jsonl").write_bytes(text)
     for name in ("medqa", "pubmedqa"):
-        check_promise(list, lambda name=name: list(readers.READERS[name](tmp_path)))
-    tables = check_promise(tuple, readers.read_open_questions, tmp_path)
+        assert_promise(list, lambda name=name: list(readers.READERS[name](tmp_path)))
+    tables = assert_promise(tuple, readers.read_open_questions, tmp_path)
     for table in tables or ():
         table.to_parquet(tmp_path / "stored.parquet")
 
@@ -155,6 +155,6 @@ def test_dialogues(tmp_path, csv, visits):
     for name, content in (("MTSDialog/validation.csv", csv), ("ACIBench/aci_bench_test_1.json", visits)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    table = check_promise(pd.DataFrame, readers.read_dialogues, tmp_path)
+    table = assert_promise(pd.DataFrame, readers.read_dialogues, tmp_path)
     if table is not None:
         table.to_parquet(tmp_path / "stored.parquet")
