@@ -144,12 +144,15 @@ def write_errors(path: Path, scratch: Path | None = None) -> Iterator[None]:
         number, is_system = getattr(error, "errno", None), isinstance(error, OSError)
         full = _is_disk_full(path) or any(os.strerror(n) in str(error) for n in (errno.ENOSPC, errno.EDQUOT))
         named = is_system and (scratch is None or str(scratch) in f"{error.filename} {error.filename2} {error}")
-        if not (full or named):
+        by_torch = re.search("PytorchStreamWriter|unexpected pos", str(error))  # it keeps the system's reason to itself
+        if not (full or named or by_torch):
             raise
         if full:
             cure = "the disk is full; free space, then run the same command again"
         elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
             cure = "you may not write there; change its permissions, or set MEDKIT_OUTPUTS or MEDKIT_CACHE elsewhere"
+        elif by_torch:
+            cure = "torch does not say why; the disk may have been full for a moment: run the same command again"
         else:
             cure = "correct the path, then run the same command again"
         reason = getattr(error, "strerror", None) or (os.strerror(errno.ENOSPC) if full else error)

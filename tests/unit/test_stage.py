@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from medkit import stage as module
-from medkit.stage import FINGERPRINT, MANIFEST, Stage, StageError, atomic_path, run_dir
+from medkit.stage import FINGERPRINT, MANIFEST, Stage, StageError, atomic_path, run_dir, write_errors
 
 TABLE = pd.DataFrame({"id": ["a", "b"], "options": [["x", "y"], ["z"]], "answer": [1, 0]})
 
@@ -228,3 +228,13 @@ def test_a_failed_write_has_the_cure_of_its_reason(tmp_path, number, cure):
     with pytest.raises(StageError) as raised, atomic_path(tmp_path / "a") as scratch:
         raise OSError(number, os.strerror(number), str(scratch))
     assert ("full" in str(raised.value)) == (number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def test_a_write_that_failed_in_torch_is_one_sentence_though_the_disk_has_space_again(tmp_path):
+    """Seen where another program had filled the disk for a moment: torch drops the system's error number."""
+    error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 7360 vs 7252")
+    with pytest.raises(StageError, match=r"could not be written.*full for a moment: run the same command"):
+        with write_errors(tmp_path / "checkpoints", tmp_path / "checkpoints"):
+            raise error
+    with pytest.raises(RuntimeError, match="reading"), write_errors(tmp_path / "a", tmp_path):
+        raise RuntimeError("PytorchStreamReader failed reading zip archive")
