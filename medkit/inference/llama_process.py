@@ -4,6 +4,7 @@ Reads its settings as one line of JSON, prints its address, and ends when its st
 when its parent dies. This file imports nothing of medkit: the process must stay small.
 """
 
+import functools
 import json
 import sys
 
@@ -26,6 +27,9 @@ def main() -> None:
     if settings["adapter"]:  # off, unless a request asks for it
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(settings["adapter"], 0.0)]
     params.verbosity = 1  # errors only
+    for name, value in settings["options"].items():
+        *parents, last = name.split(".")
+        setattr(functools.reduce(getattr, parents, params), last, value)
     server = xllamacpp.Server(params)
     print(server.listening_address, flush=True)
     sys.stdin.read()

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,13 +44,15 @@ def llama_server(
     threads: int | None = None,
     name: str = "edge",
     adapter: Path | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> Iterator[ServerAddress]:
     """llama.cpp's server on a GGUF file, on a free port of this machine; it ends with the block.
 
     `slots` requests are answered at once, each of at most `context_tokens` tokens, prompt and answer together; memory
     for all of them is taken at the start. `threads` None takes all processors. With the file `adapter`
-    (`gguf_export.export_adapter`) every request must say ADAPTER_ON or ADAPTER_OFF. The key is random: on a shared
-    machine nobody else may use the server. Raises EngineError if llama.cpp cannot open the file, and the error of
+    (`gguf_export.export_adapter`) every request must say ADAPTER_ON or ADAPTER_OFF. `options` are more of llama.cpp's
+    own parameters, by their names in `xllamacpp.CommonParams`, such as {"n_ubatch": 128}. The key is random: on a
+    shared machine nobody else may use the server. Raises EngineError if llama.cpp cannot open the file, and the error of
     `check_manifest` if a file is not the one that its manifest describes.
     """
     for file in filter(None, (path, adapter)):
@@ -58,7 +60,7 @@ def llama_server(
     address_key = secrets.token_urlsafe(16)
     settings = {"path": str(path), "name": name, "slots": slots, "context_tokens": context_tokens}
     settings |= {"threads": threads or os.cpu_count(), "api_key": address_key}
-    settings |= {"adapter": adapter and str(adapter)}
+    settings |= {"adapter": adapter and str(adapter), "options": dict(options or {})}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, llama_process.__file__],
