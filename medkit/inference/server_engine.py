@@ -52,8 +52,10 @@ def llama_server(
     for all of them is taken at the start. `threads` None takes all processors. With the file `adapter`
     (`gguf_export.export_adapter`) every request must say ADAPTER_ON or ADAPTER_OFF. `options` are more of llama.cpp's
     own parameters, by their names in `xllamacpp.CommonParams`, such as {"n_ubatch": 128}. The key is random: on a
-    shared machine nobody else may use the server. Raises EngineError if llama.cpp cannot open the file, and the error of
-    `check_manifest` if a file is not the one that its manifest describes.
+    shared machine nobody else may use the server.
+
+    Raises EngineError if llama.cpp cannot open the file, and the error of `check_manifest` if a file is not the one
+    that its manifest describes.
     """
     for file in filter(None, (path, adapter)):
         check_manifest(file)

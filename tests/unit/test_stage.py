@@ -233,8 +233,8 @@ def test_a_failed_write_has_the_cure_of_its_reason(tmp_path, number, cure):
 def test_a_write_that_failed_in_torch_is_one_sentence_though_the_disk_has_space_again(tmp_path):
     """Seen where another program had filled the disk for a moment: torch drops the system's error number."""
     error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 7360 vs 7252")
-    with pytest.raises(StageError, match=r"could not be written.*full for a moment: run the same command"):
-        with write_errors(tmp_path / "checkpoints", tmp_path / "checkpoints"):
-            raise error
+    sentence = r"could not be written.*full for a moment: run the same command"
+    with pytest.raises(StageError, match=sentence), write_errors(tmp_path / "checkpoints", tmp_path / "checkpoints"):
+        raise error
     with pytest.raises(RuntimeError, match="reading"), write_errors(tmp_path / "a", tmp_path):
         raise RuntimeError("PytorchStreamReader failed reading zip archive")
