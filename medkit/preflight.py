@@ -70,7 +70,8 @@ def _check_models(params: Params, models: list[ModelParams]) -> list:
         raise PreflightError(f"distillation.num_layers is {section.num_layers}, the teacher has {depth} layers")
     student = own[0] if own else modeling.load_skeleton(models[0], params.models)
     if not own:
-        student = modeling.keep_layers(student, range(section.num_layers))
+        # which block goes is not known yet; without the first one, windows of attention are most out of step
+        student = modeling.keep_layers(student, range(depth - section.num_layers, depth))
     lora.check_targets(teacher, section.correction)
     lora.check_targets(student, params.lora.adapter)
     for number, (name, model) in enumerate({"student": student, "teacher": teacher}.items()):

@@ -38,6 +38,37 @@ def make_tokenizer(split=None, texts=SENTENCES, size=VOCAB - 4, **changes):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in named.items() if v is not None})
 
 
+GEMMA = (  # Gemma 3's chat template without its images: a system turn begins the first user turn
+    "{{ bos_token }}{% set first = '' %}{% if messages[0]['role'] == 'system' %}"
+    "{% set first = messages[0]['content'] + '\n\n' %}{% set messages = messages[1:] %}{% endif %}"
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if message['role'] == 'assistant' else message['role'] }}\n"
+    "{{ first if loop.first }}{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+def make_gemma_tokenizer(texts=SENTENCES, size=500, chat_template=GEMMA):
+    """Pieces of characters with byte fallback, of which line breaks are added tokens, as in Gemma 3."""
+    from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import GemmaTokenizer
+    from transformers.tokenization_utils_base import generate_merges
+
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    control = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<start_of_turn>", "<end_of_turn>"]
+    lines, bytes_ = ["\n", "\n\n"], [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=control + lines + bytes_, show_progress=False)
+    backend.train_from_iterator([*texts] * 20, trainer)
+    vocab = backend.get_vocab()
+    tokenizer = GemmaTokenizer(vocab, generate_merges(vocab), chat_template=chat_template)
+    tokenizer.add_tokens([AddedToken(line, normalized=False) for line in lines])
+    tokenizer.add_special_tokens({"additional_special_tokens": control[5:]})
+    return tokenizer
+
+
 def split_by_rule(tokenizer, pattern: str):
     """The tokenizer, its texts now split by a regular expression before the merges."""
     from tokenizers import Regex, pre_tokenizers

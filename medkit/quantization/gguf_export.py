@@ -1,6 +1,7 @@
 """The edge file: one GGUF file with weights, tokenizer and chat template, for llama.cpp.
 
-Llama (SmolLM), Qwen2 and Qwen3 checkpoints only. The `gguf` package quantizes the matrices; norms and biases stay F32.
+Llama (SmolLM), Qwen2 and Qwen3 checkpoints only, and the text models of Gemma 3. The `gguf` package quantizes the
+matrices; norms and biases stay F32.
 """
 
 import json
@@ -26,8 +27,16 @@ from medkit.variants import TASKS
 WEIGHT_TYPES = ("F16", "Q8_0", "Q5_0", "Q4_0")
 LORA = "default"  # the name that PEFT gives an adapter
 LARGEST_DIFFERENCE = 0.05  # float16 and bfloat16 round weights and sums
-ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
-READ_HEAD_DIM = 128  # of a Qwen3 file, where transformers does not read it
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+}  # fmt: skip
+GEMMA = "hidden_activation layer_types rope_parameters head_dim query_pre_attn_scalar attention_bias "
+GEMMA += "attn_logit_softcapping final_logit_softcapping use_bidirectional_attention"
+NOT_IN_FILE = {  # settings that llama.cpp or transformers does not read from a file
+    "llama": ["hidden_act"], "qwen2": ["hidden_act", "use_sliding_window"],
+    "qwen3": ["hidden_act", "use_sliding_window", "head_dim"], "gemma3_text": GEMMA.split(),
+}  # fmt: skip
 
 
 def export_gguf(
@@ -56,7 +65,7 @@ def check_export(model: nn.Module, tokenizer) -> None:
     """Raise ExportError for a model or tokenizer that the file cannot hold. The model's weights are not read."""
     _check_config(model.config)
     _gguf_names(model)
-    write_tokenizer(gguf.GGUFWriter(None, model.config.model_type), tokenizer, model.config.vocab_size)
+    write_tokenizer(_start(model.config), tokenizer, model.config.vocab_size)
 
 
 def _check_config(config) -> None:
@@ -66,14 +75,18 @@ def _check_config(config) -> None:
             f"model_type {config.model_type!r}: only {', '.join(ARCHITECTURES)} checkpoints can be exported"
         )
     _rope_factors(config)
-    if config.hidden_act != "silu":
-        raise ExportError(f"hidden_act {config.hidden_act!r}: only 'silu' can be exported")
-    if getattr(config, "use_sliding_window", False):
-        raise ExportError("use_sliding_window true: only full attention can be exported")
+    read = type(config)(num_hidden_layers=config.num_hidden_layers, rope_theta=_rope(config)["rope_theta"])
+    for name in NOT_IN_FILE[config.model_type]:
+        value, usual = getattr(config, name), getattr(read, name)
+        if value != usual:
+            raise ExportError(f"{name} {value!r}: a {config.model_type} file is read with {usual!r}")
     if config.model_type == "qwen2" and head_dim(config) * config.num_attention_heads != config.hidden_size:
         raise ExportError(f"head_dim {head_dim(config)}: a qwen2 file can only hold {config.hidden_size} / heads")
-    if config.model_type == "qwen3" and head_dim(config) != READ_HEAD_DIM:
-        raise ExportError(f"head_dim {head_dim(config)}: a qwen3 file is read with {READ_HEAD_DIM}")
+
+
+def _rope(config) -> dict:
+    """The rotary positions, of Gemma 3 those of its layers with full attention."""
+    return config.rope_parameters.get("full_attention", config.rope_parameters)
 
 
 def _rope_factors(config) -> np.ndarray | None:
@@ -81,7 +94,7 @@ def _rope_factors(config) -> np.ndarray | None:
 
     Raises ExportError for another kind of scaling, if it depends on the length of the text, or if attention is scaled.
     """
-    rope = config.rope_parameters
+    rope = _rope(config)
     if rope["rope_type"] == "default":
         return None
     if config.model_type != "llama" or rope["rope_type"] not in ("llama3", "longrope"):
@@ -97,7 +110,7 @@ def _write_file(
     model: nn.Module, tokenizer, path: Path, kind: gguf.GGMLQuantizationType, blocks: Mapping[str, Blocks]
 ) -> None:
     config, names = model.config, _gguf_names(model)
-    writer = gguf.GGUFWriter(None, config.model_type)
+    writer = _start(config)
     writer.add_name("medkit student")
     writer.add_description(DISCLAIMER)
     kinds = [gguf.GGMLQuantizationType[b.kind] for b in blocks.values()] or [kind]
@@ -111,8 +124,10 @@ def _write_file(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_freq_base(_rope(config)["rope_theta"])
     writer.add_rope_dimension_count(head_dim(config))
+    if config.model_type == "gemma3_text":
+        writer.add_sliding_window(config.sliding_window)
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     write_tokenizer(writer, tokenizer, config.vocab_size)
@@ -128,12 +143,18 @@ def _write_file(
                 fits = values.shape[-1] % gguf.GGML_QUANT_SIZES[kind][0] == 0
                 stored = kind if fits else gguf.GGMLQuantizationType.F16
             values = gguf.quantize(values, stored)
-        writer.add_tensor(gguf_name, _reorder(name, values, config), raw_dtype=stored)
+        writer.add_tensor(gguf_name, _as_read(name, values, config), raw_dtype=stored)
     _write(writer, path)
 
 
-def _reorder(name: str, rows: np.ndarray, config) -> np.ndarray:
-    """Rows of Llama's queries and keys go from transformers' rotary order (halves) to GGUF's (pairs)."""
+def _as_read(name: str, rows: np.ndarray, config) -> np.ndarray:
+    """A weight as llama.cpp wants it.
+
+    Rows of Llama's queries and keys go from transformers' rotary order (halves) to GGUF's (pairs). Gemma 3 multiplies
+    by one plus a norm's weight; the file holds the sum.
+    """
+    if config.model_type == "gemma3_text" and name.endswith("norm.weight"):
+        return rows + 1
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     if heads is None or config.model_type != "llama":
         return rows
@@ -164,8 +185,9 @@ def export_adapter(model: PeftModel, path: Path) -> Path:
     the file's alpha is s·rank, also where rsLoRA made s. Raises ExportError for DoRA, whose norms the file cannot hold,
     and for a base model that cannot be exported.
     """
-    base, writer = model.get_base_model(), gguf.GGUFWriter(None, model.config.model_type)
+    base = model.get_base_model()
     _check_config(base.config)
+    writer = _start(base.config)
     known = gguf.get_tensor_name_map(ARCHITECTURES[base.config.model_type], base.config.num_hidden_layers)
     for name, layer in ((n, m) for n, m in base.named_modules() if isinstance(m, LoraLayer)):
         if layer.use_dora[LORA]:
@@ -173,7 +195,7 @@ def export_adapter(model: PeftModel, path: Path) -> Path:
         place, scale = known.get_name(f"{name}.weight", try_suffixes=(".weight",)), layer.scaling[LORA] * layer.r[LORA]
         a, b = (factor[LORA].weight.detach().half().cpu().numpy() for factor in (layer.lora_A, layer.lora_B))
         writer.add_tensor(f"{place}.lora_a", a)
-        writer.add_tensor(f"{place}.lora_b", _reorder(f"{name}.weight", b, base.config))
+        writer.add_tensor(f"{place}.lora_b", _as_read(f"{name}.weight", b, base.config))
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, scale)
@@ -182,6 +204,10 @@ def export_adapter(model: PeftModel, path: Path) -> Path:
         _write(writer, scratch)
     _write_manifest(path, base.config)
     return path
+
+
+def _start(config) -> gguf.GGUFWriter:
+    return gguf.GGUFWriter(None, gguf.MODEL_ARCH_NAMES[ARCHITECTURES[config.model_type]])
 
 
 def _write(writer: gguf.GGUFWriter, path: Path) -> None:

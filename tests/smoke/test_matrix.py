@@ -12,6 +12,7 @@ import random
 import nbformat
 import pandas as pd
 import pytest
+import toys
 import yaml
 
 from medkit import preflight, reporting, runner
@@ -21,7 +22,7 @@ from medkit.variants import list_variants
 
 pytestmark = [pytest.mark.slow, pytest.mark.weights]
 SMOKE = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text())
-EXPORTED = ("llama", "llama3_rope", "qwen2", "qwen3")
+EXPORTED = ("llama", "llama3_rope", "qwen2", "qwen3", "gemma3")
 FACTORS = {
     "architecture": ["llama", "qwen2", "qwen3", "gemma3", "mistral", "phi3", "llama3_rope"],
     "data": ["table", "made", "all"],  # all: instruction samples too
@@ -69,6 +70,7 @@ TEMPLATES = {
     "{{ raise_exception('no system turn') }}{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
 }
+TEXTS = (ROOT / "README.md").read_text() + (ROOT / "docs" / "glossary.md").read_text()
 WORDS = ["".join(pair) for pair in itertools.product("bdfgklmnprst", "aeiou")]
 
 
@@ -95,8 +97,7 @@ def make_tokenizer(split: str, template: str):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (ROOT / "README.md").read_text() + (ROOT / "docs" / "glossary.md").read_text()
-    backend.train_from_iterator(texts.splitlines(), trainer)
+    backend.train_from_iterator(TEXTS.splitlines(), trainer)
     named = {"bos_token": special[1], "eos_token": special[2], "pad_token": special[0]}
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATES[template], **named)
 
@@ -114,7 +115,7 @@ def make_config(architecture: str, layers: int):
         "llama": (LlamaConfig, {}),
         "qwen2": (Qwen2Config, {}),
         "qwen3": (Qwen3Config, {"head_dim": 128}),
-        "gemma3": (Gemma3TextConfig, {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32}),
+        "gemma3": (Gemma3TextConfig, {"head_dim": 256, "sliding_window": 64}),
         "mistral": (MistralConfig, {"sliding_window": 64}),
         "phi3": (Phi3Config, {}),
         "llama3_rope": (LlamaConfig, {"rope_parameters": rope | {"original_max_position_embeddings": 512}}),
@@ -130,7 +131,11 @@ def save_toy(folder, architecture: str, template: str, layers: int):
 
     torch.manual_seed(layers)
     AutoModelForCausalLM.from_config(make_config(architecture, layers)).save_pretrained(folder)
-    make_tokenizer("qwen2" if architecture.startswith("qwen") else "digits", template).save_pretrained(folder)
+    if architecture == "gemma3":
+        tokenizer = toys.make_gemma_tokenizer(TEXTS.splitlines(), 600, TEMPLATES[template] and toys.GEMMA)
+    else:
+        tokenizer = make_tokenizer("qwen2" if architecture.startswith("qwen") else "digits", template)
+    tokenizer.save_pretrained(folder)
     return {"source": {"kind": "local", "path": str(folder)}, "keep_layers": []}
 
 

@@ -28,6 +28,7 @@ def toys(make_llama, make_tokenizer, tokenizer, tmp_path_factory):
             "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
         },
     }
+    models["windows"] = models["plain"] | {"kind": "Gemma3", "layers": 8, "head_dim": 256, "sliding_window": 32}
     for name, changes in models.items():
         loading.save_model(make_llama(**changes), tokenizer, folder / name)
     few = {"vocab_size": 300, "n_embd": 64, "n_layer": 1, "n_head": 2}
@@ -87,6 +88,7 @@ def of_model(name: str) -> dict:
         (of_model("none"), "none: no such file or folder"),
         (of_model("{toys}"), r"no config\.json"),
         (of_model("{toys}/rope"), r"quantization\.edge: rope_type 'linear'.*set it to null"),
+        (of_model("{toys}/windows") | {"distillation.num_layers": 7}, r"edge: layer_types .*set it to null"),
         (of_model("{toys}/narrow"), "cannot be nf4: its rows of 96 weights"),
         (of_model("{toys}/gpt2"), "'gpt2' is no dense decoder"),
         (of_model("{toys}/encoder"), "the weights are not those of its config|cannot be loaded"),

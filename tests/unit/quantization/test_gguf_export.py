@@ -1,23 +1,25 @@
 """The GGUF file, read back by transformers: the same logits, the same token ids, the same chat template."""
 
 import copy
+import json
 import re
 from functools import partial
 
 import gguf
+import httpx
 import numpy as np
 import openai
 import pytest
 import torch
 import toys
-from tokenizers import AddedToken, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 from toys import split_by_rule
 from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from medkit.inference.server_engine import llama_server
 from medkit.modeling.loading import load_model
-from medkit.prompts.templates import encode, file_template
+from medkit.prompts.templates import SYSTEM, encode, file_template
 from medkit.quantization import gguf_export, gguf_tokenizer, plans
 from medkit.quantization import quantize as quantization
 from medkit.quantization.gguf_blocks import round_to_blocks
@@ -42,6 +44,13 @@ TEXTS = [
 def make_qwen2(make_llama):
     rope = {"rope_type": "default", "rope_theta": 1_000_000.0}
     return partial(make_llama, **{"layers": 2, "kind": "Qwen2", "rope_parameters": rope})
+
+
+@pytest.fixture(scope="module")
+def make_gemma3(make_llama):
+    """Every sixth layer sees the whole text, the others four tokens."""
+    sizes = {"layers": 7, "head_dim": 256, "sliding_window": 4, "vocab_size": 520, "initializer_range": 0.05}
+    return partial(make_llama, **{"kind": "Gemma3", **sizes})
 
 
 def split_by_digits(**changes):
@@ -194,6 +203,62 @@ def test_qwen3_is_read_by_transformers_and_by_llama_cpp(make_qwen2, qwen2_tokeni
     compare_with_llama_cpp(path, model, IDS[0].tolist())
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_gemma3_is_read_by_transformers_and_by_llama_cpp(make_gemma3, models_params, tmp_path, tied):
+    model, ids = make_gemma3(tie_word_embeddings=tied), np.random.default_rng(1).integers(10, 450, 60).tolist()
+    path = gguf_export.export_gguf(model, toys.make_gemma_tokenizer(), tmp_path / "student.gguf", "F16")
+    model = rounded(model, "F16")
+    assert gguf_export.check_logits(model, load_model(path, models_params), ids, {}) < 0.001
+    compare_with_llama_cpp(path, model, ids)
+
+
+def test_the_file_holds_gemmas_tokenizer_and_its_turns(make_gemma3, tmp_path):
+    """transformers and llama.cpp read the same tokens; a system turn goes into the first turn of the user."""
+    tokenizer = toys.make_gemma_tokenizer()
+    path = gguf_export.export_gguf(make_gemma3(layers=1), tokenizer, tmp_path / "student.gguf", "F16")
+    again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="student.gguf")
+    system, *turns = [
+        {"role": role, "content": text}
+        for role, text in zip(("system", "user", "assistant", "user"), (SYSTEM, *TEXTS[:3]), strict=True)
+    ]
+    texts = [*TEXTS, "日本 \t 😀  \n\n\n ====", "<start_of_turn>user\nWhy?<end_of_turn>\n", "  "]
+    with (
+        llama_server(path, threads=1) as (url, key),
+        httpx.Client(base_url=url.removesuffix("/v1"), headers={"authorization": f"Bearer {key}"}) as server,
+    ):
+
+        def read(text):
+            return server.post("/tokenize", json={"content": text, "parse_special": True}).json()["tokens"]
+
+        for text in texts:
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            assert again(text, add_special_tokens=False).input_ids == read(text) == ids
+            assert server.post("/detokenize", json={"tokens": ids}).json()["content"] == tokenizer.decode(ids) == text
+        for given in ([system, *turns], turns):
+            prompt = server.post("/apply-template", json={"messages": given}).json()["prompt"]
+            assert read(prompt) == encode(tokenizer, [system, *turns])[0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda backend: backend["model"]["merges"].pop(),
+        lambda backend: backend["model"]["merges"].reverse(),
+        lambda backend: backend["model"]["vocab"].update({"<0x0b>": backend["model"]["vocab"].pop("<0x0B>")}),
+        lambda backend: backend.update(normalizer=None),
+        lambda backend: backend.update(pre_tokenizer={"type": "Whitespace"}),
+    ],
+    ids=["a merge is missing", "another order", "a byte is missing", "spaces stay", "words apart"],
+)
+def test_pieces_that_only_look_like_gemmas_are_refused(make_gemma3, tmp_path, change):
+    tokenizer = toys.make_gemma_tokenizer()
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(backend)
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
+    with pytest.raises(ExportError, match="only one that splits text as Gemma's"):
+        gguf_export.export_gguf(make_gemma3(layers=1), tokenizer, tmp_path / "student.gguf", "F16")
+
+
 def test_the_long_contexts_of_llama3_are_in_the_file(make_llama, make_tokenizer, models_params, tmp_path):
     """transformers itself drops them on reading; a model that was read so goes into a file again."""
     rope = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0}
@@ -256,6 +321,7 @@ def test_a_quantized_model_is_refused_with_the_cure(make_llama, tokenizer, tmp_p
 
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 4.0}
+LOCAL = {"rope_type": "default", "rope_theta": 10_000.0}
 LONG = {"rope_type": "longrope", "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 512}
 LONG |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
 REFUSED = [
@@ -266,14 +332,24 @@ REFUSED = [
     ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "use_sliding_window"),
     ("qwen2", {"head_dim": 32}, "head_dim 32"),
     ("qwen2", {"kind": "Qwen3", "head_dim": 32}, "head_dim 32"),
+    ("gemma3", {"layer_types": ["sliding_attention"] * 7}, "layer_types"),
+    ("gemma3", {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LOCAL}}, "'linear'"),
+    ("gemma3", {"rope_parameters": {"full_attention": LOCAL, "sliding_attention": LOCAL | {"rope_theta": 1e5}}},
+     "rope_parameters"),
+    ("gemma3", {"head_dim": 128}, "head_dim 128: a gemma3_text file is read with 256"),
+    ("gemma3", {"query_pre_attn_scalar": 128}, "query_pre_attn_scalar 128"),
+    ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+    ("gemma3", {"attention_bias": True}, "attention_bias"),
     ("qwen2", {"vocab_size": 200}, "tokens: the model has rows for 200"),
-    ("qwen2", {"model_type": "gpt_neox"}, "'gpt_neox': only llama, qwen2, qwen3"),
-]
+    ("qwen2", {"model_type": "gpt_neox"}, "'gpt_neox': only llama, qwen2, qwen3, gemma3_text"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("kind", "changes", "said"), REFUSED, ids=[f"{k} {next(iter(c))}" for k, c, _ in REFUSED])
-def test_what_the_file_cannot_hold_is_refused(make_llama, make_qwen2, qwen2_tokenizer, tmp_path, kind, changes, said):
-    model = {"llama": make_llama, "qwen2": make_qwen2}[kind](**changes)
+def test_what_the_file_cannot_hold_is_refused(
+    make_llama, make_qwen2, make_gemma3, qwen2_tokenizer, tmp_path, kind, changes, said
+):
+    model = {"llama": make_llama, "qwen2": make_qwen2, "gemma3": make_gemma3}[kind](**changes)
     model.config.model_type = changes.get("model_type", model.config.model_type)
     with pytest.raises(ExportError, match=said):  # also where nothing is written yet, before anything runs
         gguf_export.check_export(model, qwen2_tokenizer)
