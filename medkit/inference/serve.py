@@ -44,6 +44,10 @@ PAGE_POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'
 PAGE_POLICY += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 PUBLIC_PATHS = ("/health", "/v1/health")
 OTHER_CHATS = ("/responses", "/messages", "/api/chat")  # of llama.cpp, where no plan is made
+NO_ECHO = (
+    "llama.cpp's server gives no log-probabilities of a prompt (`echo`): score options with the model's weights, "
+    "as lm-eval does with --model hf"
+)
 MAX_BODY_BYTES = 4_000_000
 PASSED_HEADERS = ("content-type", "retry-after")
 TIMEOUT = httpx.Timeout(600.0, connect=10.0)
@@ -161,8 +165,13 @@ def make_router(
             if path.endswith("/chat/completions") and body:
                 plan = make_plan({**settings, **read_chat(body)}, tasks, broken_up)
                 body = json.dumps(plan.chat).encode()
-            elif path.endswith(("/completions", "/completion", "/infill", "/embeddings")) and body and settings:
-                body = json.dumps({**settings, **read_object(body)}).encode()
+            elif (
+                path.endswith(("/completions", "/completion", "/infill", "/embeddings")) and body and tasks is not None
+            ):
+                asked = {**settings, **read_object(body)}
+                if asked.get("echo"):
+                    raise ValueError(NO_ECHO)
+                body = json.dumps(asked).encode()
         except (ValueError, RecursionError) as error:
             return error_response(400, f"the body is not what {path} takes: {error}", "invalid_request_error")
         try:
