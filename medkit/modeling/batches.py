@@ -160,10 +160,15 @@ def predict(model: nn.Module, batch: dict, hidden_layers: Sequence[int] = ()) ->
     inner, at = extract_model_from_parallel(model), batch["predicted_at"]
     # transformers' `logits_to_keep` keeps the same columns of all rows; this keeps each row's predicted positions.
     # the call is `model(...)`, because DDP and FSDP hook into it
-    with inner.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].flatten(0, 1)[at],)):
+    with inner.get_output_embeddings().register_forward_pre_hook(lambda _, args: (_take(args[0], at),)):
         output = model(**model_inputs(inner, batch), output_hidden_states=bool(hidden_layers))
-    hidden = {layer: output.hidden_states[layer].flatten(0, 1)[at].float() for layer in hidden_layers}
+    hidden = {layer: _take(output.hidden_states[layer], at).float() for layer in hidden_layers}
     return Predicted(output.logits.float(), batch["labels"], hidden)
+
+
+def _take(states: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """States (N, H) at these positions of all rows; those of the last layers may be on another device."""
+    return states.flatten(0, 1)[at.to(states.device)]
 
 
 def iterate_packed(

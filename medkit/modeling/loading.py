@@ -126,7 +126,9 @@ def read_weights(auto_class, path: Path, other_heads: bool = False, **options) -
         pickled = "only a pickle, which can run any code" if any(path.glob("*.bin")) else "no weights"
         raise ModelError(f"{path}: {pickled}; give a folder with the model's weights as .safetensors")
     with reading(path, ModelError, AGAIN, "cannot be loaded"), quiet_transformers():
-        config = options.get("config") or AutoConfig.from_pretrained(**place, trust_remote_code=False)
+        if "config" not in options:  # given on: a GGUF file of 152,000 tokens takes ten seconds to be read
+            options["config"] = AutoConfig.from_pretrained(**place, trust_remote_code=False)
+        config = options["config"]
         if getattr(config.get_text_config(), "num_hidden_layers", 0) > MANY_LAYERS:
             raise ValueError(f"its config says {config.get_text_config().num_hidden_layers} layers")
         model, report = auto_class.from_pretrained(
@@ -196,16 +198,25 @@ def load_tokenizer(folder: Path):
 def load_model(folder: Path, models: ModelsParams, keep: Sequence[int] = (), **quantization) -> nn.Module:
     """A causal language model in eval mode, on the params' device, in their dtype and attention implementation.
 
+    A model that is larger than the free memory of one GPU is spread by layers over all of them, and over the CPU.
+
     folder: may be a GGUF file, which is dequantised. keep: the decoder layers to keep (empty: all). quantization: more
     keywords for `from_pretrained`.
     """
     device = pick_device(models.device)
     attention, _ = pick_attention(models.attention, device, models.dtype)
-    options = {"dtype": getattr(torch, models.dtype), "attn_implementation": attention, "device_map": {"": device}}
+    options = {"dtype": getattr(torch, models.dtype), "attn_implementation": attention}
+    options["device_map"] = {"": device} if _fits(folder, device) else "auto"
     model = read_weights(AutoModelForCausalLM, folder, **options, **quantization)
     # greedy, whatever the checkpoint recommends
     model.generation_config = GenerationConfig(eos_token_id=model.generation_config.eos_token_id)
     return keep_layers(model, keep).eval()
+
+
+def _fits(folder: Path, device: torch.device) -> bool:
+    """Whether the weights, as they are stored, fit the device's free memory; of the CPU this is not asked."""
+    stored_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return device.type != "cuda" or stored_bytes < torch.cuda.mem_get_info(device)[0]
 
 
 def load_skeleton(section: ModelParams, models: ModelsParams) -> nn.Module:

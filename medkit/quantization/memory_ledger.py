@@ -49,17 +49,17 @@ def _table(rows: list[tuple[str, int, int, int]]) -> pd.DataFrame:
 
 
 def measure_bytes(model: nn.Module) -> pd.DataFrame:
-    """One row per component of a loaded model: `weights`, `bytes`, and `bf16_bytes` of the same weights.
+    """One row per component of a model, loaded or a skeleton: `weights`, `bytes`, and `bf16_bytes` of the same weights.
 
     Tied tensors count once. The quantization state (block scales, their scales, code tables, scales of int8 rows)
     counts as well; `get_memory_footprint()` leaves it out for NF4. Other buffers (rotary frequencies) are computed at
     load, are no weights, and do not count.
     """
     tied = model.config.get_text_config().tie_word_embeddings
-    rows: dict[int, tuple] = {}  # by address
+    rows: dict[int, tuple] = {}  # by address; a skeleton has none
 
     def add(component: str, tensor: torch.Tensor, count: int = 0) -> None:
-        rows.setdefault(tensor.data_ptr(), (component, count, tensor.nbytes, 2 * count))
+        rows.setdefault(tensor.data_ptr() or id(tensor), (component, count, tensor.nbytes, 2 * count))
 
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from medkit.modeling import loading
+from medkit.modeling.batches import Example, collect_logits
 from medkit.modeling.loading import ModelError
 from medkit.params import Local, ModelParams
 from medkit.prompts import templates
@@ -215,6 +216,26 @@ def test_the_device_asked_for_and_the_attention_that_it_has(monkeypatch):
     for requested in ("auto", "flash_attention_2"):  # a student that is trained has float32 weights
         assert loading.pick_attention(requested, torch.device("cuda"), "float32")[0] == "sdpa"
     assert loading.pick_attention("eager", torch.device("cuda"), "float32") == ("eager", "asked for in the params")
+
+
+def test_a_model_that_one_gpu_cannot_hold_is_spread_and_predicts_the_same(
+    make_llama, tokenizer, models_params, tmp_path, monkeypatch
+):
+    """Here over memory and disk, which needs no GPU: the hooks that move what a layer reads are the same."""
+    folder = loading.save_model(make_llama(tie_word_embeddings=False), tokenizer, tmp_path / "toy")
+    size, cuda = sum(file.stat().st_size for file in folder.glob("*.safetensors")), torch.device("cuda")
+    for free, fits in {size: False, size + 1: True}.items():
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 10 * size))
+        assert loading._fits(folder, cuda) == fits
+    whole = loading.load_model(folder, models_params)
+    names = [f"model.{part}" for part in ("embed_tokens", "norm", "rotary_emb", *(f"layers.{i}" for i in range(3)))]
+    places = dict.fromkeys(names, "cpu") | {"model.layers.1": "disk", "lm_head": "disk"}
+    spread = loading.read_weights(
+        AutoModelForCausalLM, folder, device_map=places, offload_folder=tmp_path / "disk", dtype=torch.float32
+    )
+    assert spread.get_parameter("lm_head.weight").is_meta
+    examples = [Example([5, 9, 17, 33], 2), Example([5, 9, 4], 1)]
+    assert torch.equal(collect_logits(spread.eval(), examples), collect_logits(whole, examples))
 
 
 def test_transformers_is_quiet_inside_the_block_only():

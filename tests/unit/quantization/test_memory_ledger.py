@@ -8,6 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config, Qwen3Config
 
+from medkit.modeling import loading
+from medkit.params import Local, ModelParams
 from medkit.quantization import memory_budget, memory_ledger, quantize
 from medkit.quantization.plans import Plan
 
@@ -45,6 +47,15 @@ def test_shapes_alone_give_the_bytes_of_a_loaded_model(config, dtype):
     shapes = memory_ledger.model_shapes(config)
     assert memory_ledger.plan_bytes(shapes, {}, dtype.itemsize).equals(memory_ledger.measure_bytes(model))
     assert sum(weight.count for weight in shapes) == model.num_parameters()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_skeleton_has_the_bytes_of_the_loaded_model(make_llama, tokenizer, models_params, tmp_path, tied):
+    folder = loading.save_model(make_llama(tie_word_embeddings=tied), tokenizer, tmp_path / "toy")
+    section = ModelParams(source=Local(kind="local", path=str(folder)), keep_layers=[0, 2])
+    loaded = loading.load_model(folder, models_params, keep=[0, 2])
+    skeleton = loading.load_skeleton(section, models_params)
+    assert memory_ledger.measure_bytes(skeleton).equals(memory_ledger.measure_bytes(loaded))
 
 
 @CONFIGS
