@@ -124,19 +124,23 @@ def _training(params: Params, teacher: _Model, student: _Model) -> Iterator[Part
     seen = _rows(params, "labelled", "transfer")
     kept = sum(n * TOKENS[s][1] for s, n in seen.items()) * section.top_k * KEPT_BYTES
     yield Part("teacher: top-k of the answers", _tokens(seen), teacher.read_hours(_tokens(seen)), kept, model_bytes)
-    thought = params.inference.max_thinking_tokens or 0
+    students, train = list_students(params), section.student_train
+    model_bytes, trained_bytes = student.weights * student.bytes_each, student.weights * TRAINED_BYTES
     if (rationales := section.rationales) is not None:
+        students.remove("student_seq")
         labelled = sum(_rows(params, "labelled").values())
         count = labelled if rationales.questions == "all" else min(rationales.questions, labelled)
-        count, new = count * rationales.samples, thought + rationales.max_new_tokens
+        count, new = count * rationales.samples, (params.inference.max_thinking_tokens or 0) + rationales.max_new_tokens
         prompt = _tokens(_rows(params, "labelled"), answers=False) / labelled
         hours = teacher.write_hours(prompt, new, count, batch_tokens)
-        yield Part("teacher: reasons, at most", count * (prompt + new), hours, 0, model_bytes)
-    students, train = list_students(params), section.student_train
-    tokens, model_bytes = _tokens(seen) * len(students), student.weights * student.bytes_each
+        yield Part("teacher: reasons, at most", count * (prompt + new), hours, 0, teacher.weights * teacher.bytes_each)
+        tokens = sum(seen.values()) * (prompt + new)
+        hours = student.train_hours(tokens, train, frozen=False)
+        yield Part("student of the reasons, at most", tokens * train.epochs, hours, model_bytes, trained_bytes)
+    tokens = _tokens(seen) * len(students)
     yield Part(
-        f"{len(students)} students", tokens * train.epochs, student.train_hours(tokens, train, frozen=False),
-        len(students) * model_bytes, student.weights * TRAINED_BYTES,
+        f"{len(students)} other students", tokens * train.epochs, student.train_hours(tokens, train, frozen=False),
+        len(students) * model_bytes, trained_bytes,
     )  # fmt: skip
     train, tokens = params.lora.train, _tokens(_rows(params, "labelled", second_form=True))
     hours = student.train_hours(tokens, train, frozen=True)
@@ -179,9 +183,9 @@ def forecast_table(params: Params) -> str:
     headings = ["part", "million tokens", f"{DEVICE['name']} hours", "disk, GB", "memory, GB"]
     price = params.evaluation.price_per_machine_hour
     share = -(-total.memory_bytes // DEVICE["memory"])
-    devices = f"at least {share:.0f} devices must share it (params/accelerate)"
-    if share == 1:
-        devices = f"one device holds it, and at {price:g} per hour the run costs {total.hours * price:,.0f}"
+    devices = "one device holds it" if share == 1 else f"at least {share:.0f} devices must share it (params/accelerate)"
+    devices += f", and at {price:g} per hour of the machine the run costs {total.hours * price:,.0f}"
+    devices += "" if share == 1 else " if they work in turn"
     return (
         f"{markdown(headings, rows)}\n\n"
         f"An estimate, not a measurement: {DEVICE['flops_share']:.0%} of the arithmetic and "

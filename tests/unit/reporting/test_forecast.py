@@ -22,17 +22,20 @@ def parts(params) -> dict[str, forecast.Part]:
 
 
 def test_students_cost_their_weights_times_their_tokens():
+    """The student of the reasons sees as many rows as the others, and each has a thought as long as it may be."""
     params = profile()
-    students = parts(params)["students"]
+    students, of_reasons = parts(params)["other students"], parts(params)["student of the reasons, at most"]
     rows = {name: d.labelled + d.transfer for name, d in params.data.datasets.items() if d.transfer not in (0, "all")}
     rows["medmcqa"] = (
         params.data.datasets["medmcqa"].labelled + 6150
     )  # `all`: those that were published without answers
     per_student = sum(n * sum(forecast.TOKENS[name][:2]) for name, n in rows.items())
-    assert students.tokens == 4 * per_student
+    assert students.tokens == 3 * per_student
+    assert 4096 + 512 < of_reasons.tokens / sum(rows.values()) < 4096 + 512 + 400
+    assert of_reasons.hours / of_reasons.tokens == pytest.approx(students.hours / students.tokens)
     operations = (6 + 2) * (WEIGHTS - EMBEDDED) * students.tokens  # 2 of them for activations that are computed twice
     assert students.hours == pytest.approx(operations / (989e12 * 0.4) / 3600)
-    assert students.memory_bytes == 16 * WEIGHTS and students.disk_bytes == 4 * 2 * WEIGHTS
+    assert students.memory_bytes == 16 * WEIGHTS and students.disk_bytes == 3 * 2 * WEIGHTS
 
 
 def test_more_rows_and_longer_thoughts_cost_more_where_they_should_and_nowhere_else():
@@ -41,6 +44,7 @@ def test_more_rows_and_longer_thoughts_cost_more_where_they_should_and_nowhere_e
     longer = parts(profile(**{"inference.max_thinking_tokens": 8192}))
     assert {name for name in usual if usual[name] != longer[name]} == {
         "teacher: reasons, at most",
+        "student of the reasons, at most",
         "variants write, at most",
     }
 
@@ -49,6 +53,7 @@ def test_a_dry_run_prints_a_profile_and_beside_it_what_it_takes():
     result = CliRunner().invoke(app, ["run", "--params", str(ROOT / "params" / "paper.yaml"), "--dry-run"])
     assert yaml.safe_load(result.stdout)["models"]["dtype"] == "bfloat16"
     assert "| in all |" in result.stderr and "at least 2 devices must share it" in result.stderr
+    assert "at 20 per hour of the machine the run costs" in result.stderr
 
 
 def test_what_cannot_be_known_is_said():
