@@ -88,7 +88,9 @@ def _check_models(params: Params, models: list[ModelParams]) -> list:
 def _check_lengths(params: Params, name: str, model) -> None:
     """Raise PreflightError if the longest prompt leaves no room for its answer, or if `top_k` is too large."""
     config, section, prompt = model.config.get_text_config(), params.inference, params.data.max_prompt_tokens
-    new = max(section.max_new_tokens + (section.max_thinking_tokens or 0), section.bench.long_new_tokens)
+    rationales = params.distillation.rationales
+    answer = max(section.max_new_tokens, rationales.max_new_tokens if rationales else 0)
+    new = max(answer + (section.max_thinking_tokens or 0), section.bench.long_new_tokens)
     limits = {f"the positions of the {name}": config.max_position_embeddings}
     limits["inference.batch_tokens"] = CACHE_FACTOR * section.batch_tokens - 64  # a page of the cache may be half empty
     for limit, tokens in limits.items():

@@ -4,6 +4,7 @@ Notebook 02 and `medkit train` call the same functions, in one process or in man
 from the same inputs by the same code, is read back (`modeling.train_once`).
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
@@ -227,7 +228,15 @@ def _verified_examples(
             f"none of {len(samples)} rationales was verified; raise distillation.rationales.samples, max_new_tokens or "
             f"too_easy"
         )
-    return answers.encode_verified(tokenizer, rows, verified)
+    examples = answers.encode_verified(tokenizer, rows, verified)
+    limit = AutoConfig.from_pretrained(_part(stage, "base")).get_text_config().max_position_embeddings
+    fitting = [example for example in examples if len(example.input_ids) <= limit]
+    if len(fitting) < len(examples):
+        too_long = f"{len(examples) - len(fitting)} of {len(examples)} verified rationales are longer than the {limit}"
+        if not fitting:
+            raise StageError(f"{too_long} tokens that the student reads; lower inference.max_thinking_tokens")
+        warnings.warn(f"{too_long} tokens that the student reads: they are left out", stacklevel=2)
+    return fitting
 
 
 def train_stage(name: str, run: str, params: Params, make_engine: MakeEngine | None = None) -> pd.DataFrame:

@@ -102,6 +102,8 @@ def of_model(name: str) -> dict:
         ({"distillation.top_k": 400}, "top_k is 400, the student has 300"),
         ({"quantization.plan.share": 0.1}, r"plan\.share is 0\.1: a budget of"),
         ({"data.max_prompt_tokens": 1020}, "the positions of the student allow 1024"),
+        ({"distillation.rationales": {"questions": 2, "samples": 1, "max_new_tokens": 1000, "temperature": 0.6,
+                                      "too_easy": 1.0, "server": None}}, "the positions of the student allow 1024"),
         ({"inference.safety_probes": 100000}, "an even sample has 1 to"),
         ({"inference.server": {"base_url": "http://x/v1", "model": "m", "api_key_env": "MEDKIT_NO_KEY"}},
          r"inference\.server: the API key is read from MEDKIT_NO_KEY"),

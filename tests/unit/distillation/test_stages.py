@@ -259,6 +259,24 @@ def test_a_student_learns_its_teacher_s_verified_answers(stage, load, capture, m
     assert loading.load_model(stage.dir / "student_seq", params.models)
 
 
+def test_rationales_that_a_student_cannot_hold_are_left_out(stage, load, capture, monkeypatch):
+    """By another vocabulary they can be longer than by the teacher's."""
+    params, long = load(rationales=RATIONALES), "So. " * 600 + "Answer: A"
+    capture(params)
+
+    def write(texts):
+        return lambda *a: the_liver(*a).assign(text=lambda table: [texts(number) for number in range(len(table))])
+
+    monkeypatch.setattr(answers, "write_answers", write(lambda number: long))
+    with pytest.raises(StageError, match=r"(\d) of \1 verified rationales are longer than the 1024 tokens"):
+        stages.train_stage("student_seq", "toy", params, NoEngine)
+    (stage.dir / "teacher_rationales.parquet").unlink()
+    monkeypatch.setattr(answers, "write_answers", write(lambda number: long if number == 1 else "So. Answer: A"))
+    with pytest.warns(UserWarning, match="1 of 2 verified rationales are longer"):
+        log = stages.train_stage("student_seq", "toy", params, NoEngine)
+    assert log.loss_tokens.sum() < 200
+
+
 def test_every_student_that_a_profile_asks_for_is_evaluated(load):
     """Notebook 04 writes this list of variants for notebooks 05 and 06."""
     params = load(students=["student_ceiling", "student_hard", "student_self"], rationales=RATIONALES)

@@ -1,5 +1,6 @@
 """The server engine, against llama.cpp's own server on a toy file and against small servers that speak as others do."""
 
+import asyncio
 import json
 from contextlib import contextmanager
 from random import Random
@@ -176,3 +177,22 @@ def test_a_busy_server_is_asked_again_and_an_error_is_told():
             engine.generate([Request([9], 1)])
         with pytest.raises(EngineError, match=r"wrote 1 of 3 tokens"):
             engine.generate([Request([5], 3)])
+
+
+def test_a_slow_server_and_half_a_stream_are_one_sentence():
+    """The text of the answer is lost; what was written before stays in the file of its part (`collect_answers`)."""
+
+    async def cut_off():
+        yield f"data: {json.dumps({'choices': [chunk('a', [7])]})}\n\n"
+        raise ConnectionError("the server died")
+
+    async def never():
+        await asyncio.sleep(5)
+        yield ""
+
+    for events, reason in {cut_off: "closed connection", never: "timed out"}.items():
+        with running(lambda body, events=events: StreamingResponse(events(), media_type="text/event-stream")) as url:
+            engine = ServerEngine(url)
+            engine._client = engine._client.with_options(timeout=0.5, max_retries=0)
+            with pytest.raises(EngineError, match=f"cannot be reached .*{reason}"):
+                engine.generate([Request([5], 3, (END,))])
