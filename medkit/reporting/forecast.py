@@ -129,17 +129,22 @@ def _training(params: Params, teacher: _Model, student: _Model) -> Iterator[Part
     if (rationales := section.rationales) is not None:
         students.remove("student_seq")
         labelled = sum(_rows(params, "labelled").values())
-        count = labelled if rationales.questions == "all" else min(rationales.questions, labelled)
-        count, new = count * rationales.samples, (params.inference.max_thinking_tokens or 0) + rationales.max_new_tokens
+        asked = labelled if rationales.questions == "all" else min(rationales.questions, labelled)
+        new = (params.inference.max_thinking_tokens or 0) + rationales.max_new_tokens
         prompt = _tokens(_rows(params, "labelled"), answers=False) / labelled
-        hours = teacher.write_hours(prompt, new, count, batch_tokens)
-        yield Part("teacher: reasons, at most", count * (prompt + new), hours, 0, teacher.weights * teacher.bytes_each)
+        writers = {"teacher": (teacher, asked * rationales.samples)}
+        if rationales.too_easy <= 1:  # what the student itself gets right is left out
+            writers["student"] = student, asked
+        for name, (model, count) in writers.items():
+            hours = model.write_hours(prompt, new, count, batch_tokens)
+            loaded_bytes = model.weights * model.bytes_each
+            yield Part(f"{name}: reasons, at most", count * (prompt + new), hours, 0, loaded_bytes)
         tokens = sum(seen.values()) * (prompt + new)
         hours = student.train_hours(tokens, train, frozen=False)
-        yield Part("student of the reasons, at most", tokens * train.epochs, hours, model_bytes, trained_bytes)
+        yield Part("student of reasons, at most", tokens * train.epochs, hours, model_bytes, trained_bytes)
     tokens = _tokens(seen) * len(students)
     yield Part(
-        f"{len(students)} other students", tokens * train.epochs, student.train_hours(tokens, train, frozen=False),
+        f"{len(students)} students of answers", tokens * train.epochs, student.train_hours(tokens, train, frozen=False),
         len(students) * model_bytes, trained_bytes,
     )  # fmt: skip
     train, tokens = params.lora.train, _tokens(_rows(params, "labelled", second_form=True))

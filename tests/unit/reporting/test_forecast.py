@@ -24,7 +24,7 @@ def parts(params) -> dict[str, forecast.Part]:
 def test_students_cost_their_weights_times_their_tokens():
     """The student of the reasons sees as many rows as the others, and each has a thought as long as it may be."""
     params = profile()
-    students, of_reasons = parts(params)["other students"], parts(params)["student of the reasons, at most"]
+    students, of_reasons = parts(params)["students of answers"], parts(params)["student of reasons, at most"]
     rows = {name: d.labelled + d.transfer for name, d in params.data.datasets.items() if d.transfer not in (0, "all")}
     rows["medmcqa"] = (
         params.data.datasets["medmcqa"].labelled + 6150
@@ -44,9 +44,17 @@ def test_more_rows_and_longer_thoughts_cost_more_where_they_should_and_nowhere_e
     longer = parts(profile(**{"inference.max_thinking_tokens": 8192}))
     assert {name for name in usual if usual[name] != longer[name]} == {
         "teacher: reasons, at most",
-        "student of the reasons, at most",
+        "student: reasons, at most",
+        "student of reasons, at most",
         "variants write, at most",
     }
+
+
+def test_a_student_that_is_not_asked_what_it_knows_writes_nothing():
+    asked = parts(profile())
+    unasked = parts(profile(**{"distillation.rationales.too_easy": 2.0}))
+    assert asked.keys() - unasked.keys() == {"student: reasons, at most"}
+    assert asked["teacher: reasons, at most"].tokens == 4 * asked["student: reasons, at most"].tokens
 
 
 def test_a_dry_run_prints_a_profile_and_beside_it_what_it_takes():
