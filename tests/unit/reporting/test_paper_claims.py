@@ -128,3 +128,27 @@ def test_the_markdown_holds_every_row_and_every_committed_benchmark():
     assert all(f"{verdict}:" in criteria.lower() for verdict in set(table.verdict) - {"not reproduced"})
     for claim in ("memory_change", "latency_change", "student_memory", "method_rate"):
         assert len(table[(table.id == claim) & table.measured_on.str.contains("random weights")]), claim
+
+
+def test_the_parts_of_the_engine_stand_beside_the_number_of_the_paper():
+    similar = {
+        "threshold": 0.8,
+        "n": 50,
+        "hits": 10,
+        "wrong": 4,
+        "hit_interval": [0.1, 0.3],
+        "wrong_interval": [0.2, 0.7],
+    }
+    ratios = {
+        "4-bit weights/transformers/time_with_over_without": {"value": 1.5},
+        "4-bit weights/llama.cpp/time_with_over_without": {"value": 0.3},
+        "static cache/transformers/time_with_over_without": {"value": 0.9},
+        "templates/llama.cpp/answer_tokens_with_over_without": {"value": 1.25},
+    }
+    table = paper_claims.engine_table({"ratios": ratios, "raw": {"similar": [similar, similar | {"hits": 0}]}})
+    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()[2:]]
+    assert rows[0] == ["4-bit weights", "time, with over without", "1.50", "0.30", "-12.4% a problem"]
+    assert rows[1][2:] == ["0.90", "–", "–"] and rows[2][1:4] == ["answer tokens, with over without", "–", "1.25"]
+    assert rows[3][1:3] == ["share answered", "0.200 [0.100, 0.300], n = 50"]
+    assert rows[4][1:3] == ["share wrong", "0.400 [0.200, 0.700], n = 10"]
+    assert rows[6][2] == "–"
