@@ -93,13 +93,15 @@ def engine_table(content: Mapping) -> str:
     for name, ratio in content["ratios"].items():
         part, library, quantity = name.split("/")
         quantity = quantity.removesuffix("_with_over_without").replace("_", " ")
-        cells.setdefault((part, quantity), {})[library] = f"{ratio['value']:.2f}"
+        equal = content["raw"]["answers_equal"].get(f"{part}/{library}")
+        cell = f"{ratio['value']:.2f}" + ("" if equal is None else f", answers {equal:.0%} equal")
+        cells.setdefault((part, quantity), {})[library] = cell
     rows = []
     for (part, quantity), found in cells.items():
         paper = f"{show(claim, claim.value)} a problem" if part == "4-bit weights" else "–"
         rows.append([part, f"{quantity}, with over without", *(found.get(e, "–") for e in ENGINES), paper])
     for row in content["raw"]["similar"]:
-        parts = (("answered", row["hits"], row["n"]), ("wrong", row["wrong"], row["hits"]))
+        parts = (("answered", row["hits"], row["n"]), ("of these wrong", row["wrong"], row["hits"]))
         for (what, count, n), ends in zip(parts, (row["hit_interval"], row["wrong_interval"]), strict=True):
             shown = f"{count / n:.3f} [{ends[0]:.3f}, {ends[1]:.3f}], n = {n}" if n else "–"
             rows.append([f"similar answers from {row['threshold']} on", f"share {what}", shown, "the same", "–"])

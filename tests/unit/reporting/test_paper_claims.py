@@ -145,10 +145,17 @@ def test_the_parts_of_the_engine_stand_beside_the_number_of_the_paper():
         "static cache/transformers/time_with_over_without": {"value": 0.9},
         "templates/llama.cpp/answer_tokens_with_over_without": {"value": 1.25},
     }
-    table = paper_claims.engine_table({"ratios": ratios, "raw": {"similar": [similar, similar | {"hits": 0}]}})
+    raw = {"similar": [similar, similar | {"hits": 0}], "answers_equal": {"4-bit weights/llama.cpp": 0.75}}
+    table = paper_claims.engine_table({"ratios": ratios, "raw": raw})
     rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table.splitlines()[2:]]
-    assert rows[0] == ["4-bit weights", "time, with over without", "1.50", "0.30", "-12.4% a problem"]
+    assert rows[0] == [
+        "4-bit weights",
+        "time, with over without",
+        "1.50",
+        "0.30, answers 75% equal",
+        "-12.4% a problem",
+    ]
     assert rows[1][2:] == ["0.90", "–", "–"] and rows[2][1:4] == ["answer tokens, with over without", "–", "1.25"]
     assert rows[3][1:3] == ["share answered", "0.200 [0.100, 0.300], n = 50"]
-    assert rows[4][1:3] == ["share wrong", "0.400 [0.200, 0.700], n = 10"]
+    assert rows[4][1:3] == ["share of these wrong", "0.400 [0.200, 0.700], n = 10"]
     assert rows[6][2] == "–"
