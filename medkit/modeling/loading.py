@@ -30,6 +30,10 @@ from medkit.stage import MedkitError, atomic_path, reading, sha256_of
 WRAPPER = re.compile(r"(?:^|\.)((?:base_model\.model|_orig_mod|_fsdp_wrapped_module|module)\.)")
 
 
+NOT_READ = {  # settings of a GGUF file that transformers 5.23 drops, and the values for which that changes nothing
+    "rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scale_linear": 1.0,
+    "attention.sliding_window_pattern": 6, "rope.freq_base_swa": 10_000.0,  # of Gemma 3
+}  # fmt: skip
 AGAIN = "copy or download the whole checkpoint again"
 MANY_LAYERS = 1000  # no model has more; transformers would build a damaged config's 2³¹, one by one
 
@@ -157,14 +161,25 @@ def _first(names: Collection[str]) -> str:
 
 
 def _check_gguf(path: Path) -> list[float] | None:
-    """The file's factors of rotary frequencies. Raises ModelError if it is damaged, or a part of a model."""
+    """The file's factors of rotary frequencies.
+
+    Raises ModelError if it is damaged, a part of a model, or has settings that transformers would drop.
+    """
     with reading(path, ModelError, "copy or download it again", "not a whole GGUF file"):
         reader = _WholeReader(path)
         parts = reader.get_field("split.count")
         is_part = parts and parts.contents() > 1
+        architecture = reader.get_field("general.architecture").contents()
+        found = {name: field.contents() for name in NOT_READ if (field := reader.get_field(f"{architecture}.{name}"))}
+        dropped = [f"{name} {value!r}" for name, value in found.items() if value != NOT_READ[name]]
     if re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", path.name) or is_part:
         raise ModelError(
             f"{path}: one part of a split file; join its parts with llama.cpp's `llama-gguf-split --merge`"
+        )
+    if dropped:
+        raise ModelError(
+            f"{path}: {', '.join(dropped)}: transformers drops this and loads another model; give its folder with "
+            f"safetensors in place of the file"
         )
     return next((tensor.data.tolist() for tensor in reader.tensors if tensor.name == "rope_freqs.weight"), None)
 

@@ -169,6 +169,38 @@ def test_a_part_of_a_gguf_file_is_refused_and_not_cached(make_llama, tokenizer, 
     assert not [p for p in (tmp_path / "cache" / "converted").iterdir() if p.suffix != ".lock"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "extra", "said"),
+    [
+        ("Llama", {"rope.scaling.type": "linear", "rope.scaling.factor": 8.0}, "rope.scaling.type 'linear'"),
+        ("Llama", {"rope.scale_linear": 8.0}, "rope.scale_linear 8.0"),
+        ("Gemma3", {"attention.sliding_window_pattern": 2}, "attention.sliding_window_pattern 2"),
+        ("Gemma3", {"rope.freq_base_swa": 2e4}, "rope.freq_base_swa 20000.0"),
+        ("Llama", {"rope.scaling.type": "none", "rope.scaling.factor": 1.0}, None),
+    ],
+)
+def test_what_transformers_would_drop_from_a_gguf_file_is_refused(
+    make_llama, tokenizer, models_params, tmp_path, monkeypatch, kind, extra, said
+):
+    """Without a word another model would be loaded."""
+    add = GGUFWriter.add_block_count
+
+    def add_more(writer, value):
+        add(writer, value)
+        for name, setting in extra.items():
+            kinds = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+            kinds[type(setting)](f"{writer.arch}.{name}", setting)
+
+    monkeypatch.setattr(GGUFWriter, "add_block_count", add_more)
+    model = make_llama(layers=1, kind=kind, head_dim=256 if kind == "Gemma3" else 16)
+    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16")
+    if said is None:
+        assert loading.load_model(path, models_params).num_parameters() == model.num_parameters()
+        return
+    with pytest.raises(ModelError, match=f"{said}.* give its folder with safetensors"):
+        loading.load_model(path, models_params)
+
+
 def test_a_gguf_file_is_converted_once(make_llama, tokenizer, models_params, tmp_path, monkeypatch):
     monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path / "cache"))
     model = make_llama()
