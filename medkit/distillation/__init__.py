@@ -10,6 +10,7 @@ from medkit.distillation.plots import (
     plot_directions,
     plot_kept_mass,
     plot_spans,
+    plot_thinking,
 )
 from medkit.distillation.pruning import measure_blocks, remove_block
 from medkit.distillation.stages import (

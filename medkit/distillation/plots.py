@@ -113,3 +113,24 @@ def plot_closing(scores: Mapping[str, pd.DataFrame], confidence: float) -> tuple
         share = f"{closed['share']:.0%} [{closed['ci_low']:.0%}, {closed['ci_high']:.0%}] of the gap closed"
         ax.set_title("no gap to close" if np.isnan(closed["share"]) else share, loc="left")
     return fig, pd.concat(means, ignore_index=True), pd.DataFrame(shares)
+
+
+def plot_thinking(measured: Mapping) -> Drawn:
+    """Accuracy over the tokens that a model writes, thought and answer: a point for each budget.
+
+    measured: the committed result of benchmarks/training/thinking.py.
+    """
+    table = pd.DataFrame(measured["accuracy"])
+    table["written"] = table.thinking_tokens + table.answer_tokens
+    colours = {"teacher": "#7f7f7f", "with_thoughts": "#d55e00", "equal_tokens": "#0072b2", "equal_examples": "#56b4e9"}
+    fig, ax = plt.subplots()
+    for model, rows in table.groupby("model", sort=False):
+        ends = (rows.accuracy - rows.ci_low_clustered, rows.ci_high_clustered - rows.accuracy)
+        style = {"fmt": "o-", "capsize": 3, "color": colours[model], "label": model.replace("_", " ")}
+        ax.errorbar(rows.written, rows.accuracy, ends, **style)
+        for row in rows[rows.budget > 0].itertuples():
+            ax.annotate(f"{row.budget}", (row.written, row.accuracy), (5, 5), textcoords="offset points", fontsize=9)
+    ax.set(xlabel="tokens written per question, thought and answer", ylabel="accuracy, 21 chapters", ylim=(0, None))
+    ax.set_title(f"Numbers: the budget of the thought, in tokens  (n = {table.n.max()} questions)")
+    ax.legend()
+    return fig, table

@@ -234,6 +234,54 @@ def ablation_table(benchmarks: Sequence[dict]) -> str:
     return markdown(["setup", "task", "n", "student", "score ± over seeds (seeds)", "difference"], rows)
 
 
+THINKERS = {
+    "teacher": "teacher",
+    "with_thoughts": "student with thoughts",
+    "equal_tokens": "student without, equal tokens",
+    "equal_examples": "student without, equal examples",
+}
+
+
+def thinking_table(measured: Mapping) -> str:
+    """Markdown: models of the thinking experiment under each budget of thinking tokens: accuracy, and length."""
+    rows = []
+    for row in measured["accuracy"]:
+        accuracy = f"{row['accuracy']:.2f} [{row['ci_low_clustered']:.2f}, {row['ci_high_clustered']:.2f}]"
+        budget = f"{row['budget']}" if row["budget"] else "no thought"
+        tokens = [f"{row[name]:.1f}" for name in ("thinking_tokens", "answer_tokens")]
+        rows.append([THINKERS[row["model"]], budget, *tokens, accuracy, str(row["n"])])
+    return markdown(["model", "budget", "tokens of thought", "tokens of answer", "accuracy", "n"], rows)
+
+
+def thinking_findings(measured: Mapping) -> list[str]:
+    """What the thinking experiment shows, one sentence for each comparison and for each model that thinks."""
+    accuracy, models = {row["variant"]: row for row in measured["accuracy"]}, {}
+    verdict = {"better": "helps", "worse": "harms"}.get(measured["steps"][0]["verdict"], "has no effect that is shown")
+    sentences = [f"At equal training tokens a thought {verdict}."]
+    for step in measured["steps"]:
+        before, after = (accuracy[step[name]] for name in ("baseline", "variant"))
+        names = [THINKERS[one["model"]] for one in (after, before)]
+        if after["model"] == before["model"]:
+            names[1] = "the same model with an empty thought"
+        elif after["variant"] == "with_thoughts, 0":
+            names[0] += ", asked with an empty one"
+        change = f"{before['accuracy']:.2f} → {after['accuracy']:.2f}, {step['difference']:+.2f}"
+        planned = "" if step["planned"] else " (looked at afterwards)"
+        ends = f"[{step['ci_low_clustered']:+.2f}, {step['ci_high_clustered']:+.2f}]"
+        sentences.append(f"{', against '.join(names)}: {change} {ends}, n = {step['n']}, {step['verdict']}{planned}.")
+    for row in measured["paths"]:
+        cell = f"{row['value']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+        models.setdefault(row["model"], {})[row["what"]] = f"{cell} (n = {row['n']})"
+    for model, shares in models.items():
+        for part in ("path", "block"):
+            true, false = (shares.get(f"accuracy, {part} {kind}", "none") for kind in ("true", "false"))
+            sentences.append(
+                f"{THINKERS[model]}: the {part} of the thought is true in {shares[f'{part} true']}; "
+                f"accuracy with a true {part} {true}, with a false one {false}."
+            )
+    return sentences
+
+
 def plans_table(estimates: Mapping[str, Sequence]) -> str:
     """Markdown: how much memory each quantization plan needs, from shapes alone.
 

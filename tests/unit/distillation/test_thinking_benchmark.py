@@ -1,0 +1,65 @@
+"""The thinking experiment: thoughts are read and written as R1's are, and paths are judged by ICD-10-CM."""
+
+import pandas as pd
+import pytest
+
+from benchmarks.training import thinking
+from medkit import modeling
+from medkit.params import load_params
+from medkit.prompts import templates
+from medkit.stage import ROOT
+
+CHAPTERS = ["Digestion", "Infections"]
+HIERARCHY = thinking.Hierarchy(
+    {"cholera, classical": "Cholera > Gut", "cholera, El Tor": "Cholera > Gut", "gastric ulcer": "Ulcer > Stomach"},
+    {"Gut": "Infections", "Stomach": "Digestion"},
+)
+
+
+def ask(diagnosis: str, **more) -> dict:
+    question = f"Which ICD-10-CM chapter lists “{diagnosis}”?"
+    return {"question": question, "context": "", "kind": "icd_chapter", "options": CHAPTERS, **more}
+
+
+def test_a_path_is_judged_by_its_names_and_by_what_the_diagnosis_is_in():
+    rows = [  # diagnosis, thought, and the chapter that was answered
+        ("cholera, classical", "Cholera > Gut", 1),  # all of it
+        ("cholera, El Tor", "Plague > Gut", 1),  # no such path, the block is true
+        ("gastric ulcer", "Cholera > Gut", 1),  # a path of another diagnosis, and the answer follows it
+        ("gastric ulcer", "Ulcer > Stomach", -1),  # a true path, and an answer that is no chapter
+        ("gastric ulcer", "Ulcer > Belly", 0),  # no such block
+    ]
+    table = pd.DataFrame(
+        [
+            ask(diagnosis, thought=thought, choice=choice, group=f"g{n}", model="student", budget=thinking.WHOLE)
+            for n, (diagnosis, thought, choice) in enumerate(rows)
+        ]
+    )
+    table["correct"] = [True, True, False, False, True]
+    found = {row["what"]: (row["value"], row["n"]) for row in thinking.measure_paths(table, HIERARCHY, 0.95)}
+    assert found == {
+        "path exists": (3 / 5, 5), "path true": (2 / 5, 5), "category true": (3 / 5, 5),
+        "block exists": (4 / 5, 5), "block true": (3 / 5, 5), "answer is the chapter of the block": (3 / 4, 4),
+        "accuracy, path true": (1 / 2, 2), "accuracy, path false": (2 / 3, 3),
+        "accuracy, block true": (2 / 3, 3), "accuracy, block false": (1 / 2, 2),
+    }  # fmt: skip
+
+
+@pytest.mark.weights
+def test_thoughts_are_text_between_two_tokens_of_the_models_own():
+    params = load_params(ROOT / "params" / "tiny.yaml", thinking.BF16)
+    tokenizer = thinking.make_tokenizer(modeling.local_folder(params.models.teacher))
+    marks = templates.thinking_of(tokenizer)
+    assert marks.mode == "open" and len(tokenizer("</think>").input_ids) == 1, "where an engine can stop"
+    questions = pd.DataFrame([ask("gastric ulcer", answer=0)])
+    [thinker], [plain] = (thinking.encode(tokenizer, questions, [path]) for path in ("Ulcer > Stomach", None))
+    prompt, predicted = (tokenizer.decode(ids) for ids in (thinker.input_ids[: thinker.loss_start],
+                                                           thinker.input_ids[thinker.loss_start :]))  # fmt: skip
+    assert prompt.endswith("<|im_start|>assistant\n<think>\n")
+    assert predicted == "Ulcer > Stomach\n</think>\n\nDigestion<|im_end|>"
+    assert tokenizer.decode(plain.input_ids) == prompt + "\n</think>\n\nDigestion<|im_end|>"
+    assert thinking.count([plain]) == {
+        "examples": 1,
+        "tokens": len(plain.input_ids),
+        "loss_tokens": plain.num_predicted,
+    }
