@@ -120,3 +120,15 @@ def test_plans_of_the_papers_model_have_their_bytes():
     assert header[1] == f"{name}:<br>stored, GiB"
     found = {row[0].strip("`"): row[1:] for row in rows}
     assert found["bf16"][0] == "14.19" and found["nf4"][0] == "5.17" and found["nf4_all"][2] == "70.4 %"
+
+
+def test_thinking_is_said_to_help_or_harm_only_where_the_test_says_so():
+    measured = next(content["raw"] for content in tables.load_benchmarks("thinking"))
+    header, *body = cells(tables.thinking_table(measured))
+    assert len(body) == len(measured["accuracy"]) and header[-1] == "n"
+    for row, shown in zip(measured["accuracy"], body, strict=True):
+        assert shown[4].startswith(f"{row['accuracy']:.2f} [") and shown[5] == str(row["n"])
+    for verdict, word in {"better": "helps", "worse": "harms", "equivalent": "no effect"}.items():
+        first, *others = measured["steps"]
+        sentence, step, *_ = tables.thinking_findings(measured | {"steps": [first | {"verdict": verdict}, *others]})
+        assert word in sentence and step.endswith(f", {verdict}.") and f"{first['difference']:+.2f} [" in step
