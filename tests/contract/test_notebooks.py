@@ -101,6 +101,8 @@ class TestLab:
         for cell in cells:
             assert not FORBIDDEN.search(cell.source)
             assert not re.search(r"\.path\(|\bwrite_|\bcommit\(|\bto_(csv|parquet)\b|save_figure", cell.source)
+        if "from trl import" in (imports := cells[1].source):  # its trainers report to their maker
+            assert 0 <= imports.find('os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"') < imports.find("import matplotlib")
 
     def test_without_the_extra_it_says_what_to_install_or_starts(self, path, monkeypatch):
         labs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["labs"]
