@@ -9,7 +9,7 @@ export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export HF_HUB_DISABLE_TELEMETRY = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test matrix fuzz audit lab report lint format notebooks student-copy api browser readme bench ablation faults doctor size
+.PHONY: help run test matrix rehearsal fuzz audit lab report lint format notebooks student-copy api browser readme bench ablation faults doctor size
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -38,6 +38,9 @@ audit: .venv/done  ## known vulnerabilities of every locked package; needs PyPI 
 
 matrix: .venv/done  ## small profiles of every kind of data and model through all notebooks; a minute of one core each
 	$(PY) -m pytest -n auto -m slow tests/smoke/test_matrix.py
+
+rehearsal: .venv/done  ## gpu.yaml and paper.yaml on a CPU, with random weights, to the last cell: ten minutes each; npm once
+	$(PY) -m pytest -m slow tests/smoke/test_rehearsal.py
 
 browser: .venv/done  ## all notebooks in JupyterLab in Chromium, by Run All: as long as a smoke run
 	$(PY) -m pytest -m slow tests/browser
