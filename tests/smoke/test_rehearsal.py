@@ -177,6 +177,6 @@ def test_all_six_notebooks_finish(name, cache, tmp_path, monkeypatch):
     predictions = pd.read_parquet(run_dir(name) / "05_inference" / "predictions.parquet")
     thinks = (predictions.scoring == "generated") & ~predictions.template.str.startswith("record")
     assert (predictions.thinking_tokens > 0).equals(thinks) and thinks.any()
-    kept = Stage(name, "03_lora").manifest()["update_kept"]
+    kept = Stage(name, "03_lora").manifest()["facts"]["update_kept"]
     assert all(math.isfinite(share) for share in kept.values()) and kept["merged, then NF4"] > kept["merged into NF4"]
     assert (run_dir(name) / "report.html").is_file()
