@@ -149,14 +149,14 @@ def cache(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["gpu", "paper"])
 def test_all_six_notebooks_finish(name, cache, tmp_path, monkeypatch):
-    from medkit.modeling import load_tokenizer, local_folder
+    from medkit.modeling import load_tokenizer
 
     for variable, folder in {"MEDKIT_CACHE": cache, "MEDKIT_OUTPUTS": tmp_path / "outputs"}.items():
         monkeypatch.setenv(variable, str(folder))
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    teacher = load_params(ROOT / "params" / f"{name}.yaml").models.teacher
-    tokenizer = load_tokenizer(local_folder(teacher))
-    with vllm(Stage(name, "01_data").dir / "questions.parquet", tokenizer) as url:
+    repo = load_params(ROOT / "params" / f"{name}.yaml").models.teacher.source.repo
+    (snapshot,) = cache.glob(f"hub/models--{repo.replace('/', '--')}/snapshots/*")
+    with vllm(Stage(name, "01_data").dir / "questions.parquet", load_tokenizer(snapshot)) as url:
         profile = write_profile(name, url, tmp_path)
         words = ("--params", str(profile), "--run", name)
         call("-m", "medkit", "run", *words, "--dry-run", env=env)
