@@ -268,9 +268,9 @@ class DistillationParams(Section):
     """λ4, of the difference in probability of whole doses, drugs, diagnoses and contraindications."""
     order: Literal["random", "progressive"]
     """Of student_kd. `progressive`: the first epoch goes from answers that are easy for the teacher to hard ones."""
-    students: list[Literal["student_hard", "student_self", "student_ceiling"]]
+    students: list[Literal["student_hard", "student_self", "student_ceiling", "student_seq_kd"]]
     """Trained beside student_ce and student_kd: on the teacher's answers as text, on student_ce's own answers, on true
-    labels of the transfer rows."""
+    labels of the transfer rows, on the teacher's reasons with its distribution along them (needs `rationales`)."""
     min_teacher_lead: Fraction | None
     """The teacher's score minus student_ce's on validation rows, below which the notebook stops; null: no limit."""
     student_train: TrainParams
@@ -280,6 +280,8 @@ class DistillationParams(Section):
     def _terms_can_be_computed(self) -> Self:
         if self.hidden_weight and not self.hidden_layers:
             raise ValueError("hidden_layers: hidden_weight is not 0, so name at least one pair of layers")
+        if "student_seq_kd" in self.students and self.rationales is None:
+            raise ValueError("students: student_seq_kd learns from rationales, and rationales is null")
         plain = {"divergence": "forward_kl", "temperature": 1.0, "hidden_weight": 0.0, "entity_weight": 0.0}
         for name, value in plain.items() if self.alignment != "tokens" else ():
             if getattr(self, name) != value:

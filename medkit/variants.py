@@ -44,6 +44,8 @@ VARIANTS = {
                 "What would true answers add to the teacher's?"),
         Variant("student_seq", "teacher's reasons", "#882255", "02_distillation/student_seq", "student_ce",
                 "Do the teacher's verified answers with reasons add to the labels?"),
+        Variant("student_seq_kd", "reasons with KL", "#44aa99", "02_distillation/student_seq_kd", "student_seq",
+                "Does the teacher's distribution along its reasons add to their text?"),
         Variant("lora", "+ LoRA", "#cc79a7", "03_lora/merged", "student_kd",
                 "What does the adapter change?"),
         Variant("nf4", "NF4", "#d55e00", "04_quantization/nf4", "student_kd", "What does NF4 cost?"),

@@ -6,6 +6,7 @@ from the same inputs by the same code, is read back (`modeling.train_once`).
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from medkit.variants import VARIANTS, list_variants
 
 STUDENTS = tuple(name for name in VARIANTS if name.startswith("student_"))
 STAGES = ("teacher", *STUDENTS)
+REASONERS = ("student_seq", "student_seq_kd")
+RATIONALE_CACHE = "rationale_cache"
 
 
 def load_tokenizers(params: Params) -> tuple:
@@ -107,7 +110,7 @@ def student_rows(
     needed if they are not there.
     """
     labelled = splits.training_rows(questions, "labelled")
-    if name in ("student_ce", "student_seq") or not (questions.split == "transfer").any():
+    if name in ("student_ce", *REASONERS) or not (questions.split == "transfer").any():
         return labelled
     if name == "student_ceiling":
         return pd.concat([labelled, splits.transfer_answers(questions)], ignore_index=True)
@@ -125,8 +128,9 @@ def train_student(
 
     All students start from `base/` and see as many examples, in as many steps: those of the labelled and the transfer
     rows together. Who has fewer different rows (`student_rows`) sees them several times. `student_kd` learns the
-    distribution in `teacher_cache/` too; `student_seq` learns the teacher's verified answers with reasons. Raises
-    StageError for a student that the profile does not ask for, for missing inputs, and if no answer was verified.
+    distribution in `teacher_cache/` too. `student_seq` learns the teacher's verified answers with reasons, and
+    `student_seq_kd` the teacher's distribution along them as well, in `rationale_cache/`. Raises StageError for a
+    student that the profile does not ask for, for missing inputs, and if no answer was verified.
     """
     if name not in list_students(params):
         key = "rationales" if name == "student_seq" else "students"
@@ -137,15 +141,22 @@ def train_student(
     taught = questions.split.isin(["labelled", "transfer"]) & (questions.kind != splits.SECOND_FORM)
     counts = questions[taught].source.value_counts(sort=False).to_dict()
     numbers = answers.repeat_rows(rows.source, counts)
-    if name == "student_seq":
-        examples = list(islice(cycle(_verified_examples(stage, params, rows, make_engine)), len(numbers)))
+    if name in REASONERS:
+        rows, verified = _verified_rationales(stage, params, rows, make_engine)
+        encode = partial(answers.encode_verified, questions=rows, verified=verified)
+        numbers = [*islice(cycle(range(len(verified))), len(numbers))]
     else:
-        unique = batches.encode_questions(tokenizer, rows)
-        examples = [unique[n] for n in numbers]
-    if name == "student_kd":
-        cache = TeacherCache(_part(stage, "teacher_cache"), teacher_key(stage, load_tokenizers(params)[0]))
-        loss, options["add_extras"] = distillation_loss(params, rows, unique, numbers, cache)
-        if section.order == "progressive":
+        encode = partial(batches.encode_questions, questions=rows)
+    unique = encode(tokenizer)
+    examples = [unique[n] for n in numbers]
+    if name in ("student_kd", "student_seq_kd"):
+        teacher_tokenizer = load_tokenizers(params)[0]
+        by_teacher, key = encode(teacher_tokenizer), teacher_key(stage, teacher_tokenizer)
+        if name == "student_seq_kd":
+            _capture_rationales(stage, params, by_teacher, key)
+        cache = TeacherCache(_part(stage, "teacher_cache" if name == "student_kd" else RATIONALE_CACHE), key)
+        loss, options["add_extras"] = distillation_loss(params, by_teacher, unique, numbers, cache)
+        if name == "student_kd" and section.order == "progressive":
             densities = entities.mark_entities(tokenizer, unique).densities()
             difficulty = pruning.order_by_difficulty(cache.mean_nll(), densities)
             options["difficulty"] = [difficulty[n] for n in numbers]
@@ -173,16 +184,19 @@ def check_lead(teacher: Mapping[str, float], student: Mapping[str, float], least
 
 
 def distillation_loss(
-    params: Params, rows: pd.DataFrame, examples: Sequence[Example], numbers: Sequence[int], cache: TeacherCache
+    params: Params,
+    teacher_examples: Sequence[Example],
+    examples: Sequence[Example],
+    numbers: Sequence[int],
+    cache: TeacherCache,
 ) -> tuple[Loss, Callable[[list[int]], dict]]:
     """The loss of `student_kd`, and the function that returns its extras for places in `numbers`.
 
-    rows: those of the cache; examples: the rows as the student reads them; numbers: the row at each place of the
-    training. Raises MedkitError for a row that two tokenizers read as different texts.
+    teacher_examples: those of the cache; examples: the same rows as the student reads them; numbers: the row at each
+    place of the training. Raises MedkitError for a row that two tokenizers read as different texts.
     """
     section, (teacher_tokenizer, tokenizer) = params.distillation, load_tokenizers(params)
     if section.alignment == "spans":
-        teacher_examples = batches.encode_questions(teacher_tokenizer, rows)
         aligner = cross_tokenizer.TokenAligner.from_tokenizers(tokenizer, teacher_tokenizer)
         loss = cross_tokenizer.SpanLoss(section.ce_weight, section.kl_weight)
         parts = [cross_tokenizer.AlignedCache(cache, examples, teacher_examples, aligner)]
@@ -197,10 +211,21 @@ def distillation_loss(
     return loss, add_extras
 
 
-def _verified_examples(
+def _capture_rationales(stage: Stage, params: Params, examples: Sequence[Example], key: str) -> None:
+    """Write RATIONALE_CACHE: the teacher's top-k log-probabilities along its own verified reasons and answers."""
+    section = params.distillation
+    if PartialState().is_main_process:
+        teacher = loading.load_model(_part(stage, "teacher"), params.models)
+        layers = losses.DistillationLoss.from_params(section).teacher_layers
+        folder, sizes = stage.path(RATIONALE_CACHE), (section.top_k, section.shard_examples)
+        capture_teacher(teacher, examples, folder, *sizes, key, layers)
+    PartialState().wait_for_everyone()
+
+
+def _verified_rationales(
     stage: Stage, params: Params, rows: pd.DataFrame, make_engine: MakeEngine | None
-) -> list[Example]:
-    """The teacher's answers with reasons to labelled rows that are right, one of a question.
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The labelled rows that were asked, and the teacher's answers with reasons that are right, one of a question.
 
     The student answers each question once, greedily, to tell which are too easy for it. Writes both models' answers to
     `teacher_rationales.parquet` and `base_rationales.parquet`, and the yield per source to `rationale_yield.parquet`.
@@ -228,15 +253,15 @@ def _verified_examples(
             f"none of {len(samples)} rationales was verified; raise distillation.rationales.samples, max_new_tokens or "
             f"too_easy"
         )
-    examples = answers.encode_verified(tokenizer, rows, verified)
+    lengths = [len(example.input_ids) for example in answers.encode_verified(tokenizer, rows, verified)]
     limit = AutoConfig.from_pretrained(_part(stage, "base")).get_text_config().max_position_embeddings
-    fitting = [example for example in examples if len(example.input_ids) <= limit]
-    if len(fitting) < len(examples):
-        too_long = f"{len(examples) - len(fitting)} of {len(examples)} verified rationales are longer than the {limit}"
-        if not fitting:
+    fits = [length <= limit for length in lengths]
+    if not all(fits):
+        too_long = f"{fits.count(False)} of {len(fits)} verified rationales are longer than the {limit}"
+        if not any(fits):
             raise StageError(f"{too_long} tokens that the student reads; lower inference.max_thinking_tokens")
         warnings.warn(f"{too_long} tokens that the student reads: they are left out", stacklevel=2)
-    return fitting
+    return rows, verified[fits]
 
 
 def train_stage(name: str, run: str, params: Params, make_engine: MakeEngine | None = None) -> pd.DataFrame:
