@@ -6,6 +6,7 @@ which is the file's bytes over the bandwidth of memory in the same run, and how 
 transformers from the same file. Units: seconds, bytes.
 """
 
+import dataclasses
 import tempfile
 import time
 from contextlib import ExitStack
@@ -19,6 +20,7 @@ from benchmarks.record import Ratio, versions, write
 from medkit.inference import workloads
 from medkit.inference.server_engine import ServerEngine, llama_server
 from medkit.inference.torch_engine import TorchEngine
+from medkit.prompts.templates import end_ids
 from medkit.quantization import gguf_export
 
 
@@ -47,8 +49,10 @@ def main() -> None:
 
     tokenizer, model, params = load_student(args)
     questions = read_rows(args, params, "valid", "test", number=args.compared)
-    compared = workloads.equal(workloads.encode_prompts(tokenizer, questions), args.new_tokens)
-    requests = compared[: args.prompts]
+    requests = workloads.equal(workloads.encode_prompts(tokenizer, questions), args.new_tokens)
+    # up to their end: if no end token is wanted, llama.cpp writes none, and transformers goes on after it
+    compared = [dataclasses.replace(request, end_ids=end_ids(tokenizer)) for request in requests]
+    requests = requests[: args.prompts]
     sizes, equal_answers = {}, {}
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))

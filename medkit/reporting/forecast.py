@@ -13,6 +13,7 @@ import yaml
 
 from medkit.data.splits import MADE, SECOND_FORM
 from medkit.distillation import list_students
+from medkit.distillation.stages import REASONERS
 from medkit.inference.question_variants import rows_for
 from medkit.inference.torch_engine import CACHE_FACTOR
 from medkit.params import ModelParams, Params, ParamsError, TrainParams
@@ -124,10 +125,10 @@ def _training(params: Params, teacher: _Model, student: _Model) -> Iterator[Part
     seen = _rows(params, "labelled", "transfer")
     kept = sum(n * TOKENS[s][1] for s, n in seen.items()) * section.top_k * KEPT_BYTES
     yield Part("teacher: top-k of the answers", _tokens(seen), teacher.read_hours(_tokens(seen)), kept, model_bytes)
-    students, train = list_students(params), section.student_train
+    students = [name for name in list_students(params) if name not in REASONERS]
+    reasoners, train = [name for name in list_students(params) if name in REASONERS], section.student_train
     model_bytes, trained_bytes = student.weights * student.bytes_each, student.weights * TRAINED_BYTES
     if (rationales := section.rationales) is not None:
-        students.remove("student_seq")
         labelled = sum(_rows(params, "labelled").values())
         asked = labelled if rationales.questions == "all" else min(rationales.questions, labelled)
         new = (params.inference.max_thinking_tokens or 0) + rationales.max_new_tokens
@@ -139,9 +140,14 @@ def _training(params: Params, teacher: _Model, student: _Model) -> Iterator[Part
             hours = model.write_hours(prompt, new, count, batch_tokens)
             loaded_bytes = model.weights * model.bytes_each
             yield Part(f"{name}: reasons, at most", count * (prompt + new), hours, 0, loaded_bytes)
-        tokens = sum(seen.values()) * (prompt + new)
-        hours = student.train_hours(tokens, train, frozen=False)
-        yield Part("student of reasons, at most", tokens * train.epochs, hours, model_bytes, trained_bytes)
+        if "student_seq_kd" in reasoners:
+            tokens = asked * (prompt + new)
+            kept = asked * new * section.top_k * KEPT_BYTES
+            hours, loaded_bytes = teacher.read_hours(tokens), teacher.weights * teacher.bytes_each
+            yield Part("teacher: top-k of the reasons, at most", tokens, hours, kept, loaded_bytes)
+        count, tokens = len(reasoners), sum(seen.values()) * (prompt + new) * len(reasoners)
+        hours, disk = student.train_hours(tokens, train, frozen=False), count * model_bytes
+        yield Part(f"{count} students of reasons, at most", tokens * train.epochs, hours, disk, trained_bytes)
     tokens = _tokens(seen) * len(students)
     yield Part(
         f"{len(students)} students of answers", tokens * train.epochs, student.train_hours(tokens, train, frozen=False),

@@ -217,7 +217,7 @@ def test_a_teacher_that_is_its_own_student_has_no_divergence_also_in_repeated_ro
 ):
     params = load()
     cache, examples = capture(params), batches.encode_questions(tokenizer, rows)
-    loss, add_extras = stages.distillation_loss(params, rows, examples, [*range(10), 1, 3], cache)
+    loss, add_extras = stages.distillation_loss(params, examples, examples, [*range(10), 1, 3], cache)
     extras = add_extras([1, 11])
     assert {"teacher_ids", "teacher_logprobs", "entity", "entity_weights"} <= set(extras)
     model = loading.load_model(folders / "teacher", params.models)
@@ -246,8 +246,11 @@ def test_a_progressive_order_is_that_of_the_cache(stage, load, questions, rows, 
     assert given == [None, pruning.order_by_difficulty(cache.mean_nll(), densities)]
 
 
-def test_a_student_learns_its_teacher_s_verified_answers(stage, load, capture, monkeypatch, tokenizer):
-    params = load(rationales=RATIONALES)
+@pytest.mark.parametrize(("alignment", "term"), [("tokens", "forward_kl"), ("spans", "span_kl")])
+def test_a_student_learns_its_teacher_s_verified_answers(
+    stage, load, capture, monkeypatch, tokenizer, alignment, term
+):
+    params = load(alignment, rationales=RATIONALES, students=["student_seq_kd"])
     capture(params)
     with pytest.raises(StageError, match="none of 4 rationales was verified; raise distillation"):
         stages.train_stage("student_seq", "toy", params, NoEngine)
@@ -257,6 +260,11 @@ def test_a_student_learns_its_teacher_s_verified_answers(stage, load, capture, m
     one = len(tokenizer("So. Answer: A", add_special_tokens=False).input_ids) + 1
     assert log.loss_tokens.sum() == 10 * one, "as many examples as the others"
     assert loading.load_model(stage.dir / "student_seq", params.models)
+    with_kl = stages.train_stage("student_seq_kd", "toy", params, NoEngine)
+    assert with_kl.loss_tokens.tolist() == log.loss_tokens.tolist() and (with_kl[term] > 0).all()
+    by_teacher = len(stages.load_tokenizers(params)[0]("So. Answer: A", add_special_tokens=False).input_ids) + 1
+    kept = pd.read_parquet(stage.dir / "rationale_yield.parquet").kept.sum()
+    assert teacher_cache.read_index(stage.dir / stages.RATIONALE_CACHE)["num_positions"] == by_teacher * kept
 
 
 def test_rationales_that_a_student_cannot_hold_are_left_out(stage, load, capture, monkeypatch):
@@ -279,7 +287,7 @@ def test_rationales_that_a_student_cannot_hold_are_left_out(stage, load, capture
 
 def test_every_student_that_a_profile_asks_for_is_evaluated(load):
     """Notebook 04 writes this list of variants for notebooks 05 and 06."""
-    params = load(students=["student_ceiling", "student_hard", "student_self"], rationales=RATIONALES)
+    params = load(students=["student_ceiling", "student_hard", "student_self", "student_seq_kd"], rationales=RATIONALES)
     students = stages.list_students(params)
     assert tuple(students) == stages.STUDENTS
     folders = {name: variant.folder for name, variant in list_variants(params).items()}
