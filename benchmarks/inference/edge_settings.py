@@ -2,7 +2,7 @@
 
 The edge file of a finished run, or its student exported to nearest where notebook 04 has not run. `batch`: 32 requests
 with answers of log-normal lengths, all there at once, for each number of slots, threads and prompt tokens of a batch.
-`records`: records are written one at a time, greedy up to their end token, with and without n-gram speculation:
+`records`: records are written one at a time, greedy, each in its own length, with and without n-gram speculation:
 llama.cpp looks for the last few tokens in what it has read and proposes what followed them there; the model checks all
 proposed tokens in one pass, so the answers are the same. A record copies words of its consultation, so it should pay.
 All contenders in turns. Units: seconds, tokens/s.
@@ -57,11 +57,8 @@ def main() -> None:
     requests = workloads.skewed(prompts, args.median, args.longest, seed=0)
     table = pd.read_parquet(args.run / "01_data" / "questions.parquet").query("source == 'records' and split == 'test'")
     consultations = workloads.encode_prompts(tokenizer, table.head(args.records).assign(scoring="generated"))
-    ends = end_ids(tokenizer)
-    written = [
-        dataclasses.replace(request, end_ids=ends)
-        for request in workloads.equal(consultations, params.inference.max_new_tokens)
-    ]
+    longest = workloads.equal(consultations, params.inference.max_new_tokens)
+    to_their_end = [dataclasses.replace(request, end_ids=end_ids(tokenizer)) for request in longest]
     with ExitStack() as stack:
         path = args.run / "04_quantization" / "edge" / "student.gguf"
         if not path.is_file():
@@ -81,6 +78,10 @@ def main() -> None:
         speed = passes.groupby("engine").throughput_tokens_per_s.median()
         print(speed.to_string(), flush=True)
         speculating = {name: in_llama(1, None, options) for name, options in SPECULATIONS.items()}
+        lengths = [
+            len(answer.token_ids) - 1 for answer in speculating["none"].generate(to_their_end)
+        ]  # without the end
+        written = [dataclasses.replace(r, max_new_tokens=n) for r, n in zip(longest, lengths, strict=True)]
         passes, answers = workloads.time_in_turns(speculating, written, args.repeats, alone=True, warm_up=1)
         latency = passes.groupby("engine").latency_s_per_token.median()
         print(latency.to_string(), flush=True)
@@ -98,7 +99,7 @@ def main() -> None:
         "requests": len(requests), "answer_tokens": sum(r.max_new_tokens for r in requests),
         "prompt_tokens": sum(len(r.prompt_ids) for r in requests), "warm_up_requests": 2,
         "records": len(written), "record_prompt_tokens": sum(len(r.prompt_ids) for r in written),
-        "record_tokens": sum(len(a.token_ids) for a in answers["none"]), "file_bytes": path.stat().st_size,
+        "record_tokens": sum(lengths), "file_bytes": path.stat().st_size,
         "statistic": "median over repeats", "versions": versions("torch", "gguf", "xllamacpp"),
     }  # fmt: skip
     raw = {"throughput_tokens_per_s": speed.to_dict(), "latency_s_per_token": latency.to_dict()}
