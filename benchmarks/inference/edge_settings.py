@@ -78,9 +78,8 @@ def main() -> None:
         speed = passes.groupby("engine").throughput_tokens_per_s.median()
         print(speed.to_string(), flush=True)
         speculating = {name: in_llama(1, None, options) for name, options in SPECULATIONS.items()}
-        lengths = [
-            len(answer.token_ids) - 1 for answer in speculating["none"].generate(to_their_end)
-        ]  # without the end
+        answers = speculating["none"].generate(to_their_end)
+        lengths = [len(answer.token_ids) - 1 for answer in answers]  # without the end token
         written = [dataclasses.replace(r, max_new_tokens=n) for r, n in zip(longest, lengths, strict=True)]
         passes, answers = workloads.time_in_turns(speculating, written, args.repeats, alone=True, warm_up=1)
         latency = passes.groupby("engine").latency_s_per_token.median()

@@ -247,9 +247,7 @@ def test_a_progressive_order_is_that_of_the_cache(stage, load, questions, rows, 
 
 
 @pytest.mark.parametrize(("alignment", "term"), [("tokens", "forward_kl"), ("spans", "span_kl")])
-def test_a_student_learns_its_teacher_s_verified_answers(
-    stage, load, capture, monkeypatch, tokenizer, alignment, term
-):
+def test_a_student_learns_its_teacher_s_verified_answers(stage, load, capture, monkeypatch, tokenizer, alignment, term):
     params = load(alignment, rationales=RATIONALES, students=["student_seq_kd"])
     capture(params)
     with pytest.raises(StageError, match="none of 4 rationales was verified; raise distillation"):
