@@ -7,6 +7,7 @@ A new variant is one row of `VARIANTS`.
 from typing import NamedTuple
 
 FINAL = "student_kd"  # the student that is adapted, compressed and shipped
+REASONERS = ("student_seq", "student_seq_kd")  # students that learn to give reasons before the answer
 ADAPTER = "adapter.gguf"  # beside the edge file: notebook 03's adapter, which llama.cpp adds to it on request
 TASKS = ".tasks.json"  # beside an edge file: what it was taught, how it did in the test; written by notebook 06
 

@@ -27,11 +27,10 @@ from medkit.modeling.trainer import Loss
 from medkit.params import Params
 from medkit.prompts import templates
 from medkit.stage import Stage, StageError
-from medkit.variants import VARIANTS, list_variants
+from medkit.variants import REASONERS, VARIANTS, list_variants
 
 STUDENTS = tuple(name for name in VARIANTS if name.startswith("student_"))
 STAGES = ("teacher", *STUDENTS)
-REASONERS = ("student_seq", "student_seq_kd")
 RATIONALE_CACHE = "rationale_cache"
 
 

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from medkit.variants import FINAL
+from medkit.prompts import templates
+from medkit.variants import FINAL, REASONERS
 
 START = "base"
 SECOND_FORM = (FINAL, "lora", "edge_lora")  # Variants that answer in the second hospital's form; no other learned it
@@ -18,10 +19,14 @@ def rows_for(variant: str, asked: pd.DataFrame, exams: pd.DataFrame, claims: Seq
     """The questions of one variant: all of `asked` if it is one of `claims`, else the `few` first ones of each source.
 
     The start and the final student answer the `exams` too. Records of the second form are left out for all variants
-    but those that start from it or have learned it.
+    but those that start from it or have learned it. Students that learned reasons write them with the `template` that
+    they were taught.
     """
     rows = asked if variant in claims else asked.groupby(["scoring", "source"], sort=False).head(few)
     rows = rows[(rows.kind != "record_b") | (variant in SECOND_FORM)]
+    if variant in REASONERS:
+        reasoned = (rows.scoring == "generated") & ~rows.kind.isin(templates.WRITTEN)
+        rows = rows.assign(template=pd.Series(templates.RATIONALE.name, rows.index).where(reasoned))
     return pd.concat([rows, exams]) if variant in (START, FINAL) else rows
 
 

@@ -13,7 +13,6 @@ import yaml
 
 from medkit.data.splits import MADE, SECOND_FORM
 from medkit.distillation import list_students
-from medkit.distillation.stages import REASONERS
 from medkit.inference.question_variants import rows_for
 from medkit.inference.torch_engine import CACHE_FACTOR
 from medkit.params import ModelParams, Params, ParamsError, TrainParams
@@ -21,7 +20,7 @@ from medkit.prompts.templates import FORMS
 from medkit.quantization.memory_budget import read_config
 from medkit.quantization.memory_ledger import model_shapes
 from medkit.reporting.tables import markdown
-from medkit.variants import list_variants
+from medkit.variants import REASONERS, list_variants
 
 FACTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 DEVICE, TOKENS = FACTS["device"], FACTS["tokens"]

@@ -6,8 +6,8 @@ import pandas as pd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medkit.inference import question_variants
-from medkit.variants import VARIANTS
+from medkit.inference import predictions, question_variants
+from medkit.variants import REASONERS, VARIANTS
 
 
 @given(st.integers(2, 10), st.integers(1, 12), st.integers(0, 2**32))
@@ -63,6 +63,19 @@ def test_claims_answer_everything_the_others_the_first_few_and_exams_are_for_sta
         assert of_source["records"] == [f"records{i}" for i in range(count)]
         assert bool(of_source["records_b"]) == (variant in ("student_kd", "lora", "edge_lora"))
         assert bool(of_source["medqa"]) == (variant in ("base", "student_kd"))
+        reasoned = rows.id[rows.template == "rationale"].tolist() if "template" in rows else []
+        assert reasoned == (["icd0", "icd1"] if variant in REASONERS else [])
+
+
+def test_a_student_of_reasons_is_asked_for_them_and_the_others_are_not(make_llama, tokenizer):
+    """The template that a row brings counts, also beside rows that bring none."""
+    row = {"source": "icd", "kind": "choice", "question": "Which?", "context": "", "options": ["one", "two"]}
+    asked = pd.DataFrame([row | {"id": id, "scoring": how} for id, how in (("a", "generated"), ("b", "option_text"))])
+    none = pd.DataFrame(columns=asked.columns)
+    for variant, expected in {"student_seq": ["rationale", "text"], "student_hard": ["text", "text"]}.items():
+        rows = question_variants.rows_for(variant, asked, none, [], few=2)
+        answers = predictions.predict(make_llama(), tokenizer, rows, batch_tokens=512, max_new_tokens=2)
+        assert answers.template.tolist() == expected
 
 
 def test_real_dialogues_are_asked_for_the_first_form_without_an_answer():
