@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.inputs import STUDENT, load_student, make_parser, read_rows
+from benchmarks.inputs import STUDENT, add_workload, load_student, make_parser, read_rows
 from benchmarks.record import Ratio, versions, write
 from medkit.inference import workloads
-from medkit.inference.server_engine import ServerEngine, llama_server
+from medkit.inference.server_engine import llama_engine
 from medkit.inference.torch_engine import SCHEDULERS, TorchEngine
 from medkit.modeling.engine import Engine, Generation, Request
 from medkit.quantization import gguf_export
@@ -54,9 +54,7 @@ def time_part(engines: dict[str, Engine], requests: Sequence[Request], repeats: 
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--median", type=int, default=16, help="tokens of the middle answer")
-    parser.add_argument("--longest", type=int, default=128, help="tokens of the longest answer")
+    add_workload(parser, requests=32, longest=128)
     args = parser.parse_args()
 
     tokenizer, model, params = load_student(args)
@@ -82,10 +80,8 @@ def main() -> None:
             "llama.cpp F16": gguf_export.export_gguf(model, tokenizer, scratch / "student.gguf", "F16"),
             "llama.cpp edge file": args.run / "04_quantization" / "edge" / "student.gguf",
         }
-        edge = {}
-        for name, path in files.items():
-            url, api_key = stack.enter_context(llama_server(path, slots=BATCH, threads=args.threads))
-            edge[name] = ServerEngine(url, api_key=api_key)
+        settings = {"slots": BATCH, "threads": args.threads}
+        edge = {name: stack.enter_context(llama_engine(path, **settings)) for name, path in files.items()}
         by_batch = {f"static by {BATCH}": InBatches(engines["static"], BATCH)}
         contenders = {
             "skewed": engines | by_batch | edge,

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GgufConfig
 from benchmarks.inputs import STUDENT, load_student, make_parser, read_rows
 from benchmarks.record import Ratio, versions, write
 from medkit.inference import workloads
-from medkit.inference.server_engine import ServerEngine, llama_server
+from medkit.inference.server_engine import llama_engine
 from medkit.inference.torch_engine import TorchEngine
 from medkit.prompts.templates import end_ids
 from medkit.quantization import gguf_export
@@ -60,8 +60,7 @@ def main() -> None:
         for kind in args.formats:
             path = gguf_export.export_gguf(model, tokenizer, scratch / kind / "student.gguf", kind)
             sizes[kind] = path.stat().st_size
-            url, api_key = stack.enter_context(llama_server(path, threads=args.threads))
-            engines[kind] = ServerEngine(url, api_key=api_key)
+            engines[kind] = stack.enter_context(llama_engine(path, threads=args.threads))
             same_file = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
             )

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from benchmarks.inputs import STUDENT, load_student, make_parser, read_rows
+from benchmarks.inputs import STUDENT, add_workload, load_student, make_parser, read_rows
 from benchmarks.record import Ratio, versions, write
 from medkit.inference import workloads
-from medkit.inference.server_engine import ServerEngine, llama_server
+from medkit.inference.server_engine import ServerEngine, llama_engine
 from medkit.prompts.templates import end_ids
 from medkit.quantization import gguf_export
 
@@ -46,9 +46,7 @@ SPECULATIONS = {"none": {}} | {f"{n} then {m}": speculate(n, m) for n, m in ((2,
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--median", type=int, default=16, help="tokens of the middle answer")
-    parser.add_argument("--longest", type=int, default=128, help="tokens of the longest answer")
+    add_workload(parser, requests=32, longest=128)
     parser.add_argument("--records", type=int, default=16, help="records that are written")
     args = parser.parse_args()
 
@@ -68,10 +66,8 @@ def main() -> None:
         del model
 
         def in_llama(slots: int, threads: int | None, options: dict) -> ServerEngine:
-            url, key = stack.enter_context(
-                llama_server(path, slots, 1024, threads=threads or args.threads, options=options)
-            )
-            return ServerEngine(url, api_key=key)
+            settings = {"threads": threads or args.threads, "options": options}
+            return stack.enter_context(llama_engine(path, slots, 1024, **settings))
 
         engines = {name: in_llama(*setting) for name, setting in BATCHES.items()}
         passes, _ = workloads.time_in_turns(engines, requests, args.repeats, warm_up=2)

@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 from sklearn.feature_extraction.text import CountVectorizer
 
-from benchmarks.inputs import STUDENT, load_student, make_parser, read_rows
+from benchmarks.inputs import STUDENT, add_workload, load_student, make_parser, read_rows
 from benchmarks.record import Ratio, versions, write
 from medkit import modeling, prompts, quantization, sources
 from medkit.data import problem_types
 from medkit.inference import workloads
-from medkit.inference.server_engine import ServerEngine, llama_server
+from medkit.inference.server_engine import ServerEngine, llama_engine
 from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling.engine import Engine, Generation, Request
 from medkit.prompts import templates
@@ -123,9 +123,7 @@ def similar_answers(
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--requests", type=int, default=16)
-    parser.add_argument("--median", type=int, default=16, help="tokens of the middle answer")
-    parser.add_argument("--longest", type=int, default=96, help="tokens of the longest answer")
+    add_workload(parser, requests=16, longest=96)
     parser.add_argument("--open", type=int, default=4, help="patients' questions of each problem type")
     args = parser.parse_args()
 
@@ -145,9 +143,8 @@ def main() -> None:
             return stack.enter_context(closing(kind(model, tokenizer.pad_token_id, **settings)))
 
         def in_llama(path: Path, slots: int = 1, **options) -> ServerEngine:
-            server = llama_server(path, slots, 2048, threads=args.threads, options=PLAIN | options)
-            url, key = stack.enter_context(server)
-            return ServerEngine(url, api_key=key)
+            settings = {"threads": args.threads, "options": PLAIN | options}
+            return stack.enter_context(llama_engine(path, slots, 2048, **settings))
 
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         whole = quantization.export_gguf(model, tokenizer, scratch / "student.gguf", "F16")

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -189,3 +189,10 @@ class ServerEngine:
             raise EngineError(f"{self._url} failed: {error.message}") from error
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise EngineError(f"{self._url} does not answer as OpenAI's servers do ({error!r}): use another") from error
+
+
+@contextmanager
+def llama_engine(path: Path, *args, **settings) -> Iterator[ServerEngine]:
+    """An engine over `llama_server` with these settings; engine and server end with the block."""
+    with llama_server(path, *args, **settings) as (url, key), closing(ServerEngine(url, api_key=key)) as engine:
+        yield engine

@@ -6,7 +6,7 @@ from contextlib import closing, contextmanager
 
 from torch import nn
 
-from medkit.inference.server_engine import ServerEngine, llama_server
+from medkit.inference.server_engine import ServerEngine, llama_engine
 from medkit.inference.torch_engine import TorchEngine
 from medkit.lora import adapters
 from medkit.modeling import loading
@@ -44,7 +44,7 @@ def edge_engine(run: str, edge_file: str, server: ServerParams | None) -> Iterat
         with closing(_connect(server, "inference.server")) as engine:
             yield engine
     else:
-        with llama_server(run_dir(run) / edge_file) as (url, key), closing(ServerEngine(url, api_key=key)) as engine:
+        with llama_engine(run_dir(run) / edge_file) as engine:
             yield engine
 
 
