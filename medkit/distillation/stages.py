@@ -141,16 +141,16 @@ def train_student(
     counts = questions[taught].source.value_counts(sort=False).to_dict()
     numbers = answers.repeat_rows(rows.source, counts)
     if name in REASONERS:
-        rows, verified = _verified_rationales(stage, params, rows, make_engine)
-        encode = partial(answers.encode_verified, questions=rows, verified=verified)
-        numbers = [*islice(cycle(range(len(verified))), len(numbers))]
+        unique, encode = _verified_examples(stage, params, rows, make_engine)
+        numbers = [*islice(cycle(range(len(unique))), len(numbers))]
     else:
         encode = partial(batches.encode_questions, questions=rows)
-    unique = encode(tokenizer)
+        unique = encode(tokenizer)
     examples = [unique[n] for n in numbers]
     if name in ("student_kd", "student_seq_kd"):
         teacher_tokenizer = load_tokenizers(params)[0]
-        by_teacher, key = encode(teacher_tokenizer), teacher_key(stage, teacher_tokenizer)
+        by_teacher = unique if section.alignment == "tokens" else encode(teacher_tokenizer)
+        key = teacher_key(stage, teacher_tokenizer)
         if name == "student_seq_kd":
             _capture_rationales(stage, params, by_teacher, key)
         cache = TeacherCache(_part(stage, "teacher_cache" if name == "student_kd" else RATIONALE_CACHE), key)
@@ -221,10 +221,12 @@ def _capture_rationales(stage: Stage, params: Params, examples: Sequence[Example
     PartialState().wait_for_everyone()
 
 
-def _verified_rationales(
+def _verified_examples(
     stage: Stage, params: Params, rows: pd.DataFrame, make_engine: MakeEngine | None
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The labelled rows that were asked, and the teacher's answers with reasons that are right, one of a question.
+) -> tuple[list[Example], Callable[..., list[Example]]]:
+    """The teacher's answers with reasons to labelled rows that are right, one of a question, as the student reads them.
+
+    The function that is returned beside them makes the same examples with another tokenizer.
 
     The student answers each question once, greedily, to tell which are too easy for it. Writes both models' answers to
     `teacher_rationales.parquet` and `base_rationales.parquet`, and the yield per source to `rationale_yield.parquet`.
@@ -252,15 +254,16 @@ def _verified_rationales(
             f"none of {len(samples)} rationales was verified; raise distillation.rationales.samples, max_new_tokens or "
             f"too_easy"
         )
-    lengths = [len(example.input_ids) for example in answers.encode_verified(tokenizer, rows, verified)]
+    examples = answers.encode_verified(tokenizer, rows, verified)
     limit = AutoConfig.from_pretrained(_part(stage, "base")).get_text_config().max_position_embeddings
-    fits = [length <= limit for length in lengths]
+    fits = [len(example.input_ids) <= limit for example in examples]
     if not all(fits):
         too_long = f"{fits.count(False)} of {len(fits)} verified rationales are longer than the {limit}"
         if not any(fits):
             raise StageError(f"{too_long} tokens that the student reads; lower inference.max_thinking_tokens")
         warnings.warn(f"{too_long} tokens that the student reads: they are left out", stacklevel=2)
-    return rows, verified[fits]
+    fitting = [example for example, fit in zip(examples, fits, strict=True) if fit]
+    return fitting, partial(answers.encode_verified, questions=rows, verified=verified[fits])
 
 
 def train_stage(name: str, run: str, params: Params, make_engine: MakeEngine | None = None) -> pd.DataFrame:
