@@ -53,11 +53,11 @@ def load(path: Path) -> nn.Module:
 
 
 @pytest.fixture
-def check(folder, tmp_path, monkeypatch):
-    """check(file, content): the model with this file in place of its own is whole, or refused."""
+def assert_whole_or_refused(folder, tmp_path, monkeypatch):
+    """assert_whole_or_refused(file, content): the model with this file in place of its own is whole, or refused."""
     monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path / "cache"))
 
-    def check(file: str, content: bytes) -> None:
+    def assert_whole_or_refused(file: str, content: bytes) -> None:
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         path = tmp_path / "student.gguf" if file == "student.gguf" else tmp_path / "model"
         if path.suffix != ".gguf":
@@ -70,54 +70,54 @@ def check(folder, tmp_path, monkeypatch):
         converted = tmp_path / "cache" / "converted"
         assert model or not converted.exists() or not [p for p in converted.iterdir() if p.suffix != ".lock"]
 
-    return check
+    return assert_whole_or_refused
 
 
 @tries(12, 250)
 @given(data=st.data())
-def test_a_gguf_header(check, folder, data):
+def test_a_gguf_header(assert_whole_or_refused, folder, data):
     content = folder.with_name("student.gguf").read_bytes()
     within = content.index(b"tokenizer.ggml.tokens") if data.draw(st.booleans()) else 20_000
-    check("student.gguf", data.draw(damaged([content], within)))
+    assert_whole_or_refused("student.gguf", data.draw(damaged([content], within)))
 
 
 @tries(12, 250)
 @given(data=st.data())
-def test_a_safetensors_header(check, folder, data):
+def test_a_safetensors_header(assert_whole_or_refused, folder, data):
     content = (folder / "model.safetensors").read_bytes()
     size = 8 + int.from_bytes(content[:8], "little")
     if data.draw(st.booleans()):
         header = json.dumps(data.draw(changed([json.loads(content[8:size])])), default=str).encode()
-        check("model.safetensors", len(header).to_bytes(8, "little") + header + content[size:])
+        assert_whole_or_refused("model.safetensors", len(header).to_bytes(8, "little") + header + content[size:])
     else:
-        check("model.safetensors", data.draw(damaged([content], size)))
+        assert_whole_or_refused("model.safetensors", data.draw(damaged([content], size)))
 
 
-def test_a_config_of_many_layers_or_with_code_of_its_own(check, folder):
+def test_a_config_of_many_layers_or_with_code_of_its_own(assert_whole_or_refused, folder):
     config = json.loads((folder / "config.json").read_text())
     code = {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}, "model_type": "evil"}
     for changes in ({"num_hidden_layers": 2**31}, {"vocab_size": 2**34}, code):
-        check("config.json", json.dumps(config | changes).encode())
+        assert_whole_or_refused("config.json", json.dumps(config | changes).encode())
     gguf = folder.with_name("student.gguf").read_bytes()
     for name, head in ((b"llama.block_count", (4, 2**31)), (b"tokenizer.ggml.token_type", (9, 5, 0, 2**28))):
         start = gguf.index(name) + len(name)
         packed = struct.pack(f"<{len(head)}I", *head)
-        check("student.gguf", gguf[:start] + packed + gguf[start + len(packed) :])
+        assert_whole_or_refused("student.gguf", gguf[:start] + packed + gguf[start + len(packed) :])
 
 
 @tries(20, 375)
 @given(data=st.data(), file=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json"]))
-def test_a_config(check, folder, data, file):
+def test_a_config(assert_whole_or_refused, folder, data, file):
     content = (folder / file).read_bytes()
     tree = changed([json.loads(content)]).map(lambda tree: json.dumps(tree, default=str).encode())
-    check(file, data.draw(tree | damaged([content])))
+    assert_whole_or_refused(file, data.draw(tree | damaged([content])))
 
 
 @tries(10, 125)
 @given(data=st.data())
-def test_a_tokenizer(check, folder, data):
+def test_a_tokenizer(assert_whole_or_refused, folder, data):
     content = (folder / "tokenizer.json").read_bytes()
-    check("tokenizer.json", data.draw(damaged([content])))
+    assert_whole_or_refused("tokenizer.json", data.draw(damaged([content])))
 
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is <|im_end|> \u200b\0 a sign?"}]

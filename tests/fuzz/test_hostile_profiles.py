@@ -79,13 +79,13 @@ TREES_OF_SOURCES = [
 
 
 @pytest.fixture
-def fetch(tmp_path, monkeypatch):
-    """fetch(content, source): the source from an index that hands out `content` for every wheel."""
+def assert_fetched_or_refused(tmp_path, monkeypatch):
+    """assert_fetched_or_refused(content, source): from an index that hands out `content` for every wheel."""
     cache = tmp_path / "cache"
     monkeypatch.setenv("MEDKIT_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
 
-    def fetch(content: bytes, source: dict):
+    def assert_fetched_or_refused(content: bytes, source: dict):
         shutil.rmtree(cache, ignore_errors=True)
         right = hashlib.sha256(content).hexdigest()
         for wheel in [source, *(source["parts"] if isinstance(source.get("parts"), list) else ())]:
@@ -105,20 +105,20 @@ def fetch(tmp_path, monkeypatch):
         path = assert_promise(Path, sources.fetch, checked, folder=cache)
         assert path is None or source["kind"] == "local" or cache in path.resolve().parents
 
-    return fetch
+    return assert_fetched_or_refused
 
 
 @tries(20, 500)
 @given(content=damaged(WHEELS), member=st.sampled_from(MEMBERS))
-def test_an_archive(fetch, content, member):
-    fetch(content, WHEEL | {"member": member})
+def test_an_archive(assert_fetched_or_refused, content, member):
+    assert_fetched_or_refused(content, WHEEL | {"member": member})
 
 
 @tries(20, 500)
 @given(tree=changed(TREES_OF_SOURCES), member=st.sampled_from(MEMBERS))
 @example(tree={"source": WHEEL | {"package": "../../../x"}}, member="pack/c")
 @example(tree={"source": WHEEL | {"version": "/../../../../x"}}, member="pack/c")
-def test_a_source(fetch, tree, member):
+def test_a_source(assert_fetched_or_refused, tree, member):
     source = tree.get("source")
     if isinstance(source, dict):
-        fetch(WHEELS[0], source | ({"member": member} if "member" in source else {}))
+        assert_fetched_or_refused(WHEELS[0], source | ({"member": member} if "member" in source else {}))
