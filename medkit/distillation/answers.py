@@ -5,7 +5,7 @@ shortest is kept. A wrong reason can lead to a right answer: that is not noticed
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle, islice
+from itertools import accumulate, cycle, islice, takewhile
 from pathlib import Path
 
 import pandas as pd
@@ -130,6 +130,15 @@ def repeat_rows(sources: Sequence[str], counts: Mapping[str, int]) -> list[int]:
     if not numbers:
         raise MedkitError("no rows to learn from: raise `labelled` or `transfer` in data.datasets")
     return [*numbers, *islice(cycle(numbers), sum(counts.values()) - len(numbers))]
+
+
+def repeat_examples(lengths: Sequence[int], num_tokens: int) -> list[int]:
+    """Numbers of examples, in turn, again and again: as many as have at most `num_tokens` tokens together, or one.
+
+    lengths: tokens of each example, at least 1; those of the prompt count too.
+    """
+    count = sum(1 for _ in takewhile(lambda total: total <= num_tokens, accumulate(cycle(lengths))))
+    return [*islice(cycle(range(len(lengths))), max(1, count))]
 
 
 def keep_verified(

@@ -7,7 +7,6 @@ from the same inputs by the same code, is read back (`modeling.train_once`).
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from itertools import cycle, islice
 from pathlib import Path
 
 import pandas as pd
@@ -127,9 +126,14 @@ def train_student(
 
     All students start from `base/` and see as many examples, in as many steps: those of the labelled and the transfer
     rows together. Who has fewer different rows (`student_rows`) sees them several times. `student_kd` learns the
-    distribution in `teacher_cache/` too. `student_seq` learns the teacher's verified answers with reasons, and
-    `student_seq_kd` the teacher's distribution along them as well, in `rationale_cache/`. Raises StageError for a
-    student that the profile does not ask for, for missing inputs, and if no answer was verified.
+    distribution in `teacher_cache/` too.
+
+    `student_seq` learns the teacher's verified answers with reasons, and `student_seq_kd` the teacher's distribution
+    along them as well, in `rationale_cache/`. An example with reasons is long: these two see as many tokens as
+    `student_ce`, in at most as many steps: a step has fewer examples.
+
+    Raises StageError for a student that the profile does not ask for, for missing inputs, and if no answer was
+    verified.
     """
     if name not in list_students(params):
         key = "rationales" if name == "student_seq" else "students"
@@ -139,13 +143,14 @@ def train_student(
     rows = student_rows(name, stage, params, questions, make_engine)
     taught = questions.split.isin(["labelled", "transfer"]) & (questions.kind != splits.SECOND_FORM)
     counts = questions[taught].source.value_counts(sort=False).to_dict()
-    numbers = answers.repeat_rows(rows.source, counts)
+    numbers, train = answers.repeat_rows(rows.source, counts), section.student_train
+    encode = partial(batches.encode_questions, questions=rows)
+    unique = encode(tokenizer)
     if name in REASONERS:
+        num_tokens, steps = sum(len(unique[n].input_ids) for n in numbers), -(-len(numbers) // train.batch_size)
         unique, encode = _verified_examples(stage, params, rows, make_engine)
-        numbers = [*islice(cycle(range(len(unique))), len(numbers))]
-    else:
-        encode = partial(batches.encode_questions, questions=rows)
-        unique = encode(tokenizer)
+        numbers = answers.repeat_examples([len(example.input_ids) for example in unique], num_tokens)
+        train = train.model_copy(update={"batch_size": -(-len(numbers) // steps)})
     examples = [unique[n] for n in numbers]
     if name in ("student_kd", "student_seq_kd"):
         teacher_tokenizer = load_tokenizers(params)[0]
@@ -163,9 +168,7 @@ def train_student(
     if getattr(loss, "hidden_layers", ()):
         size = AutoConfig.from_pretrained(_part(stage, "teacher")).get_text_config().hidden_size
         options["around"] = losses.hidden_projections(student, loss.hidden_layers, size)
-    return student, train_once(
-        stage, name, student, tokenizer, examples, section.student_train, loss, params.seed, **options
-    )
+    return student, train_once(stage, name, student, tokenizer, examples, train, loss, params.seed, **options)
 
 
 def check_lead(teacher: Mapping[str, float], student: Mapping[str, float], least: float | None) -> dict[str, float]:
@@ -234,8 +237,8 @@ def _verified_examples(
     """
     section, tokenizer = params.distillation.rationales, load_tokenizers(params)[1]
     rows = rows[~rows.kind.isin(templates.WRITTEN)]
-    if section.questions != "all":
-        rows = rows.sample(min(section.questions, len(rows)), random_state=params.seed)
+    count = len(rows) if section.questions == "all" else min(section.questions, len(rows))
+    rows = rows.sample(count, random_state=params.seed)  # all of them too: a student may not get to the last ones
 
     def collect(writer: str, **sampling) -> pd.DataFrame:
         return answers.collect_answers(

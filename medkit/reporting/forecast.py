@@ -4,7 +4,7 @@ Arithmetic per token and weight: 2 operations to read, 4 more to train a weight,
 that is frozen, and 2 more where activations are computed twice. Writing a token reads all weights once per batch.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from medkit.prompts.templates import FORMS
 from medkit.quantization.memory_budget import read_config
 from medkit.quantization.memory_ledger import model_shapes
 from medkit.reporting.tables import markdown
-from medkit.variants import REASONERS, list_variants
+from medkit.variants import list_variants
 
 FACTS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 DEVICE, TOKENS = FACTS["device"], FACTS["tokens"]
@@ -124,8 +124,7 @@ def _training(params: Params, teacher: _Model, student: _Model) -> Iterator[Part
     seen = _rows(params, "labelled", "transfer")
     kept = sum(n * TOKENS[s][1] for s, n in seen.items()) * section.top_k * KEPT_BYTES
     yield Part("teacher: top-k of the answers", _tokens(seen), teacher.read_hours(_tokens(seen)), kept, model_bytes)
-    students = [name for name in list_students(params) if name not in REASONERS]
-    reasoners, train = [name for name in list_students(params) if name in REASONERS], section.student_train
+    students, train = list_students(params), section.student_train
     model_bytes, trained_bytes = student.weights * student.bytes_each, student.weights * TRAINED_BYTES
     if (rationales := section.rationales) is not None:
         labelled = sum(_rows(params, "labelled").values())
@@ -139,17 +138,14 @@ def _training(params: Params, teacher: _Model, student: _Model) -> Iterator[Part
             hours = model.write_hours(prompt, new, count, batch_tokens)
             loaded_bytes = model.weights * model.bytes_each
             yield Part(f"{name}: reasons, at most", count * (prompt + new), hours, 0, loaded_bytes)
-        if "student_seq_kd" in reasoners:
+        if "student_seq_kd" in students:
             tokens = asked * (prompt + new)
             kept = asked * new * section.top_k * KEPT_BYTES
             hours, loaded_bytes = teacher.read_hours(tokens), teacher.weights * teacher.bytes_each
             yield Part("teacher: top-k of the reasons, at most", tokens, hours, kept, loaded_bytes)
-        count, tokens = len(reasoners), sum(seen.values()) * (prompt + new) * len(reasoners)
-        hours, disk = student.train_hours(tokens, train, frozen=False), count * model_bytes
-        yield Part(f"{count} students of reasons, at most", tokens * train.epochs, hours, disk, trained_bytes)
-    tokens = _tokens(seen) * len(students)
+    tokens = _tokens(seen) * len(students)  # a student of reasons sees as many as the others
     yield Part(
-        f"{len(students)} students of answers", tokens * train.epochs, student.train_hours(tokens, train, frozen=False),
+        f"{len(students)} students", tokens * train.epochs, student.train_hours(tokens, train, frozen=False),
         len(students) * model_bytes, trained_bytes,
     )  # fmt: skip
     train, tokens = params.lora.train, _tokens(_rows(params, "labelled", second_form=True))
@@ -181,11 +177,16 @@ def _testing(params: Params, teacher: _Model, student: _Model) -> Iterator[Part]
     yield Part(f"{len(variants)} variants write, at most", write_tokens, write_hours, 0, most)
 
 
+def add_up(parts: Iterable[Part]) -> Part:
+    """Tokens, hours and disk of all parts together, and the memory of the part that needs the most."""
+    _, tokens, hours, disk, memory = zip(*parts, strict=True)
+    return Part("in all", sum(tokens), sum(hours), sum(disk), max(memory))
+
+
 def forecast_table(params: Params) -> str:
     """Markdown: the parts and their sum, with the price and the number of devices that the memory needs."""
     parts = forecast(params)
-    tokens, hours, disk = (sum(getattr(p, name) for p in parts) for name in ("tokens", "hours", "disk_bytes"))
-    total = Part("in all", tokens, hours, disk, max(p.memory_bytes for p in parts))
+    total = add_up(parts)
     rows = [
         [part.name, f"{part.tokens / 1e6:,.1f}", f"{part.hours:,.1f}", *(f"{b / 1e9:,.0f}" for b in part[3:])]
         for part in [*parts, total]

@@ -5,11 +5,14 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from medkit.params import load_params
 from medkit.reporting import story
+from medkit.reporting.forecast import DEVICE, add_up, forecast
 from medkit.reporting.results import load_results
 from medkit.stage import ROOT, atomic_path, write_text
 from medkit.variants import FINAL
@@ -50,6 +53,13 @@ def duration() -> str:
     results, facts = load_results(RESULTS)
     seconds = results[results.result.str.startswith("duration_s/")].value.sum()
     return f"This run took {seconds / 60:.0f} minutes on {facts['device']}." if seconds else ""
+
+
+def forecasts(profiles: Sequence[str] = ("gpu", "paper")) -> str:
+    """One sentence: what the profiles that were not run take on their device, by `forecast`."""
+    hours = {name: add_up(forecast(load_params(ROOT / "params" / f"{name}.yaml"))).hours for name in profiles}
+    listed = ", ".join(f"{count:.0f} for `{name}`" for name, count in hours.items())
+    return f"Estimated {DEVICE['name']} hours: {listed}."
 
 
 def main(results_file: Path) -> None:

@@ -256,13 +256,35 @@ def test_a_student_learns_its_teacher_s_verified_answers(stage, load, capture, m
     monkeypatch.setattr(answers, "write_answers", lambda *a: the_liver(*a).assign(text="So. Answer: A"))
     log = stages.train_stage("student_seq", "toy", params, NoEngine)
     one = len(tokenizer("So. Answer: A", add_special_tokens=False).input_ids) + 1
-    assert log.loss_tokens.sum() == 10 * one, "as many examples as the others"
     assert loading.load_model(stage.dir / "student_seq", params.models)
     with_kl = stages.train_stage("student_seq_kd", "toy", params, NoEngine)
     assert with_kl.loss_tokens.tolist() == log.loss_tokens.tolist() and (with_kl[term] > 0).all()
     captured = teacher_cache.read_index(stage.dir / stages.RATIONALE_CACHE)
     assert captured["num_examples"] == pd.read_parquet(stage.dir / "rationale_yield.parquet").kept.sum()
     assert alignment == "spans" or captured["num_positions"] == one * captured["num_examples"]
+
+
+def test_a_student_of_reasons_sees_as_many_tokens_in_as_many_steps(stage, load, capture, monkeypatch):
+    params, given = load(rationales=RATIONALES), {}
+    capture(params)
+    monkeypatch.setattr(answers, "write_answers", lambda *a: the_liver(*a).assign(text="So. " * 5 + "Answer: A"))
+
+    def spy(stage, name, student, tokenizer, examples, section, *rest, **options):
+        lengths = [len(example.input_ids) for example in examples]
+        given[name] = sum(lengths), max(lengths), -(-len(examples) // section.batch_size)
+
+    monkeypatch.setattr(stages, "train_once", spy)
+    for name in ("student_ce", "student_seq"):
+        stages.train_stage(name, "toy", params, NoEngine)
+    (tokens, _, steps), (reasons_tokens, longest, reasons_steps) = given["student_ce"], given["student_seq"]
+    assert tokens - longest - 5 < reasons_tokens <= tokens and reasons_steps == steps  # the next one can be longer
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "numbers"), [(0, [0]), (5, [0, 1]), (9, [0, 1]), (10, [0, 1, 2]), (13, [0, 1, 2, 0])]
+)
+def test_examples_are_repeated_up_to_so_many_tokens(num_tokens, numbers):
+    assert answers.repeat_examples([3, 2, 5], num_tokens) == numbers
 
 
 def test_rationales_that_a_student_cannot_hold_are_left_out(stage, load, capture, monkeypatch):
