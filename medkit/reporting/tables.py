@@ -4,7 +4,7 @@ README, docs, the report page, the model card and the command line show them. No
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pandas as pd
 
@@ -205,18 +205,34 @@ def load_benchmarks(name: str = "") -> list[dict]:
     return sorted(contents, key=lambda content: content["name"])
 
 
-def benchmarks_table(benchmarks: Sequence[dict]) -> str:
-    """Markdown: every ratio of the benchmarks, beside its goal if one was set before the measurement."""
+def goals_table(benchmarks: Sequence[dict], reasons: Mapping[str, str]) -> str:
+    """Markdown: every ratio that had a goal before the measurement, and if it was met.
+
+    reasons: `name ratio` of a missed goal → why it was missed.
+    """
     rows = []
-    for content in benchmarks:
-        for what, ratio in content["ratios"].items():
-            higher, goal, value = ratio["better"] == "higher", ratio["goal"], ratio["value"]
-            cells = ["", "–"]
-            if goal is not None:
-                met = value >= goal if higher else value <= goal
-                cells = [f"{'≥' if higher else '≤'} {goal:g}", "yes" if met else "no"]
-            rows.append([content["name"], content["device"], f"`{what}`", f"{value:.2f}", *cells])
-    return markdown(["benchmark", "device", "ratio", "measured", "goal", "met"], rows)
+    for content, what, ratio in _ratios(benchmarks):
+        higher, goal, value = ratio["better"] == "higher", ratio["goal"], ratio["value"]
+        if goal is not None:
+            met = value >= goal if higher else value <= goal
+            why = reasons.get(f"{content['name']} {what}", "not known why")
+            cells = [f"{value:.2f}", f"{'≥' if higher else '≤'} {goal:g}", "yes" if met else f"no: {why}"]
+            rows.append([content["name"], content["device"], f"`{what}`", *cells])
+    return markdown(["benchmark", "device", "ratio", "measured", "goal", "met?"], rows)
+
+
+def ratios_table(benchmarks: Sequence[dict]) -> str:
+    """Markdown: the ratios that were measured without a goal."""
+    rows = [
+        [content["name"], content["device"], f"`{what}`", f"{ratio['value']:.2f}"]
+        for content, what, ratio in _ratios(benchmarks)
+        if ratio["goal"] is None
+    ]
+    return markdown(["benchmark", "device", "ratio", "measured"], rows)
+
+
+def _ratios(benchmarks: Sequence[dict]) -> Iterator[tuple[dict, str, dict]]:
+    return ((content, what, ratio) for content in benchmarks for what, ratio in content["ratios"].items())
 
 
 def ablation_table(benchmarks: Sequence[dict]) -> str:

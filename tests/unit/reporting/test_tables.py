@@ -95,9 +95,10 @@ def test_tables_without_rows_are_left_out_and_none_shows_a_hole(toy_results):
 def test_benchmarks_say_whether_the_goal_was_met():
     ratios = {"rises": (2, 2, "higher"), "falls": (0.6, 0.5, "lower"), "measured": (1.0, None, "lower")}
     ratios = {name: dict(zip(("value", "goal", "better"), values, strict=True)) for name, values in ratios.items()}
-    rises, falls, measured = cells(tables.benchmarks_table([{"name": "toy", "device": "cpu", "ratios": ratios}]))[1:]
-    assert rises[2:] == ["`rises`", "2.00", "≥ 2", "yes"] and falls[2:] == ["`falls`", "0.60", "≤ 0.5", "no"]
-    assert measured[2:4] == ["`measured`", "1.00"]
+    benchmarks = [{"name": "toy", "device": "cpu", "ratios": ratios}]
+    rises, falls = cells(tables.goals_table(benchmarks, {"toy falls": "too slow"}))[1:]
+    assert rises[2:] == ["`rises`", "2.00", "≥ 2", "yes"] and falls[2:] == ["`falls`", "0.60", "≤ 0.5", "no: too slow"]
+    assert cells(tables.ratios_table(benchmarks))[1:] == [["toy", "cpu", "`measured`", "1.00"]]
 
 
 def test_an_ablation_says_what_each_student_has_over_its_baseline():
