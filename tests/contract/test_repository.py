@@ -1,5 +1,6 @@
 """Promises of the repository as a whole: README is fresh and true, the environment is named once."""
 
+import json
 import re
 import subprocess
 import tomllib
@@ -8,7 +9,9 @@ import pytest
 import yaml
 from cogapp import Cog
 
-from medkit.stage import DISCLAIMER, ROOT
+from medkit.reporting import readme
+from medkit.reporting.results import load_results
+from medkit.stage import DISCLAIMER, ROOT, STAGES
 
 README = (ROOT / "README.md").read_text()
 TRACKED = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=True, text=True).stdout.split()
@@ -20,6 +23,13 @@ TRACKED = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=Tr
 def test_tables_are_fresh(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert Cog().main(["cog", "--check", "-r", page]) == 0, "run `make readme`"
+
+
+def test_times_in_the_notebooks_are_fresh():
+    results, facts = load_results(readme.RESULTS)
+    for path in (ROOT / "notebooks" / f"{name}.ipynb" for name in STAGES):
+        notebook = json.loads(path.read_text())
+        assert readme.tell_times(path.stem, notebook, results, facts) == notebook, "run `make readme`"
 
 
 def test_readme_is_short_says_what_it_is_not_and_names_no_file_of_the_package():

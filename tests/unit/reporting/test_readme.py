@@ -1,5 +1,7 @@
 """What README and docs read of a run: a small selection that gives the same tables and figure as the whole."""
 
+import json
+
 import matplotlib as mpl
 import pandas as pd
 
@@ -42,3 +44,30 @@ def test_the_sentences_say_what_was_and_what_was_not_shown(toy_results):
     shown = results.assign(within_margin=True, verdict="better")
     (edge,) = [text for text in story.tell_story(shown, facts) if text.startswith("**edge file**")]
     assert "equivalent to it within 0.02:" in edge and "It beats TF-IDF" in edge
+
+
+def test_the_text_before_long_code_says_how_long_it_took(tmp_path):
+    """By the times that papermill writes into an executed copy; told again they change nothing, others replace them."""
+    text = ["# 1\n", "\n", "| **Time** | some time; it resumes |\n", "| **Next** | two |"]
+    source = [
+        ("markdown", text, 0),
+        ("code", ["a"], 59),
+        ("markdown", ["Long."], 0),
+        ("code", ["b"], 61),
+        ("code", ["c"], 299),
+    ]
+    cells = [{"cell_type": k, "id": f"c{i}", "metadata": {}, "source": s} for i, (k, s, _) in enumerate(source)]
+    clocks = [{"metadata": {"papermill": {"duration": seconds or None}}} for *_, seconds in source]
+    executed = [cell | clock for cell, clock in zip(cells, clocks, strict=True)]
+    (tmp_path / "01_data.ipynb").write_text(json.dumps({"cells": executed}))
+    facts, durations = {"run": "mine", "device": "a laptop"}, [{"result": "duration_s/01_data", "value": 660.0}]
+    rows = pd.DataFrame([*durations, *readme.cell_times(tmp_path)])
+    assert rows.result.tolist()[1:] == ["cell_s/01_data/c3", "cell_s/01_data/c4"]
+    told = readme.tell_times("01_data", {"cells": cells}, rows, facts)
+    texts = ["".join(cell["source"]) for cell in told["cells"]]
+    assert texts[0].endswith("| **Time** | 11 min with `mine` on a laptop; it resumes |\n| **Next** | two |")
+    assert texts[2] == "Long.\n\n*The code below took 6 min of the 11 min of this notebook (`mine`, a laptop).*"
+    assert readme.tell_times("01_data", told, rows, facts) == told
+    again = readme.tell_times("01_data", told, rows.head(1), facts)
+    assert again["cells"][1:] == cells[1:] and again["cells"][0] == told["cells"][0]
+    assert readme.tell_times("02_distillation", {"cells": cells}, rows, facts) == {"cells": cells}
