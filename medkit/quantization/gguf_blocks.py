@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from medkit.modeling import batches
 from medkit.modeling.batches import Example
 from medkit.quantization import gptq
 from medkit.quantization.plans import layer_of
@@ -29,6 +30,8 @@ class Blocks:
     kind: str
     codes: torch.Tensor  # (rows, columns) int8, from −2ᵇ⁻¹ to 2ᵇ⁻¹ − 1 for b bits; −128 is not used
     scales: torch.Tensor  # (rows, columns / 32) float16
+    squares: torch.Tensor | None = None  # (columns,) float32, Σ x² of the calibration inputs; None if it has none
+    tokens: int = 0  # over which that is the sum
 
     def decode(self) -> torch.Tensor:
         """The weight (rows, columns) in float32."""
@@ -111,9 +114,12 @@ def quantize_blocks(model: nn.Module, examples: Sequence[Example], layers: str, 
         for name, shape in weight_shapes(model).items()
         if shape[1] % BLOCK == 0
     }
+    tokens = sum(batch["input_ids"].numel() for _, batch in batches.iterate_packed(model, examples))
 
     def round_weight(name: str, weight: torch.Tensor, hessian: torch.Tensor | None) -> tuple[Blocks, torch.Tensor]:
         blocks = round_to_blocks(weight, kinds[name], hessian)
+        if hessian is not None:
+            blocks.squares, blocks.tokens = hessian.diagonal().float().clone(), tokens
         return blocks, blocks.decode().to(weight.dtype)
 
     return gptq.calibrate(model, kinds, examples, round_weight)

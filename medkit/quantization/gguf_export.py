@@ -25,6 +25,7 @@ from medkit.stage import DISCLAIMER, atomic_path, reading, sha256_of, write_text
 from medkit.variants import TASKS
 
 WEIGHT_TYPES = ("F16", "Q8_0", "Q5_0", "Q4_0")
+IMATRIX = ".imatrix.gguf"  # beside the file: llama.cpp's importance matrix
 LORA = "default"  # the name that PEFT gives an adapter
 LARGEST_DIFFERENCE = 0.05  # float16 and bfloat16 round weights and sums
 ARCHITECTURES = {
@@ -40,21 +41,35 @@ NOT_IN_FILE = {  # settings that llama.cpp or transformers does not read from a 
 
 
 def export_gguf(
-    model: nn.Module, tokenizer, path: Path, weight_type: str = "F16", blocks: Mapping[str, Blocks] | None = None
+    model: nn.Module,
+    tokenizer,
+    path: Path,
+    weight_type: str = "F16",
+    blocks: Mapping[str, Blocks] | None = None,
+    dataset: str = "calibration examples",
 ) -> Path:
     """Write `model` to one GGUF file, whole or not at all, and then its manifest (`check_manifest`) beside it.
 
     Beside it stand the files for other programs too (`gguf_readers`); scores of an earlier file (TASKS) are removed.
 
     The weights of modules in `blocks` are written with their codes and scales as they are. Other matrices are rounded
-    to the nearest of `weight_type`, one of WEIGHT_TYPES; rows that are not whole blocks (of 32) get F16. Raises
+    to the nearest of `weight_type`, one of WEIGHT_TYPES; rows that are not whole blocks (of 32) get F16. For blocks
+    that were fitted to inputs, of `dataset`, the importance matrix is written beside the file, which names it. Raises
     ExportError for a model or tokenizer that the file cannot hold.
     """
     if weight_type not in WEIGHT_TYPES:
         raise ExportError(f"weight type {weight_type!r} cannot be written; choose one of {', '.join(WEIGHT_TYPES)}")
     check_export(model, tokenizer)
+    blocks, imatrix = blocks or {}, path.with_suffix(IMATRIX)
+    fitted = {name: module for name, module in blocks.items() if module.tokens}
+    imatrix.unlink(missing_ok=True)
+    if fitted:
+        with atomic_path(imatrix) as scratch:
+            _write_imatrix(model, scratch, fitted, dataset)
+    facts = {"file": imatrix.name, "dataset": dataset, "entries_count": len(fitted), "chunks_count": 1}
     with atomic_path(path) as scratch:
-        _write_file(model, tokenizer, scratch, gguf.GGMLQuantizationType[weight_type], blocks or {})
+        kind = gguf.GGMLQuantizationType[weight_type]
+        _write_file(model, tokenizer, scratch, kind, blocks, facts if fitted else {})
     path.with_suffix(TASKS).unlink(missing_ok=True)
     write_reader_files(path, tokenizer)
     _write_manifest(path, model.config)
@@ -106,11 +121,35 @@ def _rope_factors(config) -> np.ndarray | None:
     return (rope["rope_theta"] ** -places / frequencies).float().numpy()
 
 
+def _write_imatrix(model: nn.Module, path: Path, fitted: Mapping[str, Blocks], dataset: str) -> None:
+    """Σ x² of the inputs of each matrix, by column, and the tokens that it sums, as one chunk: as `llama-imatrix` does.
+
+    Inputs are GPTQ's, which come through the rounded layers before; those of `llama-imatrix` come through F16.
+    """
+    writer, names = _start(model.config), _gguf_names(model)
+    writer.add_type(gguf.GGUFType.IMATRIX)
+    writer.add_array(gguf.Keys.IMatrix.DATASETS, [dataset])
+    writer.add_uint32(gguf.Keys.IMatrix.CHUNK_COUNT, 1)
+    writer.add_uint32(gguf.Keys.IMatrix.CHUNK_SIZE, next(iter(fitted.values())).tokens)
+    for name, module in fitted.items():
+        writer.add_tensor(f"{names[f'{name}.weight']}.in_sum2", module.squares.cpu().numpy())
+        writer.add_tensor(f"{names[f'{name}.weight']}.counts", np.float32([module.tokens]))
+    _write(writer, path)
+
+
 def _write_file(
-    model: nn.Module, tokenizer, path: Path, kind: gguf.GGMLQuantizationType, blocks: Mapping[str, Blocks]
+    model: nn.Module,
+    tokenizer,
+    path: Path,
+    kind: gguf.GGMLQuantizationType,
+    blocks: Mapping[str, Blocks],
+    imatrix: Mapping[str, str | int],
 ) -> None:
     config, names = model.config, _gguf_names(model)
     writer = _start(config)
+    for name, value in imatrix.items():  # as `llama-quantize` writes them
+        add = writer.add_string if isinstance(value, str) else writer.add_uint32
+        add(f"quantize.imatrix.{name}", value)
     writer.add_name("medkit student")
     writer.add_description(DISCLAIMER)
     kinds = [gguf.GGMLQuantizationType[b.kind] for b in blocks.values()] or [kind]

@@ -8,7 +8,7 @@ import torch
 from medkit.inference.server_engine import llama_server
 from medkit.modeling import batches
 from medkit.modeling.loading import load_model
-from medkit.quantization import gguf_blocks, gguf_export, quantize
+from medkit.quantization import gguf_blocks, gguf_export, plans, quantize
 from medkit.quantization.gguf_blocks import BITS, quantize_blocks, round_to_blocks
 
 ROWS, COLUMNS = 24, 96
@@ -112,3 +112,51 @@ def test_llama_cpp_computes_with_the_weights_of_torch(model, tokenizer, make_exa
     logprobs[[entry["id"] for entry in listed]] = torch.tensor([entry["logprob"] for entry in listed])
     error = (logprobs - expected).abs().max()
     assert error < 0.25 * (unrounded - expected).abs().max(), error
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_the_importance_matrix_holds_the_squares_of_the_inputs(make_llama, tokenizer, make_examples, tmp_path, tied):
+    """In llama.cpp's names and types. Inputs of a layer come through the rounded ones before; those of the head not."""
+    model, examples = make_llama(tie_word_embeddings=tied), make_examples(9)
+    blocks = quantize_blocks(model, examples, "Q4_0", "Q5_0")
+    path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", blocks=blocks, dataset="nine examples")
+    matrix = gguf.GGUFReader(path.with_name("student.imatrix.gguf"))
+    sums, names = {t.name: torch.from_numpy(t.data.copy()) for t in matrix.tensors}, []
+    assert all(t.tensor_type == gguf.GGMLQuantizationType.F32 for t in matrix.tensors)
+
+    def compare(module, name, replaced):
+        seen, exact = [], {n: p.clone() for n, p in model.named_parameters()}
+        replace_weights(model, replaced)
+        with module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0])):
+            for example in examples:  # without the last token, which is predicted and not read
+                model(torch.tensor([example.input_ids[:-1]]))
+        model.load_state_dict(exact, strict=False)
+        inputs = torch.cat(seen)
+        torch.testing.assert_close(sums[f"{name}.in_sum2"], inputs.square().sum(0), rtol=1e-3, atol=0)
+        assert sums[f"{name}.counts"].tolist() == [len(inputs)]
+        names.append(name)
+
+    compare(model.lm_head, "token_embd.weight" if tied else "output.weight", {})
+    for layer, rest, name in ((0, "self_attn.q_proj", "blk.0.attn_q"), (2, "mlp.down_proj", "blk.2.ffn_down")):
+        before = {n: b for n, b in blocks.items() if (at := plans.layer_of(n)) is None or at < layer}
+        compare(model.get_submodule(f"model.layers.{layer}.{rest}"), f"{name}.weight", before)
+    tensors = [t.name for t in gguf.GGUFReader(path).tensors if len(t.shape) == 2]
+    entries = {t for t in tensors if tied or t != "token_embd.weight"}
+    assert sums.keys() == {f"{t}.{part}" for t in entries for part in ("in_sum2", "counts")} and {*names} <= entries
+    facts = {"type": "imatrix", "datasets": ["nine examples"], "chunk_count": 1}
+    facts |= {"chunk_size": sum(len(e.input_ids) - 1 for e in examples)}
+    for name, value in facts.items():
+        assert matrix.get_field(f"{'general' if name == 'type' else 'imatrix'}.{name}").contents() == value
+    facts = {
+        "file": "student.imatrix.gguf",
+        "dataset": "nine examples",
+        "entries_count": len(entries),
+        "chunks_count": 1,
+    }
+    fields = {name: gguf.GGUFReader(path).get_field(f"quantize.imatrix.{name}") for name in facts}
+    assert {name: field.contents() for name, field in fields.items()} == facts
+    assert fields["entries_count"].types == fields["chunks_count"].types == [gguf.GGUFValueType.UINT32]
+    gguf_export.export_gguf(model, tokenizer, path, "Q8_0")
+    assert not path.with_name("student.imatrix.gguf").exists()
+    assert not any(name.startswith("quantize.") for name in gguf.GGUFReader(path).fields)
