@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -102,13 +103,12 @@ def train_and_score(part: str, stage: Stage, params: Params, questions: pd.DataF
     if name == "student_kd":
         rows = distillation.student_rows(name, stage, teacher_params, questions, inference.TorchEngine)
         tokenizer, _ = distillation.load_tokenizers(params)
-        section, teacher = params.distillation, modeling.load_model(stage.dir / "teacher", params.models)
+        section, load = params.distillation, partial(modeling.load_model, stage.dir / "teacher", params.models)
         layers = distillation.DistillationLoss.from_params(section).teacher_layers
         distillation.capture_teacher(
-            teacher, modeling.encode_questions(tokenizer, rows), stage.path("teacher_cache"), section.top_k,
+            load, modeling.encode_questions(tokenizer, rows), stage.path("teacher_cache"), section.top_k,
             section.shard_examples, distillation.teacher_key(stage, tokenizer), layers,
         )  # fmt: skip
-        del teacher
     model, log = distillation.train_student(name, stage, params, questions, inference.TorchEngine)
     trained_s = time.perf_counter() - began
     valid = splits.training_rows(questions, "valid")

@@ -155,7 +155,7 @@ def measure_losses(
     """The teacher's cache and option scores at these rows, and the untrained student's losses against them."""
     examples = [batches.encode_questions(one, rows) for one in tokenizers]
     began = time.perf_counter()
-    cache = capture_teacher(teacher, examples[1], scratch / "cache", params.distillation.top_k, 64, "cross")
+    cache = capture_teacher(lambda: teacher, examples[1], scratch / "cache", params.distillation.top_k, 64, "cross")
     scores = score(teacher, tokenizers[1], rows, params)
     seconds = time.perf_counter() - began
     aligned = cross_tokenizer.AlignedCache(cache, *examples, aligner)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import ExitStack
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -50,8 +51,8 @@ def read_rows(args) -> tuple:
 def capture(args) -> None:
     """The teacher speaks, in a process of its own, and is gone."""
     _, params, examples = read_rows(args)
-    teacher = loading.load_model(args.run / "02_distillation" / "teacher", params.models)
-    teacher_cache.capture_teacher(teacher, examples, args.cache, args.top_k, 64, KEY)
+    load = partial(loading.load_model, args.run / "02_distillation" / "teacher", params.models)
+    teacher_cache.capture_teacher(load, examples, args.cache, args.top_k, 64, KEY)
 
 
 def cached(args) -> None:

@@ -217,10 +217,10 @@ def _capture_rationales(stage: Stage, params: Params, examples: Sequence[Example
     """Write RATIONALE_CACHE: the teacher's top-k log-probabilities along its own verified reasons and answers."""
     section = params.distillation
     if PartialState().is_main_process:
-        teacher = loading.load_model(_part(stage, "teacher"), params.models)
+        load = partial(loading.load_model, _part(stage, "teacher"), params.models)
         layers = losses.DistillationLoss.from_params(section).teacher_layers
         folder, sizes = stage.path(RATIONALE_CACHE), (section.top_k, section.shard_examples)
-        capture_teacher(teacher, examples, folder, *sizes, key, layers)
+        capture_teacher(load, examples, folder, *sizes, key, layers)
     PartialState().wait_for_everyone()
 
 

@@ -8,7 +8,7 @@ for the target token: 258 to 274 bytes. Each layer of hidden states adds 2 bytes
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def top_k_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
 
 
 def capture_teacher(
-    teacher: nn.Module,
+    load_teacher: Callable[[], nn.Module],
     examples: Sequence[Example],
     folder: Path,
     top_k: int,
@@ -49,12 +49,15 @@ def capture_teacher(
 ) -> "TeacherCache":
     """Run a teacher over the examples, write its cache to `folder`, and return the reader of it.
 
-    `hidden_layers` count as in transformers' `output_hidden_states`. Each shard holds `shard_examples` examples.
+    The teacher is loaded if a shard is missing, not for a whole cache. `hidden_layers` count as in transformers'
+    `output_hidden_states`. Each shard holds `shard_examples` examples.
     Undamaged shards are kept, so a killed capture goes on. `key` identifies the teacher, the template and the
     tokenizer: if it or another setting differs from the index, the shards of that index are removed. Other files in the
     folder are left alone. Raises CacheError for values beyond the range of fp16.
     """
-    vocab_size = teacher.config.get_text_config().vocab_size
+    index = read_index(folder)
+    teacher = None if index.get("key") == key else load_teacher()  # a key is of one teacher, so of one vocabulary
+    vocab_size = index["vocab_size"] if teacher is None else teacher.config.get_text_config().vocab_size
     settings = {
         "key": key,
         "examples": digest([(e.input_ids, e.loss_start) for e in examples]),
@@ -65,7 +68,6 @@ def capture_teacher(
         "num_examples": len(examples),
         "num_positions": sum(e.num_predicted for e in examples),
     }
-    index = read_index(folder)
     checksums = index.pop("sha256", {})
     if index != settings:
         for name in checksums:
@@ -77,6 +79,7 @@ def capture_teacher(
         path = folder / SHARD.format(start // shard_examples)
         if path.is_file() and sha256_of(path) == checksums.get(path.name):
             continue
+        teacher = load_teacher() if teacher is None else teacher
         part = examples[start : start + shard_examples]
         arrays = _run_model(teacher, part, settings["top_k"], hidden_layers)
         with atomic_path(path) as scratch:

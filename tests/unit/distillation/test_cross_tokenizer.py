@@ -1,6 +1,7 @@
 """Spans tile both tokenizations, probabilities multiply to the token's own, and what is compared is the same bytes."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -265,7 +266,8 @@ def test_a_batch_is_its_answers_one_after_the_other(tmp_path, tokenizer, pieces_
     for one, prompt in ((tokenizer, [1, 5]), (pieces_tokenizer, [7])):
         written = [[*one(a, add_special_tokens=False).input_ids, one.eos_token_id] for a in answers]
         examples.append([Example([*prompt, *ids], len(prompt)) for ids in written])
-    cache = teacher_cache.capture_teacher(make_llama(vocab_size=400), examples[1], tmp_path / "cache", 40, 3, "key")
+    load = partial(make_llama, vocab_size=400)
+    cache = teacher_cache.capture_teacher(load, examples[1], tmp_path / "cache", 40, 3, "key")
     aligner = TokenAligner(read_vocabulary(tokenizer), read_vocabulary(pieces_tokenizer))
     read = cross_tokenizer.AlignedCache(cache, *examples, aligner)
     whole, parts = read.batch([5, 2, 0]), [read.batch([n]) for n in (5, 2, 0)]

@@ -214,7 +214,7 @@ def test_slices_and_a_kill_change_neither_the_terms_nor_the_weights(make_llama, 
     """A teacher's cache, with the first two tokens of each answer as an entity; the projections are learned too."""
     examples = [e for e in make_examples(14) if e.num_predicted > 1][:10]
     teacher = make_llama(seed=7, layers=3, hidden_size=48, initializer_range=0.3)
-    cache = capture_teacher(teacher, examples, tmp_path / "cache", 8, 4, "key", LOSS.teacher_layers)
+    cache = capture_teacher(lambda: teacher, examples, tmp_path / "cache", 8, 4, "key", LOSS.teacher_layers)
     marked = Entities([[(0, 2, 1.0 + n % 2)] for n in range(10)], [e.num_predicted for e in examples])
 
     def train(name, model=None, **settings):

@@ -97,7 +97,7 @@ def capture(stage, rows, folders, load, monkeypatch):
         monkeypatch.setattr(answers, "write_answers", the_liver)
         key, examples = stages.teacher_key(stage, teacher_tokenizer), batches.encode_questions(teacher_tokenizer, rows)
         layers = losses.DistillationLoss.from_params(params.distillation).teacher_layers
-        return teacher_cache.capture_teacher(model, examples, stage.path("teacher_cache"), 300, 4, key, layers)
+        return teacher_cache.capture_teacher(lambda: model, examples, stage.path("teacher_cache"), 300, 4, key, layers)
 
     return capture
 
@@ -259,6 +259,10 @@ def test_a_student_learns_its_teacher_s_verified_answers(stage, load, capture, m
     assert loading.load_model(stage.dir / "student_seq", params.models)
     with_kl = stages.train_stage("student_seq_kd", "toy", params, NoEngine)
     assert with_kl.loss_tokens.tolist() == log.loss_tokens.tolist() and (with_kl[term] > 0).all()
+    load_model, opened = loading.load_model, []
+    monkeypatch.setattr(loading, "load_model", lambda path, *more: opened.append(path) or load_model(path, *more))
+    assert stages.train_stage("student_seq_kd", "toy", params, NoEngine)[term].equals(with_kl[term])
+    assert opened and stage.dir / "teacher" not in opened, "its whole cache needs no teacher"
     captured = teacher_cache.read_index(stage.dir / stages.RATIONALE_CACHE)
     assert captured["num_examples"] == pd.read_parquet(stage.dir / "rationale_yield.parquet").kept.sum()
     assert alignment == "spans" or captured["num_positions"] == one * captured["num_examples"]

@@ -22,7 +22,7 @@ def teacher(make_llama):
 
 
 def capture(teacher, examples, folder, k=8, shard=3, key=KEY, **more):
-    return capture_teacher(teacher, examples, folder, k, shard, key, **more)
+    return capture_teacher(lambda: teacher, examples, folder, k, shard, key, **more)
 
 
 def times(folder):
@@ -115,6 +115,21 @@ def test_a_damaged_shard_is_named_and_a_second_capture_mends_it(teacher, make_ex
         capture(teacher, examples, tmp_path)
         assert path.read_bytes() == content
     assert others.items() <= times(tmp_path).items()
+
+
+def test_a_teacher_is_loaded_once_and_only_for_what_is_missing(teacher, make_examples, tmp_path):
+    examples, loaded = make_examples(8), []
+
+    def load():
+        loaded.append(1)
+        return teacher
+
+    for missing, expected in (((), 1), ((), 1), (("00000", "00002"), 2), (("index",), 3), ((), 3)):
+        for name in missing:
+            next(tmp_path.glob(f"{name}.*")).unlink()
+        cache = capture_teacher(load, examples, tmp_path, 8, 3, KEY)
+        assert len(loaded) == expected and len(cache.shards) == 3 and cache.index["vocab_size"] == VOCAB
+    assert capture_teacher(load, examples, tmp_path, 8, 3, "teacher 2").index["key"] == "teacher 2" and len(loaded) == 4
 
 
 def test_a_killed_capture_goes_on(teacher, make_examples, tmp_path, monkeypatch):
