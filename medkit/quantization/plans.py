@@ -75,7 +75,7 @@ def budget_plan(choices: pd.DataFrame, budget_bytes: int, name: str = "plan") ->
         small_enough = LinearConstraint(choices.bytes.to_numpy()[None] / unit, ub=allowed / unit)
         solution = milp(
             cost, integrality=np.ones(len(choices)), bounds=Bounds(0, 1), constraints=[one_scheme_each, small_enough],
-            options={"mip_rel_gap": 0.0},
+            options={"mip_rel_gap": 0.0, "presolve": False},  # after a presolve HiGHS now and then prints a line
         )  # fmt: skip
         if solution.x is None:
             raise PlanError(f"the solver found no plan of {budget_bytes} bytes: {solution.message}; change the budget")

@@ -1,5 +1,6 @@
 """No plan within a budget has a smaller summed KL."""
 
+import ctypes
 import itertools
 
 import numpy as np
@@ -69,6 +70,21 @@ def test_budget_plan_is_the_best_of_all_plans():
         kl, size = totals(choices, plans.budget_plan(choices, budget))
         assert size <= budget
         assert kl == pytest.approx(every[every[:, 1] <= budget, 0].min(), rel=1e-9, abs=1e-15)
+
+
+def test_the_solver_prints_nothing(capfd):
+    """With presolve it prints "HighsMipSolverData::transformNewIntegerFeasibleSolution" here, whatever `disp` says."""
+    linear = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "gate": (1536, 576)}
+    linear |= {"up": (1536, 576), "down": (576, 1536)}  # of SmolLM2-135M
+    inner = {f"model.layers.{n}.{name}": shape for n in range(24) for name, shape in linear.items()}
+    choices = make_choices({OUTSIDE[0]: (49152, 576), **inner}, seed=3)
+    scales = (choices.bytes * 0.004).astype(int) + 7
+    choices.bytes += scales.where(choices.scheme != "unquantized", 0)
+    flush = ctypes.CDLL(None).fflush  # the buffer of C's printf, which Python does not know
+    flush(None), capfd.readouterr()
+    plans.budget_plan(choices, int(0.35 * least_and_most(choices)[1]))
+    flush(None)
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e6])
