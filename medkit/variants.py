@@ -61,6 +61,12 @@ VARIANTS = {
                 "What does the edge file cost what the adapter learned?"),
     ]
 }  # fmt: skip
+THINKERS = {  # models of the thinking experiment (benchmarks/training/thinking.py): label and colour
+    "teacher": ("teacher", "#7f7f7f"),
+    "with_thoughts": ("student with thoughts", "#d55e00"),
+    "equal_tokens": ("student without, equal tokens", "#0072b2"),
+    "equal_examples": ("student without, equal examples", "#56b4e9"),
+}
 # every comparison of the evaluation: the variant, its baseline, and the question that their difference answers
 STEPS = [
     *((v.name, v.baseline, v.question) for v in VARIANTS.values() if v.baseline),

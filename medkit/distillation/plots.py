@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from medkit.distillation.teacher_cache import TeacherCache
 from medkit.plotting import SIZE, plot_intervals
 from medkit.statistics import gap_closed, mean_intervals
-from medkit.variants import VARIANTS
+from medkit.variants import THINKERS, VARIANTS
 
 Drawn = tuple[Figure, pd.DataFrame]
 
@@ -122,12 +122,11 @@ def plot_thinking(measured: Mapping) -> Drawn:
     """
     table = pd.DataFrame(measured["accuracy"])
     table["written"] = table.thinking_tokens + table.answer_tokens
-    colours = {"teacher": "#7f7f7f", "with_thoughts": "#d55e00", "equal_tokens": "#0072b2", "equal_examples": "#56b4e9"}
     fig, ax = plt.subplots()
     for model, rows in table.groupby("model", sort=False):
         ends = (rows.accuracy - rows.ci_low_clustered, rows.ci_high_clustered - rows.accuracy)
-        style = {"fmt": "o-", "capsize": 3, "color": colours[model], "label": model.replace("_", " ")}
-        ax.errorbar(rows.written, rows.accuracy, ends, **style)
+        label, colour = THINKERS[model]
+        ax.errorbar(rows.written, rows.accuracy, ends, fmt="o-", capsize=3, color=colour, label=label)
         for row in rows[rows.budget > 0].itertuples():
             ax.annotate(f"{row.budget}", (row.written, row.accuracy), (5, 5), textcoords="offset points", fontsize=9)
     ax.set(xlabel="tokens written per question, thought and answer", ylabel="accuracy, 21 chapters", ylim=(0, None))

@@ -2,10 +2,15 @@
 
 import re
 
+import matplotlib as mpl
+
+from medkit.distillation import plot_thinking
 from medkit.quantization import memory_budget
 from medkit.reporting import model_card, story, tables
 from medkit.stage import DISCLAIMER
 from medkit.variants import VARIANTS
+
+mpl.use("Agg")
 
 
 def cells(table: str) -> list[list[str]]:
@@ -129,6 +134,8 @@ def test_thinking_is_said_to_help_or_harm_only_where_the_test_says_so():
     assert len(body) == len(measured["accuracy"]) and header[-1] == "n"
     for row, shown in zip(measured["accuracy"], body, strict=True):
         assert shown[4].startswith(f"{row['accuracy']:.2f} [") and shown[5] == str(row["n"])
+    legend = plot_thinking(measured)[0].axes[0].get_legend()
+    assert [text.get_text() for text in legend.texts] == list(dict.fromkeys(row[0] for row in body)), "one set of names"
     for verdict, word in {"better": "helps", "worse": "harms", "equivalent": "no effect"}.items():
         first, *others = measured["steps"]
         sentence, step, *_ = tables.thinking_findings(measured | {"steps": [first | {"verdict": verdict}, *others]})
