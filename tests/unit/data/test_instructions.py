@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from medkit import sources
 from medkit.data import contamination, splits
 from medkit.data.instructions import prompt_texts
 from medkit.data.raw_questions import DataError
@@ -70,6 +71,34 @@ def test_every_file_and_a_dataset_folder_hold_the_same_samples(write, tmp_path, 
     found, _ = load(tmp_path / "folder", columns)
     assert found.pool.tolist() == ["train", "test"] and found.id[0] == table.id[0]
     assert found.question[1] == "Is 37 °C\n\na fever?" and found.context[1] == table.context[4]
+
+
+def test_a_dataset_of_the_hub_is_read_by_its_columns_and_splits(tmp_path, monkeypatch):
+    """From the hub's own cache, without a network: the branch is resolved, and the subset has splits of its own."""
+    monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    place, commit = tmp_path / "hub" / "datasets--owner--chats", "c" * 40
+    snapshot, branch, parts = place / "snapshots" / commit, place / "refs" / "main", ("train", "validation", "test")
+    files = "".join(f"  - split: {part}\n    path: visits/{part}.parquet\n" for part in parts)
+    for path in (snapshot / "visits" / "test.parquet", snapshot / "other" / "train.parquet", branch):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    (snapshot / "README.md").write_text(f"---\nconfigs:\n- config_name: visits\n  data_files:\n{files}---\n")
+    pd.DataFrame({"other": [1]}).to_parquet(snapshot / "other" / "train.parquet")
+    for part, chat in zip(parts, CHATS, strict=True):
+        pd.DataFrame({"conversation": [chat], "case": ["c1"]}).to_parquet(snapshot / "visits" / f"{part}.parquet")
+    branch.write_text(commit)
+    hub = {"kind": "hub", "repo": "owner/chats", "revision": "main", "type": "dataset", "subset": "visits"}
+    columns = {"messages": "conversation", "group": "case", "split": "split"}
+    origin = Instructions(kind="instructions", path=hub, pool=None, columns=columns)
+    assert sources.is_here(origin) and sources.fetch(origin) == snapshot
+    notes = DatasetParams(origin=origin, **dict.fromkeys(SPLITS, 0))
+    table, rejected = splits.load_questions({"notes": notes}, {"notes": snapshot}, seed=0)
+    assert rejected.empty and set(table.group) == {"table:c1"} and set(table.kind) == {"instruction"}
+    turns = {turn["content"].strip() for chat in CHATS for turn in chat if turn["role"] == "assistant"}
+    assert {options[0] for options in table.options} == turns
+    assert dict(zip(table.question, table.pool, strict=True)).items() >= {
+        "What is gout?": "train", "Thanks": "valid", "Is 37 °C a fever?": "test"
+    }.items()  # fmt: skip
 
 
 FAULTS = {
