@@ -7,7 +7,7 @@ import torch
 
 from medkit.lora import adapters
 from medkit.lora.adapters import AdapterError
-from medkit.modeling import batches, train_once, trainer
+from medkit.modeling import batches, train_once
 from medkit.params import AdapterParams
 from medkit.quantization import merge_quantized, plans, quantize, rowwise
 
@@ -104,27 +104,6 @@ def test_the_share_of_an_update_that_survives():
     for share in (0.0, 0.5, 1.0):
         found = merge_quantized.surviving_share(before, update, before + share * update)
         assert found == pytest.approx(share, abs=1e-5)
-
-
-def test_an_adapter_learns_over_4_bits_and_most_of_it_survives_merging(
-    make_llama, make_examples, make_section, tmp_path
-):
-    targets, examples = [*TARGETS, "gate_proj", "up_proj"], make_examples(8)
-    section = AdapterParams(variant="lora", rank=8, alpha=16.0, dropout=0.0, target_modules=targets)
-    model, base = adapters.attach(nf4_llama(make_llama), section, seed=0), nf4_llama(make_llama)
-    before = batches.predict_examples(model, examples)
-    long = make_section(epochs=12.0, learning_rate=2e-2, save_every_steps=50)
-    trainer.train(model, examples, long, trainer.cross_entropy, tmp_path / "c", seed=0)
-    beside = batches.predict_examples(model, examples)
-    merged = merge_quantized.merge_into_quantized(base, train_once.save_adapter(model, tmp_path / "adapter"))
-    merge_quantized.dequantize(merged)
-    after = batches.predict_examples(merged, examples)
-    learned, kept = before.nll.mean() - beside.nll.mean(), before.nll.mean() - after.nll.mean()
-    assert learned > 1.0
-    assert kept > 0.5 * learned
-    assert merge_quantized.compare_predictions(beside, after, range(8), 0.95)["kl_nats"] > 1e-4, (
-        "and something was lost"
-    )
 
 
 def test_dense_targets_of_a_mixed_plan_stay_dense(make_llama, save):

@@ -8,11 +8,9 @@ import sys
 import pytest
 
 from medkit import __main__
-from medkit.params import ParamsError
-from medkit.quantization import memory_budget, memory_ledger
+from medkit.quantization import memory_budget
 
 STUDENT = "DeepSeek-R1-Distill-Qwen-7B"
-PRESETS = ["bf16", "int8", "paper_mix", "nf4", "nf4_int8_embed", "nf4_all"]
 
 
 @pytest.fixture
@@ -37,28 +35,6 @@ def command(monkeypatch, capsys):
 @pytest.fixture(scope="module")
 def student():
     return memory_budget.estimate_presets(memory_budget.read_config(STUDENT), batch=4, context=4096)
-
-
-def test_presets_come_with_most_bits_first_and_totals_add_up(student):
-    assert [e.plan for e in student] == PRESETS
-    assert student[0].bits_per_weight == 16 and 4.12 < student[-1].bits_per_weight < 4.14
-    config = memory_budget.read_config(STUDENT)
-    shapes = memory_ledger.model_shapes(config)
-    schemes = memory_budget.preset_schemes(shapes)["paper_mix"]
-    peaks = memory_ledger.activation_bytes(config, shapes, schemes, 4, 4096)
-    stored = memory_ledger.plan_bytes(shapes, schemes).bytes.sum()
-    mix = student[PRESETS.index("paper_mix")]
-    assert mix.total == stored + memory_ledger.kv_cache_bytes(config, 4, 4096, 2) + max(peaks.values())
-    assert mix.bits_per_weight == 8 * stored / sum(weight.count for weight in shapes)
-
-
-def test_a_size_has_a_unit():
-    for text, size in (("8GB", 8e9), ("8GiB", 8 * 2**30), ("1.5 gb", 1.5e9)):
-        number, unit = memory_budget.parse_size(text)
-        assert number * memory_budget.UNITS[unit] == size
-    for text in ("8", "-8GB", "0GB", "8 bananas"):
-        with pytest.raises(ParamsError, match="8GiB"):
-            memory_budget.parse_size(text)
 
 
 def test_the_table_has_every_preset_and_names_the_best(command, student):
@@ -103,7 +79,7 @@ WRONG_CONFIGS = [
 def test_a_wrong_argument_or_config_is_one_sentence_and_exit_code_one(command, tmp_path):
     wrong = [
         (["--model", "no-such-model", "--budget", "8GB"], STUDENT),
-        (["--model", STUDENT, "--budget", "8"], "'8'"),
+        *((["--model", STUDENT, "--budget", size], "8GiB") for size in ("8", "0GB", "8 bananas")),
         (["--model", STUDENT, "--budget", "8GB", "--context", "200000"], "131072"),
     ]
     for number, (text, named) in enumerate(WRONG_CONFIGS):

@@ -1,4 +1,4 @@
-"""Slopes agree with finite differences, sensitivities with whole runs, and the model is left as it was."""
+"""Sensitivities agree with whole runs, and the model is left as it was."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from medkit.modeling import batches
 from medkit.quantization import memory_ledger, plans, quantize, rowwise, sensitivity
 from medkit.quantization.plans import Plan
 
-PAD = 0
 LAYERS, MLP = 3, 128
 
 
@@ -35,31 +34,6 @@ def brute_force(model, examples, module, scheme):
         after = batches.collect_logits(model, examples)
         weight.copy_(exact)
     return batches.measure_drift(before, after)["kl_nats"]
-
-
-@pytest.mark.parametrize(("scheme", "step"), [("int8", 1.0), ("nf4", 0.1)])
-def test_a_slope_is_what_finite_differences_find(model, examples, scheme, step):
-    """The tokens are drawn again from the same seed."""
-    modules = ["model.layers.0.self_attn.k_proj", "model.layers.2.mlp.down_proj"]
-    batch = batches.collate(examples, PAD)
-    chosen = [(module, scheme) for module in modules]
-    found = sensitivity._slopes(model, batch, chosen, True, torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        logprobs = batches.predict(model, batch).logits.log_softmax(-1)
-    drawn = torch.multinomial(logprobs.exp(), 1, generator=torch.Generator().manual_seed(3))
-    of_example = batch["predicted_at"] // batch["input_ids"].shape[1]
-    for module in modules:
-        weight = model.get_submodule(module).weight
-        exact, sums = weight.detach().clone(), []
-        change = rowwise.fake_quantize(exact, scheme, True) - exact
-        with torch.no_grad():
-            for way in (step, -step):
-                weight.copy_(exact + way * change)
-                picked = batches.predict(model, batch).logits.double().log_softmax(-1).gather(1, drawn)[:, 0]
-                sums.append(torch.zeros(len(examples), dtype=torch.double).index_add(0, of_example, picked))
-            weight.copy_(exact)
-        wanted = ((sums[0] - sums[1]) / (2 * step)).float()
-        torch.testing.assert_close(found[module, scheme], wanted, rtol=0.02, atol=0.02 * wanted.abs().max().item())
 
 
 def test_one_module_at_a_time_is_about_what_brute_force_finds(model, make_examples):
