@@ -3,12 +3,14 @@
 torch is imported where a toy is asked for: tests of modules without torch do not pay for it.
 """
 
+PROMPT = [5, 9, 17, 33, 4, 8, 250, 299]
 VOCAB = 300  # a little more than the tokenizer has: the padded rows that real checkpoints also have
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+THINKING = CHATML.replace("assistant\n{% endif", "assistant\n{{ '<think>\\n' }}{% endif")  # opens a thought, as R1's
 SENTENCES = [
     "You answer medical questions. Which vitamin prevents scurvy? Vitamin C.",
     "A. insulin\nB. glucagon\nC. cortisol\nD. aldosterone\nAnswer with the letter of the correct option. A B C D",
@@ -36,6 +38,39 @@ def make_tokenizer(split=None, texts=SENTENCES, size=VOCAB - 4, **changes):
     named = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "pad_token": SPECIAL[0], "chat_template": CHATML}
     named |= changes
     return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in named.items() if v is not None})
+
+
+def make_thinker():
+    """The tokenizer of a model that thinks: both marks of a thought are tokens."""
+    tokenizer = make_tokenizer(chat_template=THINKING)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return tokenizer
+
+
+class Scripted:
+    """An engine that writes the given texts: a list for each call, and the last list again and again.
+
+    Each text ends at its request's end token or length.
+    """
+
+    name = "scripted"
+
+    def __init__(self, tokenizer, *calls):
+        self.tokenizer, self.calls, self.asked, self.closed = tokenizer, list(calls), [], 0
+
+    def close(self):
+        self.closed += 1
+
+    def generate(self, requests):
+        from medkit.modeling.engine import Generation
+
+        self.asked += requests
+        texts, generations = self.calls.pop(0) if len(self.calls) > 1 else self.calls[0], []
+        for request, text in zip(requests, texts, strict=False):
+            ids = self.tokenizer(text, add_special_tokens=False).input_ids
+            end = next((place + 1 for place, token in enumerate(ids) if token in request.end_ids), len(ids))
+            generations.append(Generation(ids[: min(end, request.max_new_tokens)]))
+        return generations
 
 
 GEMMA = (  # Gemma 3's chat template without its images: a system turn begins the first user turn
@@ -118,3 +153,38 @@ def make_llama(seed=0, layers=3, kind="Llama", **changes):
             elif name.endswith("bias"):
                 parameter.normal_()
     return model.eval()
+
+
+def logits(model):
+    """(1, T, V) after PROMPT."""
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor([PROMPT])).logits
+
+
+def attach_adapter(model, variant="lora", targets=("q_proj", "k_proj", "v_proj", "o_proj"), strength=0.0):
+    """The model with an adapter of rank 4, whose weights are moved at random by `strength`, as if it were trained."""
+    import torch
+
+    from medkit.lora import adapters
+    from medkit.params import AdapterParams
+
+    section = AdapterParams(variant=variant, rank=4, alpha=8.0, dropout=0.0, target_modules=[*targets])
+    model, generator = adapters.attach(model, section, seed=0), torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(strength * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def save_encoder(folder):
+    """A folder with a random BERT of one layer, for sentence embeddings, and the toy tokenizer."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    BertModel(BertConfig(**sizes, num_attention_heads=2)).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder

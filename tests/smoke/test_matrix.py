@@ -62,92 +62,46 @@ def choose_cases() -> list[dict]:
 
 
 CASES = choose_cases()
-TEMPLATES = {
-    "chatml": "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-    "none": None,
-    "no_system": "{{ strftime_now('%Y-%m-%d') }}{% for m in messages %}{% if m['role'] == 'system' %}"
-    "{{ raise_exception('no system turn') }}{% endif %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-}
+NO_SYSTEM = (
+    "{{ strftime_now('%Y-%m-%d') }}"
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+)
+TEMPLATES = {"chatml": toys.CHATML, "none": None, "no_system": NO_SYSTEM + toys.CHATML}
 TEXTS = (ROOT / "README.md").read_text() + (ROOT / "docs" / "glossary.md").read_text()
 WORDS = ["".join(pair) for pair in itertools.product("bdfgklmnprst", "aeiou")]
 
 
-def make_tokenizer(split: str, template: str):
-    """Byte-level BPE, split as SmolLM2 (`digits`) or as Qwen2 (`qwen2`)."""
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    from medkit.quantization.gguf_tokenizer import QWEN2_SPLIT
-
-    backend = Tokenizer(models.BPE())
-    steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    if split == "qwen2":
-        backend.normalizer = normalizers.NFC()
-        steps = [
-            pre_tokenizers.Split(Regex(QWEN2_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence(steps), decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(TEXTS.splitlines(), trainer)
-    named = {"bos_token": special[1], "eos_token": special[2], "pad_token": special[0]}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=TEMPLATES[template], **named)
-
-
-def make_config(architecture: str, layers: int):
-    from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config
-
-    sizes = {
-        "vocab_size": 640, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "initializer_range": 0.1,
-        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": layers % 2 == 1,
-    }  # fmt: skip
-    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    more = {
-        "llama": (LlamaConfig, {}),
-        "qwen2": (Qwen2Config, {}),
-        "qwen3": (Qwen3Config, {"head_dim": 128}),
-        "gemma3": (Gemma3TextConfig, {"head_dim": 256, "sliding_window": 64}),
-        "mistral": (MistralConfig, {"sliding_window": 64}),
-        "phi3": (Phi3Config, {}),
-        "llama3_rope": (LlamaConfig, {"rope_parameters": rope | {"original_max_position_embeddings": 512}}),
-    }
-    kind, changes = more[architecture]
-    return kind(**sizes | changes)
+ROPE = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ARCHITECTURES = {
+    "llama": ("Llama", {}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 128}),
+    "gemma3": ("Gemma3", {"head_dim": 256, "sliding_window": 64}),
+    "mistral": ("Mistral", {"sliding_window": 64}),
+    "phi3": ("Phi3", {}),
+    "llama3_rope": ("Llama", {"rope_parameters": ROPE | {"original_max_position_embeddings": 512}}),
+}
 
 
 def save_toy(folder, architecture: str, template: str, layers: int):
-    """A folder with a random model and its tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    """A folder with a random model and its tokenizer, which splits texts as SmolLM2's or as Qwen2's."""
+    from tokenizers import normalizers
 
-    torch.manual_seed(layers)
-    AutoModelForCausalLM.from_config(make_config(architecture, layers)).save_pretrained(folder)
+    from medkit.quantization.gguf_tokenizer import QWEN2_SPLIT
+
+    kind, changes = ARCHITECTURES[architecture]
+    sizes = {"vocab_size": 640, "intermediate_size": 128, "max_position_embeddings": 4096}
+    sizes |= {"tie_word_embeddings": layers % 2 == 1}
+    toys.make_llama(layers, layers, kind, **sizes | changes).save_pretrained(folder)
+    texts, chat_template = TEXTS.splitlines(), TEMPLATES[template]
     if architecture == "gemma3":
-        tokenizer = toys.make_gemma_tokenizer(TEXTS.splitlines(), 600, TEMPLATES[template] and toys.GEMMA)
+        tokenizer = toys.make_gemma_tokenizer(texts, 600, chat_template and toys.GEMMA)
     else:
-        tokenizer = make_tokenizer("qwen2" if architecture.startswith("qwen") else "digits", template)
+        tokenizer = toys.make_tokenizer(texts=texts, size=600, chat_template=chat_template)
+    if architecture.startswith("qwen"):
+        toys.split_by_rule(tokenizer, QWEN2_SPLIT).backend_tokenizer.normalizer = normalizers.NFC()
     tokenizer.save_pretrained(folder)
     return {"source": {"kind": "local", "path": str(folder)}, "keep_layers": []}
-
-
-def save_encoder(folder) -> dict:
-    import torch
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 640, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    BertModel(BertConfig(**sizes, num_attention_heads=2)).save_pretrained(folder)
-    make_tokenizer("digits", "none").save_pretrained(folder)
-    return {"kind": "local", "path": str(folder)}
 
 
 def save_table(path) -> dict:
@@ -195,7 +149,7 @@ def make_profile(case: dict, folder) -> dict:
     raw["models"]["teacher"] = save_toy(folder / "teacher", architecture, template, 3)
     if case["student"] == "own":
         raw["models"]["student"] = save_toy(folder / "student", architecture, template, 2)
-    raw["models"]["embedder"] = save_encoder(folder / "encoder")
+    raw["models"]["embedder"] = {"kind": "local", "path": str(toys.save_encoder(folder / "encoder"))}
     counts, known = {"private": 10, "labelled": 8, "transfer": 8, "valid": 4, "test": 10}, raw["data"]["datasets"]
     datasets = {}
     if case["data"] != "made":

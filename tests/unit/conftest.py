@@ -47,6 +47,11 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def thinker():
+    return toys.make_thinker()
+
+
+@pytest.fixture(scope="session")
 def make_pieces_tokenizer():
     """pieces(texts, lead=False, byte_fallback=True): SentencePiece-like BPE over "▁" pieces, no regex split."""
     from tokenizers import Tokenizer, decoders, normalizers, trainers

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import yaml
+from toys import save_encoder
 
 from medkit import preflight
 from medkit.modeling import loading
@@ -17,7 +18,7 @@ SMOKE = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text())
 @pytest.fixture(scope="module")
 def toys(make_llama, make_tokenizer, tokenizer, tmp_path_factory):
     """Folders of toy models by name, an encoder, and a table."""
-    from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("toys")
     models = {
@@ -35,8 +36,7 @@ def toys(make_llama, make_tokenizer, tokenizer, tmp_path_factory):
     loading.save_model(GPT2LMHeadModel(GPT2Config(**few)), tokenizer, folder / "gpt2")
     refusing = make_tokenizer(chat_template="{{ raise_exception('no turns') }}")
     loading.save_model(make_llama(intermediate_size=128), refusing, folder / "refusing")
-    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
-    loading.save_model(BertModel(BertConfig(**sizes, num_attention_heads=2)), tokenizer, folder / "encoder")
+    save_encoder(folder / "encoder")
     places = [place for place in ("train", "valid", "test") for _ in range(8)]
     rows = [
         {

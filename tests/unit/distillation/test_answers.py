@@ -4,13 +4,14 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from toys import SPECIAL, Scripted
 
 from medkit.data import splits
 from medkit.data.instructions import make_instructions
 from medkit.distillation import answers
 from medkit.distillation.answers import answer_rows, collect_answers, encode_verified, keep_verified, write_answers
 from medkit.modeling import batches, loading
-from medkit.modeling.engine import EngineError, Generation
+from medkit.modeling.engine import EngineError
 from medkit.prompts import templates
 from medkit.stage import MedkitError
 
@@ -21,32 +22,18 @@ def known(questions):
     return questions[questions.answer >= 0].assign(split="labelled").reset_index(drop=True)
 
 
-class Scripted:
-    """Answers, question by question, with the given texts; one that ends in … lacks the end token."""
-
-    def __init__(self, tokenizer, texts):
-        self.tokenizer, self.texts, self.asked, self.closed = tokenizer, texts, [], 0
-
-    def close(self):
-        self.closed += 1
-
-    def generate(self, requests):
-        self.asked += requests
-        ends = [[] if text.endswith("…") else [self.tokenizer.eos_token_id] for text in self.texts]
-        ids = [self.tokenizer(text.rstrip("…"), add_special_tokens=False).input_ids for text in self.texts]
-        return [Generation([*i, *end]) for i, end in zip(ids, ends, strict=True)][: len(requests)]
-
-
 TEXTS = [
-    *["It has ascorbic acid. Answer: B", "Guess. Answer: C", "It has ascorbic acid. Answer: B", "So Answer: B…"],
+    *["It has ascorbic acid. Answer: B", "Guess. Answer: C", "It has ascorbic acid. Answer: B", "So Answer: B"],
     *["Answer: A", "Insulin does. Answer: A", "It is A. Answer: A", "Answer: A"],
     *["Who knows?", "Answer: B", "Answer: A or B", "Trials say no. Answer: B"],
 ]
+END = SPECIAL[2]
+WRITTEN = [text + END * (place != 3) for place, text in enumerate(TEXTS)]  # the fourth is cut off
 
 
 @pytest.fixture
 def engine(tokenizer):
-    return Scripted(tokenizer, TEXTS)
+    return Scripted(tokenizer, WRITTEN)
 
 
 def sample(engine, tokenizer, known):
@@ -56,7 +43,7 @@ def sample(engine, tokenizer, known):
 def test_each_question_is_asked_so_often_with_its_options(engine, tokenizer, known):
     table = sample(engine, tokenizer, known)
     assert table.id.tolist() == [id for id in known.id for _ in range(4)]
-    assert table["sample"].tolist() == [0, 1, 2, 3] * 3 and table.text.tolist() == [t.rstrip("…") for t in TEXTS]
+    assert table["sample"].tolist() == [0, 1, 2, 3] * 3 and table.text.tolist() == TEXTS
     assert table.finished.tolist() == [True, True, True, False, *[True] * 8]
     assert {(r.max_new_tokens, r.end_ids) for r in engine.asked} == {(60, (tokenizer.eos_token_id,))}
     asked = tokenizer.decode(engine.asked[0].prompt_ids)
@@ -77,11 +64,10 @@ def test_an_instruction_is_answered_after_its_whole_chat_and_the_answer_is_learn
     records = make_instructions([{"role": role, "content": content} for role, content in chat], "train", None, 1)
     rows = pd.DataFrame(records).assign(id=["a", "b"], source="notes", split="transfer")
     rows = splits.training_rows(rows, "transfer")
-    engine = Scripted(tokenizer, ["1. Rest\n2. Ice", "Since\nMay?"])
+    texts = ["1. Rest\n2. Ice", "Since\nMay?"]
+    engine = Scripted(tokenizer, [text + END for text in texts])
     taught = answer_rows(rows, write_answers(engine, tokenizer, rows, 60))
-    for request, example, text in zip(
-        engine.asked, batches.encode_questions(tokenizer, taught), engine.texts, strict=True
-    ):
+    for request, example, text in zip(engine.asked, batches.encode_questions(tokenizer, taught), texts, strict=True):
         assert example.input_ids[: example.loss_start] == list(request.prompt_ids)
         assert tokenizer.decode(example.input_ids[example.loss_start : -1]) == text
     asked = tokenizer.decode(engine.asked[1].prompt_ids)
@@ -107,25 +93,14 @@ def test_the_bound_says_what_is_too_easy_and_a_student_s_own_samples_count_befor
     for too_easy, kept_ids in ((2.0, ["q0", "q1"]), (1.0, ["q0"]), (0.76, ["q0"]), (0.75, [])):
         kept, counts = keep_verified(samples, known, too_easy)
         assert kept.id.tolist() == kept_ids and counts.too_easy.sum() == 2 - len(kept_ids)
-    own = write_answers(Scripted(tokenizer, ["Answer: B", "Answer: B", "Who knows?"]), tokenizer, known, 60)
+    own = write_answers(Scripted(tokenizer, [f"Answer: B{END}"] * 2 + ["Who knows?"]), tokenizer, known, 60)
     kept, counts = keep_verified(samples, known, 1.0, own)
     assert kept[["id", "text"]].to_numpy().tolist() == [["q1", "Answer: A"]], "the shortest"
     assert counts.set_index("source").too_easy.to_dict() == {"exam": 1, "trial": 0}
 
 
-def test_a_thought_is_verified_by_its_answer_and_learned_with_it(make_tokenizer, known):
-    chatml = make_tokenizer().chat_template
-    opened = chatml.replace("assistant\n{% endif", "assistant\n{{ '<think>\\n' }}{% endif")
-    thinker = make_tokenizer(chat_template=opened)
-    thinker.add_tokens(["<think>", "</think>"])
-
-    class Thinking(Scripted):
-        def generate(self, requests):
-            self.texts = [["It is A.\n</think>…"], ["\n\nAnswer: B"]][len(self.asked) // 2]
-            self.texts *= len(requests)
-            return super().generate(requests)
-
-    engine = Thinking(thinker, [])
+def test_a_thought_is_verified_by_its_answer_and_learned_with_it(thinker, known):
+    engine = Scripted(thinker, ["It is A.\n</think>"] * 2, [f"\n\nAnswer: B{END}"] * 2)
     table = write_answers(engine, thinker, known[known.id == "q0"], 60, 2, templates.RATIONALE, 20)
     assert table[["thought", "text"]].to_numpy().tolist() == [["It is A.", "Answer: B"]] * 2 and table.finished.all()
     kept, _ = keep_verified(table, known, too_easy=2.0)
@@ -136,7 +111,7 @@ def test_a_thought_is_verified_by_its_answer_and_learned_with_it(make_tokenizer,
 
 
 def test_finished_answers_become_rows_that_are_asked_as_in_training(tokenizer, known):
-    engine = Scripted(tokenizer, ["lemon juice", "too long…", ""])
+    engine = Scripted(tokenizer, ["lemon juice" + END, "too long", END])
     table = write_answers(engine, tokenizer, known, 60)
     assert table.finished.tolist() == [True, False, False], "an empty answer teaches nothing"
     (row,) = answer_rows(known, table).to_dict("records")
@@ -172,7 +147,7 @@ def collect(engine, tokenizer, known, make_llama, models_params, tmp_path, tmp_p
 def test_what_was_written_is_read_back_and_another_writer_or_way_to_ask_is_asked_anew(
     collect, engine, tokenizer, known
 ):
-    pd.testing.assert_frame_equal(collect(), sample(Scripted(tokenizer, TEXTS), tokenizer, known))
+    pd.testing.assert_frame_equal(collect(), sample(Scripted(tokenizer, WRITTEN), tokenizer, known))
     changes = [{"writer": 1}, {"temperature": 0.5}, {"seed": 1}, {"num_samples": 2}, {"max_new_tokens": 9}]
     for number, change in enumerate([{}, *changes], 1):
         pd.testing.assert_frame_equal(collect(**change), collect(**change))
@@ -181,7 +156,7 @@ def test_what_was_written_is_read_back_and_another_writer_or_way_to_ask_is_asked
 
 def test_a_killed_run_goes_on_behind_its_last_part(collect, engine, tokenizer, known, monkeypatch):
     monkeypatch.setattr(answers, "PART_QUESTIONS", 1)
-    generate, engine.texts = engine.generate, TEXTS[:4]
+    generate, engine.calls = engine.generate, [WRITTEN[:4]]
 
     def die_at_the_third(requests):
         if len(engine.asked) == 8:

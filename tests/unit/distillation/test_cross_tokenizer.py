@@ -52,24 +52,6 @@ def some_logits(rows, size, seed=0):
     return torch.randn(rows, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
 
 
-def test_end_stands_apart_and_special_tokens_write_nothing(tokenizer):
-    found = read_vocabulary(tokenizer)
-    assert found.pieces[tokenizer.eos_token_id] == END
-    assert found.ids[END] == tokenizer.eos_token_id
-    assert found.pieces[tokenizer.pad_token_id] is None
-    with pytest.raises(MedkitError, match=f"token {tokenizer.bos_token_id} of an answer writes no text"):
-        found.to_bytes([tokenizer.bos_token_id])
-
-
-def test_bytes_belong_to_the_piece_and_not_to_the_fallback_token(pieces_tokenizer):
-    found = read_vocabulary(pieces_tokenizer)
-    names = pieces_tokenizer.get_vocab()
-    assert found.pieces[names["<0x74>"]] == found.pieces[names["t"]] == b"t"
-    assert found.ids[b"t"] == names["t"]
-    assert "\u2695" not in names
-    assert found.ids[b"\xe2"] == names["<0xE2>"]
-
-
 def test_what_does_not_tell_its_bytes_is_refused(make_pieces_tokenizer):
     backend = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2}, unk_token="[UNK]"))
     backend.decoder = decoders.WordPiece()  # forgets where spaces were
@@ -79,34 +61,6 @@ def test_what_does_not_tell_its_bytes_is_refused(make_pieces_tokenizer):
     ids = tokenizer("⚕", add_special_tokens=False).input_ids
     with pytest.raises(MedkitError, match=f"token {tokenizer.unk_token_id} of an answer writes no text"):
         read_vocabulary(tokenizer).to_bytes(ids)
-
-
-HAND = [
-    ([b"scurvy", END], [b"scur", b"vy", END], [(1, 2), (1, 1)]),
-    ([b"scu", b"rvy", b" C"], [b"sc", b"urvy", b" C"], [(2, 2), (1, 1)]),
-    ([b"\xf0\x9f", b"\x98\x80"], [b"\xf0", b"\x9f", b"\x98\x80"], [(1, 2), (1, 1)]),  # both cut a character
-    ([b"yes", END], [b" ", b"yes", END], [(1, 2), (1, 1)]),  # a space in front belongs to the first span
-    ([b" ", b" ", b"yes"], [b"y", b"es"], [(3, 2)]),
-    ([END], [b" ", END], [(1, 2)]),
-    ([b"a ", b" "], [b"a", b"  "], [(2, 2)]),
-    ([], [], []),
-]
-OTHER_TEXTS = [
-    ([b"yes"], [b"no"]),
-    ([b"yes"], [b"yes", b" "]),
-    ([b"yes", END], [b"yes"]),
-    ([], [b" "]),
-    ([b"\ta"], [b"a"]),
-]
-
-
-def test_spans_by_hand():
-    for student, teacher, expected in HAND:
-        assert pairs(align(student, teacher)) == expected
-        assert pairs(align(teacher, student)) == [(n, m) for m, n in expected]
-    for student, teacher in OTHER_TEXTS:
-        with pytest.raises(MedkitError, match="both must write one text"):
-            align(student, teacher)
 
 
 texts = st.text(

@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from medkit.distillation import losses
 from medkit.distillation.entities import Entities
@@ -16,25 +14,12 @@ from medkit.modeling.batches import Predicted
 from medkit.params import load_params
 from medkit.stage import ROOT, MedkitError
 
-PAD, VOCAB = 0, 300
+PAD = 0
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 
 
 def random_logits(rows, vocab, seed=0, scale=3.0, dtype=torch.float32):
     return scale * torch.randn(rows, vocab, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
-def dense(student, teacher, beta, temperature=1.0):
-    """The formula as it is printed, in probabilities."""
-    p, q = (teacher / temperature).softmax(-1), (student / temperature).softmax(-1)
-
-    def kl(a, b):
-        return (a * (a / b).log()).sum(-1)
-
-    if beta in (0.0, 1.0):
-        return kl(p, q) if beta == 0.0 else kl(q, p)
-    m = beta * p + (1 - beta) * q
-    return beta * kl(p, m) + (1 - beta) * kl(q, m)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -58,17 +43,6 @@ def test_it_is_zero_where_student_and_teacher_are_equal_and_leaves_the_student_a
             torch.testing.assert_close(found.detach(), torch.zeros(20).double(), rtol=0, atol=2e-5)
             found.sum().backward()
             torch.testing.assert_close(student.grad, torch.zeros_like(student), rtol=0, atol=1e-5)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.integers(0, 10_000), st.integers(2, 12), st.floats(0.1, 8.0), st.sampled_from(BETAS), st.data())
-def test_it_grows_with_k_up_to_the_dense_one(seed, vocab, scale, beta, data):
-    k = data.draw(st.integers(1, vocab - 1))
-    student, teacher = (random_logits(1, vocab, s, scale, torch.float64) for s in (seed, seed + 1))
-    fewer, more = (sparse_divergence(student, *top_k_logprobs(teacher, n), beta).item() for n in (k, k + 1))
-    near = 2e-5  # of FLOOR, up to ln(1/FLOOR) times
-    assert -near <= fewer <= more + near
-    assert more <= dense(student, teacher, beta).item() + near
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -178,21 +152,6 @@ def test_each_divergence_goes_by_its_name(predicted, extras):
         total, terms = DistillationLoss(kl_weight=1.0, divergence=name, jsd_beta=0.3)(predicted, extras)
         expected = sparse_divergence(predicted.logits, extras["teacher_ids"], extras["teacher_logprobs"], beta).sum()
         assert list(terms) == [name] and total.item() == pytest.approx(expected.item(), rel=1e-5)
-
-
-def test_a_term_without_weight_needs_nothing(predicted, extras):
-    inputs = {
-        "ce_weight": [],
-        "kl_weight": ["teacher_ids", "teacher_logprobs"],
-        "hidden_weight": ["teacher_hidden_4", "teacher_hidden_6"],
-        "entity_weight": ["teacher_target_logprobs", "entity", "entity_weights"],
-    }
-    for weight, needs in inputs.items():
-        alone = replace(DistillationLoss(layers=FULL.layers), **{weight: 1.0})
-        assert len(alone(predicted, {name: extras[name] for name in needs})[1]) == 1
-        assert bool(alone.hidden_layers) == bool(alone.teacher_layers) == (weight == "hidden_weight")
-        rest = replace(FULL, **{weight: 0.0})(predicted, {k: v for k, v in extras.items() if k not in needs})
-        assert len(rest[1]) == 3
 
 
 def test_settings_come_from_params():

@@ -1,13 +1,8 @@
-"""The thinking experiment: thoughts are read and written as R1's are, and paths are judged by ICD-10-CM."""
+"""The thinking experiment: paths are judged by ICD-10-CM."""
 
 import pandas as pd
-import pytest
 
 from benchmarks.training import thinking
-from medkit import modeling
-from medkit.params import load_params
-from medkit.prompts import templates
-from medkit.stage import ROOT
 
 CHAPTERS = ["Digestion", "Infections"]
 HIERARCHY = thinking.Hierarchy(
@@ -43,23 +38,3 @@ def test_a_path_is_judged_by_its_names_and_by_what_the_diagnosis_is_in():
         "accuracy, path true": (1 / 2, 2), "accuracy, path false": (2 / 3, 3),
         "accuracy, block true": (2 / 3, 3), "accuracy, block false": (1 / 2, 2),
     }  # fmt: skip
-
-
-@pytest.mark.weights
-def test_thoughts_are_text_between_two_tokens_of_the_models_own():
-    params = load_params(ROOT / "params" / "tiny.yaml", thinking.BF16)
-    tokenizer = thinking.make_tokenizer(modeling.local_folder(params.models.teacher))
-    marks = templates.thinking_of(tokenizer)
-    assert marks.mode == "open" and len(tokenizer("</think>").input_ids) == 1, "where an engine can stop"
-    questions = pd.DataFrame([ask("gastric ulcer", answer=0)])
-    [thinker], [plain] = (thinking.encode(tokenizer, questions, [path]) for path in ("Ulcer > Stomach", None))
-    prompt, predicted = (tokenizer.decode(ids) for ids in (thinker.input_ids[: thinker.loss_start],
-                                                           thinker.input_ids[thinker.loss_start :]))  # fmt: skip
-    assert prompt.endswith("<|im_start|>assistant\n<think>\n")
-    assert predicted == "Ulcer > Stomach\n</think>\n\nDigestion<|im_end|>"
-    assert tokenizer.decode(plain.input_ids) == prompt + "\n</think>\n\nDigestion<|im_end|>"
-    assert thinking.count([plain]) == {
-        "examples": 1,
-        "tokens": len(plain.input_ids),
-        "loss_tokens": plain.num_predicted,
-    }

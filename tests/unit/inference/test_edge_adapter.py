@@ -6,12 +6,11 @@ import httpx
 import pytest
 import torch
 from app_thread import running_app
+from toys import attach_adapter
 
 from medkit.inference import serve
 from medkit.inference.server_engine import ADAPTER_OFF, llama_server
 from medkit.inference.tasks import Task, recognise
-from medkit.lora import adapters
-from medkit.params import AdapterParams
 from medkit.prompts import templates
 from medkit.quantization import gguf_export
 from medkit.quantization.gguf_export import ExportError
@@ -22,6 +21,7 @@ TASKS = [
          least_confidence=None)
     for kind in templates.FORMS
 ]  # fmt: skip
+TARGETS = ["q_proj", "k_proj", "o_proj", "down_proj"]
 WANTED = {
     "max_tokens": 8,
     "temperature": 0,
@@ -32,21 +32,6 @@ WANTED = {
 }
 
 
-@pytest.fixture
-def make_adapted(make_llama):
-    def make(variant="lora"):
-        targets = ["q_proj", "k_proj", "o_proj", "down_proj"]
-        section = AdapterParams(variant=variant, rank=4, alpha=8.0, dropout=0.0, target_modules=targets)
-        model = adapters.attach(make_llama(), section, seed=0)
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if "lora_B" in name:
-                    weight.normal_(0, 0.1)
-        return model.eval()
-
-    return make
-
-
 def write(model, prompt_ids, with_adapter: bool) -> list[int]:
     """The eight next tokens of torch, greedy; `ignore_eos` of llama.cpp forbids the tokens that end an answer."""
     settings = {"max_new_tokens": 8, "do_sample": False, "suppress_tokens": [0, 2], "pad_token_id": 0}
@@ -55,11 +40,9 @@ def write(model, prompt_ids, with_adapter: bool) -> list[int]:
 
 
 @pytest.mark.parametrize("variant", ["lora", "rslora"])
-def test_the_second_form_is_written_with_the_adapter_and_all_else_without(
-    make_llama, make_adapted, tokenizer, tmp_path, variant
-):
+def test_the_second_form_is_written_with_the_adapter_and_all_else_without(make_llama, tokenizer, tmp_path, variant):
     """The prompts begin alike: what was read with the adapter must not serve a request without it."""
-    model = make_adapted(variant)
+    model = attach_adapter(make_llama(), variant, TARGETS, 0.1)
     edge = gguf_export.export_gguf(make_llama(), tokenizer, tmp_path / "student.gguf")
     adapter = gguf_export.export_adapter(model, tmp_path / "adapter.gguf")
     asked = [("record_b", 0), ("record", 0), ("record_b", 0), ("record", 1), ("record", 0), ("record_b", 1)]
@@ -96,7 +79,7 @@ def test_the_form_is_chosen_by_the_last_words():
     assert recognise(message, TASKS[:1]) is None or recognise(message, TASKS[:1])[0].kind == "record"
 
 
-def test_dora_is_refused(make_adapted, tmp_path):
+def test_dora_is_refused(make_llama, tmp_path):
     with pytest.raises(ExportError, match=r"'dora' has norms, .* choose 'lora'"):
-        gguf_export.export_adapter(make_adapted("dora"), tmp_path / "adapter.gguf")
+        gguf_export.export_adapter(attach_adapter(make_llama(), "dora", TARGETS), tmp_path / "adapter.gguf")
     assert not list(tmp_path.iterdir())

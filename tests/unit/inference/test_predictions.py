@@ -133,30 +133,15 @@ def test_one_prompt_is_read_once_whoever_asks_for_it(scorer, tokenizer, asked, m
         assert one == pytest.approx(other, abs=1e-4)
 
 
-def test_a_model_that_thinks_does_so_before_generated_answers_alone(scorer, make_tokenizer, asked):
-    chatml = make_tokenizer().chat_template
-    thinker = make_tokenizer(
-        chat_template=chatml.replace("assistant\n{% endif", "assistant\n{{ '<think>\\n' }}{% endif")
-    )
-    thinker.add_tokens(["<think>", "</think>"])
+def test_a_model_that_thinks_does_so_before_generated_answers_alone(scorer, tokenizer, thinker, asked):
     table = predictions.predict(scorer, thinker, asked, 300, 4, max_thinking_tokens=6)
     closed = predictions.predict(scorer, thinker, asked, 300, 4)
     generated = table.scoring == "generated"
     assert table[generated].thinking_tokens.between(1, 6 + 4).all() and not closed.thinking_tokens.any()
     assert table[generated].text.str.fullmatch("(?s)<think>\n.*\n</think>\n\n.*").all()
     pd.testing.assert_frame_equal(table[~generated], closed[~generated])
-    plain = make_tokenizer()
-    budgets = [predictions.predict(scorer, plain, asked, 300, 4, max_thinking_tokens=budget) for budget in (6, None)]
-    pd.testing.assert_frame_equal(*budgets)
-
-
-def test_study_and_condition_come_along_and_are_empty_where_not_given(scorer, tokenizer, asked):
-    """A condition may be a number; NaN is none."""
-    letters = asked[asked.scoring == "letter"].assign(study="temperature", condition=[0.5, float("nan")])
-    table = predictions.predict(scorer, tokenizer, pd.concat([asked, letters], ignore_index=True), 300, 4)
-    assert table.study.tolist() == [*[""] * len(asked), "temperature", "temperature"]
-    assert table.condition.tolist() == [*[""] * len(asked), 0.5, ""]
-    assert not {"study", "condition"} & set(predictions.predict(scorer, tokenizer, asked.head(1), 300, 4))
+    plain = [predictions.predict(scorer, tokenizer, asked, 300, 4, max_thinking_tokens=most) for most in (6, None)]
+    pd.testing.assert_frame_equal(*plain)
 
 
 @pytest.mark.parametrize(

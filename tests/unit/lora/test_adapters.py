@@ -3,36 +3,21 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from toys import attach_adapter, logits
 
 from medkit.lora import adapters
 from medkit.lora.adapters import AdapterError
 from medkit.modeling import loading, train_once
-from medkit.params import AdapterParams
 
-IDS = torch.tensor([[5, 9, 17, 33, 4, 8]])
 EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VARIANTS = ["lora", "rslora", "dora"]
 ROUNDING = 2e-5  # of logits of size 1
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
-
-
-def attach(model, variant="lora", targets=EVERY_LINEAR[:4], trained=False):
-    """The model with an adapter; a `trained` one has something to say: its weights are moved at random."""
-    section = AdapterParams(variant=variant, rank=4, alpha=8.0, dropout=0.0, target_modules=targets)
-    model, generator = adapters.attach(model, section, seed=0), torch.Generator().manual_seed(0)
-    for parameter in model.parameters() if trained else ():
-        if parameter.requires_grad:
-            parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
+TRAINED = 0.1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_untrained_adapter_changes_nothing_and_it_alone_trains(make_llama, variant):
-    plain, model = make_llama(), attach(make_llama(), variant, ["q_proj", "up_proj"])
+    plain, model = make_llama(), attach_adapter(make_llama(), variant, ["q_proj", "up_proj"])
     trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trains and all("lora_" in name and ("q_proj" in name or "up_proj" in name) for name in trains)
     exact = variant != "dora"  # which divides norms
@@ -46,7 +31,7 @@ def test_an_untrained_adapter_changes_nothing_and_it_alone_trains(make_llama, va
 def test_merging_is_the_formula(make_llama, variant, scale):
     layer = "layers.1.self_attn.q_proj"
     before = make_llama().get_submodule(f"model.{layer}").weight.detach()
-    model = attach(make_llama(), variant, trained=True)
+    model = attach_adapter(make_llama(), variant, strength=TRAINED)
     a, b, *size = (p.detach().clone() for name, p in model.named_parameters() if f"{layer}.lora_" in name)
     expected = before + scale * b @ a
     if variant == "dora":
@@ -60,7 +45,7 @@ def test_merging_is_the_formula(make_llama, variant, scale):
 
 
 def test_a_head_tied_to_the_embeddings_is_still_tied_after_merging(make_llama, tokenizer, models_params, tmp_path):
-    merged = adapters.merge(attach(make_llama(), trained=True))
+    merged = adapters.merge(attach_adapter(make_llama(), strength=TRAINED))
     assert merged.lm_head.weight.data_ptr() == merged.get_input_embeddings().weight.data_ptr()
     again = loading.load_model(loading.save_model(merged, tokenizer, tmp_path / "merged"), models_params)
     assert again.lm_head.weight is again.get_input_embeddings().weight
@@ -71,14 +56,14 @@ def test_what_has_no_weight_of_its_own_is_no_target(make_llama):
     """Merging into a tied head would change the embeddings as well."""
     for targets in (["q_proj", "nonsense"], ["input_layernorm"], ["embed_tokens"]):
         with pytest.raises(AdapterError, match=f"{targets[-1]}.*it has .*down_proj"):
-            attach(make_llama(), targets=targets)
+            attach_adapter(make_llama(), targets=targets)
     with pytest.raises(AdapterError, match=r"lm_head.*tied"):
-        attach(make_llama(), targets=["q_proj", "lm_head"])
+        attach_adapter(make_llama(), targets=["q_proj", "lm_head"])
 
 
 def test_an_adapter_on_a_head_of_its_own_leaves_the_embeddings_alone(make_llama, tmp_path):
     plain, again, model = (make_llama(tie_word_embeddings=False) for _ in range(3))
-    model = attach(model, targets=["lm_head"], trained=True)
+    model = attach_adapter(model, targets=["lm_head"], strength=TRAINED)
     unmerged, folder = logits(model), train_once.save_adapter(model, tmp_path / "adapter")
     assert all("lora_" in name for name in load_file(folder / "adapter_model.safetensors"))
     merged = adapters.load_merged(again, folder)
@@ -88,7 +73,7 @@ def test_an_adapter_on_a_head_of_its_own_leaves_the_embeddings_alone(make_llama,
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_saved_adapter_merges_into_its_original_base(make_llama, tmp_path, variant):
-    model = attach(make_llama(), variant, EVERY_LINEAR, trained=True)
+    model = attach_adapter(make_llama(), variant, EVERY_LINEAR, strength=TRAINED)
     folder = train_once.save_adapter(model, tmp_path / "adapter")
     expected = logits(adapters.merge(model))  # as trained: saving has changed nothing
     assert torch.equal(logits(adapters.load_merged(make_llama(), folder)), expected)
@@ -99,7 +84,7 @@ def test_a_saved_adapter_merges_into_its_original_base(make_llama, tmp_path, var
 
 
 def test_half_the_bytes_hold_what_the_model_goes_on_with(make_llama, tmp_path):
-    model = attach(make_llama(), "dora", trained=True)
+    model = attach_adapter(make_llama(), "dora", strength=TRAINED)
     before = logits(model)
     whole, half = (train_once.save_adapter(model, tmp_path / name, name == "half") for name in ("whole", "half"))
     sizes = [(folder / "adapter_model.safetensors").stat().st_size for folder in (whole, half)]
@@ -111,7 +96,7 @@ def test_half_the_bytes_hold_what_the_model_goes_on_with(make_llama, tmp_path):
 
 
 def test_a_weight_that_is_not_finite_is_not_merged(make_llama):
-    model = attach(make_llama())
+    model = attach_adapter(make_llama())
     next(p for name, p in model.named_parameters() if "lora_B" in name).data.fill_(float("nan"))
     with pytest.raises(ValueError):
         adapters.merge(model)
@@ -120,14 +105,14 @@ def test_a_weight_that_is_not_finite_is_not_merged(make_llama):
 def test_parameters_are_counted_and_a_tied_head_once(make_llama):
     tied, untied = (adapters.count_parameters(make_llama(tie_word_embeddings=tie)) for tie in (True, False))
     assert untied[1] - tied[1] == 300 * 64 and tied[0] == tied[1]
-    model = attach(make_llama(), "dora", EVERY_LINEAR)
+    model = attach_adapter(make_llama(), "dora", EVERY_LINEAR)
     shapes = [m.weight.shape for name, m in make_llama().named_modules() if name.endswith("_proj")]
     added = sum(4 * (out + columns) + out for out, columns in shapes)
     assert adapters.count_parameters(model) == (added, tied[1] + added)
 
 
 def test_singular_values_are_those_of_the_dense_update(make_llama):
-    model = attach(make_llama(), "rslora", EVERY_LINEAR, trained=True)
+    model = attach_adapter(make_llama(), "rslora", EVERY_LINEAR, strength=TRAINED)
     layers = {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if hasattr(m, "lora_A")}
     found = adapters.singular_values(model)
     assert found.keys() == layers.keys() and "model.layers.2.mlp.down_proj" in found

@@ -58,15 +58,6 @@ def test_gradients_of_a_packed_batch_are_those_of_a_padded_one(make_llama, alike
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-4)
 
 
-def test_a_packed_batch_reads_each_beginning_once_and_no_last_token():
-    examples = [Example([5, 6, 7, 8], 2), Example([5, 6, 9, 8], 3), Example([5, 6, 7, 1], 1)]
-    assert batches.pack(examples)["input_ids"].tolist() == [[5, 6, 7, 9]]
-    apart = batches.pack(examples, share=False)
-    assert apart["input_ids"].tolist() == [[5, 6, 7, 5, 6, 9, 5, 6, 7]]
-    assert apart["position_ids"].tolist() == [[0, 1, 2] * 3]
-    assert "attention_mask" not in apart
-
-
 def test_the_head_sees_labelled_positions_alone(make_llama, alike):
     model, seen = make_llama(), []
     hook = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0].shape))
@@ -143,19 +134,6 @@ def test_losses_are_means_over_the_predicted_tokens_and_ignore_dropout(make_llam
             labels = ids.where(torch.arange(ids.shape[1]) >= example.loss_start, -100)
             assert nll == pytest.approx(model(ids, labels=labels).loss.item(), abs=1e-5)
     assert torch.equal(found.logits, logits)
-
-
-def test_drift_is_zero_iff_the_logits_are_equal():
-    logits = torch.randn(5, 11, generator=torch.Generator().manual_seed(0))
-    assert batches.measure_drift(logits, logits.clone()) == {
-        "positions": 5, "kl_nats": 0.0, "max_abs_logit": 0.0, "top1_changed": 0.0
-    }  # fmt: skip
-    moved = logits.clone()
-    moved[2, logits[2].argmin()] = logits[2].max() + 1
-    drift = batches.measure_drift(logits, moved)
-    assert drift["top1_changed"] == pytest.approx(1 / 5)
-    assert drift["kl_nats"] > 0
-    assert drift["max_abs_logit"] == pytest.approx((logits[2].max() + 1 - logits[2].min()).item())
 
 
 def test_logits_of_a_bfloat16_model_take_two_bytes_and_are_compared_in_float32(make_llama, make_examples, monkeypatch):

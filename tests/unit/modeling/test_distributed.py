@@ -1,6 +1,7 @@
 """Two processes train what one trains, with whole weights and with shards.
 
-All through `medkit train` on toy runs: a random Llama, trained whole (student_ce) and by an adapter (lora).
+All through `medkit train` on toy runs: a random Llama, trained whole (student_ce) and by an adapter (lora), which is
+also trained by hand.
 """
 
 import json
@@ -16,7 +17,9 @@ from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
 from medkit import __main__
-from medkit.modeling import loading
+from medkit.lora import adapters
+from medkit.modeling import batches, loading, train_once, trainer
+from medkit.params import load_params
 from medkit.stage import ROOT, Stage
 
 FSDP2 = ROOT / "params" / "accelerate" / "fsdp2.yaml"
@@ -52,6 +55,14 @@ for run in ("sharded", "whole", "missing"):
 """
 
 
+ORGANS = ["liver", "heart", "spleen", "left kidney"]
+ROWS = [
+    (f"q{n}", "exam", "labelled", "choice", "Which organ? " + "fever " * (n % 5), "", ORGANS[: 2 + n % 3], n % 2)
+    for n in range(13)
+]
+QUESTIONS = pd.DataFrame(ROWS, columns=["id", "source", "split", "kind", "question", "context", "options", "answer"])
+
+
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
@@ -83,17 +94,12 @@ def params_file(outputs, make_section, make_llama, tokenizer):
 @pytest.fixture(scope="module")
 def make_run(make_llama, tokenizer):
     """make_run(name, stage): a run in which `stage` can be trained; returns the stage's folder."""
-    options = ["liver", "heart", "spleen", "left kidney"]
-    rows = [
-        (f"q{n}", "labelled", "choice", "Which organ? " + "fever " * (n % 5), "", options[: 2 + n % 3], n % 2)
-        for n in range(13)
-    ]
-    questions = pd.DataFrame(rows, columns=["id", "split", "kind", "question", "context", "options", "answer"])
 
     def make(name, stage):
         first, second = Stage(f"{name}_{stage}", "01_data"), Stage(f"{name}_{stage}", "02_distillation")
-        kind = "record_b" if stage == "lora" else "choice"
-        first.write_table("questions.parquet", questions.assign(source="exam", kind=kind))
+        learned = QUESTIONS.assign(kind="record_b" if stage == "lora" else "choice")
+        others = [learned.assign(split="valid"), *[QUESTIONS] * (stage == "lora")]
+        first.write_table("questions.parquet", pd.concat([learned, *others], ignore_index=True))
         first.commit()
         folder = second.path("student_kd" if stage == "lora" else "base")
         loading.save_model(make_llama(layers=2, seed=1), tokenizer, folder)
@@ -159,6 +165,19 @@ def test_two_processes_train_what_one_trains(folders, run, stage, name):
     spacing = 2.0**-7 if name == "adapter" else 0.0  # stored in bfloat16, whose neighbours differ so much
     for key, tensor in expected.items():
         torch.testing.assert_close(weights[key], tensor, rtol=spacing, atol=1e-4)
+
+
+def test_the_command_trains_and_merges_what_is_done_by_hand(folders, outputs, make_llama, tokenizer):
+    folder, params = folders[0]["alone", "lora"], load_params(outputs / "toy.yaml")
+    by_hand = adapters.attach(make_llama(layers=2, seed=1), params.lora.adapter, params.seed)
+    examples = batches.encode_questions(tokenizer, QUESTIONS.assign(kind="record_b"))
+    settings = (params.lora.train, trainer.cross_entropy, outputs / "by_hand", params.seed)
+    log = trainer.train(by_hand, examples, *settings)
+    assert trained(folder, "adapter")[1].loss.tolist() == log.loss.tolist()
+    train_once.save_adapter(by_hand, outputs / "stored", half=True)  # rounds
+    merged = load_file(folder / "merged" / "model.safetensors")
+    for name, tensor in adapters.merge(by_hand).state_dict().items():
+        assert name == "lm_head.weight" or torch.equal(merged[name], tensor), name
 
 
 def test_an_error_is_one_sentence_of_the_main_process(folders):

@@ -1,39 +1,13 @@
 """A thought is closed within its budget, and thought and answer are counted and kept apart."""
 
 import pytest
+from toys import THINKING, Scripted
 
-from medkit.modeling.engine import Generation, write
+from medkit.modeling.engine import write
 from medkit.prompts import templates
 from medkit.stage import MedkitError
 
 MESSAGES = [{"role": "user", "content": "Which one?"}]
-R1 = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{{ '<think>\\n' }}{% endif %}"
-)
-
-
-@pytest.fixture
-def thinker(make_tokenizer):
-    tokenizer = make_tokenizer(chat_template=R1)
-    tokenizer.add_tokens(["<think>", "</think>"])
-    return tokenizer
-
-
-class Scripted:
-    """Writes the given texts, call by call, each up to its request's end token or length."""
-
-    def __init__(self, tokenizer, *calls):
-        self.tokenizer, self.calls, self.asked = tokenizer, list(calls), []
-
-    def generate(self, requests):
-        self.asked.append(requests)
-        generations = []
-        for request, text in zip(requests, self.calls.pop(0), strict=True):
-            ids = self.tokenizer(text, add_special_tokens=False).input_ids
-            end = next((place + 1 for place, token in enumerate(ids) if token in request.end_ids), len(ids))
-            generations.append(Generation(ids[: min(end, request.max_new_tokens)]))
-        return generations
 
 
 def test_a_thought_is_closed_where_its_budget_ends(thinker):
@@ -46,10 +20,10 @@ def test_a_thought_is_closed_where_its_budget_ends(thinker):
     assert own.answer_tokens == len(thinker("\n\nC<|im_end|>", add_special_tokens=False).input_ids)
     closing = thinker("\n</think>\n\n", add_special_tokens=False).input_ids
     assert cut.thinking_tokens == 20 + len(closing) and cut.answer == "A" and not cut.finished
-    assert list(engine.asked[1][1].prompt_ids[-len(closing) :]) == closing
+    assert list(engine.asked[4].prompt_ids[-len(closing) :]) == closing
     assert stopped.thought == "I stop." and stopped.answer == "B" and not stopped.finished
     trained = templates.encode(thinker, MESSAGES, "B", thought="I stop.")
-    assert [*engine.asked[1][2].prompt_ids] == [*trained[0], *trained[1][:-2]], "as it is read in training"
+    assert [*engine.asked[5].prompt_ids] == [*trained[0], *trained[1][:-2]], "as it is read in training"
 
 
 def test_without_a_budget_or_a_model_that_thinks_nothing_is_thought(thinker, tokenizer):
@@ -60,6 +34,6 @@ def test_without_a_budget_or_a_model_that_thinks_nothing_is_thought(thinker, tok
 
 
 def test_a_mark_of_several_tokens_cannot_be_stopped_at(make_tokenizer):
-    tokenizer = make_tokenizer(chat_template=R1)
+    tokenizer = make_tokenizer(chat_template=THINKING)
     with pytest.raises(MedkitError, match=r"'</think>' is \d+ tokens of this tokenizer.*max_thinking_tokens to null"):
         write(Scripted(tokenizer), tokenizer, [[1]], 5, max_thinking_tokens=20)

@@ -1,7 +1,6 @@
 """What of an instruction is learned: every response with its end token, once, and nothing else."""
 
 import pandas as pd
-import pytest
 from toys import CHATML
 
 from medkit.data import splits
@@ -48,22 +47,6 @@ def test_the_loss_covers_every_response_and_nothing_else(tokenizer):
             predicted += range(example.loss_start, len(example.input_ids))
         assert predicted == [place for place, is_response in enumerate(whole["assistant_masks"]) if is_response]
     assert next(examples, None) is None
-
-
-@pytest.mark.parametrize("chat_template", [CHATML, None])
-def test_lines_stay_and_control_tokens_are_text(make_tokenizer, chat_template):
-    tokenizer = make_tokenizer(chat_template=chat_template)
-    text = "Plan:<|im_end|>\n\n\t- <|im_start|>system  two\u200b \r\n  5 µg"
-    rows, plain = to_rows(say(text, text, "And?<|im_end|>", "No.")), to_rows(say("a", "b", "c", "d"))
-    clean = "Plan:<|im_end|>\n\n\t- <|im_start|>system  two\n  5 μg"
-    assert rows.options[0] == [clean] and rows.question[0] == clean
-    specials = []
-    for table in (rows, plain):
-        examples = batches.encode_questions(tokenizer, table)
-        for example, (response,) in zip(examples, table.options, strict=True):
-            assert tokenizer.decode(example.input_ids[example.loss_start : -1]).removeprefix(" ") == response
-        specials.append([sum(t in tokenizer.all_special_ids for t in e.input_ids) for e in examples])
-    assert specials[0] == specials[1]
 
 
 def test_a_response_counts_as_length_and_a_last_turn_without_one_is_read_alone(tokenizer):

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from medkit.modeling import batches, option_scoring
 from medkit.modeling.option_scoring import Item
-from medkit.quantization import plans, quantize
 
 HEADERS = [[], [7, 8, 9], [7, 8, 9, 10, 11, 12, 13], [7, 8, 20, 21, 22]]  # two begin like another one
 token = st.integers(3, 30)  # few, so that answers often begin alike
@@ -78,16 +77,6 @@ def test_equal_beginnings_of_options_are_read_once_and_last_tokens_never(toys, f
     assert shapes == [(1, len([5, 6, 10, 11, 13]))]
     assert scores[0] == scores[4]
     assert scores == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize("end", ["unquantized", "int8", "nf4"])
-def test_a_quantised_model_is_scored_alike(make_llama, end):
-    model = make_llama(layers=2, intermediate_size=128, initializer_range=0.2)
-    plan = plans.nf4_plan(quantize.weight_shapes(model), end)
-    model = quantize.apply_plan(model, plan, double_quant=True)
-    asked = [Item([*range(3, 13), 20 + i], [[7, 8, 9], [7, 8, 4], [9]]) for i in range(6)]
-    for item, scores in zip(asked, option_scoring.score_options(model, asked), strict=True):
-        assert scores == pytest.approx(plain_scores(model, item), abs=1e-3)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -210,15 +210,6 @@ def test_a_thought_of_gpt_oss_without_its_special_tokens():
     assert parse("analysisWe need one. The answer is A.", DRUGS, LETTER) is None
 
 
-def test_every_letter_up_to_the_last_option():
-    forms = ("{}", "({})", "Answer: {}", "The answer is ({}).", r"\boxed{{{}}}")
-    for count in (2, 5, 10):
-        options = [f"drug {number}" for number in range(count)]
-        for index, letter in enumerate(LETTERS):
-            found = {parse(form.format(letter), options, LETTER) for form in forms}
-            assert found == {index if index < count else None}
-
-
 def test_options_that_are_letters_themselves():
     """The prompt asked for the letter before the option: blood groups are the case that happens."""
     groups = ["O", "A", "B", "AB"]

@@ -13,7 +13,7 @@ import pytest
 import torch
 import toys
 from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
-from toys import split_by_rule
+from toys import PROMPT, logits, split_by_rule
 from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -30,7 +30,6 @@ from medkit.variants import TASKS
 
 BYTES_PER_BLOCK = {"F16": 64, "Q8_0": 34, "Q5_0": 22, "Q4_0": 18}  # of 32 weights
 TYPES = list(gguf_export.WEIGHT_TYPES)
-IDS = torch.tensor([[5, 9, 17, 33, 4, 8, 250, 299]])
 ENDS = ("chat_template", "ggml.eos_token_id", "ggml.eot_token_id")
 TEXTS = [
     "Which vitamin prevents scurvy?",
@@ -70,11 +69,6 @@ def qwen2_tokenizer(make_tokenizer):
     )
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     return tokenizer
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
 
 
 @torch.no_grad()
@@ -129,13 +123,13 @@ def test_a_file_answers_as_its_model_and_another_models_file_is_refused(make_lla
     model.config.tie_word_embeddings = True
     blocks = {"lm_head": round_to_blocks(model.lm_head.weight, "Q4_0")}
     read = load_model(gguf_export.export_gguf(model, tokenizer, tmp_path / "m.gguf", blocks=blocks), models_params)
-    assert gguf_export.check_logits(model, read, IDS[0], blocks) < 0.01
+    assert gguf_export.check_logits(model, read, PROMPT, blocks) < 0.01
     for other in (read.requires_grad_(False), make_llama()):
         other.lm_head.weight = other.get_input_embeddings().weight
         with pytest.raises(ExportError, match="the file holds another model"):
-            gguf_export.check_logits(model, other, IDS[0], blocks)
+            gguf_export.check_logits(model, other, PROMPT, blocks)
     with pytest.raises(ExportError, match="the file holds another model"):
-        gguf_export.check_logits(model, model, IDS[0], blocks)
+        gguf_export.check_logits(model, model, PROMPT, blocks)
 
 
 def test_the_file_holds_one_chat_template_and_every_end(make_llama, make_tokenizer, tmp_path):
@@ -199,8 +193,8 @@ def test_qwen3_is_read_by_transformers_and_by_llama_cpp(make_qwen2, qwen2_tokeni
     model = make_qwen2(kind="Qwen3", head_dim=128, tie_word_embeddings=tied)
     path = gguf_export.export_gguf(model, qwen2_tokenizer, tmp_path / "student.gguf", "F16")
     read = load_model(path, models_params)
-    assert gguf_export.check_logits(model, read, IDS[0], {}) < 0.01
-    compare_with_llama_cpp(path, model, IDS[0].tolist())
+    assert gguf_export.check_logits(model, read, PROMPT, {}) < 0.01
+    compare_with_llama_cpp(path, model, PROMPT)
 
 
 @pytest.mark.parametrize("tied", [True, False])

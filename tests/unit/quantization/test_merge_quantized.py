@@ -4,21 +4,15 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+from toys import attach_adapter, logits
 
 from medkit.lora import adapters
 from medkit.lora.adapters import AdapterError
 from medkit.modeling import batches, train_once
-from medkit.params import AdapterParams
 from medkit.quantization import merge_quantized, plans, quantize, rowwise
 
-IDS = torch.tensor([[5, 9, 17, 33, 4, 8]])
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 EXACT = pytest.mark.parametrize("double_quant", [False, True], ids=["scales in fp32", "scales in 8 bits"])
-
-
-@torch.no_grad()
-def logits(model):
-    return model(IDS).logits
 
 
 def dense_llama(make_llama, **changes):
@@ -55,18 +49,12 @@ def differing(found, expected, names=None):
 
 
 @pytest.fixture
-def save(make_llama, tmp_path):
+def save(tmp_path):
     """save(base, strength, variant): the folder of an adapter on that base, moved at random as if trained."""
 
     def make(base, strength=0.02, variant="lora", targets=TARGETS):
-        section = AdapterParams(variant=variant, rank=4, alpha=8.0, dropout=0.0, target_modules=targets)
-        model = adapters.attach(base, section, seed=0)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(strength * torch.randn(parameter.shape, generator=generator))
-        return train_once.save_adapter(model, tmp_path / "adapter"), model.eval()
+        model = attach_adapter(base, variant, targets, strength)
+        return train_once.save_adapter(model, tmp_path / "adapter"), model
 
     return make
 
