@@ -1,14 +1,12 @@
-"""lm-evaluation-harness and OpenAI's own client, before llama.cpp's server and before the router."""
+"""lm-evaluation-harness and OpenAI's own client before the router."""
 
 import asyncio
 import json
 import re
-from typing import Literal
 
 import openai
 import pytest
 from app_thread import running_app
-from pydantic import BaseModel
 
 from medkit.inference import serve
 
@@ -17,12 +15,9 @@ QUESTIONS = ["Which vitamin prevents scurvy?", "Does aspirin reduce fever?", "Gi
 SETTINGS = {"model": "edge", "max_tokens": 6, "temperature": 0}
 
 
-@pytest.fixture(scope="module", params=["llama.cpp", "router"])
-def address(request, upstream):
+@pytest.fixture(scope="module")
+def address(upstream):
     """(url that ends in /v1, API key)"""
-    if request.param == "llama.cpp":
-        yield upstream
-        return
     with running_app(serve.make_router(upstream, KEY)) as url:
         yield f"{url}/v1", KEY
 
@@ -40,18 +35,6 @@ def as_chat(question: str) -> list[dict]:
 # --- OpenAI's client -------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_is_a_text_or_ids_or_several_of_them(client, tokenizer):
-    ids = [tokenizer(question).input_ids for question in QUESTIONS]
-    alone = [client.completions.create(prompt=prompt, **SETTINGS).choices[0].text for prompt in ids]
-    assert alone[0] == client.completions.create(prompt=QUESTIONS[0], **SETTINGS).choices[0].text
-    for prompts in (QUESTIONS, ids):
-        choices = client.completions.create(prompt=prompts, **SETTINGS).choices
-        assert [choice.text for choice in sorted(choices, key=lambda choice: choice.index)] == alone
-    chunks = client.completions.create(prompt=ids[0], stream=True, **SETTINGS)
-    streamed = "".join(choice.text for chunk in chunks for choice in chunk.choices)
-    assert streamed and alone[0].startswith(streamed)  # a character that is cut off is not streamed
-
-
 def test_many_may_ask_at_once(address, client):
     expected = [client.chat.completions.create(messages=as_chat(q), **SETTINGS).choices[0].message for q in QUESTIONS]
 
@@ -61,16 +44,6 @@ def test_many_may_ask_at_once(address, client):
             return [answer.choices[0].message for answer in await asyncio.gather(*asked)]
 
     assert [m.content for m in asyncio.run(ask_all())] == [m.content for m in expected] * 4
-
-
-def test_the_client_reads_an_answer_of_a_given_form(client):
-    class Dose(BaseModel):
-        unit: Literal["mg", "g"]
-
-    answer = client.chat.completions.parse(
-        messages=as_chat(QUESTIONS[2]), response_format=Dose, **SETTINGS | {"max_tokens": 200}
-    )
-    assert answer.choices[0].message.parsed.unit in ("mg", "g")
 
 
 # --- lm-evaluation-harness -------------------------------------------------------------------------------------------
@@ -129,11 +102,9 @@ def test_the_harness_reads_what_the_client_reads(evaluate, address, client, mode
 
 
 def test_options_cannot_be_scored_through_a_server(evaluate, upstream, caplog):
-    """llama.cpp tells the log-probability of what it writes and not of a prompt; the router says so."""
+    """llama.cpp tells the log-probability of what it writes and not of a prompt, in silence; the router says so."""
     rows = [{"question": QUESTIONS[0], "answer": 1}]
     choice = {"output_type": "multiple_choice", "doc_to_choice": ["A", "B"], "metric_list": [{"metric": "acc"}]}
-    with pytest.raises(KeyError, match="token_logprobs"):
-        evaluate("local-completions", upstream, rows, **choice)
     with running_app(serve.make_router(upstream, KEY, [])) as url:
         with openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0) as client:
             with pytest.raises(openai.BadRequestError, match=re.escape(serve.NO_ECHO)):

@@ -3,7 +3,6 @@
 import json
 from contextlib import ExitStack
 from hashlib import sha256
-from random import Random
 from types import SimpleNamespace
 
 import httpx
@@ -236,22 +235,6 @@ def test_pages_of_this_machine_may_ask(start, upstream, url):
     without_key = start(upstream)
     assert preflight(without_key, "http://localhost:3000").headers["access-control-allow-origin"]
     assert "access-control-allow-origin" not in preflight(without_key, "https://evil.example").headers
-
-
-def test_llama_cpp_reads_chats_as_training_did(upstream, tokenizer):
-    """100 chats of one and two turns, with and without a system turn; without one they get that of training."""
-    draw, texts = Random(0), ["Which vitamin prevents scurvy?", "naïve β-blocker, 325 mg", "a\n\n b", DIALOGUE]
-    with httpx.Client(
-        base_url=upstream.url.removesuffix("/v1"), headers={"authorization": f"Bearer {upstream.api_key}"}
-    ) as server:
-        for number in range(100):
-            turns = [{"role": role, "content": draw.choice(texts)} for role in ("user", "assistant", "user")]
-            turns = turns[2 * (number % 2) :]
-            system = [{"role": "system", "content": draw.choice(texts) if number % 4 < 2 else templates.SYSTEM}]
-            given = system * (number % 4 < 2) + turns
-            prompt = server.post("/apply-template", json={"messages": given}).json()["prompt"]
-            ids = server.post("/tokenize", json={"content": prompt, "parse_special": True}).json()["tokens"]
-            assert ids == templates.encode(tokenizer, [*system, *turns])[0]
 
 
 # --- any model -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ from medkit.inference import server_engine
 from medkit.inference.server_engine import ServerEngine, llama_server
 from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling.engine import EngineError, Request
-from medkit.quantization import gguf_export
 from medkit.stage import MedkitError
 
 VOCAB, END = 300, 2
@@ -28,22 +27,8 @@ LENGTHS = [24, 3, 1, 17]
 
 
 @pytest.fixture(scope="module")
-def make_file(make_llama, tokenizer, tmp_path_factory):
-    def make(weight_type):
-        model = make_llama()
-        return gguf_export.export_gguf(model, tokenizer, tmp_path_factory.mktemp("edge") / "student.gguf", weight_type)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def path(make_file):
-    return make_file("F16")
-
-
-@pytest.fixture(scope="module")
-def engine(path):
-    with llama_server(path, slots=2, context_tokens=256, threads=1) as (url, api_key):
+def engine(edge_file):
+    with llama_server(edge_file, slots=2, context_tokens=256, threads=1) as (url, api_key):
         engine = ServerEngine(url, api_key=api_key)
         yield engine
         engine.close()
@@ -54,14 +39,12 @@ def in_transformers(path, requests):
     return TorchEngine(toys.read_gguf(path), 0, scheduler="static", batch_tokens=1024).generate(requests)
 
 
-@pytest.mark.parametrize("weight_type", ["F16", "Q8_0"])
-def test_llama_cpp_writes_the_tokens_of_transformers(make_file, weight_type):
+def test_llama_cpp_writes_the_tokens_of_transformers(edge_file):
     """Random weights write broken characters too: a server that sends text loses such tokens."""
-    path = make_file(weight_type)
     requests = [Request(prompt, length) for prompt, length in zip(PROMPTS, LENGTHS, strict=True)]
-    with llama_server(path, slots=3, context_tokens=256, threads=1) as (url, api_key):
+    with llama_server(edge_file, slots=3, context_tokens=256, threads=1) as (url, api_key):
         answers = ServerEngine(url, api_key=api_key).generate(requests)
-    expected = in_transformers(path, requests)
+    expected = in_transformers(edge_file, requests)
     assert not {0, END} & {token for answer in expected for token in answer.token_ids}  # llama.cpp writes no end token
     assert [answer.token_ids for answer in answers] == [answer.token_ids for answer in expected]
     for answer in answers:
@@ -70,10 +53,10 @@ def test_llama_cpp_writes_the_tokens_of_transformers(make_file, weight_type):
         assert 0 <= answer.begun_s < answer.token_times_s[0]
 
 
-def test_an_answer_ends_with_the_first_end_token(engine, path):
+def test_an_answer_ends_with_the_first_end_token(engine, edge_file):
     """With the file's own end token, and with another one."""
     prompts = [Random(seed).choices(range(3, VOCAB), k=9) for seed in range(300)]
-    answers = in_transformers(path, [Request(prompt, 6) for prompt in prompts])
+    answers = in_transformers(edge_file, [Request(prompt, 6) for prompt in prompts])
     texts = [(p, a.token_ids) for p, a in zip(prompts, answers, strict=True) if 0 not in a.token_ids]
     prompt, text = next(pair for pair in texts if END in pair[1][1:-1])
     other_prompt, other = next(pair for pair in texts if len(set(pair[1])) > 3 and END not in pair[1])
@@ -89,8 +72,8 @@ def test_an_answer_that_the_context_cuts_off_is_an_error(engine):
         engine.generate([Request([5] * 240, 40)])
 
 
-def test_the_server_is_gone_after_the_block_and_its_key_is_secret(path):
-    with llama_server(path, threads=1) as (url, api_key):
+def test_the_server_is_gone_after_the_block_and_its_key_is_secret(edge_file):
+    with llama_server(edge_file, threads=1) as (url, api_key):
         assert ServerEngine(url, api_key=api_key).name == "llama.cpp"
         with pytest.raises(EngineError, match="refuses the API key"):
             ServerEngine(url, api_key="guessed").generate([Request([5], 1)])
@@ -100,9 +83,9 @@ def test_the_server_is_gone_after_the_block_and_its_key_is_secret(path):
         ServerEngine(url, api_key=api_key)
 
 
-def test_a_file_that_cannot_be_served_is_an_error(path, tmp_path, monkeypatch):
-    broken = tmp_path / path.name
-    broken.write_bytes(path.read_bytes()[:5000])
+def test_a_file_that_cannot_be_served_is_an_error(edge_file, tmp_path, monkeypatch):
+    broken = tmp_path / edge_file.name
+    broken.write_bytes(edge_file.read_bytes()[:5000])
     with pytest.raises(MedkitError), llama_server(broken):
         pass
     monkeypatch.setattr(server_engine, "check_manifest", lambda path: {})
