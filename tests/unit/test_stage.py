@@ -78,19 +78,6 @@ def test_manifest_says_where_and_with_what(monkeypatch):
     assert (again["fingerprint"], again["git_commit"]) == ("abc", None)
 
 
-def test_manifest_is_written_last(monkeypatch):
-    """Whatever is written after it could be lost without anyone noticing."""
-    stage, written = Stage("r", "01_data"), []
-    replace = Path.replace
-    monkeypatch.setattr(
-        Path, "replace", lambda self, target: (written.append(Path(target).name), replace(self, target))[1]
-    )
-    stage.write_json("a.json", 1)
-    stage.write_table("b.parquet", TABLE)
-    stage.commit()
-    assert written == ["a.json", "b.parquet", MANIFEST]
-
-
 def test_reopen_takes_the_manifest_and_nothing_else():
     stage = committed()
     stage.reopen()
@@ -160,36 +147,6 @@ def test_a_missing_stage_names_the_first_notebook_to_run_in_one_sentence():
             reader.require("04_quantization", "ledger.parquet")
         assert error.value._render_traceback_() == [f"StageError: {error.value}"]  # all that a notebook shows
         committed(first)
-
-
-def test_really_full_disk():
-    """The kernel's own error, not a stand-in for it."""
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full here")
-    with pytest.raises(StageError, match="No space left"), atomic_path(run_dir("r") / "a") as scratch:
-        scratch.symlink_to("/dev/full")
-        scratch.write_text("x")
-    assert list(run_dir("r").iterdir()) == []
-
-
-@pytest.mark.parametrize(("stop", "folder"), [(RuntimeError, False), (KeyboardInterrupt, True)])
-def test_interrupted_write_leaves_the_old_content(tmp_path, stop, folder):
-    path = tmp_path / "target"
-
-    def fill(place: Path, text: str):
-        if folder:
-            place.mkdir()
-            (place / "model").write_text(text)
-        else:
-            place.write_text(text)
-
-    with atomic_path(path) as scratch:
-        fill(scratch, "old")
-    with pytest.raises(stop), atomic_path(path) as scratch:
-        fill(scratch, "half")
-        raise stop
-    assert (path / "model" if folder else path).read_text() == "old"
-    assert not scratch_files(tmp_path)
 
 
 def test_a_block_that_writes_nothing_or_where_it_cannot_is_an_error_and_loses_nothing(tmp_path):

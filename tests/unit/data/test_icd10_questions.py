@@ -6,10 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from medkit.data import icd10_questions, splits
+from medkit.data import icd10_questions
 from medkit.data.raw_questions import DataError
-from medkit.data.splits import assign_pools, take_splits
-from medkit.params import DatasetParams, Local
 
 
 def icd_xml(path: Path) -> Path:
@@ -39,6 +37,12 @@ def icd_xml(path: Path) -> Path:
     chapters += f"<chapter><name>22</name><desc>Codes for special purposes (U00-U85)</desc>{special}</chapter>"
     path.write_text(f"<ICD10CM.tabular><version>2026</version>{chapters}</ICD10CM.tabular>")
     return path
+
+
+def test_another_file_is_named(tmp_path):
+    (tmp_path / "codes.csv").write_text("A00,Cholera")
+    with pytest.raises(DataError, match=r"codes\.csv: not xml"):
+        icd10_questions.read_icd_concepts(tmp_path / "codes.csv")
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +79,3 @@ def test_icd_questions_depend_on_the_seed_alone_and_spread_over_chapters_and_pla
     rows = make(0, 120)
     assert set(Counter(row["subject"] for row in rows).values()) == {20}
     assert min(Counter(row["answer"] for row in rows).values()) > 15
-
-
-def test_a_category_is_in_one_split_alone_and_another_file_is_named(tmp_path):
-    path, here = icd_xml(tmp_path / "tabular.xml"), Local(kind="local", path="unused")
-    counts = {"private": 20, "labelled": 4, "transfer": 10, "valid": 1, "test": 10}
-    datasets = {"icd_chapter": DatasetParams(origin=here, **counts)}
-    questions, _ = splits.load_questions(datasets, {"icd_chapter": path}, seed=0)
-    table = take_splits(assign_pools(questions, 0), datasets, 0)
-    assert table.split.value_counts().to_dict() == counts
-    assert table.groupby("group").split.nunique().max() == 1
-    assert table[table.split == "labelled"].group.is_unique
-    (tmp_path / "codes.csv").write_text("A00,Cholera")
-    with pytest.raises(DataError, match=r"codes\.csv: not xml"):
-        icd10_questions.read_icd_concepts(tmp_path / "codes.csv")

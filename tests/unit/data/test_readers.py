@@ -78,22 +78,6 @@ def test_a_line_that_is_no_json_object_is_named_by_file_and_line(wheel_data, lin
     assert str(path) in str(error.value)
 
 
-def test_a_malformed_record_gets_a_reason_not_a_crash(wheel_data):
-    good = lettered("good?", "a", "b", "c", "d")
-    reason_of = {
-        "fewer than two options": {"question": "prose?", "options": "yes or no", "answer": "A. x"},
-        "two options alike": lettered("twice?", "a  b", "c", "a b", "d"),
-        "empty option": lettered("empty?", "a", "", "c", "d"),
-        "no answer": lettered("unanswered?", "a", "b", answer=None),
-        "answer is none of the options": {**good, "answer": "B. a"},
-        "empty question": {},
-    }
-    write_jsonl(wheel_data / "MedQA" / "test.jsonl", [*reason_of.values(), good])
-    *bad, whole = readers.READERS["medqa"](wheel_data)
-    assert [rejection_reason(record) for record in bad] == [*reason_of]
-    assert rejection_reason(whole) is None
-
-
 # --- a table of ones own -------------------------------------------------------------------------------------------
 
 

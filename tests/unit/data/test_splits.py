@@ -41,18 +41,6 @@ def test_ids_depend_on_content_alone(tmp_path):
     assert after["q9?"] not in set(before.id)
 
 
-def test_nothing_is_lost_in_silence(tmp_path):
-    good, bad = asked("good?"), [asked("none?", "a"), asked("twice?", "a", "a"), asked(""), asked("9?", answer=9)]
-    records = [good, *bad, *(asked(f"q{i}?") for i in range(4)), good]
-    table, rejected = load(tmp_path, records)
-    assert len(table) + rejected["count"].sum() == len(records)
-    assert len(rejected) == len(bad) + 1  # each for a reason of its own
-    with pytest.raises(DataError, match=r"mine.*fewer than two options"):
-        load(tmp_path, bad)
-    with pytest.raises(DataError, match=r"mine.*no usable question"):
-        load(tmp_path, [])
-
-
 def test_unknown_dataset_lists_the_known_and_the_way_to_bring_ones_own(tmp_path):
     with pytest.raises(DataError, match=r"medqaa.*icd_chapter.*medmcqa.*table"):
         splits.load_questions({"medqaa": wanted()}, {"medqaa": tmp_path}, seed=0)
@@ -155,14 +143,6 @@ def test_a_pool_that_is_too_small_names_the_key():
     for split in ("labelled", "test"):
         with pytest.raises(DataError, match=rf"4 .*{split}.*3.*data\.datasets\.one\.{split}"):
             take_splits(pooled(one_train=3, one_valid=3, one_test=3), {"one": wanted(**{split: 4})}, seed=0)
-
-
-def test_no_row_is_lent_twice():
-    with pytest.raises(DataError, match=r"data\.datasets\.one\.private"):
-        take_splits(pooled(one_train=10), {"one": wanted(4, 2, 1, 4)}, seed=0)
-    table = take_splits(pooled(one_train=10), {"one": wanted("all", 2, 1, 4)}, seed=0)
-    assert table.id.is_unique
-    assert table.split.value_counts().to_dict() == {"private": 3, "labelled": 2, "transfer": 1, "valid": 4}
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
