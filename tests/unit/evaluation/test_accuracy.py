@@ -117,16 +117,6 @@ def test_copies_widen_the_clustered_intervals_alone(judged):
     assert list(steps.verdict) == list(single.verdict)
 
 
-def test_the_order_of_the_answers_changes_nothing(judged):
-    mixed = judged.sample(frac=1, random_state=7)
-    keys = ["variant", "source", "scoring"]
-    a, b = (accuracy.measure_accuracy(table, 0.95).sort_values(keys, ignore_index=True) for table in (judged, mixed))
-    pd.testing.assert_frame_equal(a, b)
-    keys = ["variant", "baseline", "source"]
-    a, b = (compare(t, 0.95, 0.8, 0.05).sort_values(keys, ignore_index=True) for t in (judged, mixed))
-    pd.testing.assert_frame_equal(a, b)
-
-
 def test_steps_compare_the_same_questions(judged):
     table = compare(judged, 0.95, 0.8, 0.05)
     assert [(r.variant, r.baseline) for r in table[table.source == "exam"].itertuples()] == [s[:2] for s in STEPS]

@@ -96,16 +96,6 @@ def test_risks_are_means_over_the_orders_of_the_equally_confident():
     assert calibration.risk_coverage(confidence, correct).risk.to_numpy() == pytest.approx(np.mean(curves, 0), abs=0.02)
 
 
-def test_a_perfect_ranking_and_one_that_knows_nothing():
-    n, rate = 2000, 0.3
-    correct = np.arange(n) >= rate * n
-    rankings = (np.arange(n) / n, np.full(n, 0.5), 1 - np.arange(n) / n)
-    perfect, ignorant, worst = (calibration.risk_coverage(sure, correct).risk.mean() for sure in rankings)
-    assert perfect == pytest.approx(rate + (1 - rate) * np.log(1 - rate), abs=1e-3)
-    assert ignorant == pytest.approx(rate)
-    assert worst > rate
-
-
 def test_one_row_per_metric_of_everything_that_has_probabilities():
     kinds = list(itertools.product("ab", ["exam", "mmlu"]))
     tables = [table(50, seed=i, variant=variant, source=source) for i, (variant, source) in enumerate(kinds)]

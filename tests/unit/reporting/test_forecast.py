@@ -36,18 +36,6 @@ def test_students_cost_their_weights_times_their_tokens():
     assert students.memory_bytes == 16 * WEIGHTS and students.disk_bytes == 5 * 2 * WEIGHTS
 
 
-def test_more_rows_and_longer_thoughts_cost_more_where_they_should_and_nowhere_else():
-    usual, more = parts(profile()), parts(profile(**{"data.datasets.icd_chapter.private": 32000}))
-    assert {name for name in usual if usual[name] != more[name]} == {"teacher: LoRA"}
-    longer = parts(profile(**{"inference.max_thinking_tokens": 8192}))
-    assert {name for name in usual if usual[name] != longer[name]} == {
-        "teacher: reasons, at most",
-        "student: reasons, at most",
-        "teacher: top-k of the reasons, at most",
-        "variants write, at most",
-    }
-
-
 def test_a_student_that_is_not_asked_what_it_knows_writes_nothing():
     asked = parts(profile())
     unasked = parts(profile(**{"distillation.rationales.too_easy": 2.0}))

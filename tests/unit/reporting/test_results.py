@@ -5,27 +5,8 @@ import json
 import pandas as pd
 import pytest
 
-from medkit.evaluation import accuracy as evaluation
 from medkit.reporting import results
 from medkit.stage import DISCLAIMER, StageError
-
-
-@pytest.fixture
-def accuracy():
-    rows = [("student_kd", "exam", "generated", True, 0), ("student_kd", "exam", "generated", False, -1),
-            ("student_kd", "exam", "option_text", True, 0), ("base", "exam", "option_text", False, 1)]  # fmt: skip
-    judged = pd.DataFrame(rows, columns=["variant", "source", "scoring", "correct", "choice"])
-    judged = judged.assign(id=[0, 1, 0, 0], group=[0, 1, 0, 0])
-    return evaluation.measure_accuracy(judged, 0.95)
-
-
-@pytest.fixture
-def steps():
-    rows = [{"variant": v, "source": "exam", "scoring": "option_text", "id": i, "correct": i % 10 < right}
-            for v, right in (("student_kd", 9), ("nf4", 7), ("edge", 9)) for i in range(50)]  # fmt: skip
-    judged = pd.DataFrame(rows).assign(group=lambda t: t.id)
-    lost = [(v, "student_kd", "What is lost?") for v in ("nf4", "edge")]
-    return evaluation.compare_steps(judged, 0.95, 0.8, 0.05, lost)
 
 
 @pytest.fixture
@@ -48,9 +29,8 @@ def bench():
 
 
 @pytest.fixture
-def rows(accuracy, steps, ledger, bench):
-    found = [*results.from_accuracy(accuracy), *results.from_steps(steps)]
-    found += [*results.from_ledger(ledger), *results.from_bench(bench, 0.95)]
+def rows(ledger, bench):
+    found = [*results.from_ledger(ledger), *results.from_bench(bench, 0.95)]
     manifests = {
         "01_data": {"duration_s": 3.0, "facts": {}},
         "02_distillation": {"duration_s": 60.5, "facts": {"signal_bytes_per_token": 97.25}},

@@ -5,7 +5,6 @@ import re
 import matplotlib as mpl
 
 from medkit.distillation import plot_thinking
-from medkit.quantization import memory_budget
 from medkit.reporting import model_card, story, tables
 from medkit.stage import DISCLAIMER
 from medkit.variants import VARIANTS
@@ -53,21 +52,6 @@ def test_a_table_whose_answers_were_taught_says_so_beside_its_accuracy(toy_resul
     assert "taught, one" in str(model_card.build_card(results, noted))
 
 
-def test_steps_tell_the_whole_comparison(toy_results):
-    results, facts = toy_results
-    _, first, *_ = cells(tables.steps_table(results, facts["headline_source"], "option_text"))
-    step = f"{VARIANTS['teacher_base'].label} → {VARIANTS['teacher'].label}"
-    assert first == [step, "+0.050 [+0.020, +0.080]", "240", "0.012", "better", "0.082"]
-
-
-def test_costs_have_units_and_the_engine_is_named(toy_results):
-    results, _ = toy_results
-    header, _, student, _ = cells(tables.cost_table(results))
-    assert header == ["variant", "weights, MB", "per further token, ms"]  # no first token was timed
-    assert student == [VARIANTS["student_kd"].label, "198.0", "51.00 [49.00, 53.00]"]
-    assert tables.cost_table(results).endswith("medians of 5 repeats, by transformers, edge file by llama.cpp.")
-
-
 def test_a_certificate_says_what_was_shown_and_what_it_would_take(toy_results):
     results, _ = toy_results
     (_, row) = cells(tables.certificates_table(results))
@@ -104,28 +88,6 @@ def test_benchmarks_say_whether_the_goal_was_met():
     rises, falls = cells(tables.goals_table(benchmarks, {"toy falls": "too slow"}))[1:]
     assert rises[2:] == ["`rises`", "2.00", "≥ 2", "yes"] and falls[2:] == ["`falls`", "0.60", "≤ 0.5", "no: too slow"]
     assert cells(tables.ratios_table(benchmarks))[1:] == [["toy", "cpu", "`measured`", "1.00"]]
-
-
-def test_an_ablation_says_what_each_student_has_over_its_baseline():
-    table = [
-        {"setup": "32 labels", "task": "icd", "n": 9, "seeds": 3, "student": student, "mean": 0.5,
-         "std_over_seeds": 0.01,
-         "baseline": baseline, "difference": gap, "ci_low": gap - 0.1, "ci_high": gap + 0.1}
-        for student, baseline, gap in (("labels alone", None, 0.0), ("distilled", "labels alone", 0.2),
-                                       ("easy first", "distilled", 0.05))
-    ]  # fmt: skip
-    _, alone, distilled, easy = cells(tables.ablation_table([{"name": "ablation", "raw": {"table": table}}]))
-    assert alone[5] == "–" and distilled[5] == "+0.200 [+0.100, +0.300] better than labels alone"
-    assert easy[5] == "+0.050 [-0.050, +0.150] no difference shown to distilled"
-
-
-def test_plans_of_the_papers_model_have_their_bytes():
-    name = "DeepSeek-R1-Distill-Qwen-7B"
-    estimates = {name: memory_budget.estimate_presets(memory_budget.read_config(name), batch=1, context=4096)}
-    header, *rows = cells(tables.plans_table(estimates))
-    assert header[1] == f"{name}:<br>stored, GiB"
-    found = {row[0].strip("`"): row[1:] for row in rows}
-    assert found["bf16"][0] == "14.19" and found["nf4"][0] == "5.17" and found["nf4_all"][2] == "70.4 %"
 
 
 def test_thinking_is_said_to_help_or_harm_only_where_the_test_says_so():
