@@ -9,20 +9,25 @@ dropped. GKD's KL is over the whole vocabulary, ours over the kept tokens and a 
 merges, which the json shows.
 """
 
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from contextlib import ExitStack
 from functools import partial
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from benchmarks.inputs import make_parser
 from benchmarks.record import Ratio, versions, write
-from benchmarks.training.step_clock import Racer, StepClock, racing_parser
 from medkit.distillation import teacher_cache
 from medkit.distillation.losses import DistillationLoss
 from medkit.modeling import batches, loading, samplers
@@ -34,6 +39,89 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # a TRL trainer reports to its mak
 MODULE = "benchmarks.training.training_step"
 SPEED, MEMORY = 1.8, 0.7  # goals
 KEY = "benchmark"
+MARK = "step: "
+
+
+def rss(field: str) -> int:
+    """VmRSS (now) or VmHWM (the most so far) of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+class StepClock:
+    """Says after each optimiser step: its time, the loss told to `losses`, and which token rows the model read.
+
+    `tokens` counts each row whole but for its last token, `fed_tokens` what the model was given: padding too, and what
+    several rows begin with once, if it was read once.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.rows: list[list[int]] = []
+        self.losses: list[float] = []
+        self.width = 0
+        model.register_forward_pre_hook(self._read, with_kwargs=True)
+        register_optimizer_step_post_hook(self._stop)
+        self.began, self.began_cpu = time.perf_counter(), time.process_time()
+
+    def _read(self, module, args, kwargs):
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+        if mask.dim() == 4:  # sequences that branch: each is what a last token sees, and no other token sees that one
+            sees = mask[0, 0] == 0
+            keep = sees[sees.sum(0) == 1]
+            ids = ids.expand(len(keep), -1)
+        else:
+            keep = mask.bool() & (mask.cumsum(1) < mask.sum(1, keepdim=True))  # last tokens predict nothing
+        self.rows += [row[own].tolist() for row, own in zip(ids, keep, strict=True)]
+        self.width += kwargs["input_ids"].numel()
+
+    def _stop(self, *_):
+        said = {
+            "step_s": time.perf_counter() - self.began,
+            "cpu_s": time.process_time() - self.began_cpu,
+            "rss_peak": rss("VmHWM"),
+            "rows": sha256(json.dumps(sorted(self.rows)).encode()).hexdigest()[:12],
+            "tokens": sum(map(len, self.rows)),
+            "fed_tokens": self.width,
+            "loss": sum(self.losses),
+        }
+        print(MARK + json.dumps(said), flush=True)
+        self.rows, self.losses, self.width = [], [], 0
+        if not sys.stdin.readline():
+            os._exit(0)  # no cleaning up in the middle of a training
+        self.began, self.began_cpu = time.perf_counter(), time.process_time()
+
+
+class Racer:
+    """The parent's end: a child that has loaded and made its first step, which is the warm-up."""
+
+    def __init__(self, module: str, name: str, arguments: list[str]):
+        self.name = name
+        command = [sys.executable, "-m", module, "--contender", name, *arguments]
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self.process = subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+        self.steps = [self._listen()]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.process.stdin.close()
+        self.process.stderr.close()
+        self.process.wait()
+
+    def _listen(self) -> dict:
+        line = self.process.stdout.readline()
+        while line and not line.startswith(MARK):  # a library that talks
+            line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"{self.name} ended:\n{self.process.stderr.read()[-3000:]}")
+        return json.loads(line.removeprefix(MARK))
+
+    def step(self) -> dict:
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self.steps.append(self._listen())
+        return self.steps[-1]
 
 
 def read_rows(args) -> tuple:
@@ -147,7 +235,11 @@ def measure(args, options: list[str]) -> dict:
 
 
 def main() -> None:
-    parser = racing_parser(__doc__, CONTENDERS, repeats=5)
+    parser = make_parser(__doc__)
+    parser.add_argument("--source", default="icd_chapter", help="whose training questions are learned")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--slice-tokens", type=int, default=512)
+    parser.add_argument("--contender", choices=list(CONTENDERS), help="run as one of them, for a parent")
     parser.add_argument("--top-k", type=int, default=64)
     parser.add_argument("--among", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="who takes part")
     parser.add_argument("--cache", type=Path, help="where the teacher cache is, or goes")
