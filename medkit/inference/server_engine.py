@@ -137,6 +137,8 @@ class ServerEngine:
         answer = self._create(request)
         done_s, times_s = time.perf_counter() - began, answer.model_extra["timings"]
         token_ids = answer.model_extra["__verbose"]["tokens"]
+        if answer.choices[0].finish_reason == "stop" and not set(token_ids[-1:]) & set(request.end_ids):
+            token_ids[-1:] = request.end_ids[:1]  # it ends at every end token of the file, such as <|endoftext|>
         first_s = done_s - times_s["predicted_ms"] / 1000
         token_times_s = np.linspace(first_s, done_s, len(token_ids)).tolist()
         return Generation(token_ids, token_times_s, first_s - times_s["prompt_ms"] / 1000)

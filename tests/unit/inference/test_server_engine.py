@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from random import Random
 
 import pytest
+import torch
 import toys
 from app_thread import running_app
 from starlette.applications import Starlette
@@ -13,9 +14,10 @@ from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 from medkit.inference import server_engine
-from medkit.inference.server_engine import ServerEngine, llama_server
+from medkit.inference.server_engine import ServerEngine, llama_engine, llama_server
 from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling.engine import EngineError, Request
+from medkit.quantization import gguf_export
 from medkit.stage import MedkitError
 
 VOCAB, END = 300, 2
@@ -63,6 +65,21 @@ def test_an_answer_ends_with_the_first_end_token(engine, edge_file):
     requests = [Request(prompt, 6, (END,)), Request(other_prompt, 6, (other[2], END))]
     expected = [text[: text.index(END) + 1], other[: other.index(other[2]) + 1]]
     assert [answer.token_ids for answer in engine.generate(requests)] == expected
+
+
+def test_an_end_token_that_the_request_does_not_name_ends_the_answer(make_llama, tokenizer, tmp_path):
+    """llama.cpp ends at `<|endoftext|>` too, token 0, whatever the file calls its end token."""
+    model, prompt = make_llama(), PROMPTS[1]
+    (answer,) = TorchEngine(model, 0, scheduler="static", batch_tokens=1024).generate([Request(prompt, 6)])
+    first, second, third = answer.token_ids[:3]
+    assert third not in (first, second)
+    with torch.no_grad():
+        head = model.get_output_embeddings().weight
+        head[0] = 1.01 * head[third]
+    file = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", "F16")
+    with llama_engine(file, context_tokens=256, threads=1) as engine:
+        (ended,) = engine.generate([Request(prompt, 6, (END,))])
+    assert ended.token_ids == [first, second, END] and len(ended.token_times_s) == 3
 
 
 def test_an_answer_that_the_context_cuts_off_is_an_error(engine):
