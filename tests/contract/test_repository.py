@@ -22,7 +22,7 @@ TRACKED = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=Tr
 )
 def test_tables_are_fresh(page, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert Cog().main(["cog", "--check", "-r", page]) == 0, "run `make readme`"
+    assert Cog().main(["cog", "--check", page]) == 0, "run `make readme`"
 
 
 def test_times_in_the_notebooks_are_fresh():
