@@ -4,7 +4,7 @@ The truth is computed from the run's own files, from what a notebook hands to th
 `checks.yaml` has the points, the tolerance, the form of an answer and the hint of each exercise.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gguf
@@ -123,6 +123,15 @@ def _padding(lengths: np.ndarray) -> float:
     return 1 - lengths.sum() / sum(len(batch) * batch.max() for batch in batches)
 
 
+def _deletions(attributions: dict, drawn: list, score: Callable, interval: Callable) -> list:
+    counts, rows = [len(numbers) for numbers in drawn[0]], []
+    for name, by_question in attributions.items():
+        highest = [np.argsort(by_token)[-count:] for by_token, count in zip(by_question, counts, strict=True)]
+        by_chance = np.mean([score(name, numbers) for numbers in drawn], axis=0)
+        rows.append(interval(by_chance - score(name, highest)))
+    return rows
+
+
 Q4, Q5 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q5_0
 TRUTHS = {
     "1.2": lambda check, texts, in_test: _leaks(texts, in_test),
@@ -142,6 +151,7 @@ TRUTHS = {
     "2.5": lambda check, **scores: [
         statistics.gap_closed(**scores, confidence=0.95)[name] for name in ("gap", "share", "ci_low", "ci_high")
     ],
+    "2.6": lambda check, **given: _deletions(**given),
     "3.1": lambda check, weights, rank: [weights / rank * other for other in (4, 16, 64)],
     "3.3": lambda check, alpha: [2 * alpha, alpha],
     "3.4": lambda check: pd.read_csv(check.path("03_lora/figures/update_spectrum.csv")).groupby(["layer", "kind"])

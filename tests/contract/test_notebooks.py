@@ -13,12 +13,14 @@ from ipykernel.kernelspec import get_kernel_dict
 
 from medkit.checks import EXERCISES
 from medkit.runner import PARAMETERS, notebooks
-from medkit.stage import ROOT, MedkitError
+from medkit.stage import ROOT, MedkitError, reading
 
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 LABS = sorted((ROOT / "notebooks" / "labs").glob("*.ipynb"))
 EVERY = [*sorted((ROOT / "notebooks").glob("*.ipynb")), *LABS, *SOLUTIONS]
 COPIES = [ROOT / "notebooks" / "exercises" / path.name for path in SOLUTIONS]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+LABS_LIBRARIES = [re.match(r"\w+", requirement)[0] for requirement in EXTRAS["labs"]]
 CHECKED = {"nbval-check-output", "keep_output"}
 FORBIDDEN = re.compile(r"^\s*[!%]|sys\.path|^/|['\"]/(?:home|root|tmp|work)\b", re.MULTILINE)
 
@@ -105,14 +107,24 @@ class TestLab:
             assert 0 <= imports.find('os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"') < imports.find("import matplotlib")
 
     def test_without_the_extra_it_says_what_to_install_or_starts(self, path, monkeypatch):
-        labs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["labs"]
-        for requirement in labs:
-            monkeypatch.setitem(sys.modules, re.match(r"\w+", requirement)[0], None)
+        for library in LABS_LIBRARIES:
+            monkeypatch.setitem(sys.modules, library, None)
         says, error = r"`labs`.*pip install.*\[labs\]", MedkitError
         if "It needs the extra `labs`" not in "\n".join(cell.source for cell in read(path)):
             says, error = "params_file", NameError  # all of its imports were there: it stops at the first parameter
         with pytest.raises(error, match=says):
             exec(code(path)[1].source, {})
+
+
+def test_an_exercise_without_the_extra_says_what_to_install(monkeypatch):
+    imports = re.compile(rf"\b(?:from|import) (?:{'|'.join(LABS_LIBRARIES)})\b")
+    needing = [cell for path in COPIES for cell in code(path) if imports.search(cell.source)]
+    for library in LABS_LIBRARIES:
+        monkeypatch.setitem(sys.modules, library, None)
+    assert needing
+    for cell in needing:
+        with pytest.raises(MedkitError, match=r"`labs`.*pip install.*\[labs\]"):
+            exec(cell.source, {"reading": reading, "MedkitError": MedkitError})
 
 
 @pytest.mark.parametrize("path", SOLUTIONS, ids=lambda p: p.stem)

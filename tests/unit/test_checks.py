@@ -33,6 +33,20 @@ def test_right_answers_get_points_in_any_type(check, capsys):
     assert lines[-1] == "4 of 4 exercises are right: 55 of 55 points."
 
 
+def test_a_deletion_test_is_of_the_largest_numbers_against_the_mean_of_the_draws(check):
+    """The score is the sum of what is left; numbers keep their sign."""
+    values = [np.array([1.0, -9.0, 4.0]), np.array([2.0, 3.0, -1.0])]
+    drawn = [[[0], [0]], [[1], [2]]]
+    given = {"attributions": {"toy": values}, "drawn": drawn, "interval": lambda x: tuple(x)}
+
+    def score(name, gone):
+        return np.array([value.sum() - value[numbers].sum() for value, numbers in zip(values, gone, strict=True)])
+
+    for highest, is_right in ((4, True), (-9, False)):
+        check("2.6", [(highest - (1 - 9) / 2, 3 - (2 - 1) / 2)], score=score, **given)
+        assert check.right == {"2.6": is_right}
+
+
 @pytest.mark.parametrize("answer", [..., None, [64, ...], (None, None), {"a": ...}, lambda a, b: None])
 def test_a_missing_answer_is_one_friendly_sentence(check, capsys, answer):
     given = {"texts": ["a", "b"]} if callable(answer) else {"alpha": 32}
