@@ -132,6 +132,19 @@ def _deletions(attributions: dict, drawn: list, score: Callable, interval: Calla
     return rows
 
 
+def _medprompt(in_orders: pd.DataFrame, right: dict, compared: list, asked: pd.DataFrame) -> np.ndarray:
+    by_vote, in_own_order = {}, {}
+    for id, rows in in_orders.groupby("id"):
+        options = [order[place] if place >= 0 else -1 for order, place in zip(rows.order, rows.place, strict=True)]
+        votes = [option for option in options if option >= 0]
+        in_own_order[id], by_vote[id] = options[0], max(votes, key=votes.count, default=-1)
+    chosen = {"examples": in_own_order, "Medprompt": by_vote}
+    right = right | {way: (asked.id.map(options) == asked.answer).to_numpy() for way, options in chosen.items()}
+    change = np.column_stack([right[ours].astype(int) - right[theirs] for ours, theirs in compared])
+    ends = statistics.mean_intervals(change, asked.group, 0.95, imagined=(-1, 1))
+    return np.column_stack([change.mean(0), *ends])
+
+
 Q4, Q5 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q5_0
 TRUTHS = {
     "1.2": lambda check, texts, in_test: _leaks(texts, in_test),
@@ -166,6 +179,7 @@ TRUTHS = {
         bandwidth / (width * _weighed(check, "student_kd", "weights")), bandwidth / _weighed(check, "edge", "bytes")
     ],
     "5.4": lambda check, lengths: [_padding(lengths), _padding(np.sort(lengths))],
+    "5.6": lambda check, **given: _medprompt(**given),
     "6.1": lambda check, **row: check.table("06_evaluation/metrics", **row)[["ci_low", "ci_high"]].iloc[0].tolist(),
     "6.2": lambda check, values, counts: [
         values.mean(), *np.quantile(counts @ values / counts.sum(1), [0.025, 0.975])

@@ -1,10 +1,11 @@
 """Checks of exercises: a right answer gets points, a wrong one a hint, and no answer of a student is a traceback."""
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from medkit import checks
+from medkit import checks, statistics
 from medkit.stage import StageError
 
 
@@ -45,6 +46,25 @@ def test_a_deletion_test_is_of_the_largest_numbers_against_the_mean_of_the_draws
     for highest, is_right in ((4, True), (-9, False)):
         check("2.6", [(highest - (1 - 9) / 2, 3 - (2 - 1) / 2)], score=score, **given)
         assert check.right == {"2.6": is_right}
+
+
+def test_votes_are_for_options_and_an_unread_answer_has_none(check):
+    asked = pd.DataFrame({"id": list("abcd"), "answer": [2, 0, 1, 3], "group": list("wxyz")})
+    rows = [
+        ("a", (0, 1, 2), 0), ("a", (1, 2, 0), 1), ("a", (2, 0, 1), 0),  # two votes for option 2
+        ("b", (0, 1, 2), 0), ("b", (1, 2, 0), 0), ("b", (2, 0, 1), -1),  # a tie: the first one wins
+        ("c", (0, 1, 2), -1), ("c", (1, 2, 0), 0), ("c", (2, 0, 1), -1),  # one vote, not in its own order
+        ("d", (0, 1, 2), -1), ("d", (1, 2, 0), -1), ("d", (2, 0, 1), -1),  # no vote: wrong
+    ]  # fmt: skip
+    given = {"in_orders": pd.DataFrame(rows, columns=["id", "order", "place"]), "asked": asked}
+    given |= {
+        "right": {"plain": np.array([True, False, False, True])},
+        "compared": [("Medprompt", "plain"), ("examples", "plain")],
+    }
+    changes = np.array([[0, 1, 1, -1], [-1, 1, 0, -1]]).T
+    ends = statistics.mean_intervals(changes, asked.group, 0.95, imagined=(-1, 1))
+    check("5.6", np.column_stack([[1 / 4, -1 / 4], *ends]), **given)
+    assert check.right == {"5.6": True}
 
 
 @pytest.mark.parametrize("answer", [..., None, [64, ...], (None, None), {"a": ...}, lambda a, b: None])
