@@ -81,7 +81,9 @@ def write(disk, make_llama, make_examples, tokenizer):
         "adapter": lambda: train_once.save_adapter(adapted, disk / "adapter"),
         "quantized weights": lambda: quantize.save_quantized(quantized, tokenizer, nf4, disk / "nf4"),
         "gguf": lambda: gguf_export.export_gguf(model, tokenizer, disk / "edge" / "student.gguf"),
-        "signals": lambda: teacher_cache.capture_teacher(model, make_examples(12), disk / "cache", 64, 6, "key"),
+        "signals": lambda: teacher_cache.capture_teacher(
+            lambda: model, make_examples(12), disk / "cache", 64, 6, "key"
+        ),
         "table": lambda: Stage("r", "01_data").write_table("table.parquet", table),
     }
     return lambda name: writers[name]()
@@ -230,7 +232,7 @@ def works(make_llama, make_examples, make_section, tokenizer, tmp_path, monkeypa
         train_once.train_once(stage, "s", model, tokenizer, make_examples(8), section, trainer.cross_entropy, 0)
 
     def capture():
-        teacher_cache.capture_teacher(model, make_examples(12) * 1000, cache, 8, 2, "key")
+        teacher_cache.capture_teacher(lambda: model, make_examples(12) * 1000, cache, 8, 2, "key")
 
     def export():
         while True:
