@@ -9,7 +9,6 @@ import pytest
 from medkit import sources
 from medkit.data import contamination, splits
 from medkit.data.instructions import prompt_texts
-from medkit.data.raw_questions import DataError
 from medkit.params import SPLITS, DatasetParams, Instructions, Table
 
 
@@ -133,13 +132,6 @@ def test_a_chat_that_ends_with_the_user_keeps_its_responses_and_asks_its_last_tu
     assert table.options.tolist() == [["b"]] and rejected["count"].tolist() == [1]
     table, rejected = load(path, pool="transfer")
     assert table.answer.tolist() == [0, -1] and rejected.empty and table.options[1] == []
-
-
-def test_columns_that_do_not_exist_are_named_with_those_that_do(write):
-    for columns, missing in (({"messages": "talk"}, "['talk']"), ({"prompt": "q", "response": "a"}, "['a', 'q']")):
-        with pytest.raises(DataError) as caught:
-            load(write(CHATS), columns)
-        assert f"no column {missing}" in str(caught.value) and "['chat', 'patient']" in str(caught.value)
 
 
 WORDS = "the knee has been swollen and warm for nine days after a long walk in the hills"

@@ -139,12 +139,6 @@ def test_splits_take_the_numbers_asked_for():
     assert counted(table) == {("one", "transfer"): 3, ("one", "labelled"): 2, ("one", "private"): 7}
 
 
-def test_a_pool_that_is_too_small_names_the_key():
-    for split in ("labelled", "test"):
-        with pytest.raises(DataError, match=rf"4 .*{split}.*3.*data\.datasets\.one\.{split}"):
-            take_splits(pooled(one_train=3, one_valid=3, one_test=3), {"one": wanted(**{split: 4})}, seed=0)
-
-
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 12), min_size=60, max_size=60), st.integers(0, 9))
 def test_no_group_is_in_two_splits(groups, seed):

@@ -5,7 +5,7 @@ from itertools import chain
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medkit.modeling.samplers import share
+from medkit.modeling.samplers import EpochBatches, share
 
 lengths = st.lists(st.integers(1, 90), min_size=1, max_size=40)
 
@@ -18,3 +18,11 @@ def test_a_batch_is_shared_out_whole_and_evenly(lengths, processes):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
     work = [sum(lengths[row] for row in rows) for rows in shares]
     assert max(work) - min(work) <= max(lengths), "dealt out by length, no process has a row more work than another"
+
+
+def test_each_epoch_has_an_order_of_its_own():
+    batches, orders = EpochBatches(range(1, 30), 4, seed=0), []
+    for epoch in (0, 1, 2, 1):
+        batches.set_epoch(epoch)
+        orders.append(list(batches))
+    assert orders[1] == orders[3] and len({str(order) for order in orders}) == 3
