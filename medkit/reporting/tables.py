@@ -59,7 +59,11 @@ def variants_table(results: pd.DataFrame, columns: Sequence[tuple[str, str, str,
             value, *interval = [f"{x * factor:{style}}" for x in row[["value", "ci_low", "ci_high"]].dropna()]
             cell = f"{value} [{', '.join(interval)}]" if interval else value
             cell += f", n = {row.n:.0f}" if row.n < rows.n.max() else ""
-            cells.append(cell + (", at chance" if row.get("at_chance") is True else ""))
+            if row.get("at_chance") is True:
+                cell += ", at chance"
+            elif interval and row.ci_high < (row.get("chance") or 0):
+                cell += ", below chance"
+            cells.append(cell)
         table.append(cells)
     return markdown(["variant", *present], table)
 

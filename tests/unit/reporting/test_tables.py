@@ -36,6 +36,8 @@ def test_accuracy_has_a_row_per_variant_and_a_column_per_source(toy_results):
         one = wanted.loc[next(v for v in wanted.index if VARIANTS[v].label == name)]
         assert cell == f"{one.value:.2f} [{one.ci_low:.2f}, {one.ci_high:.2f}]"
         assert exam == ("0.20 [0.10, 0.30], at chance" if name == VARIANTS["student_kd"].label else "–")
+    low = cells(accuracy(results.assign(chance=0.95, at_chance=False)))
+    assert any("below chance" in row[1] for row in low) and not any("chance" in row[1] for row in body)
     assert accuracy(results, "never") == ""
     fewer = accuracy(results.assign(n=results.n.where(results.variant != "base", 100)))
     assert [row[0] for row in cells(fewer) if row[1].endswith(", n = 100")] == [VARIANTS["base"].label]
