@@ -23,7 +23,7 @@ from r1_hub import DATASETS, MODELS, put, save_model
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
-from test_matrix import save_encoder
+from toys import save_encoder
 
 from medkit import reporting, sources
 from medkit.params import SPLITS, load_params
