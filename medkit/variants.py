@@ -61,11 +61,20 @@ VARIANTS = {
                 "What does the edge file cost what the adapter learned?"),
     ]
 }  # fmt: skip
-THINKERS = {  # models of the thinking experiment (benchmarks/training/thinking.py): label and colour
-    "teacher": ("teacher", "#7f7f7f"),
-    "with_thoughts": ("student with thoughts", "#d55e00"),
-    "equal_tokens": ("student without, equal tokens", "#0072b2"),
-    "equal_examples": ("student without, equal examples", "#56b4e9"),
+
+
+class Thinker(NamedTuple):
+    """A model of the thinking experiment (benchmarks/training/thinking.py)."""
+
+    label: str
+    colour: str
+
+
+THINKERS = {
+    "teacher": Thinker("teacher", "#7f7f7f"),
+    "with_thoughts": Thinker("student with thoughts", "#d55e00"),
+    "equal_tokens": Thinker("student without, equal tokens", "#0072b2"),
+    "equal_examples": Thinker("student without, equal examples", "#56b4e9"),
 }
 # every comparison of the evaluation: the variant, its baseline, and the question that their difference answers
 STEPS = [

@@ -6,7 +6,7 @@
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -58,9 +58,9 @@ def duration() -> str:
     return f"This run took {seconds / 60:.0f} minutes on {facts['device']}." if seconds else ""
 
 
-def forecasts(profiles: Sequence[str] = ("gpu", "paper")) -> str:
+def forecasts() -> str:
     """One sentence: what the profiles that were not run take on their device, by `forecast`."""
-    hours = {name: add_up(forecast(load_params(ROOT / "params" / f"{name}.yaml"))).hours for name in profiles}
+    hours = {name: add_up(forecast(load_params(ROOT / "params" / f"{name}.yaml"))).hours for name in ("gpu", "paper")}
     listed = ", ".join(f"{count:.0f} for `{name}`" for name, count in hours.items())
     return f"Estimated {DEVICE['name']} hours: {listed}."
 
@@ -107,11 +107,12 @@ def main(results_file: Path) -> None:
         content["results"] += cell_times(results_file.parent / "notebooks")
         rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in content.pop("results"))
         write_text(RESULTS, f'{json.dumps(content, ensure_ascii=False)[:-1]}, "results": [\n{rows}\n]}}\n')
-    figure = story.plot_story(*load_results(RESULTS))
+    shown = load_results(RESULTS)
+    figure = story.plot_story(*shown)
     with atomic_path(FIGURE) as scratch:
         figure.savefig(scratch, format="png", dpi=130, bbox_inches="tight", metadata={"Software": None})
     for path in (ROOT / "notebooks" / f"{name}.ipynb" for name in STAGES):
-        notebook = tell_times(path.stem, json.loads(path.read_text(encoding="utf-8")), *load_results(RESULTS))
+        notebook = tell_times(path.stem, json.loads(path.read_text(encoding="utf-8")), *shown)
         write_text(path, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 

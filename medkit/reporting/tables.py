@@ -261,7 +261,7 @@ def thinking_table(measured: Mapping) -> str:
         accuracy = f"{row['accuracy']:.2f} [{row['ci_low_clustered']:.2f}, {row['ci_high_clustered']:.2f}]"
         budget = f"{row['budget']}" if row["budget"] else "no thought"
         tokens = [f"{row[name]:.1f}" for name in ("thinking_tokens", "answer_tokens")]
-        rows.append([THINKERS[row["model"]][0], budget, *tokens, accuracy, str(row["n"])])
+        rows.append([THINKERS[row["model"]].label, budget, *tokens, accuracy, str(row["n"])])
     return markdown(["model", "budget", "tokens of thought", "tokens of answer", "accuracy", "n"], rows)
 
 
@@ -272,7 +272,7 @@ def thinking_findings(measured: Mapping) -> list[str]:
     sentences = [f"At equal training tokens a thought {verdict}."]
     for step in measured["steps"]:
         before, after = (accuracy[step[name]] for name in ("baseline", "variant"))
-        names = [THINKERS[one["model"]][0] for one in (after, before)]
+        names = [THINKERS[one["model"]].label for one in (after, before)]
         if after["model"] == before["model"]:
             names[1] = "the same model with an empty thought"
         elif after["variant"] == "with_thoughts, 0":
@@ -288,7 +288,7 @@ def thinking_findings(measured: Mapping) -> list[str]:
         for part in ("path", "block"):
             true, false = (shares.get(f"accuracy, {part} {kind}", "none") for kind in ("true", "false"))
             sentences.append(
-                f"{THINKERS[model][0]}: the {part} of the thought is true in {shares[f'{part} true']}; "
+                f"{THINKERS[model].label}: the {part} of the thought is true in {shares[f'{part} true']}; "
                 f"accuracy with a true {part} {true}, with a false one {false}."
             )
     return sentences
