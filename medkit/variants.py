@@ -25,6 +25,8 @@ class Variant(NamedTuple):
 VARIANTS = {
     v.name: v
     for v in [
+        Variant("first", "first option", "#dddddd", None, None, None),
+        Variant("longest", "longest option", "#bbbbbb", None, None, None),
         Variant("majority", "most frequent answer", "#cccccc", None, None, None),
         Variant("tfidf", "TF-IDF + logistic regression", "#777733", None, None, None),
         Variant("regex", "regular expressions", "#b8a04a", None, None, None),

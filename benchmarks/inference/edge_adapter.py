@@ -2,9 +2,10 @@
 
 The distilled student of a finished run becomes an edge file, and its adapter a GGUF file beside it; the student with
 the adapter merged becomes another edge file. llama.cpp writes the second form's test records with each, greedy, and
-their right fields are compared, paired, with those of the run's merged student in torch. Then the same questions are
-answered at equal lengths, one request at a time and in turns: edge file alone, with the adapter, merged. Bytes are
-those of files. Units: seconds, bytes, shares.
+their right fields are compared, paired, with those of the run's merged student in torch. Edge file and adapter write
+once more under a grammar of the form, and so does the edge file alone, which never learned the form. Then the same
+questions are answered at equal lengths, one request at a time and in turns: edge file alone, with the adapter, merged.
+Bytes are those of files. Units: seconds, bytes, shares.
 """
 
 import tempfile
@@ -23,7 +24,7 @@ from medkit.inference import workloads
 from medkit.inference.server_engine import ADAPTER_OFF, ADAPTER_ON, RETURN_IDS, llama_server
 from medkit.lora import adapters
 from medkit.modeling import loading
-from medkit.prompts.templates import end_ids
+from medkit.prompts import templates
 from medkit.quantization import gguf_export
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     answers = answers.merge(questions.loc[questions.kind == splits.SECOND_FORM, ["id"]])
     asked = questions.set_index("id").loc[answers.id].reset_index().assign(scoring="generated")
     prompts = workloads.encode_prompts(tokenizer, asked)
-    ends = tokenizer.convert_ids_to_tokens(end_ids(tokenizer))
+    ends = tokenizer.convert_ids_to_tokens(templates.end_ids(tokenizer))
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         edge = gguf_export.export_gguf(model, tokenizer, scratch / "edge" / "student.gguf", args.format)
@@ -55,20 +56,25 @@ def main() -> None:
         variants = {"edge": (both, ADAPTER_OFF), "edge_lora": (both, ADAPTER_ON), "merged_edge": (alone, {})}
         clients = {at: openai.OpenAI(base_url=at.url, api_key=at.api_key) for at in (both, alone)}
 
-        def write_answer(variant: str, prompt: list[int], max_tokens: int, **more):
+        form = templates.FORMS[splits.SECOND_FORM].model_json_schema()
+
+        def write_answer(variant: str, prompt: list[int], max_tokens: int, grammar: bool = False, **more):
             at, settings = variants[variant]
+            settings = settings | ({"json_schema": form} if grammar else {})
             return clients[at].completions.create(
                 model="edge", prompt=prompt, max_tokens=max_tokens, temperature=0, **more,
                 extra_body=RETURN_IDS | settings | {"cache_prompt": False, "ignore_eos": not more},
             )  # fmt: skip
 
         written = [answers]
-        for variant in ("edge_lora", "merged_edge"):
+        wanted = [("edge_lora", False), ("merged_edge", False), ("edge", True), ("edge_lora", True)]
+        for variant, grammar in wanted:
             texts = [
-                write_answer(variant, prompt, params.inference.max_new_tokens, stop=ends[:4]).choices[0].text
+                write_answer(variant, prompt, params.inference.max_new_tokens, grammar, stop=ends[:4]).choices[0].text
                 for prompt in prompts
             ]
-            written.append(answers.assign(variant=variant, text=texts, answer_tokens=None))
+            name = f"{variant}, grammar" if grammar else variant
+            written.append(answers.assign(variant=name, text=texts, answer_tokens=None))
         timed = {variant: [] for variant in variants}
         for repeat in range(args.repeats + 1):  # the first one warms up
             for variant in variants:
@@ -80,14 +86,17 @@ def main() -> None:
 
     judging = params.evaluation
     scores = records.score_records(pd.concat(written), questions)
-    rates = records.measure_records(scores, judging.confidence).query("metric == 'field_f1'").set_index("variant")
-    table = {name: rates.loc[name, ["value", "ci_low", "ci_high", "n"]].tolist() for name in rates.index}
+    rates = records.measure_records(scores, judging.confidence).set_index(["variant", "metric"])
+    rates = rates.drop("tokens", level="metric")[["value", "ci_low", "ci_high", "n"]]
+    by_variant = rates.groupby("variant")
+    table = {name: {metric: row.tolist() for (_, metric), row in part.iterrows()} for name, part in by_variant}
     ratios = {}
-    for variant in ("edge_lora", "merged_edge"):
-        steps = [(variant, "lora", "")]
+    for variant, baseline in (("edge_lora", "lora"), ("merged_edge", "lora"), ("edge_lora, grammar", "edge_lora")):
+        steps = [(variant, baseline, "")]
         row = records.compare_records(scores, judging.confidence, judging.power, judging.margin, steps).iloc[0]
-        table[f"{variant}_minus_torch"] = row[["difference", "ci_low_clustered", "ci_high_clustered"]].tolist()
-        ratios[f"{variant}_minus_torch/field_accuracy"] = Ratio(row.difference, None, "higher", len(asked))
+        change = row[["difference", "ci_low_clustered", "ci_high_clustered"]].tolist()
+        table[variant] |= {f"field_accuracy_minus_{baseline}": change}
+        ratios[f"{variant}_minus_{baseline}/field_accuracy"] = Ratio(row.difference, None, "higher", len(asked))
     for name, place in (("latency", 0), ("prompt", 1)):
         times = {variant: median(row[place] for row in rows) for variant, rows in timed.items()}
         for variant in ("edge", "merged_edge"):

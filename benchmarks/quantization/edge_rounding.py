@@ -1,9 +1,10 @@
-"""What each way of rounding to llama.cpp's blocks costs a student, at equal bytes: KL, changed top tokens, seconds.
+"""What each way of rounding to llama.cpp's blocks costs a student, at equal bytes: KL, changed answers, scores, time.
 
 Ways: to the nearest, with scales searched for important inputs, GPTQ, GPTQ with fitted scales (what notebook 04 does),
 and scales that learn on top of it. Formats: Q4_0 in the layers, Q4_0, Q5_0 or Q8_0 for embeddings and head, and Q5_0
-throughout. Fitted to every option of labelled rows, judged on every option of validation rows; no test question is
-read. Weights are those of the file, decoded. Units: nats, seconds of processor time.
+throughout. Fitted to every option of labelled rows, as in notebook 04; judged on the validation rows of each task: KL
+at the tokens of every option or record, the share of questions whose option changes, and the score (right options,
+field F1 of records). No test question is read. Weights are those of the file, decoded. Units: nats, processor seconds.
 """
 
 import itertools
@@ -14,16 +15,21 @@ from dataclasses import replace
 from unittest.mock import patch
 
 import gguf
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn
 from torch.func import functional_call
 from tqdm.auto import tqdm
 
-from benchmarks.inputs import load_student, make_parser, read_rows
-from benchmarks.record import Ratio, versions, write
+from benchmarks.inputs import load_student, make_parser
+from benchmarks.record import versions, write
+from medkit.data import splits
+from medkit.evaluation.records import score_questions
+from medkit.inference import predictions
 from medkit.modeling import batches
 from medkit.modeling.batches import Example
+from medkit.params import Params
 from medkit.quantization import gguf_blocks, gptq, plans, quantize
 from medkit.quantization.gguf_blocks import BITS, Blocks
 
@@ -35,6 +41,34 @@ def encode_options(tokenizer, rows: pd.DataFrame) -> list[Example]:
     """One example per option of each question, right or wrong."""
     rows = rows.assign(answer=rows.options.map(lambda options: range(len(options)))).explode("answer")
     return batches.encode_questions(tokenizer, rows)
+
+
+class Judge:
+    """The exact student's logits and answers on the validation rows, against which the rounded one is measured."""
+
+    def __init__(self, model: nn.Module, tokenizer, rows: pd.DataFrame, params: Params):
+        self.model, self.tokenizer, self.sizes = model, tokenizer, params.inference
+        self.rows = rows.assign(scoring=np.where(rows.kind == "record", "generated", "option_text"))
+        self.examples = {source: encode_options(tokenizer, part) for source, part in rows.groupby("source", sort=False)}
+        self.logits, self.answers = self._read()
+
+    def _read(self) -> tuple[dict[str, torch.Tensor], pd.DataFrame]:
+        logits = {source: batches.collect_logits(self.model, part) for source, part in self.examples.items()}
+        limits = self.sizes.batch_tokens, self.sizes.max_new_tokens
+        return logits, predictions.predict(self.model, self.tokenizer, self.rows, *limits).assign(variant="rounded")
+
+    def measure(self) -> dict[str, float]:
+        logits, answers = self._read()
+        choices = [
+            [int(np.argmax(row.logprobs)) for row in table.itertuples() if row.scoring == "option_text"]
+            for table in (answers, self.answers)
+        ]
+        row = {"options_changed": float(np.mean(np.not_equal(*choices)))}
+        for source, part in score_questions(answers, self.rows).groupby("source"):
+            drift = batches.measure_drift(self.logits[source], logits[source])
+            row |= {f"{name}/{source}": drift[name] for name in ("kl_nats", "top1_changed")}
+            row[f"score/{source}"] = part.score.mean()
+        return row
 
 
 def round_model(model, examples, layers: str, embeddings: str, way: str, steps: int) -> dict[str, torch.Tensor]:
@@ -111,15 +145,15 @@ def _repeat(packed: list[dict], seed: int) -> Iterator[dict]:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--rows", type=int, default=48, help="labelled rows to fit to, and validation rows to judge on")
     parser.add_argument("--steps", type=int, default=60, help="of learned scales")
     parser.add_argument("--learned", nargs="*", default=["Q4_0"], help="embeddings with which scales also learn")
     args = parser.parse_args()
     tokenizer, model, params = load_student(args)
-    fitted, judged = (
-        encode_options(tokenizer, read_rows(args, params, split, number=args.rows)) for split in ("labelled", "valid")
-    )
-    before = batches.collect_logits(model, judged)
+    questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
+    labelled = splits.training_rows(questions, "labelled").sample(frac=1, random_state=params.seed)
+    fitted = encode_options(tokenizer, labelled.head(params.quantization.calibration_examples))
+    valid = splits.training_rows(questions, "valid")
+    judge = Judge(model, tokenizer, valid, params)
     exact = {name: model.get_submodule(name).weight.data for name in quantize.weight_shapes(model)}
     count = sum(weight.numel() for weight in exact.values())
     rows = []
@@ -130,7 +164,7 @@ def main() -> None:
             seconds = time.process_time() - began
             for name, weight in weights.items():
                 model.get_submodule(name).weight.data = weight
-            drift = batches.measure_drift(before, batches.collect_logits(model, judged))
+            judged = judge.measure()
             for name, weight in exact.items():
                 model.get_submodule(name).weight.data = weight
             bits = sum(
@@ -138,23 +172,15 @@ def main() -> None:
                 for name, weight in exact.items()
             )
             row = {"layers": layers, "embeddings": embeddings, "way": way, "share": bits / 16 / count, "cpu_s": seconds}
-            rows.append(row | {name: drift[name] for name in ("kl_nats", "top1_changed")})
+            rows.append(row | judged)
             print(rows[-1], flush=True)
-    table = pd.DataFrame(rows)
-    kl = table.set_index(["layers", "embeddings", "way"]).kl_nats
-    ratios = {
-        f"{layers}, embeddings {embeddings}/{way}/kl_over_nearest": Ratio(
-            kl[layers, embeddings, way] / kl[layers, embeddings, "nearest"], None, "lower", 1
-        )
-        for layers, embeddings, way in kl.index
-        if way != "nearest"
-    }
     setup = {
-        "student_layers": len(model.get_decoder().layers), "weights": count, "rows": args.rows, "steps": args.steps,
-        "positions": len(before), "threads": args.threads, "versions": versions("torch", "transformers", "gguf"),
+        "student_layers": len(model.get_decoder().layers), "weights": count, "fitted_to": len(fitted),
+        "steps": args.steps, "judged_on": valid.source.value_counts().to_dict(), "threads": args.threads,
+        "versions": versions("torch", "transformers", "gguf"),
     }  # fmt: skip
-    files = {"files": table.round(5).to_dict("records")}
-    write("edge_rounding", setup, ratios, files, args.output, files)
+    files = {"files": pd.DataFrame(rows).round(5).to_dict("records")}
+    write("edge_rounding", setup, {}, files, args.output, files)
 
 
 if __name__ == "__main__":

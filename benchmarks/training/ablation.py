@@ -22,7 +22,7 @@ import pandas as pd
 import torch
 
 from benchmarks.inputs import make_parser
-from benchmarks.record import result_path, versions, write
+from benchmarks.record import versions, write
 from medkit import distillation, evaluation, inference, modeling
 from medkit.data import splits
 from medkit.params import Params, digest, load_params
@@ -76,7 +76,7 @@ def open_setup(name: str, setup: str, params: Params, questions: pd.DataFrame, r
     return stage
 
 
-def change(params: Params, changes: dict) -> Params:
+def with_changes(params: Params, changes: dict) -> Params:
     """The params with other settings of distillation; the last layers' numbers are put in where they are named."""
     if changes.get("hidden_layers") == ALL_LAYERS:
         teacher = modeling.local_folder(params.models.teacher) / "config.json"
@@ -99,7 +99,7 @@ def with_all_options(questions: pd.DataFrame, source: str) -> pd.DataFrame:
 def train_and_score(part: str, stage: Stage, params: Params, questions: pd.DataFrame, teacher_params: Params) -> dict:
     """Train one student and score it on the validation rows: score by question id, with seconds and steps."""
     name, changes = PARTS[part]
-    params, began = change(params, changes), time.perf_counter()
+    params, began = with_changes(params, changes), time.perf_counter()
     if name == "student_kd":
         rows = distillation.student_rows(name, stage, teacher_params, questions, inference.TorchEngine)
         tokenizer, _ = distillation.load_tokenizers(params)
@@ -138,16 +138,16 @@ def compare(cells: list[dict], confidence: float) -> Iterator[dict]:
         for student in [name for name in PARTS if name in means]:
             mine = part[part.student == student]
             baseline = None if student == "labels alone" else "labels alone" if student == "distilled" else "distilled"
-            found = {"difference": None, "ci_low": None, "ci_high": None}
+            change = {"difference": None, "ci_low": None, "ci_high": None}
             if baseline in means:
                 difference = (means[student] - means[baseline]).to_numpy()[:, None]
                 low, high = mean_intervals(difference, groups, confidence, imagined=(-1, 1))
-                found = {"difference": difference.mean(), "ci_low": low[0], "ci_high": high[0]}
+                change = {"difference": difference.mean(), "ci_low": low[0], "ci_high": high[0]}
             by_seed = mine.groupby("seed").score.mean()
             yield {
                 "setup": setup, "student": student, "task": task, "n": len(means), "seeds": len(by_seed),
                 "mean": by_seed.mean(), "std_over_seeds": by_seed.std(ddof=1) if len(by_seed) > 1 else None,
-                "baseline": baseline, **found,
+                "baseline": baseline, **change,
             }  # fmt: skip
 
 
@@ -184,17 +184,21 @@ def main() -> None:
                 mean = pd.DataFrame(cells[-1]["scores"]).groupby("source").score.mean().round(3).to_dict()
                 print(f"{setup}, {part}, seed {seed}: {cells[-1]['train_s']:.0f} s, {mean}", flush=True)
         modeling.remove_checkpoints(stage.path("checkpoints"))
-    table = list(compare(cells, params.evaluation.confidence))
-    print(pd.DataFrame(table).to_string(float_format="{:.3f}".format))
     setup = {
         "run": args.run.name, "seeds": args.seeds, "parts": {name: part[1] for name, part in PARTS.items()},
         "setups": SETUPS, "train": params.distillation.student_train.model_dump(), "threads": args.threads,
         "interval": "bootstrap over questions, each averaged over seeds: for these seeds, not for any",
         "versions": versions("torch", "transformers"),
     }  # fmt: skip
-    raw = {"table": table, "cells": [{key: value for key, value in cell.items() if key != "scores"} for cell in cells]}
-    write("ablation", setup, {}, raw, args.output, summary={"table": table})
-    print(result_path("ablation", args.output))
+    for result, is_dial in (("ablation", False), ("ablation_dials", True)):  # one does not replace the other
+        of_result = [cell for cell in cells if (SETUPS[cell["setup"]] is not None) == is_dial]
+        if not of_result:
+            continue
+        table = list(compare(of_result, params.evaluation.confidence))
+        print(pd.DataFrame(table).to_string(float_format="{:.3f}".format))
+        costs = [{key: value for key, value in cell.items() if key != "scores"} for cell in of_result]
+        raw = {"table": table, "cells": costs}
+        print(write(result, setup, {}, raw, args.output, summary={"table": table}))
 
 
 if __name__ == "__main__":

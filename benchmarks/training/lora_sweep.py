@@ -1,12 +1,12 @@
 """A second form from about a hundred examples: which adapter, on which layers, and how is the record written?
 
 A finished run's distilled student, its labelled rows of the second form, and the settings of its params; a contender
-differs from `lora` in what CONTENDERS says and in nothing else. Each is trained, merged, and asked for the validation
-records by greedy generation, in a process of its own. Differences are of the share of correct fields, paired with
-`lora` field by field; intervals resample groups of records. A record is written as JSON, as a call in Python, or as
-plain lines; all are read back into the same form before they are judged. One seed; no learning rate was tuned for its
-contender. What `--contender` does not name keeps what an earlier run with the same settings found. Units: shares,
-tokens, bytes, seconds of processor time.
+differs from `lora` in what CONTENDERS says and in nothing else; `--epochs` holds for all. Each is trained, merged, and
+asked for the validation records by greedy generation, in a process of its own. Differences are of the share of correct
+fields, paired with `lora` field by field; intervals resample groups of records. A record is written as JSON, as a call
+in Python, or as plain lines; all are read back into the same form before they are judged. One seed; no learning rate
+was tuned for its contender. What `--contender` does not name keeps what an earlier run with the same settings measured.
+Units: shares, tokens, bytes, seconds of processor time.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from benchmarks.record import RESULTS, Ratio, raw_path, versions, write
+from benchmarks.record import RESULTS, raw_path, versions, write
 from medkit.data import splits
 from medkit.evaluation import records
 from medkit.inference import predictions
@@ -55,7 +55,7 @@ CONTENDERS = {
     **{f"attention_r{rank}": ranked(rank) for rank in (4, 64)},
     **{f"all_linear_r{rank}": ranked(rank, more_targets=FFN) for rank in (4, 16, 64)},
     **{name: Contender({"variant": name}) for name in ("rslora", "dora")},
-    "a_third_as_long": Contender(train={"epochs": 2.5}),
+    "epochs_7.5": Contender(train={"epochs": 7.5}),
     **{name: Contender(form=name) for name in ("code", "plain")},
 }
 
@@ -94,23 +94,23 @@ def _value(text: str) -> str | float | None:
 # --- one contender -------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, run: Path, profile: Path, limit: int | None, threads: int) -> dict:
+def measure(name: str, run: Path, params: Params, limit: int | None, threads: int) -> dict:
     """Train, merge and judge one contender in this process."""
     torch.set_num_threads(threads)
-    params, contender = load_params(profile), CONTENDERS[name]
+    contender = CONTENDERS[name]
     folder = run / "02_distillation" / "student_kd"
     model, tokenizer = loading.load_model(folder, params.models), loading.load_tokenizer(folder)
     questions = pd.read_parquet(run / "01_data" / "questions.parquet")
     rows = splits.training_rows(questions, "labelled", second_form=True).head(limit or len(questions))
     written = rows.assign(options=[[write_record(options[0], contender.form)] for options in rows.options])
-    model, found = adapt(model, batches.encode_questions(tokenizer, written), params, contender)
+    model, training = adapt(model, batches.encode_questions(tokenizer, written), params, contender)
     valid = splits.training_rows(questions, "valid", second_form=True)
     asked = valid.head(limit or len(questions)).assign(scoring="generated")
     sizes = params.inference.batch_tokens, params.inference.max_new_tokens
     answers = predictions.predict(model, tokenizer, asked, *sizes).assign(variant=name)
     answers["text"] = [read_record(text, contender.form) for text in answers.text]
     scores = records.score_records(answers, questions)
-    return found | {"scores": scores.to_dict("list"), "loadavg": os.getloadavg()}
+    return training | {"scores": scores.to_dict("list"), "loadavg": os.getloadavg()}
 
 
 def adapt(model, examples: list[batches.Example], params: Params, contender: Contender) -> tuple[torch.nn.Module, dict]:
@@ -125,29 +125,25 @@ def adapt(model, examples: list[batches.Example], params: Params, contender: Con
         train = params.lora.train.model_copy(update=contender.train)
         log = trainer.train(model, examples, train, loss, folder, params.seed)
         cpu = time.process_time() - cpu
-    found = {"trainable": trainable, "steps": len(log), "cpu_seconds": cpu, "last_train_nll": log.ce.iloc[-1]}
-    return adapters.merge(model), found
+    training = {"trainable": trainable, "steps": len(log), "cpu_seconds": cpu, "last_train_nll": log.ce.iloc[-1]}
+    return adapters.merge(model), training
 
 
-def summarise(found: dict[str, dict], params: Params) -> tuple[dict, dict[str, Ratio]]:
+def summarise(measured: dict[str, dict], params: Params) -> dict[str, dict]:
     """Every contender's rates with intervals, and its difference to `lora`."""
-    judging, table, ratios = params.evaluation, {}, {}
-    scores = pd.concat([pd.DataFrame(one["scores"]) for one in found.values()])
+    judging, table = params.evaluation, {}
+    scores = pd.concat([pd.DataFrame(one["scores"]) for one in measured.values()])
     rates = records.measure_records(scores, judging.confidence).set_index(["variant", "metric"])
-    for name, one in found.items():
-        values = {metric: rates.loc[(name, metric), "value"] for metric in SUMMARY}
-        table[name] = values | {key: one[key] for key in ("trainable", "steps", "cpu_seconds", "last_train_nll")}
-        table[name] |= {"field_f1_interval": rates.loc[(name, "field_f1"), ["ci_low", "ci_high"]].tolist()}
-        if name == "lora" or "lora" not in found:
-            continue
-        steps = [(name, "lora", "")]
-        row = records.compare_records(scores, judging.confidence, judging.power, judging.margin, steps).iloc[0]
-        n = int(rates.loc[(name, "field_f1"), "n"])
-        table[name] |= {"minus_lora": row[["difference", "ci_low_clustered", "ci_high_clustered"]].tolist()}
-        ratios[f"{name}_minus_lora/field_accuracy"] = Ratio(row.difference, None, "higher", n)
-        for key in ("trainable", "cpu_seconds", "tokens"):
-            ratios[f"{name}_over_lora/{key}"] = Ratio(table[name][key] / table["lora"][key], None, "lower", 1)
-    return json.loads(json.dumps(table, default=float)), ratios
+    for name, one in measured.items():
+        f1 = rates.loc[(name, "field_f1")]
+        table[name] = {metric: rates.loc[(name, metric), "value"] for metric in SUMMARY}
+        table[name] |= {key: one[key] for key in ("trainable", "steps", "cpu_seconds", "last_train_nll")}
+        table[name] |= {"n": f1.n, "field_f1_interval": f1[["ci_low", "ci_high"]].tolist()}
+        if name != "lora" and "lora" in measured:
+            steps = [(name, "lora", "")]
+            row = records.compare_records(scores, judging.confidence, judging.power, judging.margin, steps).iloc[0]
+            table[name] |= {"minus_lora": row[["difference", "ci_low_clustered", "ci_high_clustered"]].tolist()}
+    return json.loads(json.dumps(table, default=float))
 
 
 def main() -> None:
@@ -155,11 +151,12 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
     parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
     parser.add_argument("--contender", choices=CONTENDERS, action="append", help="default: those not measured yet")
+    parser.add_argument("--epochs", type=float, default=2.5, help="over the labelled rows; a third of what tiny takes")
     parser.add_argument("--limit", type=int, help="training and validation rows; default all")
     parser.add_argument("--threads", type=int, default=1, help="more only on an idle machine")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    params = load_params(args.params)
+    params = load_params(args.params, {"lora.train.epochs": args.epochs})
     setup = {
         "student": sha256_of(args.run / "02_distillation" / "student_kd" / "model.safetensors"),
         "questions": sha256_of(args.run / "01_data" / "questions.parquet"),
@@ -169,13 +166,13 @@ def main() -> None:
     }  # fmt: skip
     path = raw_path("lora_sweep", args.output)
     earlier = json.loads(path.read_text()) if path.is_file() else {"setup": {}}
-    found = earlier["raw"]["found"] if all(earlier["setup"].get(key) == setup[key] for key in setup) else {}
-    for name in args.contender or [name for name in CONTENDERS if name not in found]:
+    measured = earlier["raw"]["measured"] if all(earlier["setup"].get(key) == setup[key] for key in setup) else {}
+    for name in args.contender or [name for name in CONTENDERS if name not in measured]:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            found[name] = process.submit(measure, name, args.run, args.params, args.limit, args.threads).result()
-        found = {key: found[key] for key in CONTENDERS if key in found}
-        table, ratios = summarise(found, params)
-        write("lora_sweep", setup, ratios, {"table": table, "found": found}, args.output, {"table": table})
+            measured[name] = process.submit(measure, name, args.run, params, args.limit, args.threads).result()
+        measured = {key: measured[key] for key in CONTENDERS if key in measured}
+        table = summarise(measured, params)
+        write("lora_sweep", setup, {}, {"table": table, "measured": measured}, args.output, {"table": table})
         print(name, json.dumps(table[name]), flush=True)
 
 

@@ -9,7 +9,7 @@ from medkit.evaluation.accuracy import (
     measure_accuracy,
     measure_gaps,
 )
-from medkit.evaluation.baselines import predict_baselines, regex_baseline
+from medkit.evaluation.baselines import predict_baselines, predict_by_rule, regex_baseline
 from medkit.evaluation.calibration import add_confidence, least_confidence, measure_calibration, reliability
 from medkit.evaluation.energy import cost_table, meter
 from medkit.evaluation.perplexity import measure_perplexity

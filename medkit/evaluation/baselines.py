@@ -1,7 +1,8 @@
 """Baselines without a language model, which a model must beat to have learned more than a table of words could hold.
 
-For questions: the most frequent answer, and TF-IDF with logistic regression, on the student's labelled rows. For
-records of the first form: regular expressions, written by reading the phrases of the training pool alone.
+For questions: the most frequent answer, and TF-IDF with logistic regression, on the student's labelled rows. For exams,
+which have no labelled rows: always the longest option, and always the first. For records of the first form: regular
+expressions, written by reading the phrases of the training pool alone.
 """
 
 import re
@@ -38,6 +39,16 @@ def predict_baselines(training: pd.DataFrame, questions: pd.DataFrame) -> tuple[
             logprobs = np.log([of_class.get(option, least) for option in options])
             rows.append({"variant": name, "id": id, "scoring": "option_text", "logprobs": logprobs})
     return pd.DataFrame(rows), {"majority": counts.nbytes, "tfidf": count_bytes(model)}
+
+
+def predict_by_rule(questions: pd.DataFrame) -> pd.DataFrame:
+    """What two rules choose that read no question: the first option, and the longest in characters. Rows as above."""
+    choices = {
+        "first": [[1.0, *(0.0 for _ in options[1:])] for options in questions.options],
+        "longest": [[float(len(option)) for option in options] for options in questions.options],
+    }
+    tables = (pd.DataFrame({"variant": name, "id": questions.id, "logprobs": rows}) for name, rows in choices.items())
+    return pd.concat(tables, ignore_index=True).assign(scoring="option_text")
 
 
 def fit_tfidf(texts: list[str], answers: list[str]) -> Pipeline:

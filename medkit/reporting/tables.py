@@ -23,6 +23,11 @@ def markdown(headers: list[str], rows: list[list[str]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)]) if rows else ""
 
 
+def rows_table(rows: Sequence[Mapping], columns: Mapping[str, str]) -> str:
+    """A markdown table of `rows`; `columns`: heading → a format string over the keys of a row, as "{share:.1%}"."""
+    return markdown(list(columns), [[style.format_map(row) for style in columns.values()] for row in rows])
+
+
 def label(variant: str) -> str:
     """The variant's name for people."""
     return VARIANTS[variant].label if variant in VARIANTS else variant
@@ -240,9 +245,9 @@ def _ratios(benchmarks: Sequence[dict]) -> Iterator[tuple[dict, str, dict]]:
 
 
 def ablation_table(benchmarks: Sequence[dict]) -> str:
-    """Markdown: students of the ablation by setup and task, and their difference to a baseline, with a verdict."""
+    """Markdown: students of an ablation by setup and task, and their difference to a baseline, with a verdict."""
     rows = []
-    for row in next((c["raw"]["table"] for c in benchmarks if c["name"] == "ablation" and "raw" in c), []):
+    for row in (row for content in benchmarks for row in content["raw"]["table"]):
         difference = "–"
         if row["baseline"]:
             low, high = row["ci_low"], row["ci_high"]
