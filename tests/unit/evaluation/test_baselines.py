@@ -86,3 +86,13 @@ def test_corrections_relatives_and_old_drugs_are_not_taken_and_any_text_gives_a_
     assert json.loads(rows.text[0]) == RECORD
     for text in ("", "no dialogue", "D: What?", "D: And?\nP: \nD: Any?"):
         assert baselines.fill_form(text).keys() == RECORD.keys()
+
+
+def test_rules_choose_the_first_and_the_longest_option_and_read_nothing():
+    options = [["no", "maybe later", "yes"], ["aspirin", "a"]]
+    rows = pd.DataFrame({"id": ["a", "b"], "question": ["?", "?"], "options": options})
+    guesses = baselines.predict_by_rule(rows)
+    chosen = {(row.variant, row.id): options[row.id == "b"][np.argmax(row.logprobs)] for row in guesses.itertuples()}
+    assert chosen == {
+        ("first", "a"): "no", ("first", "b"): "aspirin", ("longest", "a"): "maybe later", ("longest", "b"): "aspirin"
+    }  # fmt: skip
