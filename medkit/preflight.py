@@ -64,12 +64,12 @@ def _check_settings(params: Params) -> None:
 def _check_models(params: Params, models: list[ModelParams]) -> list:
     """The tokenizers, if teacher and student fit each other, the adapters, the plans and the edge files."""
     section, tokenizers = params.distillation, list(distillation.load_tokenizers(params))
-    teacher, *own = (modeling.load_skeleton(model, params.models) for model in models)
+    teacher, *given_student = (modeling.load_skeleton(model, params.models) for model in models)
     depth = len(teacher.get_decoder().layers)
-    if not own and section.num_layers > depth:
+    if not given_student and section.num_layers > depth:
         raise PreflightError(f"distillation.num_layers is {section.num_layers}, the teacher has {depth} layers")
-    student = own[0] if own else modeling.load_skeleton(models[0], params.models)
-    if not own:
+    student = given_student[0] if given_student else modeling.load_skeleton(models[0], params.models)
+    if not given_student:
         # which block goes is not known yet; without the first one, windows of attention are most out of step
         student = modeling.keep_layers(student, range(depth - section.num_layers, depth))
     lora.check_targets(teacher, section.correction)
@@ -146,8 +146,8 @@ def _check_data(params: Params, tokenizers: list, away: set[str]) -> None:
 
     Before a first download only the user's own files are read: the others take minutes in a large profile.
     """
-    own = {name for name, dataset in params.data.datasets.items() if dataset.origin.kind in ("local", *OWN)}
-    datasets = {name: d for name, d in params.data.datasets.items() if not away or name in own - away}
+    local = {name for name, dataset in params.data.datasets.items() if dataset.origin.kind in ("local", *OWN)}
+    datasets = {name: d for name, d in params.data.datasets.items() if not away or name in local - away}
     for name, read in (("open_questions", data.read_open_questions), ("dialogues", data.read_dialogues)):
         if (source := getattr(params.data, name)) and f"data.{name}" not in away:
             read(sources.fetch(source))

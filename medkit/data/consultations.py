@@ -155,16 +155,16 @@ class _Consultation:
         other = self._pick([drug for drug in self.drugs if drug != self.drug])
         drug, old = self._name(self.drug), self._name(other)
         first, second, third = (int(dose) for dose in self.rng.choice(DOSES, 3, replace=False))
-        said = {"dose": self._dose(first), "wrong": self._dose(second), "old_dose": self._dose(third)}
+        doses = {"dose": self._dose(first), "wrong": self._dose(second), "old_dose": self._dose(third)}
         if self._chance(0.12):
             self.facts |= {"drug": None, "rx": None, "dose": None, "g": None, "stop": drug}
-            return [self._say("ask_drug"), self._say("stopped_alone", old=drug, **said)]
+            return [self._say("ask_drug"), self._say("stopped_alone", old=drug, **doses)]
         stopped = self._chance(0.45)
         self.facts |= {"drug": drug, "rx": drug, "dose": f"{first} mg", "g": first / 1000}
         self.facts["stop"] = old if stopped else None
-        line = self._say("drug_corrected" if self._chance(0.25) else "drug", drug=drug, **said)
+        line = self._say("drug_corrected" if self._chance(0.25) else "drug", drug=drug, **doses)
         if stopped:
-            line += " " + self._say("stopped", old=old, **said)
+            line += " " + self._say("stopped", old=old, **doses)
         return [self._say("ask_drug"), line]
 
     def _name(self, drug: str) -> str:

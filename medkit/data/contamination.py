@@ -55,9 +55,9 @@ def find_contamination(questions: pd.DataFrame, embeddings: np.ndarray) -> pd.Da
         raise DataError(f"{len(embeddings)} embeddings for {len(questions)} questions; give one for each row")
     test, train = (np.flatnonzero(side) for side in (questions.split == "test", questions.split != "test"))
     features, ids, sources = _compute_features(questions), questions.id.to_numpy(), questions.source.to_numpy()
-    found = [rule(features, test, train) for rule in (_share_runs, _nearly_equal, _same_options)]
+    pairs_by_rule = [rule(features, test, train) for rule in (_share_runs, _nearly_equal, _same_options)]
     tables = []
-    for rule, parts in zip(RULES, [*found, _near(embeddings, test, train)], strict=True):
+    for rule, parts in zip(RULES, [*pairs_by_rule, _near(embeddings, test, train)], strict=True):
         for i, j, score in parts:
             columns = ids[i], ids[j], rule, score, sources[i], sources[j]
             tables.append(pd.DataFrame(dict(zip(COLUMNS, columns, strict=True))))

@@ -28,9 +28,9 @@ def seen_notes(table: pd.DataFrame) -> dict[str, str]:
         texts = {"right answers": rows.right, "options": rows.options.explode()}
         shares = {name: float(values.isin(seen[name]).mean()) for name, values in texts.items()}
         if max(shares.values()) >= NEARLY_ALL:
-            found = " and ".join(f"{share:.0%} of the {name}" for name, share in shares.items())
+            overlap = " and ".join(f"{share:.0%} of the {name}" for name, share in shares.items())
             notes[source] = (
-                f"{source}: {found} of its test questions are also those of taught rows. Its accuracy says little "
+                f"{source}: {overlap} of its test questions are also those of taught rows. Its accuracy says little "
                 f"about answers that were not taught; a `group` column in the table holds some of them out."
             )
     return notes

@@ -372,5 +372,5 @@ def read_dialogues(folder: Path | None) -> pd.DataFrame:
 def _turns(text: str) -> str:
     parts = re.split(r"(?i)(?:\[(doctor|patient|\w+)\]|\b(doctor|patient|guest_\w+) ?:)", text)
     speakers = [(bracketed or named)[0].upper() for bracketed, named in zip(parts[1::3], parts[2::3], strict=True)]
-    said = [f"{speaker}: {clean_text(turn)}" for speaker, turn in zip(speakers, parts[3::3], strict=True)]
-    return "\n".join(said)
+    lines = [f"{speaker}: {clean_text(turn)}" for speaker, turn in zip(speakers, parts[3::3], strict=True)]
+    return "\n".join(lines)

@@ -248,8 +248,8 @@ def _verified_examples(
         )  # fmt: skip
 
     sampling = {"num_samples": section.samples, "temperature": section.temperature, "server": section.server}
-    samples, own = collect("teacher", **sampling), collect("base") if section.too_easy <= 1 else None
-    verified, counts = answers.keep_verified(samples, rows, section.too_easy, own)
+    samples, without_teacher = collect("teacher", **sampling), collect("base") if section.too_easy <= 1 else None
+    verified, counts = answers.keep_verified(samples, rows, section.too_easy, without_teacher)
     if PartialState().is_main_process:
         stage.write_table("rationale_yield.parquet", counts)
     if verified.empty:

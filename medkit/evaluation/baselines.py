@@ -116,7 +116,7 @@ def fill_form(dialogue: str) -> dict:
     for i, (question, answer) in enumerate(zip(lines[::2], lines[1::2], strict=False)):
         topic = next((name for name, pattern in TOPICS.items() if re.search(pattern, question)), "symptom")
         sentences = re.split(r"(?<=[.;?]) ", answer)
-        own = [part for part in sentences if not RELATIVE.search(part)]
+        about_patient = " ".join(part for part in sentences if not RELATIVE.search(part))
         if i == 0:
             record["complaint"] = _first(COMPLAINT, DURATION.sub("", sentences[0]).replace("  ", " "))
         if i == 0 or topic == "duration":
@@ -125,16 +125,16 @@ def fill_form(dialogue: str) -> dict:
                 number, unit = times[-1]
                 record["duration"] = f"{NUMBERS.get(number, number)} {unit}"
         elif topic == "age":
-            numbers = re.findall(r"\b\d{2,3}\b", " ".join(own))
+            numbers = re.findall(r"\b\d{2,3}\b", about_patient)
             record["age"] = int(numbers[-1]) if numbers else None
-            record["sex"] = "female" if WOMAN.search(" ".join(own)) else "male" if MAN.search(" ".join(own)) else None
+            record["sex"] = "female" if WOMAN.search(about_patient) else "male" if MAN.search(about_patient) else None
         elif topic == "drug":
             taken = " ".join(part for part in sentences if not STOPPED.search(part))
             doses = re.findall(r"\b(\d+) (?:mg|milligram)", taken)
             names = [name for name in DRUG.findall(taken) if name not in NO_DRUG]
             record |= {"dose": f"{doses[-1]} mg", "drug": names[0] if names else None} if doses else {}
-        elif topic == "allergy" and not DENIED.search(answer) and own:
-            record["allergy"] = _first(ALLERGY, " ".join(own))
+        elif topic == "allergy" and not DENIED.search(answer) and about_patient:
+            record["allergy"] = _first(ALLERGY, about_patient)
         elif topic == "symptom":
             record["denies"] = _denied(question, answer) or record["denies"]
     titles = lines[0] if lines else ""

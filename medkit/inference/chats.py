@@ -34,13 +34,14 @@ def make_plan(chat: dict, tasks: Sequence[Task] | None, broken_up: Mapping[str, 
     turns = chat["messages"]
     last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
     message = read_text(last.get("content")) if last.get("role") == "user" else ""
-    found = recognise(message, tasks or [])
+    recognised = recognise(message, tasks or [])
     plan = Plan(chat, {"disclaimer": DISCLAIMER})
     # a diagnosis that is asked for is nobody's, and in a consultation a doctor is already there
-    if not (found and found[0].kind in ("icd_chapter", *templates.FORMS)) and emergencies.is_emergency(message):
+    is_record_or_code = recognised and recognised[0].kind in ("icd_chapter", *templates.FORMS)
+    if not is_record_or_code and emergencies.is_emergency(message):
         plan = Plan(chat, plan.facts | {"emergency": emergencies.SENTENCE}, emergencies.SENTENCE)
-    if found:
-        task, question = found
+    if recognised:
+        task, question = recognised
         for token, text in broken_up.items():
             question["question"] = question["question"].replace(token, text)
         template = templates.pick_template(task.kind, task.scoring)

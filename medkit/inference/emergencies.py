@@ -28,5 +28,5 @@ def is_emergency(message: str) -> bool:
     Of a long message its beginning and its end are read, LONGEST characters each.
     """
     text = (message if len(message) <= 2 * LONGEST else f"{message[:LONGEST]}\n{message[-LONGEST:]}").replace("’", "'")
-    found = {name: sum(1 for p in patterns if p.search(text)) for name, patterns in _patterns().items()}
-    return (found["strong"] > 0 or found["weak"] > 1) and (not found["calm"] or found["urgent"] > 0)
+    counts = {name: sum(1 for p in patterns if p.search(text)) for name, patterns in _patterns().items()}
+    return (counts["strong"] > 0 or counts["weak"] > 1) and (not counts["calm"] or counts["urgent"] > 0)

@@ -220,10 +220,10 @@ async def read_body(request: Request) -> bytes | None:
 
 def read_object(body: bytes) -> dict:
     """The request. Raises ValueError for a body that is no JSON object."""
-    found = json.loads(body)
-    if not isinstance(found, dict):
+    value = json.loads(body)
+    if not isinstance(value, dict):
         raise ValueError("an object is needed")
-    return found
+    return value
 
 
 def read_chat(body: bytes) -> dict:

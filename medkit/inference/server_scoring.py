@@ -72,11 +72,11 @@ async def score_options(
             total += place["logprob"]
         return total, True
 
-    found = [read(token_ids, written) for token_ids in all_ids]
-    scores = [score / length for (score, _), length in zip(found, lengths, strict=True)]
-    sums = (score for score, (_, is_sum) in zip(scores, found, strict=True) if is_sum)
+    readings = [read(token_ids, written) for token_ids in all_ids]
+    scores = [score / length for (score, _), length in zip(readings, lengths, strict=True)]
+    sums = (score for score, (_, is_sum) in zip(scores, readings, strict=True) if is_sum)
     best = max(sums, default=-math.inf)  # none, where the end is not among the likeliest tokens: then all are asked for
-    open_ones = [i for i, (_, is_sum) in enumerate(found) if not is_sum and scores[i] > best - NEGLIGIBLE]
+    open_ones = [i for i, (_, is_sum) in enumerate(readings) if not is_sum and scores[i] > best - NEGLIGIBLE]
     alone = await asyncio.gather(*(write([option_ids[i]]) for i in open_ones))
     for i, places in zip(open_ones, alone, strict=True):
         scores[i] = read(all_ids[i], places)[0] / lengths[i]

@@ -68,10 +68,10 @@ def recognise(message: str, tasks: Sequence[Task]) -> tuple[Task, dict] | None:
     A question of the ICD chapter is put into the words of training; without options it gets all of them.
     """
     of_kind = {task.kind: task for task in tasks}
-    found = list(OPTION.finditer(message))
-    is_list = len(found) > 1 and [m[1] for m in found] == list(LETTERS[: len(found)])
-    listed = [m[2].rstrip() for m in found] if is_list else []
-    asked = message[: found[0].start()].strip() if is_list else message.strip()
+    options = list(OPTION.finditer(message))
+    is_list = len(options) > 1 and [m[1] for m in options] == list(LETTERS[: len(options)])
+    listed = [m[2].rstrip() for m in options] if is_list else []
+    asked = message[: options[0].start()].strip() if is_list else message.strip()
     row = {"context": "", "options": listed, "listed": bool(listed)}
     if (task := of_kind.get("icd_chapter")) and (icd := _ICD.fullmatch(asked)):
         question = f"Which ICD-10-CM chapter lists “{icd['diagnosis']}”?"

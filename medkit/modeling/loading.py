@@ -170,8 +170,9 @@ def _check_gguf(path: Path) -> list[float] | None:
         parts = reader.get_field("split.count")
         is_part = parts and parts.contents() > 1
         architecture = reader.get_field("general.architecture").contents()
-        found = {name: field.contents() for name in NOT_READ if (field := reader.get_field(f"{architecture}.{name}"))}
-        dropped = [f"{name} {value!r}" for name, value in found.items() if value != NOT_READ[name]]
+        fields = {name: reader.get_field(f"{architecture}.{name}") for name in NOT_READ}
+        settings = {name: field.contents() for name, field in fields.items() if field}
+        dropped = [f"{name} {value!r}" for name, value in settings.items() if value != NOT_READ[name]]
     if re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", path.name) or is_part:
         raise ModelError(
             f"{path}: one part of a split file; join its parts with llama.cpp's `llama-gguf-split --merge`"

@@ -81,13 +81,13 @@ def train(
         for rows in share(numbers, lengths, state.num_processes):
             parts = cut([examples[n] for n in rows], section.slice_tokens, branches)
             slices_by_process.append([[rows[place] for place in part] for part in parts])
-        own, most = slices_by_process[state.process_index], max(map(len, slices_by_process))
-        idle = [[min(numbers, key=lambda n: lengths[n])]] * (most - len(own))
+        mine, most = slices_by_process[state.process_index], max(map(len, slices_by_process))
+        idle = [[min(numbers, key=lambda n: lengths[n])]] * (most - len(mine))
         slices = []
-        for i, part in enumerate([*own, *idle]):
+        for i, part in enumerate([*mine, *idle]):
             extras = add_extras(part) if add_extras else {}
-            slices.append({**pack([examples[n] for n in part], branches), **extras, "counts": float(i < len(own))})
-        predicted = torch.zeros(sum(examples[n].num_predicted for part in own for n in part))
+            slices.append({**pack([examples[n] for n in part], branches), **extras, "counts": float(i < len(mine))})
+        predicted = torch.zeros(sum(examples[n].num_predicted for part in mine for n in part))
         # the Trainer only counts these, to divide by the number of predicted tokens; it takes `shift_labels` unchanged
         return {"slices": slices, "labels": predicted, "shift_labels": predicted}
 

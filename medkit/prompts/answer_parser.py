@@ -245,10 +245,10 @@ class _Reading:
             several = _SEVERAL.match(self.text, text_end) and not closed
             return (None, start) if several else (choice, text_end if closed else end)
         others = [option.casefold() for i, option in enumerate(self.options) if i != choice]
-        own = self.options[choice].casefold() if choice < len(self.options) else ""
-        line = self.text[between : between + len(own)].partition("\n")[0]
+        text = self.options[choice].casefold() if choice < len(self.options) else ""
+        line = self.text[between : between + len(text)].partition("\n")[0]
         short = normalise(line)  # "C. Metformin" for "Metformin 500 mg"
-        if short and own.startswith(f"{short} ") and not any(option.startswith(short) for option in others):
+        if short and text.startswith(f"{short} ") and not any(option.startswith(short) for option in others):
             return choice, between + len(line)
         word = _NEXT_WORD.match(self.text, end)
         if _PHRASE.match(self.text, end) or (word and any(word[1].casefold() in option for option in others)):

@@ -32,8 +32,8 @@ def after_thoughts(text: str) -> str:
         if kind == "open":
             opened.setdefault(family, mark.start())
         else:  # a thought ends, and with it those that it began within itself
-            own = opened.get(family, len(text))
-            opened = {name: began for name, began in opened.items() if began < own}
+            its_start = opened.get(family, len(text))
+            opened = {name: began for name, began in opened.items() if began < its_start}
             start = mark.end()
     return _SAID.split(text[start : min(opened.values(), default=len(text))], maxsplit=1)[0].strip()
 

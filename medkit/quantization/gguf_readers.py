@@ -43,9 +43,9 @@ def make_modelfile(name: str, tokenizer) -> str | None:
     rest, before = tokenizer.apply_chat_template(turns, **options), []
     reads_system = marks[0] in rest  # a base model does not
     for mark in marks if reads_system else marks[1:]:
-        text, found, rest = rest.partition(mark)
+        text, mark_read, rest = rest.partition(mark)
         before.append(text)
-        if not found:
+        if not mark_read:
             return None
     *system, first, answer, following = before
     user = first if first == following else f"{{{{ if le $i 1 }}}}{first}{{{{ else }}}}{following}{{{{ end }}}}"

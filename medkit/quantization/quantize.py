@@ -167,16 +167,16 @@ def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
     with reading(folder / WEIGHTS, PlanError, "copy the whole folder again, or quantize the model again"):
         tensors = load_file(folder / WEIGHTS, device=str(device))
     for name in [name for name, scheme in plan.schemes.items() if scheme != "unquantized"]:
-        own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+        parts = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
         tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")}
         with reading(f"{folder}: {name!r}", PlanError, "quantize the model again", f"not {plan.schemes[name]} there"):
             if plan.schemes[name] == "int8":
-                stored = Int8Rows(own["rows.codes"], own["rows.scale"], dtype)
+                stored = Int8Rows(parts["rows.codes"], parts["rows.scale"], dtype)
             elif layer_of(name) is None:
-                stored = Nf4Rows(rowwise.restore_nf4(own, "rows.weight"), dtype)
+                stored = Nf4Rows(rowwise.restore_nf4(parts, "rows.weight"), dtype)
             else:
-                stored = rowwise.restore_nf4(own, "weight")
-        _replace(model, name, stored, own["bias"].to(dtype) if "bias" in own else None, dtype, head)
+                stored = rowwise.restore_nf4(parts, "weight")
+        _replace(model, name, stored, parts["bias"].to(dtype) if "bias" in parts else None, dtype, head)
     rest = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     unexpected = model.load_state_dict(rest, strict=False, assign=True).unexpected_keys
     if head and isinstance(model.get_input_embeddings(), nn.Embedding):

@@ -122,8 +122,8 @@ def _training(params: Params, teacher: _Model, student: _Model) -> Iterator[Part
     hours = sum(teacher.write_hours(TOKENS[s][0], TOKENS[s][1], n, batch_tokens) for s, n in transfer.items() if n)
     yield Part("teacher: answers of the transfer rows", _tokens(transfer), hours, 0, model_bytes)
     seen = _rows(params, "labelled", "transfer")
-    kept = sum(n * TOKENS[s][1] for s, n in seen.items()) * section.top_k * KEPT_BYTES
-    yield Part("teacher: top-k of the answers", _tokens(seen), teacher.read_hours(_tokens(seen)), kept, model_bytes)
+    tokens, disk = _tokens(seen), sum(n * TOKENS[s][1] for s, n in seen.items()) * section.top_k * KEPT_BYTES
+    yield Part("teacher: top-k of the answers", tokens, teacher.read_hours(tokens), disk, model_bytes)
     students, train = list_students(params), section.student_train
     model_bytes, trained_bytes = student.weights * student.bytes_each, student.weights * TRAINED_BYTES
     if (rationales := section.rationales) is not None:
@@ -140,9 +140,9 @@ def _training(params: Params, teacher: _Model, student: _Model) -> Iterator[Part
             yield Part(f"{name}: reasons, at most", count * (prompt + new), hours, 0, loaded_bytes)
         if "student_seq_kd" in students:
             tokens = asked * (prompt + new)
-            kept = asked * new * section.top_k * KEPT_BYTES
+            disk = asked * new * section.top_k * KEPT_BYTES
             hours, loaded_bytes = teacher.read_hours(tokens), teacher.weights * teacher.bytes_each
-            yield Part("teacher: top-k of the reasons, at most", tokens, hours, kept, loaded_bytes)
+            yield Part("teacher: top-k of the reasons, at most", tokens, hours, disk, loaded_bytes)
     tokens = _tokens(seen) * len(students)  # a student of reasons sees as many as the others
     yield Part(
         f"{len(students)} students", tokens * train.epochs, student.train_hours(tokens, train, frozen=False),

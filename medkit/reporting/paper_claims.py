@@ -203,10 +203,10 @@ def _from_run(claim: PaperClaim, results: pd.DataFrame, facts: Mapping) -> Itera
             why = f"{label(variant)} on MedQA, n = {row.n:.0f}; the paper names neither its test set nor n"
             yield Ours(row.value, row.ci_low, row.ci_high, measured_on, why, verdict)
     elif claim.id == "accuracy_kept":
-        kept = {"equivalent": "reproduced", "better": "beaten"}
+        words = {"equivalent": "reproduced", "better": "beaten"}
         for row in scored[(scored.result == f"accuracy_delta/{source}") & (scored.baseline == FINAL)].itertuples():
             why = f"{label(row.variant)} against {label(FINAL)} on {source}, n = {row.n:.0f}: {row.verdict}"
-            kept_or_not = verdict or kept.get(row.verdict, "not reproduced")
+            kept_or_not = verdict or words.get(row.verdict, "not reproduced")
             yield Ours(row.value, row.ci_low, row.ci_high, measured_on, why, kept_or_not)
     elif claim.unit == "share":
         name = claim.id.replace("change", "ratio")
