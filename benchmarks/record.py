@@ -57,13 +57,13 @@ def git_commit() -> str | None:
 
 def versions(*packages: str) -> dict[str, str | None]:
     """Installed version of every package named; None if it is absent."""
-    found = {}
+    installed = {}
     for package in packages:
         try:
-            found[package] = metadata.version(package)
+            installed[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = None
-    return {"python": platform.python_version()} | found
+            installed[package] = None
+    return {"python": platform.python_version()} | installed
 
 
 def result_path(name: str, directory: Path = RESULTS) -> Path:

@@ -157,7 +157,7 @@ def score_by_harness(
     lm: TimedHFLM, manager: TaskManager, name: str, numbers: list[int]
 ) -> tuple[list[dict], Stopwatch]:
     """lm-eval's samples of these documents, in order, and its time."""
-    told = lm_eval.simple_evaluate(
+    evaluated = lm_eval.simple_evaluate(
         model=lm,
         tasks=[f"local_{name}"],
         task_manager=manager,
@@ -165,7 +165,7 @@ def score_by_harness(
         bootstrap_iters=0,
         log_samples=True,
     )
-    return sorted(told["samples"][f"local_{name}"], key=lambda sample: sample["doc_id"]), lm.watch
+    return sorted(evaluated["samples"][f"local_{name}"], key=lambda sample: sample["doc_id"]), lm.watch
 
 
 def score_by_ours(
@@ -195,7 +195,7 @@ def compare(
     acc_norm is lm-eval's: log-likelihood divided by the number of characters.
     """
     lm = TimedHFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as scratch:
         write_tasks(questions, Path(scratch))
         manager = TaskManager(include_path=scratch, include_defaults=False)
@@ -204,9 +204,9 @@ def compare(
             parts = np.array_split(np.arange(len(questions[task.source])), rounds)
             samples, ours, items, rounds_s = [], [], [], []
             for part in parts:
-                said, theirs = score_by_harness(lm, manager, name, part.tolist())
-                scores, mine, scored = score_by_ours(lm, [pairs_of(sample) for sample in said])
-                samples += said
+                their_samples, theirs = score_by_harness(lm, manager, name, part.tolist())
+                scores, mine, scored = score_by_ours(lm, [pairs_of(sample) for sample in their_samples])
+                samples += their_samples
                 ours += scores
                 items += scored
                 rounds_s.append(
@@ -215,9 +215,9 @@ def compare(
                         for contender, watch in (("lm_eval", theirs), ("medkit", mine))
                     }
                 )
-            found[name] = summarise(samples, ours, list(questions[task.source].answer)) | {"rounds_s": rounds_s}
-            print(name, json.dumps(found[name]), flush=True)
-    return found
+            results[name] = summarise(samples, ours, list(questions[task.source].answer)) | {"rounds_s": rounds_s}
+            print(name, json.dumps(results[name]), flush=True)
+    return results
 
 
 def pairs_of(sample: dict) -> list[tuple[str, str]]:
@@ -255,10 +255,10 @@ def summarise(samples: list[dict], ours: list[list[float]], answers: list[int]) 
     }
 
 
-def ratios(found: dict[str, dict]) -> dict[str, Ratio]:
+def ratios(results: dict[str, dict]) -> dict[str, Ratio]:
     """Shares, differences and times; `repeats` is the number of items, for times that of the rounds."""
     rows = {}
-    for name, result in found.items():
+    for name, result in results.items():
         n = result["items"]
         rows[f"{name}/predictions_equal"] = Ratio(result["predictions_equal"], 1.0, "higher", n)
         rows[f"{name}/max_abs_loglikelihood_difference"] = Ratio(
@@ -295,13 +295,13 @@ def main() -> None:
         }
     before = os.getloadavg()
     tasks = args.task or list(TASKS)
-    found = compare(model, tokenizer, questions, args.rounds, tasks)
+    results = compare(model, tokenizer, questions, args.rounds, tasks)
     now = {"date": datetime.now(UTC).date().isoformat(), "limit": args.limit, "loadavg_before": before}
     now |= {"loadavg_after": os.getloadavg(), "threads": args.threads}
-    found = {name: result | now for name, result in found.items()}
+    results = {name: result | now for name, result in results.items()}
     setup = {
         "model": folder.name, "dtype": "float32",
-        "items": {name: result["items"] for name, result in found.items()},
+        "items": {name: result["items"] for name, result in results.items()},
         "tasks": {name: {"include": task.base, "changes": task.changes, "why": task.why}
                   for name, task in TASKS.items()},
         "lm_eval": "HFLM, batch size 1, its own tokenising of context and continuation, logits cache on (default)",
@@ -309,7 +309,7 @@ def main() -> None:
         "timed": {"rounds": args.rounds, "statistic": "median of the rounds' ratios; contenders take turns"},
         "versions": versions(*VERSIONS),
     }  # fmt: skip
-    write("lm_eval_agreement", setup, ratios(found), {"tasks": found}, args.output)
+    write("lm_eval_agreement", setup, ratios(results), {"tasks": results}, args.output)
 
 
 if __name__ == "__main__":
