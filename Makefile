@@ -78,7 +78,7 @@ api: .venv/done  ## reference of the package as web pages: outputs/api/index.htm
 
 readme: .venv/done  ## figure and tables of README and docs from a run's results (RUN=…)
 	$(PY) -m medkit.reporting.readme outputs/$(RUN)/results.json
-	$(PY) -m cogapp -r README.md docs/results.md docs/benchmarks.md docs/teaching.md docs/licences.md
+	$(PY) -m cogapp -r README.md docs/results.md docs/benchmarks.md docs/teaching.md docs/licences.md docs/glossary.md
 
 bench: .venv/done  ## measurements beside their peers; results under benchmarks/results
 	for module in $$(grep -l __main__ benchmarks/*/*.py | sed 's/\.py$$//' | tr / .); do \

@@ -30,7 +30,7 @@ VARIANTS = {
         Variant("majority", "most frequent answer", "#cccccc", None, None, None),
         Variant("tfidf", "TF-IDF + logistic regression", "#777733", None, None, None),
         Variant("regex", "regular expressions", "#b8a04a", None, None, None),
-        Variant("teacher_base", "teacher, uncorrected", "#999999", "", None, None),
+        Variant("teacher_base", "teacher, as downloaded", "#999999", "", None, None),
         Variant("teacher", "teacher", "#0072b2", "02_distillation/teacher", "teacher_base",
                 "Does correcting the teacher teach it?"),
         Variant("base", "student, untrained", "#c2a5cf", "02_distillation/base", "teacher_base",
@@ -60,7 +60,7 @@ VARIANTS = {
         Variant("edge_small", "smaller edge file", "#666666", "04_quantization/edge_small/student.gguf", "student_kd",
                 "What does the smaller edge file cost?"),
         Variant("edge_lora", "edge file + adapter", "#aa4499", f"04_quantization/edge/{ADAPTER}", "lora",
-                "What does the edge file cost what the adapter learned?"),
+                "What does the edge file cost the adapter?"),
     ]
 }  # fmt: skip
 
@@ -75,8 +75,8 @@ class Thinker(NamedTuple):
 THINKERS = {
     "teacher": Thinker("teacher", "#7f7f7f"),
     "with_thoughts": Thinker("student with thoughts", "#d55e00"),
-    "equal_tokens": Thinker("student without, equal tokens", "#0072b2"),
-    "equal_examples": Thinker("student without, equal examples", "#56b4e9"),
+    "equal_tokens": Thinker("student without thoughts, equal tokens", "#0072b2"),
+    "equal_examples": Thinker("student without thoughts, equal examples", "#56b4e9"),
 }
 # every comparison of the evaluation: the variant, its baseline, and the question that their difference answers
 STEPS = [
@@ -87,7 +87,7 @@ STEPS = [
     ("student_kd", "tfidf", "Is the distilled student better than a table of words?"),
     ("student_kd", "regex", "Is the distilled student better than regular expressions?"),
     ("edge", "student_ce", "Is the edge file better than labels alone?"),
-    ("edge", "teacher_base", "Is the edge file better than the large model as it came?"),
+    ("edge", "teacher_base", "Is the edge file better than the teacher as downloaded?"),
     ("plan", "nf4", "Does our plan keep more than the library's NF4?"),
 ]
 

@@ -47,7 +47,8 @@ def invented_rows() -> list[dict]:
         tested = {"p_holm": 0.0123, "margin": 0.05, "mde": 0.0817, "verdict": verdict, "baseline": baseline}
         rows.append(row("accuracy_delta/icd_chapter", variant, 0.05, "option_text", 0.03, 240, **tested))
     over = {"baseline": "tfidf", "p_holm": 0.5, "margin": 0.05, "mde": 0.08, "verdict": "not detectable"}
-    rows.append(row("accuracy_delta/icd_chapter", "edge", 0.03, "option_text", 0.05, 240, **over))
+    for variant in ("student_kd", "edge"):
+        rows.append(row("accuracy_delta/icd_chapter", variant, 0.03, "option_text", 0.05, 240, **over))
     timed = {"requests": 4, "prompt_tokens": 144, "output_tokens": 64}
     costs = [("teacher_base", 269e6, 0.064, "transformers"), ("student_kd", 198e6, 0.051, "transformers"),
              ("edge", 56e6, 0.008, "llama.cpp")]  # fmt: skip

@@ -19,17 +19,17 @@ Drawn = tuple[Figure, pd.DataFrame]
 def plot_directions(
     place: Sequence[float], teacher: Sequence[float], best: Mapping[float, Sequence[float]], between: Sequence[float]
 ) -> Drawn:
-    """A teacher with two bumps, and the best student with one, by β; on the right the mass between the bumps."""
+    """A teacher with two peaks, and the best student with one, by β; on the right the mass between the peaks."""
     fig, (left, right) = plt.subplots(1, 2, figsize=(SIZE[0], 3.2), gridspec_kw={"width_ratios": [3, 2], "wspace": 0.3})
     table = pd.DataFrame({"place": place, "teacher": teacher, "forward_kl": best[0.0], "reverse_kl": best[1.0]})
     left.fill_between(table.place, table.teacher, color="#d9d9d9", label="teacher")
     left.plot(table.place, table.forward_kl, color="#0072b2", label="forward KL")
     left.plot(table.place, table.reverse_kl, color="#d55e00", label="reverse KL")
     left.set(xlabel="token, 81 in a row", ylabel="probability", ylim=(0, None), xticks=[])
-    left.set_title("One bump for two: cover both or choose one")
+    left.set_title("One peak for two: cover both or choose one")
     left.legend(fontsize=9)
     right.plot(list(best), between, "o-", color="#cc79a7", ms=4)
-    right.set(xlabel="β", ylabel="probability between the bumps", ylim=(0, None), title="JSD changes with β")
+    right.set(xlabel="β", ylabel="probability between the peaks", ylim=(0, None), title="JSD changes with β")
     return fig, table
 
 

@@ -78,7 +78,10 @@ def _name(variant: str, row: pd.Series) -> str:
 
 
 def tell_story(results: pd.DataFrame, facts: Mapping, variants: Sequence[str] = SHOWN) -> list[str]:
-    """One computed sentence per point of the figure: size, both tasks, and what the comparisons showed."""
+    """One computed sentence per point of the figure: size, both tasks, and what the comparisons showed.
+
+    The smaller files are compared with the student that they were made from, the other models with the baselines.
+    """
     sizes, sentences = megabytes(results), []
     tasks = {"accuracy": rows_of(results, headline(facts), facts)}
     tasks["F1 of the record fields"] = rows_of(results, RECORDS, facts)
@@ -87,12 +90,12 @@ def tell_story(results: pd.DataFrame, facts: Mapping, variants: Sequence[str] = 
         for task, rows in tasks.items():
             if variant in rows.index:
                 row = rows.loc[variant]
-                numbers.append(f"{task} {row.value:.2f} [{row.ci_low:.2f}, {row.ci_high:.2f}]")
+                numbers.append(f"{task} {row.value:.2f} [{row.ci_low:.2f}, {row.ci_high:.2f}], n = {row.n:.0f}")
         parts = [
-            f"**{label(variant)}**: {', '.join(numbers)}.",
-            *_certificate(results, facts, variant),
+            f"**{label(variant)}**: {'; '.join(numbers)}.",
+            *_certificate(results, variant),
             *(_gain(results, facts) if variant == FINAL else ()),
-            *_over_baselines(results, facts, variant),
+            *(_over_baselines(results, facts, variant) if VARIANTS[variant].baseline != FINAL else ()),
         ]
         sentences.append(" ".join(parts))
     return sentences + [note for source, note in facts.get("seen", {}).items() if source == facts["headline_source"]]
@@ -104,35 +107,31 @@ def _step(results: pd.DataFrame, result: str, facts: Mapping, variant: str, base
     yield from rows[(rows.variant == variant) & (rows.baseline == baseline)].head(1).itertuples()
 
 
-def _certificate(results: pd.DataFrame, facts: Mapping, variant: str) -> Iterator[str]:
-    sizes = megabytes(results)
-    result = f"certificate/{facts['headline_source']}"
-    for row in _step(results, result, facts, variant, VARIANTS[variant].baseline):
-        share = ""
-        if {variant, row.baseline} <= set(sizes):
-            share = f"{sizes[variant] / sizes[row.baseline]:.0%} of the bytes of {label(row.baseline)} in bf16; "
+def _certificate(results: pd.DataFrame, variant: str) -> Iterator[str]:
+    """The share of the student's bytes that a smaller file has, and on which tasks equivalence to it was shown."""
+    sizes, student = megabytes(results), VARIANTS[variant].baseline
+    certificates = results[results.result.str.startswith("certificate/") & (results.variant == variant)]
+    if len(certificates) and {variant, student} <= set(sizes):
+        yield f"It has {sizes[variant] / sizes[student]:.0%} of the bytes of {label(student)} in bf16."
+    for row in certificates.itertuples():
         cure = f"p = {row.p_equivalence_holm:.2g} after Holm's correction"
         if row.n_needed > row.n:
-            cure = f"that needs about {row.n_needed:,.0f} questions"
-        shown = f"equivalent to it within {row.margin:g}"
-        if not row.within_margin:
-            shown = f"not shown to be {shown} ({cure})"
-        yield f"It has {share}{shown}: {difference(row)}, n = {row.n:.0f}."
+            cure = f"that needs n = {row.n_needed:,.0f} or so"
+        shown = "is shown" if row.within_margin else f"is not shown ({cure})"
+        equivalence = f"On {row.result.split('/')[1]} equivalence to {label(student)} within {row.margin:g} {shown}"
+        yield f"{equivalence}: {difference(row)}, n = {row.n:.0f}."
 
 
 def _gain(results: pd.DataFrame, facts: Mapping) -> Iterator[str]:
     """What the distilled student has over labels alone."""
-    accuracy = rows_of(results, headline(facts), facts).value
     for row in _step(results, f"accuracy_delta/{facts['headline_source']}", facts, FINAL, "student_ce"):
-        change = f"{accuracy['student_ce']:.2f} → {accuracy[FINAL]:.2f}, {difference(row)}"
-        yield f"Against labels alone: {change}, n = {row.n:.0f}, {row.verdict}."
+        yield f"Against labels alone: {difference(row)} in accuracy, n = {row.n:.0f}, {row.verdict}."
         closed = [
-            f"{gap.value:.0%} [{gap.ci_low:.0%}, {gap.ci_high:.0%}] of the gap to the teacher on "
-            f"{gap.result.split('/')[1]}"
+            f"{gap.value:.0%} [{gap.ci_low:.0%}, {gap.ci_high:.0%}] on {gap.result.split('/')[1]}"
             for gap in results[results.result.str.startswith("gap_closed/")].itertuples()
         ]
         if closed:
-            yield f"It closes {' and '.join(closed)}."
+            yield f"Of the gap to the teacher it closes {' and '.join(closed)}."
 
 
 def _over_baselines(results: pd.DataFrame, facts: Mapping, variant: str) -> Iterator[str]:
@@ -142,5 +141,5 @@ def _over_baselines(results: pd.DataFrame, facts: Mapping, variant: str) -> Iter
         ("field_delta/records", "regex", "share of right fields"),
     ):
         for row in _step(results, result, facts, variant, baseline):
-            verb = "beats" if row.verdict == "better" else "does not beat"
-            yield f"It {verb} {label(baseline)}: {difference(row)} in {measure}."
+            verb = {"better": "beats", "worse": "is worse than"}.get(row.verdict, "is not shown to beat")
+            yield f"It {verb} {label(baseline)}: {difference(row)} in {measure}, n = {row.n:.0f}."

@@ -281,9 +281,9 @@ def thinking_findings(measured: Mapping) -> list[str]:
         if after["model"] == before["model"]:
             names[1] = "the same model with an empty thought"
         elif after["variant"] == "with_thoughts, 0":
-            names[0] += ", asked with an empty one"
+            names[0] += ", asked with an empty thought"
         change = f"{before['accuracy']:.2f} → {after['accuracy']:.2f}, {step['difference']:+.2f}"
-        planned = "" if step["planned"] else " (looked at afterwards)"
+        planned = "" if step["planned"] else " (not planned before the measurement)"
         ends = f"[{step['ci_low_clustered']:+.2f}, {step['ci_high_clustered']:+.2f}]"
         sentences.append(f"{', against '.join(names)}: {change} {ends}, n = {step['n']}, {step['verdict']}{planned}.")
     for row in measured["paths"]:

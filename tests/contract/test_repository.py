@@ -18,7 +18,8 @@ TRACKED = subprocess.run(["git", "-C", str(ROOT), "ls-files"], capture_output=Tr
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/results.md", "docs/benchmarks.md", "docs/teaching.md", "docs/licences.md"]
+    "page",
+    ["README.md", *(f"docs/{name}.md" for name in ("results", "benchmarks", "teaching", "licences", "glossary"))],
 )
 def test_tables_are_fresh(page, monkeypatch):
     monkeypatch.chdir(ROOT)

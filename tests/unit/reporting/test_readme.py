@@ -38,12 +38,18 @@ def test_the_figure_shows_both_tasks_with_intervals_and_the_baselines(toy_result
 def test_the_sentences_say_what_was_and_what_was_not_shown(toy_results):
     results, facts = toy_results
     sentences = {text.split("**")[1]: text for text in story.tell_story(results, facts)}
-    assert "not shown to be equivalent to it within 0.02 (that needs about 1,234 questions)" in sentences["edge file"]
-    assert "does not beat TF-IDF" in sentences["edge file"] and "28% of the bytes" in sentences["edge file"]
-    assert "66% [56%, 76%] of the gap" in sentences[tables.label("student_kd")]
-    shown = results.assign(within_margin=True, verdict="better")
-    (edge,) = [text for text in story.tell_story(shown, facts) if text.startswith("**edge file**")]
-    assert "equivalent to it within 0.02:" in edge and "It beats TF-IDF" in edge
+    edge, student = sentences["edge file"], sentences[tables.label("student_kd")]
+    missed = "equivalence to distilled student within 0.02 is not shown (that needs n = 1,234 or so): -0.008 ["
+    assert (
+        f"On icd_chapter {missed}" in edge and "28% of the bytes of distilled student" in edge and "TF-IDF" not in edge
+    )
+    assert (
+        "is not shown to beat TF-IDF" in student and "Of the gap to the teacher it closes 66% [56%, 76%] on " in student
+    )
+    for verdict, word in {"better": "beats", "worse": "is worse than"}.items():
+        changed = results.assign(within_margin=True, verdict=verdict)
+        student, edge = story.tell_story(changed, facts, ["student_kd", "edge"])
+        assert f"It {word} TF-IDF" in student and "equivalence to distilled student within 0.02 is shown:" in edge
 
 
 def test_the_text_before_long_code_says_how_long_it_took(tmp_path):
