@@ -9,7 +9,7 @@ import pytest
 from medkit import sources
 from medkit.data import contamination, splits
 from medkit.data.instructions import prompt_texts
-from medkit.params import SPLITS, DatasetParams, Instructions, Table
+from medkit.params import SPLITS, DatasetParams, Instructions
 
 
 def say(*contents: str, roles=("user", "assistant")) -> list[dict]:
@@ -60,16 +60,17 @@ def test_every_file_and_a_dataset_folder_hold_the_same_samples(write, tmp_path, 
     turns = [turn for chat in CHATS for turn in chat if turn["role"] == "assistant"]
     assert table.options.tolist() == [[turn["content"].strip()] for turn in turns]
     assert set(table.kind) == {"instruction"} and set(table.answer) == {0} and table.id.is_unique
-    pairs = [{"q": "What is gout?", "more": "", "a": "Crystals in a joint.", "as": ""}]
-    pairs += [{"q": "Is 37 °C", "more": "a fever?", "a": "No.", "as": "You are a nurse."}]
+    pairs = [{"q": "Is 37 °C", "more": "a fever?", "a": "No.", "as": "You are a nurse."}]
+    pairs += [{"q": "What is gout?", "more": "", "a": "Crystals in a joint.", "as": ""}]
     monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path / "cache"))
     for name, row in zip(("train", "test"), pairs, strict=True):
         (tmp_path / "folder").mkdir(exist_ok=True)
         (tmp_path / "folder" / f"{name}.jsonl").write_text(json.dumps(row))
     columns = {"prompt": ["q", "more"], "response": "a", "system": "as", "split": "split"}
     found, _ = load(tmp_path / "folder", columns)
-    assert found.pool.tolist() == ["train", "test"] and found.id[0] == table.id[0]
-    assert found.question[1] == "Is 37 °C\n\na fever?" and found.context[1] == table.context[4]
+    assert found.pool.tolist() == ["train", "test"]
+    assert found.id[1] == table.id[0] and found.id[0] not in set(table.id)  # it is of the content, wherever that is
+    assert found.question[0] == "Is 37 °C\n\na fever?" and found.context[0] == table.context[4]
 
 
 def test_a_dataset_of_the_hub_is_read_by_its_columns_and_splits(tmp_path, monkeypatch):
@@ -164,16 +165,3 @@ def test_contamination_reads_what_the_user_said_in_the_whole_chat(write):
     found = contamination.find_contamination(table, np.eye(len(table)))
     assert {*found.id_test} == {*table.id[:2]} and set(found.id_train) == {table.id[3]}
     assert not prompt_texts(table).str.contains("clinic|Rest").any()
-
-
-def test_a_table_of_questions_may_be_a_dataset_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "set").mkdir()
-    for name in ("train", "validation"):
-        row = {"q": f"Which {name}?", "o": ["x", "y"], "a": 1}
-        (tmp_path / "set" / f"{name}.jsonl").write_text(json.dumps(row))
-    columns = {"question": "q", "options": "o", "answer": "a", "context": "", "subject": "", "split": "split"}
-    own = Table(kind="table", path=str(tmp_path / "set"), pool=None, columns=columns, answer_is="index0")
-    dataset = DatasetParams(origin=own, **dict.fromkeys(SPLITS, 0))
-    table, _ = splits.load_questions({"own": dataset}, {"own": tmp_path / "set"}, seed=0)
-    assert table.pool.tolist() == ["train", "valid"] and table.answer.tolist() == [1, 1]

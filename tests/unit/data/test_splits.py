@@ -1,8 +1,5 @@
 """The questions table, and above all the split: no near-duplicate of a test question may be learned from."""
 
-import json
-from pathlib import Path
-
 import pandas as pd
 import pytest
 from hypothesis import given, settings
@@ -10,35 +7,14 @@ from hypothesis import strategies as st
 
 from medkit.data import splits
 from medkit.data.splits import DataError, assign_pools, drop_long, take_splits, training_rows, transfer_answers
-from medkit.params import DatasetParams, Local, Table
+from medkit.params import DatasetParams, Local
 
 HERE = Local(kind="local", path="unused")
-COLUMNS = {"question": "question", "options": "options", "answer": "answer", "context": "", "subject": ""}
-MINE = Table(kind="table", path="unused", pool="test", columns=COLUMNS, answer_is="index0")
 
 
-def wanted(private=0, labelled=0, transfer=0, valid=0, test=0, origin=HERE) -> DatasetParams:
+def wanted(private=0, labelled=0, transfer=0, valid=0, test=0) -> DatasetParams:
     counts = {"private": private, "labelled": labelled, "transfer": transfer, "valid": valid, "test": test}
-    return DatasetParams(origin=origin, **counts)
-
-
-def asked(question: str, *options: str, answer=0) -> dict:
-    return {"question": question, "options": list(options or "abcd"), "answer": answer}
-
-
-def load(folder: Path, records: list[dict], pool: str = "test") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """`load_questions` of one table with these records."""
-    path = folder / "mine.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    origin = MINE.model_copy(update={"pool": pool})
-    return splits.load_questions({"mine": wanted(origin=origin)}, {"mine": path}, seed=0)
-
-
-def test_ids_depend_on_content_alone(tmp_path):
-    before = load(tmp_path, [asked(f"q{i}?") for i in range(5)])[0]
-    after = load(tmp_path, [asked(f"q{i}?") for i in (9, 3, 0, 4)])[0].set_index("question").id
-    assert all(after[q] == i for q, i in zip(before.question, before.id, strict=True) if q in after)
-    assert after["q9?"] not in set(before.id)
+    return DatasetParams(origin=HERE, **counts)
 
 
 def test_unknown_dataset_lists_the_known_and_the_way_to_bring_ones_own(tmp_path):
