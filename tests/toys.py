@@ -163,6 +163,22 @@ def logits(model):
         return model(torch.tensor([PROMPT])).logits
 
 
+def assert_same_weights(found, expected):
+    """Of two models, or of their weights by name: equal to the bit."""
+    found, expected = (one if isinstance(one, dict) else one.state_dict() for one in (found, expected))
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not found[name].equal(expected[name])] == []
+
+
+def plain_score(model, prompt_ids, answer_ids):
+    """log p(answer | prompt) in nats from one full sequence, one token after the other."""
+    import torch
+
+    with torch.no_grad():
+        logprobs = model(torch.tensor([[*prompt_ids, *answer_ids]])).logits[0].double().log_softmax(-1)
+    return sum(logprobs[len(prompt_ids) - 1 + i, token].item() for i, token in enumerate(answer_ids))
+
+
 def attach_adapter(model, variant="lora", targets=("q_proj", "k_proj", "v_proj", "o_proj"), strength=0.0):
     """The model with an adapter of rank 4, whose weights are moved at random by `strength`, as if it were trained."""
     import torch
@@ -179,12 +195,16 @@ def attach_adapter(model, variant="lora", targets=("q_proj", "k_proj", "v_proj",
 
 
 def save_encoder(folder):
-    """A folder with a random BERT of one layer, for sentence embeddings, and the toy tokenizer."""
+    """A folder with a random BERT of one layer, for sentence embeddings, and a tokenizer that marks both ends."""
     import torch
+    from tokenizers.processors import TemplateProcessing
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     BertModel(BertConfig(**sizes, num_attention_heads=2)).save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    tokenizer, (_, start, end) = make_tokenizer(), SPECIAL
+    ends = TemplateProcessing(single=f"{start} $A {end}", special_tokens=[(start, 1), (end, 2)])
+    tokenizer.backend_tokenizer.post_processor = ends
+    tokenizer.save_pretrained(folder)
     return folder

@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
+from toys import VOCAB, make_llama, make_tokenizer
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from medkit.inference.torch_engine import SCHEDULERS, TorchEngine
@@ -17,25 +18,10 @@ from medkit.stage import ROOT
 pytestmark = pytest.mark.gpu
 
 DEVICE = "cuda"
-VOCAB = 1024
 
 
 def small_llama():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM._from_config(config, dtype=torch.float32, attn_implementation="sdpa").to(DEVICE).eval()
+    return make_llama(layers=2, hidden_size=256, intermediate_size=512, tie_word_embeddings=False).to(DEVICE)
 
 
 def random_ids(*shape):
@@ -44,13 +30,6 @@ def random_ids(*shape):
 
 def relative_error(value, reference):
     return ((value.float() - reference.float()).norm() / reference.float().norm()).item()
-
-
-class NoTokenizer:
-    """Stands where a model is saved with its tokenizer, of which these tests have none."""
-
-    def save_pretrained(self, folder):
-        pass
 
 
 @pytest.fixture
@@ -70,7 +49,7 @@ def test_a_plan_comes_back_from_disk_with_equal_logits(models_params, tmp_path):
     )
     assert set(plan.schemes.values()) == {"unquantized", "int8", "nf4"}
     model = quantize.apply_plan(model, plan, double_quant=True)
-    quantize.save_quantized(model, NoTokenizer(), plan, tmp_path / "plan")
+    quantize.save_quantized(model, make_tokenizer(), plan, tmp_path / "plan")
     logits = model(ids).logits
     loaded = quantize.load_quantized(tmp_path / "plan", models_params)
     assert {parameter.device.type for parameter in loaded.parameters()} == {DEVICE}

@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 import torch
-import yaml
+from toys import assert_same_weights
 
 from medkit.distillation import answers, entities, losses, pruning, stages, teacher_cache
 from medkit.distillation.teacher_cache import CacheError, TeacherCache
@@ -31,9 +31,8 @@ def folders(tmp_path_factory, make_llama, tokenizer, make_pieces_tokenizer):
 
 
 @pytest.fixture
-def load(folders, tmp_path):
+def load(folders):
     """load(alignment, **changes of the distillation section): the toys' params."""
-    raw = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text())
 
     def side(name):
         return {"source": {"kind": "local", "path": str(folders / name)}, "keep_layers": []}
@@ -42,13 +41,11 @@ def load(folders, tmp_path):
         sides = {"teacher": side("teacher"), "student": "pruned_teacher"}
         if alignment == "spans":
             sides = {"teacher": side("pieces"), "student": side("student")}
-        raw["models"] |= {**sides, "device": "cpu", "attention": "sdpa"}
-        trains = {"correction_train": TRAIN, "student_train": TRAIN}
-        raw["distillation"] |= {**trains, "alignment": alignment, "rationales": None, **changes}
-        raw["inference"] |= {"max_new_tokens": 12, "batch_tokens": 512}
-        path = tmp_path / "toy.yaml"
-        path.write_text(yaml.safe_dump(raw))
-        return load_params(path)
+        section = {"correction_train": TRAIN, "student_train": TRAIN, "alignment": alignment, "rationales": None}
+        sections = {"models": {**sides, "device": "cpu", "attention": "sdpa"}, "distillation": section | changes}
+        sections["inference"] = {"max_new_tokens": 12, "batch_tokens": 512}
+        overrides = {f"{name}.{key}": value for name, keys in sections.items() for key, value in keys.items()}
+        return load_params(ROOT / "params" / "smoke.yaml", overrides)
 
     return load
 
@@ -127,10 +124,7 @@ def test_the_command_corrects_the_teacher_on_private_and_labelled_rows(stage, lo
     adapted = adapters.attach(loading.load_model(folder, params.models), params.distillation.correction, params.seed)
     examples, section = batches.encode_questions(tokenizer, questions[:7]), params.distillation.correction_train
     trainer.train(adapted, examples, section, trainer.cross_entropy, stage.path("by_hand"), params.seed)
-    by_hand = adapters.merge(adapted).state_dict()
-    trained = loading.load_model(stage.dir / "teacher", params.models).state_dict()
-    assert trained.keys() == by_hand.keys()
-    assert [name for name in by_hand if not torch.equal(trained[name], by_hand[name])] == []
+    assert_same_weights(loading.load_model(stage.dir / "teacher", params.models), adapters.merge(adapted))
 
 
 def test_every_student_sees_as_many_examples_and_no_transfer_label_but_the_ceiling(

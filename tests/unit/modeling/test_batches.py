@@ -112,18 +112,6 @@ def test_letter_forms_of_a_tokenizer_that_prepends_a_space(make_pieces_tokenizer
         batches.letter_forms(tokenizer, "Z")
 
 
-def test_each_example_is_predicted_once_and_as_if_alone(make_llama, make_examples, monkeypatch):
-    monkeypatch.setattr(batches, "PACKED_TOKENS", 60)
-    model, examples = make_llama(), make_examples(7)
-    seen = []
-    for rows, found in batches.iterate_predicted(model, examples):
-        alone = [batches.collect_logits(model, [examples[i]]) for i in rows]
-        torch.testing.assert_close(found.logits, torch.cat(alone), rtol=0, atol=1e-5)
-        assert found.targets.tolist() == [t for i in rows for t in examples[i].input_ids[examples[i].loss_start :]]
-        seen += rows
-    assert sorted(seen) == list(range(7))
-
-
 def test_losses_are_means_over_the_predicted_tokens_and_ignore_dropout(make_llama, make_examples):
     model, examples = make_llama(attention_dropout=0.5).train(), make_examples(4)
     found = batches.predict_examples(model, examples)

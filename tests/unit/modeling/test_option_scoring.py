@@ -1,9 +1,9 @@
 """One reading serves many: equal beginnings of prompts and options change the work and no score."""
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from toys import plain_score
 
 from medkit.modeling import batches, option_scoring
 from medkit.modeling.option_scoring import Item
@@ -23,15 +23,8 @@ def toys(make_llama):
     return {kind: make_llama(layers=2, kind=kind, initializer_range=0.2) for kind in ("Llama", "Qwen2")}
 
 
-@torch.no_grad()
 def plain_scores(model, item):
-    """log p(answer | prompt) from full sequences, nothing shared."""
-    found = []
-    for answer in item.answer_ids:
-        logprobs = model(torch.tensor([[*item.prompt_ids, *answer]])).logits[0].double().log_softmax(-1)
-        at = len(item.prompt_ids) - 1
-        found.append(sum(logprobs[at + i, token].item() for i, token in enumerate(answer)))
-    return found
+    return [plain_score(model, item.prompt_ids, answer) for answer in item.answer_ids]
 
 
 @pytest.fixture

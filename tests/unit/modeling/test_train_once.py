@@ -6,6 +6,7 @@ import os
 import pandas as pd
 import pytest
 import torch
+from toys import assert_same_weights
 
 from medkit.distillation.losses import DistillationLoss
 from medkit.lora import adapters
@@ -41,12 +42,6 @@ def train(stage, make_llama, make_examples, make_section, tokenizer):
         return model, train_once.train_once(*arguments, trainer.cross_entropy, 0, **(options or {}))
 
     return train
-
-
-def assert_same_weights(model, expected):
-    found, expected = model.state_dict(), expected.state_dict()
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def attached(model, **changes):
@@ -118,17 +113,6 @@ def test_the_key_covers_the_source_of_the_loss_and_the_library_versions(monkeypa
     assert key(trainer.train) == before, "the same release for another device"
     monkeypatch.setattr(train_once, "library_versions", lambda: {"torch": "2.14.0+cpu", "peft": None})
     assert key(trainer.train) != before
-
-
-def test_a_record_belongs_to_a_file_as_to_a_folder(tmp_path):
-    path = tmp_path / "scores.json"
-    assert train_once.find_record(path, "a") is None
-    path.write_text("[1, 2]")
-    train_once.write_record(path, "a", count=2)
-    assert train_once.find_record(path, "a") == {"count": 2}
-    assert train_once.find_record(path, "b") is None
-    path.write_text("[1")
-    assert train_once.find_record(path, "a") is None
 
 
 def test_killed_before_the_record_the_old_one_does_not_vouch_for_new_weights(trainings, train, monkeypatch):

@@ -7,6 +7,7 @@ import weakref
 import pandas as pd
 import pytest
 import torch
+from toys import assert_same_weights
 
 from medkit.lora import adapters
 from medkit.modeling import batches, trainer
@@ -33,11 +34,6 @@ def count_steps(model, dies_at=None):
 
 def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def assert_same_weights(found, expected):
-    assert found.keys() == expected.keys()
-    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
 
 
 def test_training_learns_and_its_log_is_per_token(make_llama, make_examples, make_section, tmp_path):
@@ -77,7 +73,7 @@ def test_a_killed_training_ends_bit_for_bit_where_an_uninterrupted_one_does(
     (tmp_path / "killed" / "checkpoint-5" / "model.safetensors").write_bytes(b"half of it")
     log = train(resumed, "killed")
     assert len(steps) == 6 - (step - 1)
-    assert_same_weights(weights(resumed), weights(whole))
+    assert_same_weights(resumed, whole)
     columns = ["step", "loss", "ce", "loss_tokens", "learning_rate"]
     pd.testing.assert_frame_equal(log[columns], expected[columns])
 
