@@ -145,13 +145,15 @@ def collect(engine, tokenizer, known, make_llama, models_params, tmp_path, tmp_p
 
 
 def test_what_was_written_is_read_back_and_another_writer_or_way_to_ask_is_asked_anew(
-    collect, engine, tokenizer, known
+    collect, engine, tokenizer, known, tmp_path
 ):
     pd.testing.assert_frame_equal(collect(), sample(Scripted(tokenizer, WRITTEN), tokenizer, known))
     changes = [{"writer": 1}, {"temperature": 0.5}, {"seed": 1}, {"num_samples": 2}, {"max_new_tokens": 9}]
     for number, change in enumerate([{}, *changes], 1):
         pd.testing.assert_frame_equal(collect(**change), collect(**change))
         assert engine.closed == number, change
+    (tmp_path / "answers.parquet").write_bytes(b"cut short")
+    assert len(collect(**changes[-1])) == 12 and engine.closed == 7
 
 
 def test_a_killed_run_goes_on_behind_its_last_part(collect, engine, tokenizer, known, monkeypatch):
