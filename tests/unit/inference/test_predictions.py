@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-import torch
+from toys import plain_score
 
 from medkit.inference import predictions, workloads
 from medkit.inference.torch_engine import TorchEngine
@@ -20,17 +20,10 @@ def scorer(make_llama):
     return make_llama(layers=2, initializer_range=0.2)
 
 
-@torch.no_grad()
 def letter_score(model, tokenizer, messages, letter):
     """Log-probability that the letter comes next, alone or after a space."""
     prompt = templates.encode(tokenizer, messages)[0]
     return np.logaddexp.reduce([plain_score(model, prompt, ids) for ids in letter_forms(tokenizer, letter)])
-
-
-def plain_score(model, prompt_ids, answer_ids):
-    """log p(answer | prompt) from one full sequence, one token after the other."""
-    logprobs = model(torch.tensor([[*prompt_ids, *answer_ids]])).logits[0].double().log_softmax(-1)
-    return sum(logprobs[len(prompt_ids) - 1 + i, token].item() for i, token in enumerate(answer_ids))
 
 
 # --- the test questions --------------------------------------------------------------------------------------------

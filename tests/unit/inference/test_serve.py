@@ -176,6 +176,9 @@ def test_anything_else_gets_one_sentence_and_an_emergency_another(taught):
     assert "80% of 600" in describe(TAUGHT) and "F1 0.80" in describe(TAUGHT)
     answer = ask(taught, EMERGENCY).parse()
     assert answer.choices[0].message.content == answer.metadata["emergency"] == emergencies.SENTENCE
+    chunks = list(ask(taught, QUESTION, stream=True).parse())
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == describe(TAUGHT)
+    assert chunks[-1].choices[0].finish_reason == "stop" and chunks[0].metadata["disclaimer"] == DISCLAIMER
 
 
 def test_the_sentence_of_an_emergency_comes_first_whatever_the_model_says(client, taught):
@@ -188,12 +191,6 @@ def test_the_sentence_of_an_emergency_comes_first_whatever_the_model_says(client
     assert chunks[0].metadata == answer.metadata == {"disclaimer": DISCLAIMER, "emergency": emergencies.SENTENCE}
     consultation = ask(taught, f"D: What is it?\nP: {EMERGENCY}!").parse()  # a doctor is there
     assert consultation.metadata == {"disclaimer": DISCLAIMER}
-
-
-def test_a_fixed_answer_can_be_streamed(taught):
-    chunks = list(ask(taught, QUESTION, stream=True).parse())
-    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == describe(TAUGHT)
-    assert chunks[-1].choices[0].finish_reason == "stop" and chunks[0].metadata["disclaimer"] == DISCLAIMER
 
 
 def test_what_clients_send_is_passed_to_llama_cpp(taught, client):
@@ -217,12 +214,6 @@ def test_control_tokens_in_a_users_text_stay_text(taught, tokenizer):
     broken = attack.replace("<|", "<\N{WORD JOINER}|").strip()
     messages = templates.render({"question": broken, "context": "", "options": []}, templates.RECORD)
     assert ask(taught, attack).parse().usage.prompt_tokens == len(templates.encode(tokenizer, messages)[0])
-
-
-def test_only_one_path_answers_chats(taught, url):
-    headers = {"authorization": f"Bearer {KEY}"}
-    for path in ("/v1/responses", "/v1/messages", "/api/chat"):
-        assert httpx.post(f"{url}{path}", json={"messages": [], "input": EMERGENCY}, headers=headers).status_code == 404
 
 
 def test_pages_of_this_machine_may_ask(start, upstream, url):
@@ -270,6 +261,8 @@ def test_errors_have_the_shape_of_openai(client, url, start, monkeypatch):
     with pytest.raises(openai.BadRequestError, match="exceed"):  # llama.cpp's own error
         client.completions.create(model="edge", prompt=[5] * 2000, max_tokens=1)
     headers = {"authorization": f"Bearer {KEY}"}
+    for path in ("/v1/responses", "/v1/messages", "/api/chat"):  # only one path answers chats
+        assert httpx.post(f"{url}{path}", json={"messages": [], "input": EMERGENCY}, headers=headers).status_code == 404
     refused = httpx.post(f"{url}/v1/chat/completions", content=b"[1", headers=headers)
     assert refused.status_code == 400 and "is not what /v1/chat/completions takes" in refused.json()["error"]["message"]
     monkeypatch.setattr(serve, "MAX_BODY_BYTES", 100)

@@ -49,9 +49,6 @@ def test_skewed_lengths_are_the_same_for_every_seed(number):
     assert sum(n < 24 for n in lengths) == sum(n > 24 for n in lengths)
     if number >= 8:
         assert np.mean(lengths) > 1.4 * np.median(lengths)  # a tail to the right
-
-
-def test_a_median_above_the_longest_is_refused():
     with pytest.raises(MedkitError, match="median of 300 and at most 256"):
         workloads.skewed(PROMPTS, 300, 256, seed=0)
 
