@@ -78,15 +78,6 @@ def test_what_comes_out_is_the_quantised_merged_weight(make_llama, save, double_
     assert differing(found, before, set(before) - set(adapted)) == set(), "without an adapter nothing is requantised"
 
 
-def test_codes_survive_a_zero_update_and_scales_do_unless_they_are_in_8_bits(make_llama, save):
-    for double_quant in (False, True):
-        folder, _ = save(nf4_llama(make_llama, double_quant), strength=0.0)
-        base = nf4_llama(make_llama, double_quant)
-        before = stored(base)
-        changed = differing(stored(merge_quantized.merge_into_quantized(base, folder)), before)
-        assert "codes" not in changed and bool(changed) == double_quant
-
-
 def test_the_share_of_an_update_that_survives():
     before, update = torch.randn(2, 8, 64, generator=torch.Generator().manual_seed(0))
     for share in (0.0, 0.5, 1.0):

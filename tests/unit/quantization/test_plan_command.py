@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import sys
 
 import pytest
@@ -14,19 +13,15 @@ STUDENT = "DeepSeek-R1-Distill-Qwen-7B"
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(monkeypatch, capsys, no_network):
     """plan(*arguments): exit code, output and errors of the command, run in this process without a network."""
-
-    def refuse(*_, **__):
-        raise AssertionError("the command must not use a network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["medkit", "plan", *arguments])
         with pytest.raises(SystemExit) as stopped:
             __main__.main()
         output = capsys.readouterr()
+        assert no_network == []
         return stopped.value.code or 0, output.out, output.err
 
     return run

@@ -141,18 +141,14 @@ def test_a_scheme_that_cannot_apply_is_refused_before_anything_changes(make_llam
     assert {key: type(module) for key, module in model.named_modules()} == before
 
 
-def test_a_quantized_model_is_not_quantized_again(make_model):
+def test_a_quantized_model_is_neither_quantized_again_nor_saved_if_a_run_repacked_it(
+    make_model, make_examples, tokenizer, tmp_path
+):
     model = make_model()
     plan = plans.nf4_plan(quantize.weight_shapes(model))
     quantize.apply_plan(model, plan, True)
     with pytest.raises(PlanError, match="Linear4bit, not a plain"):
         quantize.apply_plan(model, plan, True)
-
-
-def test_a_model_that_has_run_is_not_saved_if_that_repacked_it(make_model, make_examples, tokenizer, tmp_path):
-    model = make_model()
-    plan = plan_for(model, "nf4_all")
-    quantize.apply_plan(model, plan, True)
     batches.collect_logits(model, make_examples(1))
     state = model.get_decoder().layers[0].mlp.up_proj.weight.quant_state
     state.packing_format_for_cpu = True  # as bitsandbytes does on CPUs with AVX512-BF16
@@ -163,11 +159,14 @@ def test_a_model_that_has_run_is_not_saved_if_that_repacked_it(make_model, make_
 
 @pytest.mark.parametrize(("was", "now"), [("nf4", "int8"), ("unquantized", "nf4")])
 def test_a_plan_that_is_not_of_its_weights_is_refused(make_model, tokenizer, models_params, tmp_path, was, now):
+    """Nor does transformers take the weights for a plain model's."""
     model, name = make_model(), "model.layers.1.mlp.up_proj"
     schemes = plan_for(model, "unquantized").schemes
     plan = Plan(name="edited", schemes=schemes | {name: was})
     quantize.apply_plan(model, plan, True)
     folder = quantize.save_quantized(model, tokenizer, plan, tmp_path / "edited")
+    with pytest.raises(loading.ModelError, match=r"model\.safetensors"):
+        loading.load_model(folder, models_params)
     edited = Plan(name="edited", schemes=schemes | {name: now})
     (folder / quantize.PLAN).write_text(edited.model_dump_json())
     with pytest.raises(PlanError, match=name):
@@ -193,12 +192,3 @@ def test_a_missing_or_damaged_file_is_named_with_a_cure(make_model, tokenizer, m
     with pytest.raises(PlanError, match=rf"{file}: cannot be read .*; (?:copy|give) .*folder") as raised:
         quantize.load_quantized(folder, models_params)
     assert "\n" not in str(raised.value)
-
-
-def test_transformers_does_not_load_a_quantized_folder(make_model, tokenizer, models_params, tmp_path):
-    model = make_model()
-    plan = plan_for(model, "nf4_int8_embed")
-    quantize.apply_plan(model, plan, True)
-    folder = quantize.save_quantized(model, tokenizer, plan, tmp_path / "quantized")
-    with pytest.raises(loading.ModelError, match=r"model\.safetensors"):
-        loading.load_model(folder, models_params)
