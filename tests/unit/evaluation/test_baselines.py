@@ -29,12 +29,7 @@ def make_questions(count, seed):
 
 def test_words_are_found_and_the_majority_is_the_most_frequent_answer():
     training, test = make_questions(80, 0), make_questions(60, 1)
-    strange = {
-        "id": "q",
-        "question": "disorder of the ear",
-        "options": ["nobody's", "Diseases of the ear"],
-        "answer": 1,
-    }
+    strange = {"id": "q", "question": "disorder of an ear", "options": ["nobody's", "Diseases of the ear"], "answer": 1}
     predictions, sizes = baselines.predict_baselines(training, pd.concat([test, pd.DataFrame([strange])]))
     assert sizes["tfidf"] > sizes["majority"] > 0
     for variant, rows in predictions.groupby("variant"):

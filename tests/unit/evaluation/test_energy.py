@@ -2,9 +2,7 @@
 
 import logging
 import math
-import socket
 import time
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -29,7 +27,7 @@ def test_a_case_worked_by_hand_with_the_interval_of_the_accuracy():
 
 
 @pytest.fixture
-def closed(monkeypatch, tmp_path):
+def closed(monkeypatch, no_network, tmp_path):
     """An empty folder to work in, a home with a config that asks for files and uploads, and no network."""
     home, work = tmp_path / "home", tmp_path / "work"
     home.mkdir(), work.mkdir()
@@ -39,17 +37,8 @@ def closed(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr("tempfile.tempdir", str(work))
     monkeypatch.chdir(work)
-    opened = []
-
-    def refuse(*address):
-        opened.append(address)
-        raise OSError(f"no network in tests: {address}")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **more: refuse(*address))
-    yield SimpleNamespace(work=work, opened=opened)
-    assert opened == []
-    assert list(work.iterdir()) == []
+    yield
+    assert no_network == [] and list(work.iterdir()) == []
 
 
 def busy(seconds: float) -> float:

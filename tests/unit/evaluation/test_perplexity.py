@@ -17,16 +17,12 @@ from medkit.params import SPLITS, DatasetParams, Instructions
 def questions(tmp_path):
     """Twelve conversations of one or two turns, read from a file; all their responses are tested."""
     path = tmp_path / "notes.jsonl"
-    chats = [
-        [
-            (role, f"{role} {n}:\n- {'word ' * (n % 4)}{turn}")
-            for turn in range(1 + n % 2)
-            for role in ("user", "assistant")
-        ]
-        for n in range(12)
-    ]
-    rows = [{"chat": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for n in range(12):
+        turns = [(role, turn) for turn in range(1 + n % 2) for role in ("user", "assistant")]
+        texts = [f"{role} {n}:\n- {'word ' * (n % 4)}{turn}" for role, turn in turns]
+        chat = [{"role": role, "content": text} for (role, _), text in zip(turns, texts, strict=True)]
+        with path.open("a") as file:
+            file.write(json.dumps({"chat": chat}) + "\n")
     origin = Instructions(kind="instructions", path=str(path), pool="test", columns={"messages": "chat"})
     datasets = {"notes": DatasetParams(origin=origin, **(dict.fromkeys(SPLITS, 0) | {"test": "all"}))}
     table, _ = splits.load_questions(datasets, {"notes": path}, seed=0)
@@ -67,20 +63,15 @@ def test_from_a_file_to_a_perplexity_that_is_the_models_own(make_llama, tokenize
 def made_up(
     nats: dict[str, list[float]], tokens: dict[str, list[int]], groups: list
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    ids = [f"q{n}" for n in range(len(groups))]
-    questions = pd.DataFrame({"id": ids, "source": "notes", "group": groups, "options": [["ab"]] * len(ids)})
-    parts = [
-        pd.DataFrame(
-            {
-                "id": ids,
-                "variant": name,
-                "logprobs": [[-x] for x in values],
-                "answer_tokens": [[n] for n in tokens[name]],
-            }
-        )
+    questions = pd.DataFrame({"group": groups, "source": "notes", "options": [["ab"]] * len(groups)})
+    questions["id"] = [f"q{n}" for n in range(len(groups))]
+    rows = [
+        (id, name, [-x], [n])
         for name, values in nats.items()
+        for id, x, n in zip(questions.id, values, tokens[name], strict=True)
     ]
-    return pd.concat(parts).assign(scoring="perplexity"), questions
+    predictions = pd.DataFrame(rows, columns=["id", "variant", "logprobs", "answer_tokens"])
+    return predictions.assign(scoring="perplexity"), questions
 
 
 def test_intervals_are_those_of_whole_groups_and_pairs_share_their_tokens():
