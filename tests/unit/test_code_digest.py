@@ -3,7 +3,7 @@
 import pytest
 
 from medkit import code_digest
-from medkit.code_digest import digest_code, digest_functions
+from medkit.code_digest import digest_code
 
 FILES = {
     "__init__.py": '"""The package."""\n',
@@ -144,12 +144,3 @@ def test_an_edit_counts_where_it_is_reached(edit, source, change, counts):
 
 def test_the_source_itself_counts_but_its_comments_do_not(edit):
     assert digest_code("x = 1  # one") == digest_code("x = 1") != digest_code("x = 2")
-
-
-def test_functions_are_followed_like_names():
-    from medkit.params import load_params
-    from medkit.stage import Stage, atomic_path
-
-    assert digest_functions(load_params) == digest_functions(load_params)
-    assert len({digest_functions(f) for f in (load_params, Stage, atomic_path)}) == 3
-    assert digest_functions(Stage, atomic_path) == digest_functions(Stage)  # the class reaches the function

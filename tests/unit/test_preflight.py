@@ -1,8 +1,8 @@
 """What cannot work is refused before anything runs, in one sentence; what is not here yet is named."""
 
-import copy
 import json
 
+import pandas as pd
 import pytest
 import yaml
 from toys import save_encoder
@@ -37,38 +37,31 @@ def toys(make_llama, make_tokenizer, tokenizer, tmp_path_factory):
     refusing = make_tokenizer(chat_template="{{ raise_exception('no turns') }}")
     loading.save_model(make_llama(intermediate_size=128), refusing, folder / "refusing")
     save_encoder(folder / "encoder")
-    places = [place for place in ("train", "valid", "test") for _ in range(8)]
-    rows = [
-        {
-            "question": f"{place} {number}?",
-            "options": [f"a{number}", f"b{number}"],
-            "answer": number % 2,
-            "split": place,
-        }
-        for number, place in enumerate(places)
-    ]
-    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = pd.DataFrame({"split": ["train", "valid", "test"] * 8, "answer": [0, 1] * 12})
+    own = own.assign(question=own.split + own.index.map(" {}?".format), options=[[f"a{n}", f"b{n}"] for n in own.index])
+    own.to_json(folder / "own.jsonl", orient="records", lines=True)
     return folder
 
 
 @pytest.fixture
-def check(toys, tmp_path):
-    """check(**changes): `check_profile` of a profile of the toys in which dotted keys have other values."""
+def check(toys):
+    """check(changes): `check_profile` of a profile of the toys in which dotted keys have other values."""
     columns = {"question": "question", "options": "options", "answer": "answer", "context": "", "subject": ""}
     origin = {"kind": "table", "path": str(toys / "own.jsonl"), "pool": None, "answer_is": "index0"}
     own = {"origin": origin | {"columns": columns | {"split": "split"}}}
-    raw = copy.deepcopy(SMOKE)
-    raw["models"]["teacher"] = {"source": {"kind": "local", "path": str(toys / "plain")}, "keep_layers": []}
-    raw["models"]["embedder"] = {"kind": "local", "path": str(toys / "encoder")}
-    raw["data"] = {"max_prompt_tokens": 640, "open_questions": None, "dialogues": None}
-    raw["data"]["datasets"] = {"own": own | {"private": 2, "labelled": 2, "transfer": 2, "valid": 8, "test": 8}}
-    raw["quantization"]["plan"]["share"] = 0.6
-    raw["inference"] |= {"questions": {"option_text": {"own": 8}}, "exams": {}}
-    raw["inference"]["shuffle"]["questions"] = {"own": 2}
-    raw["evaluation"]["headline_source"] = "own"
-    path = tmp_path / "profile.yaml"
-    path.write_text(yaml.safe_dump(raw))
-    return lambda changes=None: preflight.check_profile(load_params(path, changes))
+    own |= {"private": 2, "labelled": 2, "transfer": 2, "valid": 8, "test": 8}
+    profile = {
+        "models.teacher": {"source": {"kind": "local", "path": str(toys / "plain")}, "keep_layers": []},
+        "models.embedder": {"kind": "local", "path": str(toys / "encoder")},
+        "data": {"max_prompt_tokens": 640, "open_questions": None, "dialogues": None, "datasets": {"own": own}},
+        "quantization.plan.share": 0.6,
+        "inference.questions": {"option_text": {"own": 8}},
+        "inference.exams": {},
+        "inference.shuffle.questions": {"own": 2},
+        "evaluation.headline_source": "own",
+    }
+    smoke = ROOT / "params" / "smoke.yaml"
+    return lambda changes=None: preflight.check_profile(load_params(smoke, profile | (changes or {})))
 
 
 def test_a_profile_that_can_run_is_accepted(check):

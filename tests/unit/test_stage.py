@@ -78,19 +78,6 @@ def test_manifest_says_where_and_with_what(monkeypatch):
     assert (again["fingerprint"], again["git_commit"]) == ("abc", None)
 
 
-def test_reopen_takes_the_manifest_and_nothing_else():
-    stage = committed()
-    stage.reopen()
-    assert not stage.is_whole()
-    assert (stage.dir / "a").read_text() == "one"
-    with pytest.raises(StageError):
-        Stage("r", "02_x").require("01_data", "a")
-    stage.reopen()  # also where there is none
-    Stage("r", "02_other").reopen()
-    stage.commit()
-    assert stage.is_whole()
-
-
 @pytest.mark.parametrize(
     "damage",
     [

@@ -99,17 +99,9 @@ def test_scores_are_paired_with_the_first_setting_of_the_same_seed(tmp_path, mon
         table = judged(right, point["seed"])
         (run_dir(run) / "06_evaluation").mkdir(parents=True)
         table.to_parquet(run_dir(run) / compare_runs.JUDGED)
-        row = {
-            "result": "accuracy/exam",
-            "variant": "edge",
-            "metric": "letter",
-            "ci_low": 0.0,
-            "ci_high": 1.0,
-            "n": 100,
-        }
-        same = {"result": "accuracy/exam", "variant": "teacher", "metric": "letter", "value": 0.5, "n": 100}
         facts = {"run": run, "params": {"evaluation": {"confidence": 0.95, "power": 0.8, "margin": 0.05}}}
-        rows = [row | {"value": right / 100}, same | {"ci_low": 0.0, "ci_high": 1.0}]
+        same = {"result": "accuracy/exam", "metric": "letter", "ci_low": 0.0, "ci_high": 1.0, "n": 100}
+        rows = [same | {"variant": "edge", "value": right / 100}, same | {"variant": "teacher", "value": 0.5}]
         (run_dir(run) / "results.json").write_text(json.dumps(facts | {"results": rows}))
     scores = sweeps.collect_scores(points)
     assert set(scores.variant) == {"edge"}  # the teacher is the same everywhere
