@@ -49,7 +49,6 @@ def test_opening_it_changes_nothing(path):
 
 def test_start_shows_the_last_run_or_how_to_make_one(make_run, tmp_path, monkeypatch, capsys):
     start = code(ROOT / "notebooks" / "00_start.ipynb")
-    assert not any(FORBIDDEN.search(cell.source) for cell in start)
     monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
     monkeypatch.setattr(plt, "show", lambda: print(f"{len(plt.gcf().axes)} panels"))
     monkeypatch.setattr("IPython.display.display", lambda shown: print(getattr(shown, "data", shown)))
@@ -67,6 +66,7 @@ def test_it_ran_top_to_bottom_and_keeps_portable_output_iff_that_is_checked(path
     # nbval compares only cells with a count: a stripped notebook would pass with any output
     assert [cell.execution_count for cell in code(path)] == list(range(1, len(code(path)) + 1))
     for cell in code(path):
+        assert not FORBIDDEN.search(cell.source), cell.source
         assert tags(cell) & CHECKED in (set(), CHECKED), "the two tags go together"
         assert bool(cell.outputs) == bool(tags(cell) & CHECKED), cell.source
         for output in cell.outputs:
@@ -86,10 +86,6 @@ class TestStage:
             "nbval injects nothing: defaults are what it runs"
         )
 
-    def test_no_magic_and_no_absolute_path(self, path):
-        for cell in code(path):
-            assert not FORBIDDEN.search(cell.source), cell.source
-
 
 @pytest.mark.parametrize("path", LABS, ids=lambda p: p.stem)
 class TestLab:
@@ -101,7 +97,6 @@ class TestLab:
         for promise in ("| **Writes** | nothing", "| **Time** |", "## What we see", "Limits: ", "**Exercises**"):
             assert promise in text
         for cell in cells:
-            assert not FORBIDDEN.search(cell.source)
             assert not re.search(r"\.path\(|\bwrite_|\bcommit\(|\bto_(csv|parquet)\b|save_figure", cell.source)
         if "from trl import" in (imports := cells[1].source):  # its trainers report to their maker
             assert 0 <= imports.find('os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"') < imports.find("import matplotlib")
@@ -155,6 +150,5 @@ class TestExercises:
         assert "medkit.stage" in cells[1].source and ".path(" not in "".join(c.source for c in cells), (
             "nothing is written"
         )
-        assert not any(FORBIDDEN.search(cell.source) for cell in cells)
         assert {tag for cell in cells for tag in tags(cell)} == CHECKED | {"parameters", "solution"}
         assert all(tags(c) == CHECKED for c in cells if c.source.startswith("check"))
