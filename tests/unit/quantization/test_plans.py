@@ -51,6 +51,16 @@ def least_and_most(choices):
     return int(by_module.min().sum()), int(by_module.max().sum())
 
 
+def test_nf4_spares_the_ends_and_the_papers_plan_has_8_bits_in_attention():
+    shapes = make_shapes()
+    for ends in BITS:
+        plan = plans.nf4_plan(shapes, ends).schemes
+        assert plan == {m: ends if m in OUTSIDE else "nf4" for m in shapes}
+    scheme_of = {"self_attn": "int8", "mlp": "nf4"}
+    paper = plans.paper_plan(shapes).schemes
+    assert paper == {m: "unquantized" if m in OUTSIDE else scheme_of[m.split(".")[3]] for m in shapes}
+
+
 def test_budget_plan_is_the_best_of_all_plans():
     choices = make_choices({m: s for m, s in make_shapes(layers=2).items() if m not in OUTSIDE})
     by_module = [rows[["kl_nats", "bytes"]].to_numpy() for _, rows in choices.groupby("module")]
