@@ -85,7 +85,7 @@ bench: .venv/done  ## measurements beside their peers; results under benchmarks/
 		$(PY) -m $$module || failed="$$failed $$module"; done; \
 	[ -z "$$failed" ] || { echo "not measured here:$$failed"; exit 1; }
 
-ablation: .venv/done  ## what each part of distillation gives, three seeds, on a finished run (RUN=…); hours, each cell is kept
+ablation: .venv/done  ## what each part of distillation gives, on a finished run (RUN=…); three seeds take hours, each cell is kept
 	$(PY) -m benchmarks.training.ablation --run outputs/$(RUN) --params $(PARAMS)
 
 faults: .venv/done  ## kill a smoke run twenty times, and compare it with one that nothing disturbed; an hour, not in CI

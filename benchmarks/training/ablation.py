@@ -1,7 +1,7 @@
-"""What distillation gives, and which of its parts gives it: the dials and the parts, three seeds, on a finished run.
+"""What distillation gives, when, and by which of its parts: on a finished run, with one or more seeds.
 
-Two dials, on the headline task alone: more labels must shrink what the teacher adds, and a weaker teacher (fewer
-private rows) must remove it. Parts, on all tasks of the run: soft or hard answers, KL without CE, hidden states, whole
+When, on the headline task alone: more labels must shrink what the teacher adds, and a weaker teacher (fewer private
+rows) must remove it. Parts, on all tasks of the run: soft or hard answers, KL without CE, hidden states, whole
 entities, and the order from easy to hard. All students of a setup start from the same layers and see as many examples
 in as many steps. A student is scored on rows that no student learns from: the validation rows, and some private rows of
 the teacher, set aside before any setup takes labels from them. The score is right options, with the four of a question
