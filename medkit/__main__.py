@@ -78,7 +78,10 @@ def run(
         typer.Option("--dry-run", help="Check profile, files and models; print what it takes on a GPU; run nothing"),
     ] = False,
 ) -> None:
-    """Run every notebook that is not done; the same command after a crash or kill goes on."""
+    """Run every notebook that is not done; the same command after a crash or kill goes on.
+
+    With MEDKIT_STORE=s3://bucket/prefix (any URL of fsspec) finished stages are fetched from there, and sent there.
+    """
     changes = parse_overrides(overrides)
     profile, notes = load_params(params, changes), []
     if dry_run or not Stage(run, "01_data").is_whole():  # nothing has run yet
@@ -94,7 +97,7 @@ def run(
 
             typer.echo(forecast_table(profile), err=True)  # standard output stays a profile
         return
-    from medkit import reporting
+    from medkit import reporting, run_store
     from medkit.runner import run_all
 
     ran = run_all(params, run, changes, first, last, reuse or ())
@@ -103,6 +106,7 @@ def run(
         return
     if ran or not (run_dir(run) / "report.html").is_file():
         reporting.write_report(run_dir(run))
+    run_store.send(run, [])  # no stage, but the report
     console.print(f"results: {run_dir(run) / 'results.json'}")
     console.print(f"report: {run_dir(run) / 'report.html'}")
     console.print(f"executed notebooks: {run_dir(run) / 'notebooks'}")

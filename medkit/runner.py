@@ -20,7 +20,7 @@ import papermill
 from nbclient.exceptions import DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
-from medkit import sources
+from medkit import run_store, sources
 from medkit.code_digest import digest_code
 from medkit.params import OWN, Params, digest, load_params, save_run_params
 from medkit.stage import (
@@ -131,8 +131,9 @@ def run_all(
 
     `first` reruns that stage and all after it; nothing after `last` runs. A stage that another run, named in `reuse`,
     made with the same fingerprint is taken from there. The same command after a crash or kill goes on where it stopped.
-    The checked params are stored in the run's folder. Raises RunError for a notebook that fails and an unknown stage,
-    and the errors of `lock_run`.
+    The checked params are stored in the run's folder. With $MEDKIT_STORE, finished stages are fetched from there first,
+    and sent there (`run_store`). Raises RunError for a notebook that fails and an unknown stage, and the errors of
+    `lock_run` and `run_store`; a stage that cannot be sent stops the run only at its end.
     """
     params = load_params(params_file, overrides)
     for stage in (first, last):
@@ -141,7 +142,34 @@ def run_all(
     parameters = {"params_file": str(Path(params_file).resolve()), "run": run, "overrides": overrides or {}}
     with lock_run(run):
         save_run_params(params, run)
-        return _run_stages(fingerprints(params), parameters, first, last or STAGES[-1], reuse)
+        wanted, last = fingerprints(params), last or STAGES[-1]
+        _fetch_stages(run, wanted, first, last)
+        _send(run, wanted)  # a store that cannot be written is told before anything is computed
+        ran = _run_stages(wanted, parameters, first, last, reuse)
+        _send(run, wanted)
+        return ran
+
+
+def _fetch_stages(run: str, wanted: dict[str, str], first: str | None, last: str) -> None:
+    for name in STAGES[: STAGES.index(last) + 1]:
+        stage = Stage(run, name)
+        if first is not None and name >= first:
+            return
+        if _state(stage, wanted[name]) != "done":
+            if not run_store.fetch_stage(stage, wanted[name]):
+                return  # it is made anew, and then those after it
+            _remove_report(stage)
+            _print(f"{name}: fetched from the store")
+
+
+def _send(run: str, wanted: dict[str, str]) -> None:
+    run_store.send(run, [name for name in wanted if _state(Stage(run, name), wanted[name]) == "done"])
+
+
+def _remove_report(stage: Stage) -> None:
+    """Remove the report of an earlier last stage: if we are stopped before a new one is made, none is there."""
+    if stage.name == STAGES[-1]:
+        (run_dir(stage.run) / "report.html").unlink(missing_ok=True)
 
 
 def _run_stages(
@@ -158,12 +186,17 @@ def _run_stages(
                 _print(f"{title}: taken from run {other!r}")
                 continue
         stage.reopen()
+        _remove_report(stage)
         _print(f"{title} …")
         executed = run_dir(stage.run) / "notebooks" / notebook.name
         with write_errors(executed, executed.parent):
             _execute(notebook, executed, stage, wanted[stage.name], parameters)
         _print(f"{title}: done in {time.monotonic() - stage.started:.0f} s")
         ran.append(stage.name)
+        try:
+            _send(stage.run, wanted)
+        except run_store.StoreError as error:  # tried again after the next stage, and at the end
+            _print(f"medkit: {error}")
     return ran
 
 

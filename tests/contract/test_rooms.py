@@ -15,6 +15,7 @@ ORDER = [
     {"evaluation"},
     {"reporting"},
     {"checks", "preflight"},
+    {"run_store"},
     {"runner"},
     {"sweep"},
     {"__main__"},
