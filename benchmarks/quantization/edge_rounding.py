@@ -67,7 +67,7 @@ class Judge:
         for source, part in score_questions(answers, self.rows).groupby("source"):
             drift = batches.measure_drift(self.logits[source], logits[source])
             row |= {f"{name}/{source}": drift[name] for name in ("kl_nats", "top1_changed")}
-            row[f"score/{source}"] = part.score.mean()
+            row[f"score/{source}"] = float(part.score.mean())
         return row
 
 

@@ -8,6 +8,7 @@ from medkit.distillation.plots import (
     plot_closing,
     plot_curves,
     plot_directions,
+    plot_gains,
     plot_kept_mass,
     plot_spans,
     plot_thinking,

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from medkit.distillation.teacher_cache import TeacherCache
 from medkit.plotting import SIZE, plot_intervals
 from medkit.statistics import gap_closed, mean_intervals
-from medkit.variants import THINKERS, VARIANTS
+from medkit.variants import FINAL, THINKERS, VARIANTS
 
 Drawn = tuple[Figure, pd.DataFrame]
 
@@ -132,4 +132,27 @@ def plot_thinking(measured: Mapping) -> Drawn:
     ax.set(xlabel="tokens written per question, thought and answer", ylabel="accuracy, 21 chapters", ylim=(0, None))
     ax.set_title(f"Numbers: the budget of the thought, in tokens  (n = {table.n.max()} questions)")
     ax.legend()
+    return fig, table
+
+
+def plot_gains(measured: Mapping) -> Drawn:
+    """What distillation adds to labels alone, with its interval: a point for each number of labels, and a weak teacher.
+
+    measured: the committed result of benchmarks/training/ablation.py whose name is `ablation_dials`.
+    """
+    table = pd.DataFrame(measured["table"])
+    table = table[table.task == table.task.iloc[0]]  # the first task has as many options as a test question
+    alone = table[table.student == "labels alone"].set_index("setup")["mean"]
+    table = table[table.student == "distilled"].rename(columns={"mean": "score"}).reset_index(drop=True)
+    table["alone"] = table.setup.map(alone)
+    fig, ax = plt.subplots(figsize=(SIZE[0], 3.6))
+    ends = (table.difference - table.ci_low, table.ci_high - table.difference)
+    ax.axhline(0, color="#777777", lw=1)
+    ax.errorbar(table.index, table.difference, ends, fmt="o", capsize=3, color=VARIANTS[FINAL].colour)
+    for row in table.itertuples():
+        text = f"{row.alone:.2f} → {row.score:.2f}"
+        ax.annotate(text, (row.Index, row.difference), (8, 0), textcoords="offset points", va="center", fontsize=9)
+    ax.set(xlim=(-0.4, len(table) - 0.4), xticks=table.index, xticklabels=table.setup.str.replace(", ", "\n"))
+    ax.set_ylabel("gain of distillation, accuracy")
+    ax.set_title(f"Labels alone → distilled student  (n = {table.n.max()} questions)")
     return fig, table
