@@ -145,7 +145,7 @@ def test_results_trace_to_files_and_carry_intervals(whole):
         and (accuracy.n > 0).all()
     )
     everyone = set(variants.list_variants(load_params(SMOKE)))
-    assert set(accuracy.variant) == {*everyone, "majority", "tfidf"}
+    assert set(accuracy.variant) == {*everyone, "first", "longest", "majority", "tfidf"}
     records = results[results.result == "field_f1/records"]
     assert set(records.variant) == {*everyone, "regex"} and (records.ci_low <= records.ci_high).all()
     deltas = results[results.result.str.startswith("accuracy_delta/")]
