@@ -98,8 +98,7 @@ def gap_closed(
         share = (scores[1].mean() - scores[0].mean()) / gap
         shares = np.divide(means[:, 1] - means[:, 0], gaps, out=np.full(len(gaps), np.nan), where=gaps != 0)
         ci_low, ci_high = np.nanquantile(shares, ends)
-    share_of_gap = {"share": share, "ci_low": ci_low, "ci_high": ci_high}
-    result = {"gap": gap, "gap_low": gap_low, "gap_high": gap_high} | share_of_gap
+    result = dict(gap=gap, gap_low=gap_low, gap_high=gap_high, share=share, ci_low=ci_low, ci_high=ci_high)
     return {name: float(value) for name, value in result.items()} | {"n": scores.shape[1]}
 
 
