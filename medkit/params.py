@@ -211,7 +211,9 @@ class TrainParams(Section):
     learning_rate: PositiveFloat  # Peak; linear warm-up, then cosine to zero
     warmup_fraction: Fraction
     save_every_steps: PositiveInt  # Optimiser steps between checkpoints; a killed run resumes from the last one
-    bf16: bool  # Arithmetic in bfloat16. The weights that learn stay in float32: in bfloat16 small updates are lost
+    bf16: bool | Literal["auto"]
+    """Arithmetic in bfloat16; auto: where the processor or the GPU has instructions for it. The weights that learn stay
+    in float32: in bfloat16 small updates are lost."""
     gradient_checkpointing: bool  # Activations are computed again in the backward pass: less memory, a third more work
 
 

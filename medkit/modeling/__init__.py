@@ -10,6 +10,7 @@ from medkit.modeling.loading import (
     local_folder,
     make_toy_model,
     pick_attention,
+    pick_bf16,
     pick_device,
     save_model,
 )

@@ -83,6 +83,16 @@ def pick_attention(requested: str, device: torch.device, dtype: str) -> tuple[st
     return "flash_attention_2", "CUDA and flash-attn are there"
 
 
+def pick_bf16(requested: bool | str, device: torch.device) -> bool:
+    """Whether a training computes in bfloat16; `auto`: if the device has instructions for it. Emulated, it is slow."""
+    if requested != "auto":
+        return requested
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is of ARM
+
+
 # --- load and save ---
 
 

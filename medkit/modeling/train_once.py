@@ -153,8 +153,9 @@ def training_key(
     sample = list(range(0, len(examples), max(1, -(-len(examples) // 8))))
     extras = add_extras(sample) if add_extras else {}
     adapters = getattr(model, "peft_config", {})
+    bf16 = loading.pick_bf16(section.bf16, trainer.training_device(model))
     settings = [
-        [section.model_dump(exclude={"save_every_steps", "gradient_checkpointing"}), seed],
+        [section.model_dump(exclude={"save_every_steps", "gradient_checkpointing"}) | {"bf16": bf16}, seed],
         repr(loss) if is_dataclass(loss) else loss.__qualname__,
         [[str(getattr(config, name)) for name in ADAPTER_SETTINGS] for config in adapters.values()],
     ]

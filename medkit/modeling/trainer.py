@@ -71,8 +71,7 @@ def train(
             f"{low[0]} learns but is not float32, so small updates would be lost: load the model with "
             f"load_for_training, and set `bf16` for arithmetic in bfloat16"
         )
-    on_cpu = next(model.parameters()).device.type != "cuda" and not (is_sharded() and torch.cuda.is_available())
-    arguments = make_arguments(section, on_cpu, seed, checkpoints)
+    arguments = make_arguments(section, training_device(model), seed, checkpoints)
     state, lengths, branches = arguments.distributed_state, [len(e.input_ids) for e in examples], takes_branches(model)
 
     def collate_slices(numbers: list[int]) -> dict:
@@ -113,6 +112,12 @@ def train(
     return pd.DataFrame([entry for entry in trainer.state.log_history if "loss" in entry])
 
 
+def training_device(model: nn.Module) -> torch.device:
+    """Where the model will be trained: weights that are to be sharded wait on the CPU for their GPU."""
+    on_gpu = next(model.parameters()).is_cuda or (is_sharded() and torch.cuda.is_available())
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
 def is_sharded() -> bool:
     """Whether `accelerate launch` was asked to shard the weights (params/accelerate/)."""
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
@@ -138,7 +143,7 @@ class _Arguments(TrainingArguments):
         return min(super().n_gpu, 1)  # the Trainer would use DataParallel; several GPUs need a process each
 
 
-def make_arguments(section: TrainParams, on_cpu: bool, seed: int, checkpoints: Path) -> TrainingArguments:
+def make_arguments(section: TrainParams, device: torch.device, seed: int, checkpoints: Path) -> TrainingArguments:
     """The Trainer's arguments for a section of the profile."""
     return _Arguments(
         output_dir=str(checkpoints),
@@ -151,8 +156,8 @@ def make_arguments(section: TrainParams, on_cpu: bool, seed: int, checkpoints: P
         remove_unused_columns=False,
         report_to="none",
         disable_tqdm=True,
-        use_cpu=on_cpu,
-        bf16=section.bf16,
+        use_cpu=device.type == "cpu",
+        bf16=loading.pick_bf16(section.bf16, device),
         activation_checkpointing=section.gradient_checkpointing,
         seed=seed,
     )

@@ -258,3 +258,11 @@ def test_transformers_is_quiet_inside_the_block_only():
     with loading.quiet_transformers():
         assert settings()[:2] == (logging.ERROR, False)
     assert settings() == before
+
+
+def test_bfloat16_is_picked_where_the_device_has_instructions_for_it(monkeypatch):
+    cpu = torch.device("cpu")
+    assert loading.pick_bf16(True, cpu) is True and loading.pick_bf16(False, torch.device("cuda")) is False
+    for able, picked in (({"avx2": True}, False), ({"avx512_bf16": False, "amx_bf16": True}, True), ({}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", able.copy)
+        assert loading.pick_bf16("auto", cpu) is picked
