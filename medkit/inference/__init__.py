@@ -1,7 +1,7 @@
 """Every variant of the model answers the test questions and is timed; the edge file runs on llama.cpp's own server."""
 
 from medkit.inference.plots import plot_throughput, plot_timelines
-from medkit.inference.predictions import choose_questions, predict
+from medkit.inference.predictions import answers_once, choose_questions, predict
 from medkit.inference.question_variants import OF_DIALOGUES, STUDIED, dialogue_rows, rows_for, shuffled
 from medkit.inference.server_engine import ServerEngine, llama_server
 from medkit.inference.torch_engine import SCHEDULERS, TorchEngine

@@ -1,5 +1,8 @@
 """The test questions, and a model's answers to them. Nothing is judged here: `evaluation` does."""
 
+import os
+from collections.abc import Callable
+
 import numpy as np
 import pandas as pd
 from torch import nn
@@ -8,8 +11,10 @@ from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling.batches import letter_forms
 from medkit.modeling.engine import WRITE_TOKENS, write
 from medkit.modeling.option_scoring import Item, score_options
+from medkit.modeling.train_once import find_record, forget_record, key_of, write_record
+from medkit.params import Params
 from medkit.prompts import templates
-from medkit.stage import MedkitError
+from medkit.stage import FINGERPRINT, STAGES, MedkitError, Stage, atomic_path
 
 
 def choose_questions(
@@ -86,6 +91,28 @@ def predict(
             for row in its_rows:
                 row |= {"text": text, "answer_tokens": [one.answer_tokens], "thinking_tokens": one.thinking_tokens}
     return pd.DataFrame(rows)
+
+
+def answers_once(
+    stage: Stage, variant: str, params: Params, ask: Callable[[], dict[str, pd.DataFrame]]
+) -> dict[str, pd.DataFrame]:
+    """The tables that `ask` returns for a variant, by name; what a killed notebook had asked is read back.
+
+    They stand in the stage's folder `checkpoints`. The key is of the params, of all files of the earlier stages, and of
+    the notebook where the runner gives that.
+    """
+    inputs = [Stage(stage.run, name).manifest().get("sha256") for name in STAGES if name < stage.name]
+    key = key_of(params.model_dump(mode="json"), [*inputs, os.environ.get(FINGERPRINT)], predict)
+    folder = stage.path(f"checkpoints/{variant}")
+    if find_record(folder, key) is None:
+        tables = ask()
+        forget_record(folder)
+        with atomic_path(folder) as scratch:
+            scratch.mkdir()
+            for name, table in tables.items():
+                table.to_parquet(scratch / f"{name}.parquet", index=False)
+        write_record(folder, key)
+    return {path.stem: pd.read_parquet(path) for path in folder.glob("*.parquet")}
 
 
 def _encode(

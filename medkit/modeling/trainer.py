@@ -124,7 +124,7 @@ def is_sharded() -> bool:
 
 
 def remove_checkpoints(checkpoints: Path) -> None:
-    """Remove the checkpoints of a stage; only a killed training needs them."""
+    """Remove the checkpoints of a stage; only a killed one needs them."""
     shutil.rmtree(checkpoints, ignore_errors=True)
 
 

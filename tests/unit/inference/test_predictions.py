@@ -9,8 +9,9 @@ from medkit.inference import predictions, workloads
 from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling.batches import letter_forms
 from medkit.modeling.engine import Request
+from medkit.params import load_params
 from medkit.prompts import templates
-from medkit.stage import MedkitError
+from medkit.stage import ROOT, MedkitError, Stage
 
 PAD = 0
 
@@ -147,3 +148,32 @@ def test_a_model_that_thinks_does_so_before_generated_answers_alone(scorer, toke
 def test_what_could_not_be_read_back_is_not_asked(scorer, tokenizer, questions, changes, said):
     with pytest.raises(MedkitError, match=said):
         predictions.predict(scorer, tokenizer, questions[questions.id == "q0"].assign(**changes), 300, 4)
+
+
+def test_what_a_killed_notebook_had_asked_is_read_back_until_something_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
+    first, stage = Stage("toy", "01_data"), Stage("toy", "05_inference")
+    tables = {
+        "predictions": pd.DataFrame({"id": ["q0"], "logprobs": [[-1.0, -2.0]]}),
+        "energy": pd.DataFrame({"n": [1]}),
+    }
+    asked = []
+
+    def answers(**changes):
+        params = load_params(ROOT / "params" / "smoke.yaml", changes)
+        return predictions.answers_once(stage, "edge", params, lambda: asked.append(1) or tables)
+
+    def change_rows():
+        first.write_json("rows.json", len(asked))
+        first.commit()
+
+    cut_short = (stage.dir / "checkpoints" / "edge" / "energy.parquet").unlink
+    changes = [lambda: None, change_rows, cut_short, lambda: monkeypatch.setenv("MEDKIT_FINGERPRINT", "of new cells")]
+    for count, change in enumerate(changes, start=1):
+        change()
+        for _ in range(2):
+            again = answers()
+            assert set(again) == set(tables) and len(asked) == count
+            assert again["predictions"].logprobs[0].tolist() == [-1.0, -2.0]
+    answers(seed=5)
+    assert len(asked) == len(changes) + 1
