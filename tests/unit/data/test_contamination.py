@@ -20,15 +20,11 @@ DRUGS = ["Permethrin", "Ivermectin", "Lindane", "Crotamiton"]
 
 def table(*rows: dict) -> pd.DataFrame:
     """Rows of the final table; what is not given is unlike anything else."""
-    plain = [
-        {
-            "id": f"q{number}", "source": "bank", "split": "train", "kind": "choice", "context": "", "answer": 0,
-            "question": " ".join(f"q{number}word{i}" for i in range(15)),
-            "options": [f"q{number} option {letter}" for letter in "abcd"],
-        }
-        for number in range(len(rows))
-    ]  # fmt: skip
-    return pd.DataFrame([ours | theirs for ours, theirs in zip(plain, rows, strict=True)])
+    plain, table = {"source": "bank", "split": "train", "kind": "choice", "context": "", "answer": 0}, []
+    for number, row in enumerate(rows):
+        own = {"id": f"q{number}", "question": " ".join(f"q{number}word{i}" for i in range(15))}
+        table.append(plain | own | {"options": [f"q{number} option {letter}" for letter in "abcd"]} | row)
+    return pd.DataFrame(table)
 
 
 def strangers(count: int, question: str = "{}", words: int = 6, **fields) -> list[dict]:
@@ -37,14 +33,13 @@ def strangers(count: int, question: str = "{}", words: int = 6, **fields) -> lis
     return [{"id": f"s{number}", "question": question.format(text)} | fields for number, text in enumerate(own)]
 
 
-def find(questions: pd.DataFrame) -> pd.DataFrame:
-    """By words alone: no two embeddings are near."""
-    return find_contamination(questions, np.eye(len(questions)))
+def find(questions: pd.DataFrame, embeddings: np.ndarray | None = None) -> pd.DataFrame:
+    """Without embeddings by words alone: no two are near."""
+    return find_contamination(questions, np.eye(len(questions)) if embeddings is None else embeddings)
 
 
 def joined(questions: pd.DataFrame, embeddings: np.ndarray | None = None) -> set[tuple[str, str, str]]:
-    pairs = find(questions) if embeddings is None else find_contamination(questions, embeddings)
-    return set(pairs[["id_test", "id_train", "rule"]].itertuples(index=False, name=None))
+    return set(find(questions, embeddings)[["id_test", "id_train", "rule"]].itertuples(index=False, name=None))
 
 
 def rules(test: dict, train: dict, *others: dict) -> set[str]:
@@ -71,31 +66,29 @@ def test_shared_runs_and_shared_options_are_found_in_other_text():
 
 
 def test_embeddings_join_what_shares_no_word(monkeypatch):
-    questions = table({"split": "test"}, {}, {}, {"split": "test"})
-    angle = np.arccos(contamination.COSINE)
-    turns = np.array([0, 0.99 * angle, 1.01 * angle, 3])
-    vectors = np.stack([np.cos(turns), np.sin(turns)], axis=1).astype(np.float32)
-    assert joined(questions, embeddings=vectors) == {("q0", "q1", "embedding")}
-    assert joined(questions) == set()
-    with pytest.raises(DataError, match="3 embeddings for 4 questions"):
-        find_contamination(questions, vectors[:3])
-
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(60, 3))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     questions = table(*({"split": split} for split in rng.choice(["test", "train", "valid"], 60)))
     monkeypatch.setattr(contamination, "COSINE", 0.8)
-    whole, test = joined(questions, embeddings=vectors), questions.split == "test"
-    assert len(whole) == (vectors[test] @ vectors[~test].T >= 0.8).sum() > 0
+    test, learned = (np.flatnonzero((questions.split == "test") == is_test) for is_test in (True, False))
+    near = zip(*np.nonzero(vectors[test] @ vectors[learned].T >= 0.8), strict=True)
+    whole = {(f"q{test[one]}", f"q{learned[other]}", "embedding") for one, other in near}
+    assert joined(questions, embeddings=vectors) == whole != set() == joined(questions)
     monkeypatch.setattr(contamination, "ROWS_AT_ONCE", 1)  # compared piece by piece
     assert joined(questions, embeddings=vectors) == whole
+    with pytest.raises(DataError, match="3 embeddings for 60 questions"):
+        find_contamination(questions, vectors[:3])
 
 
 def test_what_is_usual_and_what_is_short_is_no_copy():
-    for options in (["yes", "no", "maybe"], ["All of the above", "None of the above", "Both", "x"]):
-        usual = [row | {"options": options} for row in strangers(contamination.COMMON + 5, "{} usual")]
+    """Options tell by the unusual ones, if three of them are."""
+    above = ["All of the above", "None of the above"]
+    cases = [(0, ["yes", "no", "maybe"], set()), (0, [*above, "Both", "x"], set()), (2, above, set())]
+    for unusual, usual, found in [*cases, (3, above, {"options"})]:
+        options, rows = DRUGS[:unusual] + usual, strangers(contamination.COMMON + 5, options=usual)
         near = {"question": PARAPHRASE, "options": options}
-        assert rules({"question": SHORT, "options": options}, near, *usual) == set()
+        assert rules({"question": SHORT, "options": options}, near, *rows) == found, options
     for one, other in (("true about hepatitis a", "true about hepatitis b"), ("which is true", "which is true")):
         assert rules({"question": one}, {"question": other}) == set()
 
@@ -110,15 +103,6 @@ def test_a_template_is_no_copy_but_what_fills_it_is():
         assert joined(table(test | {"question": ask.format(text)}, *rows)) == set()
     copied = table(test | {"question": ask.format(filled)}, {"id": "copy", "question": ask.format(filled)}, *rows)
     assert ("test", "copy", "fuzzy") in joined(copied)
-
-
-def test_a_set_of_options_tells_by_its_unusual_ones():
-    usual = ["All of the above", "None of the above"]
-    rows = strangers(contamination.COMMON + 5, options=usual)
-    for unusual, found in ((2, set()), (3, {"options"})):
-        options = DRUGS[:unusual] + usual
-        near = {"question": PARAPHRASE, "options": options}
-        assert rules({"question": SHORT, "options": options}, near, *rows) == found
 
 
 def test_many_copies_hide_no_copy():
@@ -160,7 +144,6 @@ def test_clean_rows_are_those_no_rule_touched_and_every_pair_of_sources_is_count
         {"id": "l0", "source": "bank", "question": VIGNETTE},
         {"id": "l1", "source": "bank", "question": VIGNETTE, "split": "transfer"},
         {"id": "l2", "source": "book", "question": PARAPHRASE, "options": DRUGS},
-        {"id": "l3", "source": "book", "split": "valid"},
         *strangers(30),
     )
     pairs = find(leaking)

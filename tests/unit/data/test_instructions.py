@@ -127,12 +127,9 @@ def test_what_cannot_be_used_is_said_in_one_sentence(write, said):
     assert {int(row) for row in line.rows.split(", ")} == set(range(2, len(rows) + 1))
 
 
-def test_a_chat_that_ends_with_the_user_keeps_its_responses_and_asks_its_last_turn_as_transfer(write):
-    path = write([say("a first turn", "b", "the last turn")])
-    table, rejected = load(path)
+def test_a_chat_that_ends_with_the_user_keeps_its_responses(write):
+    table, rejected = load(write([say("a first turn", "b", "the last turn")]))
     assert table.options.tolist() == [["b"]] and rejected["count"].tolist() == [1]
-    table, rejected = load(path, pool="transfer")
-    assert table.answer.tolist() == [0, -1] and rejected.empty and table.options[1] == []
 
 
 WORDS = "the knee has been swollen and warm for nine days after a long walk in the hills"
@@ -142,9 +139,8 @@ def test_a_conversation_and_its_near_duplicates_stand_on_one_side(write):
     """The prompts decide, not responses or a system turn that all share."""
     shared = system("You are a careful assistant of a clinic. " * 8)
     chats = [[shared, *say("Hi", "Hello", f"{WORDS} {n}", "Rest. " * n)] for n in (1, 30)]
-    chats += [
-        [shared, *say(" ".join(f"w{n}x{i}" for i in range(12)), "The same long response. " * 9)] for n in range(40)
-    ]
+    others, response = (" ".join(f"w{n}x{i}" for i in range(12)) for n in range(40)), "The same long response. " * 9
+    chats += [[shared, *say(other, response)] for other in others]
     table = splits.assign_pools(load(write(chats))[0], seed=0)
     knee = table[table.question.str.contains("knee|Hi$")]
     assert knee.group.nunique() == 1 and len(knee) == 3  # one greeting is the same row
@@ -155,12 +151,8 @@ def test_a_conversation_and_its_near_duplicates_stand_on_one_side(write):
 
 def test_contamination_reads_what_the_user_said_in_the_whole_chat(write):
     shared = system("You are a careful assistant of a clinic who answers in short plain words. " * 4)
-    chats = [
-        [shared, *say(WORDS, "Rest.", "And then?", "Ice.")],
-        [shared, *say("Hm.", "Yes?", f"Well: {WORDS}!", "Walk.")],
-    ]
-    chats += [[shared, *say("Which vitamin prevents scurvy?", "Vitamin C.")]]
-    table, _ = load(write(chats))
+    chats = [say(WORDS, "Rest.", "And then?", "Ice."), say("Hm.", "Yes?", f"Well: {WORDS}!", "Walk."), CHATS[0]]
+    table, _ = load(write([[shared, *chat] for chat in chats]))
     table["split"] = ["test", "test", "private", "private", "private"]
     found = contamination.find_contamination(table, np.eye(len(table)))
     assert {*found.id_test} == {*table.id[:2]} and set(found.id_train) == {table.id[3]}

@@ -43,18 +43,14 @@ KEYWORDS = [
     ("What does a cholesterol of 300 mean", "diagnosis"),  # -terol, and yet no drug
     ("Is it worse in April?", OTHER),  # -pril, and yet no drug
     ("Is rotavirus contagious?", OTHER),  # -vir in the middle
-    *((drug, "medication") for drug in ("amoxicillin", "ceftriaxone", "doxycycline", "omeprazole", "metoprolol")),
-    *((drug, "medication") for drug in ("lisinopril", "losartan", "amlodipine", "rituximab", "acyclovir")),
+    *((drug, "medication") for drug in ("ceftriaxone", "doxycycline", "omeprazole", "lisinopril", "rituximab")),
 ]  # fmt: skip
 
 
 def test_keywords_and_stems_of_drug_names_answer():
     for question, expected in KEYWORDS:
         assert problem_types.classify_by_keywords(question) == expected, question
-
-
-def test_keywords_can_match():
-    """A list entry that is no lower-case word could never be counted, and one in two lists would argue with itself."""
+    # an entry that is no lower-case word could never be counted, and one in two lists would argue with itself
     listed = [word for words in problem_types.KEYWORDS.values() for word in words]
     assert all(re.fullmatch("[a-z]+", word) for word in listed)
     assert len(listed) == len(set(listed))

@@ -9,7 +9,6 @@ from medkit.data import raw_questions
 from medkit.data.raw_questions import answer_index, clean_text, rejection_reason, split_options, strip_letters
 
 CLEANED = [
-    (" two  words\n and\ta third ", "two words and a third"),
     ("37\u00a0°C, 5\u2009mg, a\u2003b\u2005c\u200ad", "37 °C, 5 mg, a b c d"),  # PubMedQA's spaces
     ("\ufeffWhich of these", "Which of these"),  # MMLU has a byte order mark inside two questions
     ("cafe\u0301", "café"), ("as\u00adpi\u200brin\u2060\u202c\u200d", "aspirin"), ("\u200b", ""),
@@ -18,8 +17,7 @@ CLEANED = [
     ("5 \u00b5g of a \u03bc agonist", "5 \u03bcg of a \u03bc agonist"),  # micro sign and Greek letter, in MedQA
     ("А 43-уеаr-old mаn", "A 43-year-old man"),  # Cyrillic А, у, е, а, in MedQA
     ("Не also сomрlаіnѕ", "He also complains"), ("μ, к, and ẟ", "μ, κ, and ẟ"),
-    ('Which is next in management?"', "Which is next in management?"),  # MedQA: 69 questions, 52 options
-    ('Propranolol\n"', "Propranolol"),
+    ('Propranolol\n"', "Propranolol"),  # a quote at the end of 69 questions and 52 options of MedQA
 ]  # fmt: skip
 KEPT = [
     "p <or = 6 or> 5",  # PubMedQA: no tag
