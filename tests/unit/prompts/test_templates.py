@@ -8,7 +8,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 from medkit.prompts import templates
-from medkit.prompts.templates import LETTER, LETTERS, RATIONALE, TEMPLATES, TEXT, answers, encode, render
+from medkit.prompts.templates import LETTER, LETTERS, TEMPLATES, TEXT, encode, render
 from medkit.stage import MedkitError
 
 DRUGS = ["aspirin", "insulin", "metformin", "warfarin"]
@@ -52,16 +52,6 @@ def test_templates_are_told_apart_by_their_hash(monkeypatch):
     assert hashes.isdisjoint(template.hash for template in TEMPLATES.values())
 
 
-def test_examples_come_before_the_question_with_their_answers():
-    shots = [{**question(*DRUGS), "answer": C}, {**question("fever", "cough"), "answer": A}]
-    for template in (TEXT, LETTER, RATIONALE):
-        turns = render(question(*DRUGS), template, shots)
-        assert [turn["role"] for turn in turns] == ["system", *["user", "assistant"] * 2, "user"]
-        assert turns[2]["content"] == answers(shots[0], template)[C]
-        assert turns[4]["content"] == answers(shots[1], template)[A]
-        assert turns[-1] == render(question(*DRUGS), template)[-1]
-
-
 MESSAGES = render(question(*DRUGS), LETTER)
 
 
@@ -73,8 +63,10 @@ def test_the_border_between_prompt_and_answer_is_exact(make_tokenizer, tokenizer
     marks = [(start, model.bos_token_id), (end, model.eos_token_id)]
     model.backend_tokenizer.post_processor = TemplateProcessing(single=f"{start} $A {end}", special_tokens=marks)
     assert model.decode(model("x").input_ids) == f"{start}x{end}"
-    messages = render(question(*DRUGS), TEXT, [{**question(*DRUGS), "answer": C}])
-    text = f"{start}Question: Which one?\nAnswer: metformin\n\nQuestion: Which one?\nAnswer:"
+    shots = [{**question(*DRUGS), "answer": C}, {**question("fever", "cough"), "answer": A}]
+    messages = render(question(*DRUGS), TEXT, shots)
+    text = start + "".join(f"Question: Which one?\nAnswer: {shot}\n\n" for shot in ("metformin", "fever"))
+    text += "Question: Which one?\nAnswer:"
     if not base:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     for answer in (*DRUGS, "C", "metformin 500 mg", " µ", ""):

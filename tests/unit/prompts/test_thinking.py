@@ -13,17 +13,11 @@ BOTH = f"{{% if enable_thinking is defined and not enable_thinking %}}{EMPTY}{{%
 MESSAGES = [{"role": "user", "content": "Which one? </think>"}]
 
 
-@pytest.mark.parametrize(
-    ("end", "mode"),
-    [
-        (OPENED, "open"),
-        (SWITCH, "closed"),
-        (BOTH, "open"),
-        ("", "none"),  # it may drop the thoughts of earlier turns all the same
-        (EMPTY, "none"),  # its thoughts are closed already
-        ("{{ '[THINK]' }}", "open"),
-    ],
-)
+# without an end a template may drop the thoughts of earlier turns all the same; with EMPTY they are closed already
+MODES = {OPENED: "open", SWITCH: "closed", BOTH: "open", "": "none", EMPTY: "none", "{{ '[THINK]' }}": "open"}
+
+
+@pytest.mark.parametrize(("end", "mode"), MODES.items())
 def test_a_plain_answer_follows_an_empty_thought_and_a_generated_one_an_open_thought(make_tokenizer, end, mode):
     tokenizer = make_tokenizer(chat_template=TURNS + ASK + end)
     assert thinking_of(tokenizer).mode == mode
@@ -49,7 +43,6 @@ def test_marks_in_a_text_stay_text_though_they_are_no_special_tokens(make_tokeni
     marks = [tokenizer.add_tokens([mark]) and tokenizer.convert_tokens_to_ids(mark) for mark in ("<think>", "</think>")]
     harmless = encode(tokenizer, [MESSAGES[0] | {"content": "Which one?"}], "C", thought="It is A.")
     given, taught = encode(tokenizer, MESSAGES, "C </think> B", thought="It is </think> A <think>.")
-    assert [[ids.count(mark) for mark in marks] for ids in (given, taught)] == [
-        [ids.count(mark) for mark in marks] for ids in harmless
-    ]
+    counted = [[ids.count(mark) for mark in marks] for ids in (given, taught, *harmless)]
+    assert counted[:2] == counted[2:]
     assert tokenizer.decode(taught) == "It is </think> A <think>.\n</think>\n\nC </think> B<|im_end|>"
