@@ -54,14 +54,9 @@ def test_each_question_is_asked_so_often_with_its_options(engine, tokenizer, kno
 
 
 def test_an_instruction_is_answered_after_its_whole_chat_and_the_answer_is_learned_there(tokenizer):
-    chat = [
-        ("system", "Be kind."),
-        ("user", "My toe hurts."),
-        ("assistant", "Since when?"),
-        ("user", "May"),
-        ("assistant", "x"),
-    ]
-    records = make_instructions([{"role": role, "content": content} for role, content in chat], "train", None, 1)
+    contents, roles = ["Be kind.", "My toe hurts.", "Since when?", "May", "x"], ["system", *["user", "assistant"] * 2]
+    chat = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
+    records = make_instructions(chat, "train", None, 1)
     rows = pd.DataFrame(records).assign(id=["a", "b"], source="notes", split="transfer")
     rows = splits.training_rows(rows, "transfer")
     texts = ["1. Rest\n2. Ice", "Since\nMay?"]
@@ -71,7 +66,7 @@ def test_an_instruction_is_answered_after_its_whole_chat_and_the_answer_is_learn
         assert example.input_ids[: example.loss_start] == list(request.prompt_ids)
         assert tokenizer.decode(example.input_ids[example.loss_start : -1]) == text
     asked = tokenizer.decode(engine.asked[1].prompt_ids)
-    assert all(content in asked for _, content in chat[:-1]) and templates.SYSTEM not in asked
+    assert all(content in asked for content in contents[:-1]) and templates.SYSTEM not in asked
 
 
 def test_what_is_right_finished_new_and_not_too_easy_is_kept(engine, tokenizer, known):
@@ -86,9 +81,7 @@ def test_what_is_right_finished_new_and_not_too_easy_is_kept(engine, tokenizer, 
     assert tokenizer.decode(example.input_ids[example.loss_start :]) == TEXTS[0] + tokenizer.eos_token
 
 
-def test_the_bound_says_what_is_too_easy_and_a_student_s_own_samples_count_before_the_teacher_s(
-    engine, tokenizer, known
-):
+def test_what_is_too_easy_is_left_out_first_by_the_student_s_own_samples(engine, tokenizer, known):
     samples = sample(engine, tokenizer, known)
     for too_easy, kept_ids in ((2.0, ["q0", "q1"]), (1.0, ["q0"]), (0.76, ["q0"]), (0.75, [])):
         kept, counts = keep_verified(samples, known, too_easy)
@@ -144,9 +137,7 @@ def collect(engine, tokenizer, known, make_llama, models_params, tmp_path, tmp_p
     return run
 
 
-def test_what_was_written_is_read_back_and_another_writer_or_way_to_ask_is_asked_anew(
-    collect, engine, tokenizer, known, tmp_path
-):
+def test_what_was_written_is_read_back_unless_it_is_asked_otherwise(collect, engine, tokenizer, known, tmp_path):
     pd.testing.assert_frame_equal(collect(), sample(Scripted(tokenizer, WRITTEN), tokenizer, known))
     changes = [{"writer": 1}, {"temperature": 0.5}, {"seed": 1}, {"num_samples": 2}, {"max_new_tokens": 9}]
     for number, change in enumerate([{}, *changes], 1):

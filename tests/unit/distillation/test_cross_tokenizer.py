@@ -12,15 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from medkit.distillation import cross_tokenizer, losses, teacher_cache
-from medkit.distillation.cross_tokenizer import (
-    END,
-    SpanLoss,
-    TokenAligner,
-    align,
-    chain_logprobs,
-    read_vocabulary,
-    span_kl,
-)
+from medkit.distillation.cross_tokenizer import END, TokenAligner, align, chain_logprobs, read_vocabulary, span_kl
 from medkit.modeling import loading, trainer
 from medkit.modeling.batches import Example, Predicted
 from medkit.params import load_params
@@ -38,10 +30,6 @@ def vocabulary(*pieces):
     """A vocabulary of these pieces; the last token ends the answer."""
     pieces = [piece.encode() if isinstance(piece, str) else piece for piece in pieces] + [END]
     return cross_tokenizer.Vocabulary(pieces, {piece: number for number, piece in enumerate(pieces) if piece})
-
-
-def pairs(spans):
-    return [(len(span.student), len(span.teacher)) for span in spans]
 
 
 def logprobs_of(*rows):
@@ -129,9 +117,7 @@ def test_padded_rows_of_the_teacher_and_second_spellings_are_no_events(pieces_to
 
 
 def cached_of(logits, targets, k):
-    logprobs = logits.log_softmax(-1)
-    top, ids = logprobs.topk(k, dim=-1)
-    return ids, top, logprobs.gather(-1, targets[:, None]).squeeze(-1)
+    return *teacher_cache.top_k_logprobs(logits, k), logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
 @pytest.mark.parametrize("k", [8, "all"])
@@ -172,7 +158,7 @@ def test_events_are_the_same_bytes_on_both_sides(two_readings):
     top_ids, *_ = cached_of(two.logits[1], two.targets[1], k)
     spelt = [v.to_bytes(i) for v, i in zip(two.known, two.ids, strict=True)]
     spans = align(*spelt)
-    assert len(set(pairs(spans))) >= 3, "the case is no case"
+    assert len({(len(span.student), len(span.teacher)) for span in spans}) >= 3, "the case is no case"
     shared = 0
     for span, ids in zip(spans, projected["span_ids"].tolist(), strict=True):
         own, path = (b"".join(s[p] for p in places[:-1]) for s, places in zip(spelt, span, strict=True))
@@ -184,17 +170,6 @@ def test_events_are_the_same_bytes_on_both_sides(two_readings):
             elif piece is not None and two.known[1].ids[piece] == kept:  # no second spelling
                 assert not (path + piece).startswith(own) or (path + piece)[len(own) :] not in two.known[0].ids
     assert shared > len(spans)
-
-
-def test_span_kl_is_zero_iff_the_events_are_as_likely(two_readings):
-    two = two_readings
-    projected = projected_of(two)
-    kl = span_kl(two.logits[0], two.targets[0], **projected)
-    assert (kl > -1e-9).all() and kl.sum() > 0.1
-    events = chain_logprobs(two.logits[0].log_softmax(-1), two.targets[0], projected["span_lengths"])
-    logprobs = events.gather(-1, projected["span_ids"].clamp(min=0)).masked_fill(projected["span_ids"] < 0, -torch.inf)
-    equal = span_kl(two.logits[0], two.targets[0], projected["span_lengths"], projected["span_ids"], logprobs)
-    assert equal.abs().max() < 1e-9
 
 
 def test_gradients_are_finite_where_nothing_is_shared_and_where_rounding_leaves_less_than_nothing(two_readings):
@@ -235,32 +210,28 @@ def test_loss_is_the_weighted_sum_of_its_terms(two_readings):
     two = two_readings
     projected = projected_of(two)
     predicted = Predicted(two.logits[0], two.targets[0], {})
-    total, terms = SpanLoss(0.25, 2.0)(predicted, projected)
+    total, terms = cross_tokenizer.SpanLoss(0.25, 2.0)(predicted, projected)
     assert terms["ce"].item() == pytest.approx(trainer.cross_entropy(predicted, {})[0].item())
     assert terms["span_kl"].item() == pytest.approx(span_kl(two.logits[0], two.targets[0], **projected).sum().item())
     assert total.item() == pytest.approx(0.25 * terms["ce"].item() + 2.0 * terms["span_kl"].item())
 
 
-@pytest.fixture
-def gold(no_network):
-    """TRL's ULD loss with weight on the distillation alone; it keeps what it merged in `merged`."""
-    trainer = pytest.importorskip("trl.experimental.gold.gold_trainer")
+def test_the_chain_rule_is_golds_bayesian_merge(two_readings, no_network):
+    """In TRL's ULD loss with weight on the distillation alone.
+
+    One position of prompt goes before: its logits predict the first token.
+    """
+    merged, trainer = [], pytest.importorskip("trl.experimental.gold.gold_trainer")
 
     class Recording(trainer.ULDLoss):
         def _merge_probabilities_with_alignment_groups(self, *args):
-            self.merged.append(super()._merge_probabilities_with_alignment_groups(*args))
-            return self.merged[-1]
+            merged.append(super()._merge_probabilities_with_alignment_groups(*args))
+            return merged[-1]
 
     settings = {"crossentropy_weight": 0.0, "distillation_weight": 1.0, "token_merge_strategy": "bayesian"}
     settings |= {"student_temperature": 1.0, "teacher_temperature": 1.0}
     settings |= {"skip_student_eos": False, "skip_teacher_eos": False}
-    loss = Recording(SimpleNamespace(use_extended_uld=True, **{f"uld_{k}": v for k, v in settings.items()}))
-    loss.merged = []
-    return loss
-
-
-def test_the_chain_rule_is_golds_bayesian_merge(two_readings, gold):
-    """One position of prompt goes before: its logits predict the first token."""
+    gold = Recording(SimpleNamespace(use_extended_uld=True, **{f"uld_{k}": v for k, v in settings.items()}))
     two, ids, labels, offsets = two_readings, [], [], []
     pieces = [known.to_bytes(ids) for known, ids in zip(two.known, two.ids, strict=True)]
     for own, written in zip(two.ids, pieces, strict=True):
@@ -271,11 +242,11 @@ def test_the_chain_rule_is_golds_bayesian_merge(two_readings, gold):
     logits = [torch.cat([rows, rows[:1]])[None] for rows in two.logits]  # the last position's predict nothing
     gold(*logits, *labels, *ids, *offsets)
     spans = align(*pieces)
-    assert [len(merged) for merged in gold.merged] == [len(spans)] * 2
+    assert [len(one) for one in merged] == [len(spans)] * 2
     for side in (0, 1):
         lengths = torch.tensor([len(span[side]) for span in spans])
         ours = chain_logprobs(two.logits[side].log_softmax(-1), two.targets[side], lengths).exp()
-        assert (ours - gold.merged[side]).abs().max() < 1e-6
+        assert (ours - merged[side]).abs().max() < 1e-6
 
 
 @pytest.mark.weights

@@ -1,7 +1,5 @@
 """Divergences on top-k log-probabilities against the dense ones and TRL's, hidden states, entities, and their sum."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from toys import assert_same_weights
@@ -15,7 +13,6 @@ from medkit.modeling.batches import Predicted
 from medkit.params import load_params
 from medkit.stage import ROOT, MedkitError
 
-PAD = 0
 BETAS = [0.0, 0.1, 0.5, 0.9, 1.0]
 
 
@@ -25,12 +22,10 @@ def random_logits(rows, vocab, seed=0, scale=3.0, dtype=torch.float32):
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_with_k_equal_to_the_vocabulary_it_is_trl_s(temperature):
-    gkd = pytest.importorskip("trl.experimental.gkd")
+    theirs = pytest.importorskip("trl.experimental.gkd").GKDTrainer.generalized_jsd_loss
     student, teacher = random_logits(6, 50), random_logits(6, 50, seed=1)
     for beta in BETAS:
-        expected = gkd.GKDTrainer.generalized_jsd_loss(
-            student[None], teacher[None], beta=beta, temperature=temperature, reduction="sum"
-        )
+        expected = theirs(student[None], teacher[None], beta=beta, temperature=temperature, reduction="sum")
         found = sparse_divergence(student, *top_k_logprobs(teacher, 50), beta, temperature).sum()
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -75,13 +70,11 @@ def test_hidden_error_is_the_mse_as_a_share_of_the_teacher_s_mean_square():
     student = torch.tensor([[3.0, 2.0], [30.0, 20.0]])
     expected = (2.0**2 / 2) / ((3.0**2 + 4.0**2) / 2)
     assert losses.hidden_error(student, teacher).tolist() == pytest.approx([expected, expected])
-    assert losses.hidden_error(teacher, teacher).tolist() == [0.0, 0.0]
-    assert losses.hidden_error(0 * teacher, teacher).tolist() == [1.0, 1.0]
     assert torch.isfinite(losses.hidden_error(student, 0 * teacher)).all()
 
 
 def test_projections_start_as_the_identity_or_keep_lengths_as_they_can(make_llama, make_examples):
-    model, batch = make_llama(), batches.collate(make_examples(4), PAD)
+    model, batch = make_llama(), batches.collate(make_examples(4), 0)
     before = batches.predict(model, batch, [0, 2])
     with losses.hidden_projections(model, {0: 2, 2: 5}, 64):
         within = batches.predict(model, batch, [0, 2])
@@ -161,8 +154,6 @@ def test_settings_come_from_params():
     loss = DistillationLoss.from_params(load_params(ROOT / "params" / "smoke.yaml", changes).distillation)
     assert loss == DistillationLoss(0.5, 0.5, "jsd", 0.2, 1.0, 0.1, ((1, 2), (3, 4)), 0.3)
     assert loss.hidden_layers == (1, 3) and loss.teacher_layers == (2, 4)
-    names = [repr(replace(loss, **{field: value})) for field, value in (("jsd_beta", 0.3), ("temperature", 2.0))]
-    assert len({repr(loss), *names}) == 3, "its settings are its name, in the digest of a checkpoint"
 
 
 LOSS = DistillationLoss(

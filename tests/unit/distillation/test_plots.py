@@ -8,15 +8,11 @@ from medkit.distillation import plots
 
 
 def test_means_and_shares_are_by_task_and_the_order_of_the_questions_does_not_matter():
-    draw, names = np.random.default_rng(0), {"teacher": 0.9, "base": 0.2, "student_ce": 0.5, "student_kd": 0.8}
-    scores = {
-        name: pd.DataFrame(
-            {"variant": name, "source": task, "id": f"{task}{n}", "group": f"{task}{n // 2}", "score": float(right)}
-            for task in ("icd", "records")
-            for n, right in enumerate(draw.random(200) < rate)
-        )
-        for name, rate in names.items()
-    }
+    draw, rates = np.random.default_rng(0), {"teacher": 0.9, "base": 0.2, "student_ce": 0.5, "student_kd": 0.8}
+    questions = pd.DataFrame({"source": ["icd"] * 200 + ["records"] * 200, "id": range(400)})
+    questions["group"] = questions.id // 2
+    right = {name: draw.random(400) < rate for name, rate in rates.items()}
+    scores = {name: questions.assign(variant=name, score=values.astype(float)) for name, values in right.items()}
     _, means, shares = plots.plot_closing(scores, 0.95)
     assert means.variant.tolist() == [*scores] * 2 and shares.source.tolist() == ["icd", "records"]
     by_variant = means[means.source == "icd"].set_index("variant").score

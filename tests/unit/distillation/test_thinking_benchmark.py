@@ -11,11 +11,6 @@ HIERARCHY = thinking.Hierarchy(
 )
 
 
-def ask(diagnosis: str, **more) -> dict:
-    question = f"Which ICD-10-CM chapter lists “{diagnosis}”?"
-    return {"question": question, "context": "", "kind": "icd_chapter", "options": CHAPTERS, **more}
-
-
 def test_a_path_is_judged_by_its_names_and_by_what_the_diagnosis_is_in():
     rows = [  # diagnosis, thought, and the chapter that was answered
         ("cholera, classical", "Cholera > Gut", 1),  # all of it
@@ -24,12 +19,9 @@ def test_a_path_is_judged_by_its_names_and_by_what_the_diagnosis_is_in():
         ("gastric ulcer", "Ulcer > Stomach", -1),  # a true path, and an answer that is no chapter
         ("gastric ulcer", "Ulcer > Belly", 0),  # no such block
     ]
-    table = pd.DataFrame(
-        [
-            ask(diagnosis, thought=thought, choice=choice, group=f"g{n}", model="student", budget=thinking.WHOLE)
-            for n, (diagnosis, thought, choice) in enumerate(rows)
-        ]
-    )
+    table = pd.DataFrame(rows, columns=["diagnosis", "thought", "choice"])
+    table = table.assign(model="student", budget=thinking.WHOLE, group=table.index, options=[CHAPTERS] * len(rows))
+    table["question"] = "Which ICD-10-CM chapter lists “" + table.diagnosis + "”?"
     table["correct"] = [True, True, False, False, True]
     found = {row["what"]: (row["value"], row["n"]) for row in thinking.measure_paths(table, HIERARCHY, 0.95)}
     assert found == {
