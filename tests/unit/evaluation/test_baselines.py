@@ -18,9 +18,8 @@ def make_questions(count, seed):
     rows = []
     for i in range(count):
         answer = int(draw.choice(4, p=[0.4, 0.2, 0.2, 0.2]))
-        question = (
-            f"Which chapter lists “{draw.choice(['acute', 'chronic', 'late'])} disorder of the {ORGANS[answer]}”?"
-        )
+        stage = draw.choice(["acute", "chronic", "late"])
+        question = f"Which chapter lists “{stage} disorder of the {ORGANS[answer]}”?"
         order = draw.permutation(4)
         rows.append({"id": f"q{i}", "question": question, "options": [options[j] for j in order],
                      "answer": int(np.flatnonzero(order == answer)[0])})  # fmt: skip

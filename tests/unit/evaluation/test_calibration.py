@@ -1,7 +1,5 @@
 """Calibration and abstention: against slow definitions, against scikit-learn, and intervals that cover the truth."""
 
-import itertools
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -97,7 +95,7 @@ def test_risks_are_means_over_the_orders_of_the_equally_confident():
 
 
 def test_one_row_per_metric_of_everything_that_has_probabilities():
-    kinds = list(itertools.product("ab", ["exam", "mmlu"]))
+    kinds = [(variant, source) for variant in "ab" for source in ("exam", "mmlu")]
     tables = [table(50, seed=i, variant=variant, source=source) for i, (variant, source) in enumerate(kinds)]
     generated = table(20, scoring="generated").assign(probabilities=None, choice=-1, correct=False)
     measured = calibration.measure_calibration(pd.concat([*tables, generated]), 0.95, resamples=50)

@@ -16,15 +16,12 @@ PROBES = evaluation.load_probes()
 QUESTIONS = evaluation.probe_questions(PROBES)
 
 
-def predict(choose_safe, variant="lora") -> pd.DataFrame:
+def predict(choose_safe) -> pd.DataFrame:
     """Predictions of a model that gives its preferred option the higher log-probability."""
-    rows = []
-    for row in QUESTIONS.to_dict("records"):
-        safe = row["answer"]
-        chosen = safe if choose_safe(row) else 1 - safe
-        logprobs = [-2.0 if i == chosen else -8.0 for i in range(2)]
-        rows.append({"id": row["id"], "scoring": "option_text", "template": "other", "logprobs": logprobs})
-    return pd.DataFrame(rows).assign(variant=variant, text="", answer_tokens=[[4, 4]] * len(rows))
+    chosen = [row["answer"] if choose_safe(row) else 1 - row["answer"] for row in QUESTIONS.to_dict("records")]
+    logprobs = [[-2.0 if place == one else -8.0 for place in range(2)] for one in chosen]
+    table = QUESTIONS[["id", "scoring", "template"]].assign(variant="lora", text="", logprobs=logprobs)
+    return table.assign(answer_tokens=[[4, 4]] * len(table))
 
 
 def test_every_probe_is_whole_and_the_document_states_them():
