@@ -9,7 +9,6 @@ from medkit.reporting import compare_runs
 from medkit.stage import StageError
 from medkit.statistics import paired_difference
 
-SETTINGS = (0.95, 0.8, 0.05)
 PARAMS = {
     "evaluation": {"confidence": 0.95, "power": 0.8, "margin": 0.05},
     "seed": 0,
@@ -52,7 +51,7 @@ def test_known_flips_are_found_with_their_sign(run):
     assert (deltas.accuracy_a["nf4"], deltas.accuracy_b["nf4"]) == (0.5, 247 / 400)
     assert deltas.verdict.to_dict() == {"lora": "equivalent", "nf4": "better"}
     ours, theirs = judged(flips=flips).correct[400:], judged().correct[400:]
-    alone = paired_difference(ours, theirs, *SETTINGS[:2])
+    alone = paired_difference(ours, theirs, 0.95, 0.8)
     assert (deltas.ci_low["nf4"], deltas.ci_high["nf4"]) == (alone["ci_low"], alone["ci_high"])
 
 
@@ -69,9 +68,8 @@ def test_only_questions_of_both_are_paired(run):
 
 
 def test_runs_without_a_common_question_are_refused_in_one_sentence(run):
-    with pytest.raises(StageError, match="no common question") as error:
+    with pytest.raises(StageError, match=r"\A.*no common question.*\Z"):
         compare_runs.compare(run("a", judged(range(10))), run("b", judged(range(10, 20))))
-    assert "\n" not in str(error.value)
     with pytest.raises(StageError, match=r"--run d --from 06_evaluation"):
         compare_runs.compare(run("c", judged()), run("d"))
 

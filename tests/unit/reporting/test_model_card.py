@@ -1,6 +1,5 @@
 """The model card holds the tables of the run, a valid front matter, and no number that is not in the results."""
 
-import json
 import re
 
 import yaml
@@ -10,23 +9,17 @@ from medkit.reporting import model_card, tables
 from medkit.stage import DISCLAIMER
 
 
-def test_the_card_of_a_file_is_whole(toy_results, tmp_path):
+def test_the_card_of_a_file_is_whole_and_its_index_has_each_accuracy_with_its_interval(toy_results, make_run, tmp_path):
     results, facts = toy_results
-    rows = json.loads(results.to_json(orient="records"))
-    (tmp_path / "results.json").write_text(json.dumps({**facts, "results": rows}))
-    text = model_card.write_card(tmp_path / "card.md", tmp_path / "results.json").read_text()
+    path = make_run(tmp_path / "toy") / "results.json"
+    text = model_card.write_card(tmp_path / "card.md", path).read_text()
     for title, table in tables.run_tables(results, facts).items():
         assert f"## {title}\n\n{table}" in text
     for part in (DISCLAIMER, "Out of scope", "## Limits", "Chance is 0.25", "| medqa | 3 | 0 | 17 | 2 | 41 |"):
         assert part in text
     assert "| `lora.adapter.rank` | 16 |" in text
     assert not re.search(r"\b(nan|None|NaN)\b|\{\{|\}\}", text)
-    assert text == model_card.write_card(tmp_path / "card.md", tmp_path / "results.json").read_text()
-
-
-def test_the_model_index_holds_each_accuracy_of_the_products_with_its_interval(toy_results, tmp_path):
-    results, facts = toy_results
-    (tmp_path / "card.md").write_text(str(model_card.build_card(results, facts)))
+    assert text == model_card.write_card(tmp_path / "card.md", path).read_text()
     data = metadata_load(tmp_path / "card.md")
     assert (data["license"], data["library_name"]) == ("apache-2.0", "transformers")
     metrics = [metric for result in data["model-index"][0]["results"] for metric in result["metrics"]]
@@ -40,7 +33,6 @@ def test_the_model_index_holds_each_accuracy_of_the_products_with_its_interval(t
 def test_a_hub_teacher_brings_its_own_licence(toy_results):
     results, facts = toy_results
     hub = {"models": {"teacher": {"source": {"kind": "hub", "repo": "a/b", "revision": "c"}}}}
-    head = yaml.safe_load(
-        str(model_card.build_card(results, {**facts, "params": facts["params"] | hub})).split("---")[1]
-    )
+    card = str(model_card.build_card(results, {**facts, "params": facts["params"] | hub}))
+    head = yaml.safe_load(card.split("---")[1])
     assert (head["base_model"], head["license"]) == ("a/b", "other")

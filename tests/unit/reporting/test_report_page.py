@@ -7,7 +7,7 @@ import pytest
 
 from medkit import reporting
 from medkit.reporting import report_page, tables
-from medkit.stage import DISCLAIMER, StageError
+from medkit.stage import DISCLAIMER
 
 PAGES = ("report.html", "notebooks/01_data.html")
 
@@ -25,7 +25,7 @@ def test_the_page_has_every_table_and_every_step(built):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_nothing_is_loaded_and_no_script_may_run(built, page):
+def test_nothing_is_loaded_no_script_may_run_and_links_lead_to_files(built, page):
     text = html.unescape((built / page).read_text())
     (policy,) = re.findall(r"<meta [^>]*Content-Security-Policy[^>]*>", text)
     assert f'content="{report_page.POLICY}"' in policy
@@ -33,10 +33,6 @@ def test_nothing_is_loaded_and_no_script_may_run(built, page):
     assert "cdnjs" not in text and not re.search(r"<script[^>]* src=|<link[^>]*href=\"http", text)
     assert text.index("Content-Security-Policy") < text.index("<style")
     assert DISCLAIMER in text
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_to_files(built, page):
     links = re.findall(r'href="([^"#][^"]*)"', (built / page).read_text())
     files = [link for link in links if not link.startswith(("data:", "https://")) and "02_lora" not in link]
     assert files
@@ -59,12 +55,3 @@ def test_a_run_that_has_less_has_a_page_too(make_run, tmp_path):
     text = reporting.write_report(folder).read_text()
     assert "02_distillation" not in text and "notebooks/" not in text
     assert text == reporting.write_report(folder).read_text()  # the same files give the same bytes
-
-
-def test_without_results_the_old_page_stays(make_run, tmp_path):
-    folder = make_run(tmp_path / "toy")
-    before = reporting.write_report(folder).read_text()
-    (folder / "results.json").write_text("{")
-    with pytest.raises(StageError, match="no whole results file"):
-        reporting.write_report(folder)
-    assert (folder / "report.html").read_text() == before and not list(folder.glob("*.part"))

@@ -31,8 +31,6 @@ def test_tasks_are_those_that_the_student_learned_with_their_scores(make_run, tm
     assert chapter.value == rows.value["accuracy/icd_chapter", "option_text"] and chapter.n == 240
     assert (record.kind, record.metric, record.options, record.least_confidence) == ("record", "field_f1", [], None)
     assert record.value == pytest.approx(rows.value["field_f1/records", "generated"])
-    tuned = (
-        results[results.variant == "edge"].assign(variant="edge_lora").replace("field_f1/records", "field_f1/records_b")
-    )
+    tuned = results[results.variant == "edge"].replace({"edge": "edge_lora", "field_f1/records": "field_f1/records_b"})
     write_tasks("toy", "edge", questions, pd.concat([results, tuned]), facts, least)
     assert [task.kind for task in read_tasks(file)] == ["icd_chapter", "record", "record_b"]
