@@ -37,21 +37,15 @@ def test_a_choice(text, options):
 
 def score(text: str) -> None:
     """Every table of records that notebook 06 makes of an answer."""
-    facts = {
-        "source": "records",
-        "group": "g",
-        "options": [json.dumps(PATIENT)],
-        "question": DIALOGUE,
-        "kind": "record",
-    }
-    questions = pd.DataFrame([{**facts, "id": "r0"}, {**facts, "id": "r1"}])
-    answers = pd.DataFrame({"variant": "edge", "source": "records", "id": ["r0", "r1"], "text": text})
+    rows = pd.DataFrame({"id": ["r0", "r1"]})
+    questions = rows.assign(source="records", group="g", kind="record", question=DIALOGUE)
+    questions["options"] = [[json.dumps(PATIENT)]] * 2
+    answers = rows.assign(variant="edge", source="records", text=text)
     scores = assert_promise(pd.DataFrame, records.score_records, answers.drop(columns="source"), questions)
     measured = assert_promise(pd.DataFrame, records.measure_records, scores, 0.95)
     shares = measured[measured.metric != "tokens"].value.dropna()
     assert shares.between(0, 1).all() and np.isfinite(shares).all()
-    facts = {"dialogue": DIALOGUE, "section_header": "ALLERGY", "section_text": "none"}
-    dialogues = pd.DataFrame([{**facts, "id": "r0"}, {**facts, "id": "r1"}])
+    dialogues = rows.assign(dialogue=DIALOGUE, section_header="ALLERGY", section_text="none")
     assert_promise(pd.DataFrame, records.score_dialogues, answers, dialogues, "record", 0.95, {"allergy": "ALLERGY"})
 
 

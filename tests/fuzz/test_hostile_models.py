@@ -43,9 +43,8 @@ def load(path: Path) -> nn.Module:
     """What every notebook does with a model: its folder, its tokenizer, its weights."""
     source = Local(kind="local", path=str(path))
     teacher = ModelParams(source=source, keep_layers=[])
-    params = ModelsParams(
-        teacher=teacher, student="pruned_teacher", embedder=source, device="cpu", dtype="float32", attention="sdpa"
-    )
+    sides = {"teacher": teacher, "student": "pruned_teacher", "embedder": source}
+    params = ModelsParams(**sides, device="cpu", dtype="float32", attention="sdpa")
     folder = loading.local_folder(teacher)
     tokenizer, model = loading.load_tokenizer(folder), loading.load_model(folder, params)
     templates.encode(tokenizer, [{"role": "user", "content": "?"}], "A")
@@ -105,19 +104,13 @@ def test_a_config_of_many_layers_or_with_code_of_its_own(assert_whole_or_refused
         assert_whole_or_refused("student.gguf", gguf[:start] + packed + gguf[start + len(packed) :])
 
 
-@tries(20, 375)
-@given(data=st.data(), file=st.sampled_from(["config.json", "generation_config.json", "tokenizer_config.json"]))
-def test_a_config(assert_whole_or_refused, folder, data, file):
-    content = (folder / file).read_bytes()
+@tries(30, 500)
+@given(data=st.data(), name=st.sampled_from(["config", "generation_config", "tokenizer_config", "tokenizer"]))
+def test_a_config_or_a_tokenizer(assert_whole_or_refused, folder, data, name):
+    content = (folder / f"{name}.json").read_bytes()
     tree = changed([json.loads(content)]).map(lambda tree: json.dumps(tree, default=str).encode())
-    assert_whole_or_refused(file, data.draw(tree | damaged([content])))
-
-
-@tries(10, 125)
-@given(data=st.data())
-def test_a_tokenizer(assert_whole_or_refused, folder, data):
-    content = (folder / "tokenizer.json").read_bytes()
-    assert_whole_or_refused("tokenizer.json", data.draw(damaged([content])))
+    inputs = damaged([content]) if name == "tokenizer" else tree | damaged([content])
+    assert_whole_or_refused(f"{name}.json", data.draw(inputs))
 
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is <|im_end|> \u200b\0 a sign?"}]

@@ -42,7 +42,6 @@ def assert_profile(folder: Path, text: bytes, overrides: list[str]) -> None:
 @example(text=b"- a\n- b\n")
 @example(text=b"# only a comment\n")
 @example(text=b"seed: [1, 2\nmodels: {")
-@example(text=b"seed: *nowhere\n")
 @example(text=b"seed: !!python/object:os.system 1\n")
 def test_a_profile(tmp_path, text):
     assert_profile(tmp_path, text, [])

@@ -125,22 +125,8 @@ def test_chats(tmp_path, rows, pool):
 
 # --- a folder laid out like the data wheel's -------------------------------------------------------------------------
 
-LETTERED = {"question": "Which drug?", "options": "A. one\nB. two", "answer": "B. two", "subject": "x", "passage": "y"}
 CSV = b'ID,section_header,section_text,dialogue\n0,ALLERGY,"None, known.","Doctor: Hello.\nPatient: Hi."\n'
 VISITS = [{"file": "a", "src": "[doctor] hello [patient] hi", "tgt": "note"}]
-
-
-@tries(20, 500)
-@given(text=damaged([json.dumps(row).encode() for row in (LETTERED, LETTERED | {"Question": "q?"})] + TEXTS))
-def test_files_of_the_data_folder(tmp_path, text):
-    for name in ("MedQA", "MedicationQA", "LiveQA", "healthsearchqa", "PubMedQA/pqal"):
-        (tmp_path / name).mkdir(parents=True, exist_ok=True)
-        (tmp_path / name / "test.jsonl").write_bytes(text)
-    for name in ("medqa", "pubmedqa"):
-        assert_promise(list, lambda name=name: list(readers.READERS[name](tmp_path)))
-    tables = assert_promise(tuple, readers.read_open_questions, tmp_path)
-    for table in tables or ():
-        table.to_parquet(tmp_path / "stored.parquet")
 
 
 @tries(20, 500)
