@@ -14,9 +14,10 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 class EpochBatches:
     """Batches of row numbers, of similar length and in a random order that depends on seed and epoch.
 
-    transformers' own sampler uses the global random generator, whose state a checkpoint does not hold. With
-    `difficulty` the first epoch goes from easy to hard: in parts of eight batches, each part shuffled as other epochs
-    are.
+    transformers' own sampler uses the global random generator, whose state a checkpoint does not hold. It also begins
+    with the longest rows, again in every 50 batches: if the rows of one task are longer, they come in a block, and a
+    training ends with a block of the other task. So its batches are shuffled. With `difficulty` the first epoch goes
+    from easy to hard, in parts of eight batches.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, difficulty: Sequence[float] | None = None):
@@ -32,12 +33,13 @@ class EpochBatches:
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         if self.epoch or self.difficulty is None:
-            rows = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
-            yield from _cut(rows, self.batch_size)
-            return
-        easy_first = sorted(range(len(self.lengths)), key=lambda i: self.difficulty[i])
-        for part in _cut(easy_first, 8 * self.batch_size):
-            batches = _cut(sorted(part, key=lambda i: self.lengths[i], reverse=True), self.batch_size)
+            parts = [get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)]
+        else:
+            easy_first = sorted(range(len(self.lengths)), key=lambda i: self.difficulty[i])
+            parts = _cut(easy_first, 8 * self.batch_size)
+            parts = [sorted(part, key=lambda i: self.lengths[i], reverse=True) for part in parts]
+        for part in parts:
+            batches = _cut(part, self.batch_size)
             order = torch.randperm(len(part) // self.batch_size, generator=generator).tolist()
             # the batch that is not full is last, so all others stay whole
             yield from (batches[n] for n in [*order, *range(len(order), len(batches))])

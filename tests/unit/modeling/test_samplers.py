@@ -1,6 +1,6 @@
 """Every row of a batch goes to one process, and no process has much more to do than another."""
 
-from itertools import chain
+from itertools import chain, pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,3 +26,12 @@ def test_each_epoch_has_an_order_of_its_own():
         batches.set_epoch(epoch)
         orders.append(list(batches))
     assert orders[1] == orders[3] and len({str(order) for order in orders}) == 3
+
+
+def test_batches_of_long_rows_do_not_come_in_a_block():
+    """Rows of two tasks, one of which has longer rows."""
+    batches = list(EpochBatches([250] * 96 + [50] * 96, 4, seed=0))
+    kinds = [{row < 96 for row in batch} for batch in batches]
+    assert sum(len(kind) == 1 for kind in kinds) >= 40, "nearly every batch has rows of similar length"
+    assert sum(one != other for one, other in pairwise(kinds)) >= 16
+    assert sorted(chain.from_iterable(batches)) == list(range(192))
