@@ -31,6 +31,29 @@ def no_network():
         yield tried
 
 
+@pytest.fixture
+def make_notebooks(tmp_path, monkeypatch):
+    """make_notebooks({stage: [cells…]}): a project of its own for the runner, with these stages and notebooks."""
+    from nbformat import v4, write
+
+    from medkit import runner
+
+    folder = tmp_path / "toy" / "notebooks"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(runner, "ROOT", folder.parent)
+    parameters = "params_file = ''\nrun = ''\noverrides = {}"
+
+    def make(notebooks: dict[str, list[str]]) -> None:
+        monkeypatch.setattr(runner, "STAGES", list(notebooks))
+        for name, sources in notebooks.items():
+            cells = [v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(v4.new_code_cell, sources)]
+            notebook = v4.new_notebook(cells=cells)
+            notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+            write(notebook, folder / f"{name}.ipynb")
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def make_llama():
     return toys.make_llama

@@ -250,19 +250,17 @@ def works(make_llama, make_examples, make_section, tokenizer, tmp_path, monkeypa
         checksums = teacher_cache.read_index(cache)["sha256"]
         return len(checksums) > 1 and all(sha256_of(cache / name) == value for name, value in checksums.items())
 
+    def serving():
+        serve.serve("r", port=port, upstream="http://127.0.0.1:9/v1")
+
+    def checkpoints() -> list[Path]:
+        return list(stage.dir.rglob("trainer_state.json"))
+
     return {
-        "training": (
-            train,
-            lambda: list(stage.dir.rglob("trainer_state.json")),
-            lambda: list(stage.dir.rglob("trainer_state.json")) and not list(stage.dir.glob("s")),
-        ),
+        "training": (train, checkpoints, lambda: checkpoints() and not list(stage.dir.glob("s"))),
         "capture": (capture, lambda: (cache / "00002.safetensors").is_file(), shards_are_whole),
         "gguf": (export, gguf_export.manifest_path(edge).is_file, lambda: gguf_export.check_manifest(edge)),
-        "serving": (
-            lambda: serve.serve("r", port=port, upstream="http://127.0.0.1:9/v1"),
-            answers,
-            lambda: not answers(),
-        ),
+        "serving": (serving, answers, lambda: not answers()),
     }
 
 
@@ -289,15 +287,9 @@ time.sleep(60)
 """
 
 
-def test_a_signal_ends_a_notebook_and_its_kernel(tmp_path, monkeypatch):
-    folder, begun = tmp_path / "project" / "notebooks", tmp_path / "begun"
-    folder.mkdir(parents=True)
-    cell = nbformat.v4.new_code_cell("params_file = ''\nrun = ''\noverrides = {}", metadata={"tags": ["parameters"]})
-    notebook = nbformat.v4.new_notebook(cells=[cell, nbformat.v4.new_code_cell(SLEEP)])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, folder / "01_data.ipynb")
-    for name, value in {"ROOT": folder.parent, "STAGES": ["01_data"]}.items():
-        monkeypatch.setattr(runner, name, value)
+def test_a_signal_ends_a_notebook_and_its_kernel(make_notebooks, tmp_path, monkeypatch):
+    begun = tmp_path / "begun"
+    make_notebooks({"01_data": [SLEEP]})
     monkeypatch.setenv("BEGUN", str(begun))
     work = lambda: runner.run_all(ROOT / "params" / "smoke.yaml", "r")  # noqa: E731
     code, errors = in_child(work, lambda: begun.is_file() and begun.read_text(), signal.SIGTERM)
