@@ -61,9 +61,8 @@ def index(tmp_path, monkeypatch) -> Index:
     return index
 
 
-def wheel_of(index: Index, member: str = "pack/data/", **changes) -> Wheel:
-    known = {"kind": "wheel", "package": "pack", "version": "1.0", "sha256": sha256_of(index.served), "member": member}
-    return Wheel(**{**known, **changes})
+def wheel_of(index: Index, member: str = "pack/data/") -> Wheel:
+    return Wheel(kind="wheel", package="pack", version="1.0", sha256=sha256_of(index.served), member=member)
 
 
 def test_folder_member_is_extracted_with_its_folders_and_then_offline(index, cache):
