@@ -79,14 +79,8 @@ def make_run():
         (folder / "results.json").write_text(json.dumps({**FACTS, "params": params, "results": invented_rows()}))
         for stage in ("01_data", "02_distillation", "06_evaluation"):
             (folder / stage).mkdir()
-            manifest = {
-                "stage": stage,
-                "files": {"a.parquet": 4},
-                "duration_s": 61.5,
-                "date": "2026-01-01",
-                "device": "x",
-            }
-            (folder / stage / "manifest.json").write_text(json.dumps(manifest))
+            manifest = {"files": {"a.parquet": 4}, "duration_s": 61.5, "date": "2026-01-01", "device": "x"}
+            (folder / stage / "manifest.json").write_text(json.dumps({"stage": stage, **manifest}))
         (folder / "06_evaluation" / "model_card.md").write_text("card\n")
         v4 = nbformat.v4
         outputs = [v4.new_output("execute_result", {"text/html": f"<b>0.25</b>{SCRIPT}", "text/plain": "frame"}),

@@ -28,12 +28,8 @@ def make_tokenizer(split=None, texts=SENTENCES, size=VOCAB - 4, **changes):
     split = split or pre_tokenizers.Digits(individual_digits=True)
     backend.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=SPECIAL,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
     backend.train_from_iterator([*texts] * 20, trainer)
     named = {"bos_token": SPECIAL[1], "eos_token": SPECIAL[2], "pad_token": SPECIAL[0], "chat_template": CHATML}
     named |= changes
@@ -129,20 +125,10 @@ def make_llama(seed=0, layers=3, kind="Llama", **changes):
     import transformers
 
     torch.set_num_threads(1)
-    config = {
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.1,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
+    config = {"vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": layers}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    config |= {"tie_word_embeddings": True, "initializer_range": 0.1}
+    config |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     torch.manual_seed(seed)
     config = getattr(transformers, f"{kind}{'Text' * (kind == 'Gemma3')}Config")(**{**config, **changes})
     model = getattr(transformers, f"{kind}ForCausalLM")(config)

@@ -85,9 +85,8 @@ def make_pieces_tokenizer():
         backend = Tokenizer(backends.BPE(unk_token="<unk>"))
         steps = [normalizers.Prepend("▁")] * lead + [normalizers.Replace(" ", "▁")]
         backend.normalizer = normalizers.Sequence(steps)
-        trainer = trainers.BpeTrainer(
-            vocab_size=120, special_tokens=["<pad>", "</s>", "<unk>"], show_progress=False, limit_alphabet=60
-        )
+        special = ["<pad>", "</s>", "<unk>"]
+        trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=special, show_progress=False, limit_alphabet=60)
         backend.train_from_iterator([*texts] * 10, trainer)
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         backend.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * lead)
