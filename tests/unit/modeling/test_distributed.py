@@ -7,6 +7,7 @@ also trained by hand.
 import json
 import subprocess
 import sys
+from itertools import product
 
 import pandas as pd
 import pytest
@@ -76,19 +77,15 @@ def outputs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def params_file(outputs, make_section, make_llama, tokenizer):
-    """params_file(name, **changes): the smoke profile on the toy model, with other training settings."""
+    """The smoke profile on the toy model, with other training settings."""
     folder = loading.save_model(make_llama(layers=2), tokenizer, outputs / "toy")
     raw = yaml.safe_load((ROOT / "params" / "smoke.yaml").read_text())
     raw["models"]["teacher"] = {"source": {"kind": "local", "path": str(folder)}, "keep_layers": []}
     raw["models"] |= {"device": "cpu", "attention": "sdpa"}
-
-    def write(name, **changes):
-        section = make_section(slice_tokens=60, learning_rate=1e-2, **changes).model_dump()
-        raw["distillation"]["student_train"] = raw["lora"]["train"] = section
-        (outputs / f"{name}.yaml").write_text(yaml.safe_dump(raw))
-        return outputs / f"{name}.yaml"
-
-    return write
+    section = make_section(slice_tokens=60, learning_rate=1e-2).model_dump()
+    raw["distillation"]["student_train"] = raw["lora"]["train"] = section
+    (outputs / "toy.yaml").write_text(yaml.safe_dump(raw))
+    return outputs / "toy.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -110,15 +107,6 @@ def make_run(make_llama, tokenizer):
     return make
 
 
-def words(stage, name, params):
-    return ["train", "--stage", stage, "--run", f"{name}_{stage}", "--params", str(params)]
-
-
-def train_here(stage, name, params):
-    """`medkit train` in this process, which has imported torch already."""
-    __main__.app(words(stage, name, params), standalone_mode=False)
-
-
 def trained(folder, name):
     (weights,) = (folder / name).glob("*model.safetensors")
     log = json.loads((folder / f"{name}.record.json").read_text())["facts"]["log"]
@@ -128,18 +116,16 @@ def trained(folder, name):
 @pytest.fixture(scope="module")
 def folders(outputs, make_run, params_file):
     """Stage folders by run and stage, after the pair and the single process trained in them; and the pair's errors."""
-    params = params_file("toy")
-    folders = {
-        (run, stage): make_run(run, stage) for run in ("sharded", "whole", "alone") for stage in ("student_ce", "lora")
-    }
+    runs = product(("sharded", "whole", "alone"), ("student_ce", "lora"))
+    folders = {(run, stage): make_run(run, stage) for run, stage in runs}
     (outputs / "pair.py").write_text(PAIR)
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FSDP2), "--num_processes", "2"]
-    pair = subprocess.Popen(
-        [*launch, "--main_process_port", "0", "-m", "pair", str(params)], stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    launch += ["--main_process_port", "0", "-m", "pair", str(params_file)]
+    pair = subprocess.Popen(launch, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
-        for stage in ("student_ce", "lora"):
-            train_here(stage, "alone", params)
+        for stage in ("student_ce", "lora"):  # in this process, which has imported torch already
+            words = ["train", "--stage", stage, "--run", f"alone_{stage}", "--params", str(params_file)]
+            __main__.app(words, standalone_mode=False)
         _, errors = pair.communicate(timeout=500)
     finally:
         pair.terminate()

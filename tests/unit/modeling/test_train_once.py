@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -147,14 +148,7 @@ def test_weights_learn_in_float32_whatever_the_profile_computes_in(tmp_path, mak
     assert {p.dtype for p in attached(base).parameters() if p.requires_grad} == {torch.float32}
 
 
-def test_a_run_that_is_in_use_is_left_alone(tmp_path, monkeypatch, models_params):
-    from types import SimpleNamespace
-
-    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
-    params = SimpleNamespace(models=models_params)
-    with (
-        lock_run("toy"),
-        pytest.raises(StageError, match="another process works on it"),
-        train_once.open_stage("toy", "03_lora", params),
-    ):
+def test_a_run_that_is_in_use_is_left_alone(stage, models_params):
+    opened = train_once.open_stage("toy", "03_lora", SimpleNamespace(models=models_params))
+    with lock_run("toy"), pytest.raises(StageError, match="another process works on it"), opened:
         pass
