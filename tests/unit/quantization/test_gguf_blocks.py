@@ -148,12 +148,8 @@ def test_the_importance_matrix_holds_the_squares_of_the_inputs(make_llama, token
     facts |= {"chunk_size": sum(len(e.input_ids) - 1 for e in examples)}
     for name, value in facts.items():
         assert matrix.get_field(f"{'general' if name == 'type' else 'imatrix'}.{name}").contents() == value
-    facts = {
-        "file": "student.imatrix.gguf",
-        "dataset": "nine examples",
-        "entries_count": len(entries),
-        "chunks_count": 1,
-    }
+    facts = {"file": "student.imatrix.gguf", "dataset": "nine examples"}
+    facts |= {"entries_count": len(entries), "chunks_count": 1}
     fields = {name: gguf.GGUFReader(path).get_field(f"quantize.imatrix.{name}") for name in facts}
     assert {name: field.contents() for name, field in fields.items()} == facts
     assert fields["entries_count"].types == fields["chunks_count"].types == [gguf.GGUFValueType.UINT32]

@@ -52,13 +52,9 @@ def make_gemma3(make_llama):
     return partial(make_llama, **{"kind": "Gemma3", **sizes})
 
 
-def split_by_digits(**changes):
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=changes.pop("one_by_one", True)),
-            pre_tokenizers.ByteLevel(**{"add_prefix_space": False, **changes}),
-        ]
-    )
+def split_by_digits(one_by_one=True, **changes):
+    bytes_ = pre_tokenizers.ByteLevel(**{"add_prefix_space": False, **changes})
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=one_by_one), bytes_])
 
 
 @pytest.fixture(scope="module")
@@ -102,12 +98,8 @@ def test_the_file_holds_the_model_in_the_analytic_number_of_bytes(make_llama, to
     model = make_llama(tie_word_embeddings=False)
     path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", weight_type)
     torch.testing.assert_close(logits(toys.read_gguf(path)), logits(rounded(model, weight_type)), rtol=0, atol=1e-4)
-    sizes = {
-        "embeddings": 300 * 64,
-        "attention": 3 * (2 * 64 * 64 + 2 * 64 * 32),
-        "mlp": 3 * 3 * 64 * 96,
-        "head": 300 * 64,
-    }
+    sizes = dict.fromkeys(("embeddings", "head"), 300 * 64)
+    sizes |= {"attention": 3 * (2 * 64 * 64 + 2 * 64 * 32), "mlp": 3 * 3 * 64 * 96}
     expected = {name: (n, n * BYTES_PER_BLOCK[weight_type] // 32) for name, n in sizes.items()}
     expected["norms"] = (7 * 64, 4 * 7 * 64)
     table = gguf_export.measure_file_bytes(path)
@@ -233,21 +225,20 @@ def test_the_file_holds_gemmas_tokenizer_and_its_turns(make_gemma3, tmp_path):
             assert read(prompt) == encode(tokenizer, [system, *turns])[0]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda backend: backend["model"]["merges"].pop(),
-        lambda backend: backend["model"]["merges"].reverse(),
-        lambda backend: backend["model"]["vocab"].update({"<0x0b>": backend["model"]["vocab"].pop("<0x0B>")}),
-        lambda backend: backend.update(normalizer=None),
-        lambda backend: backend.update(pre_tokenizer={"type": "Whitespace"}),
-    ],
-    ids=["a merge is missing", "another order", "a byte is missing", "spaces stay", "words apart"],
-)
+NOT_GEMMAS = {
+    "a merge is missing": lambda model, **_: model["merges"].pop(),
+    "another order": lambda model, **_: model["merges"].reverse(),
+    "a byte is missing": lambda model, **_: model["vocab"].update({"<0x0b>": model["vocab"].pop("<0x0B>")}),
+    "spaces stay": lambda model, backend: backend.update(normalizer=None),
+    "words apart": lambda model, backend: backend.update(pre_tokenizer={"type": "Whitespace"}),
+}
+
+
+@pytest.mark.parametrize("change", NOT_GEMMAS)
 def test_pieces_that_only_look_like_gemmas_are_refused(make_gemma3, tmp_path, change):
     tokenizer = toys.make_gemma_tokenizer()
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    change(backend)
+    NOT_GEMMAS[change](backend["model"], backend=backend)
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
     with pytest.raises(ExportError, match="only one that splits text as Gemma's"):
         gguf_export.export_gguf(make_gemma3(layers=1), tokenizer, tmp_path / "student.gguf", "F16")
@@ -288,21 +279,18 @@ def test_an_added_token_that_is_not_special_stays_in_the_answer(make_llama, make
     assert again.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
-@pytest.mark.parametrize(
-    ("step", "said"),
-    [
-        (split_by_digits(one_by_one=False), r"pre-tokenizer \["),
-        (split_by_digits(add_prefix_space=True), r"pre-tokenizer \["),
-        (split_by_digits(use_regex=False), r"pre-tokenizer \["),
-        (pre_tokenizers.Whitespace(), r"pre-tokenizer \["),
-        (normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]), "'Lowercase'"),
-    ],
-    ids=["digits together", "a space before", "no rule of GPT-2's", "no bytes", "lower case"],
-)
-def test_a_tokenizer_that_only_looks_alike_is_refused(make_llama, make_tokenizer, tmp_path, step, said):
-    tokenizer = make_tokenizer()
-    setattr(tokenizer.backend_tokenizer, "normalizer" if said == "'Lowercase'" else "pre_tokenizer", step)
-    with pytest.raises(ExportError, match=said):
+STEPS = {
+    "digits together": split_by_digits(one_by_one=False), "a space before": split_by_digits(add_prefix_space=True),
+    "no rule of GPT-2's": split_by_digits(use_regex=False), "no bytes": pre_tokenizers.Whitespace(),
+    "lower case": normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_tokenizer_that_only_looks_alike_is_refused(make_llama, make_tokenizer, tmp_path, name):
+    tokenizer, is_case = make_tokenizer(), name == "lower case"
+    setattr(tokenizer.backend_tokenizer, "normalizer" if is_case else "pre_tokenizer", STEPS[name])
+    with pytest.raises(ExportError, match="'Lowercase'" if is_case else r"pre-tokenizer \["):
         gguf_export.export_gguf(make_llama(layers=1), tokenizer, tmp_path / "student.gguf", "F16")
 
 

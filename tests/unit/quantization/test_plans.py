@@ -22,17 +22,10 @@ def make_shapes(layers=3, tied=False):
 
 def make_choices(shapes, seed=0):
     """A table as `measure_sensitivity` makes it: random KL, larger for fewer bits."""
-    draw = np.random.default_rng(seed)
-    rows = [
-        (
-            module,
-            scheme,
-            0.0 if scheme == "unquantized" else draw.exponential(1e-3) * 4 ** (8 - bits),
-            columns * width * bits // 8,
-        )
-        for module, (columns, width) in shapes.items()
-        for scheme, bits in BITS.items()
-    ]
+    draw, rows = np.random.default_rng(seed), []
+    for (module, (columns, width)), (scheme, bits) in itertools.product(shapes.items(), BITS.items()):
+        kl = 0.0 if scheme == "unquantized" else draw.exponential(1e-3) * 4 ** (8 - bits)
+        rows.append((module, scheme, kl, columns * width * bits // 8))
     return pd.DataFrame(rows, columns=["module", "scheme", "kl_nats", "bytes"])
 
 

@@ -114,11 +114,8 @@ def test_a_simulated_plan_is_the_plan(make_llama, make_examples):
     shapes = quantize.weight_shapes(model)
     table = measure(model, examples)
     int8 = Plan(name="all_int8", schemes=dict.fromkeys(shapes, "int8"))
-    candidates = [
-        Plan(name="unquantized", schemes=dict.fromkeys(shapes, "unquantized")),
-        int8,
-        plans.paper_plan(shapes),
-    ]
+    unquantized = Plan(name="unquantized", schemes=dict.fromkeys(shapes, "unquantized"))
+    candidates = [unquantized, int8, plans.paper_plan(shapes)]
     found = sensitivity.measure_plans(model, examples, True, candidates, table).set_index("plan")
     assert found.loc["unquantized"].drop("bytes").eq(0).all()
     assert found.kl_nats["paper_mix"] > found.kl_nats["all_int8"] > 0
