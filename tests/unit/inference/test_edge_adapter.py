@@ -22,14 +22,8 @@ TASKS = [
     for kind in templates.FORMS
 ]  # fmt: skip
 TARGETS = ["q_proj", "k_proj", "o_proj", "down_proj"]
-WANTED = {
-    "max_tokens": 8,
-    "temperature": 0,
-    "response_format": {"type": "text"},
-    "ignore_eos": True,
-    "verbose": True,
-    "return_tokens": True,
-}
+WANTED = {"max_tokens": 8, "temperature": 0, "response_format": {"type": "text"}}
+WANTED |= dict.fromkeys(("ignore_eos", "verbose", "return_tokens"), True)
 
 
 def write(model, prompt_ids, with_adapter: bool) -> list[int]:

@@ -6,7 +6,7 @@ import pandas as pd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medkit.inference import predictions, question_variants
+from medkit.inference import question_variants
 from medkit.variants import REASONERS, VARIANTS
 
 
@@ -49,11 +49,10 @@ def test_every_question_is_shuffled_and_says_how(questions):
 
 def test_claims_answer_everything_the_others_the_first_few_and_exams_are_for_start_and_end():
     """Every variant's questions are the first of what a claim answers, so that any two can be paired."""
-    kinds = {"icd": "icd_chapter", "records": "record", "records_b": "record_b"}
-    asked = pd.DataFrame([
-        {"id": f"{source}{i}", "source": source, "kind": kind, "scoring": "generated"}
-        for source, kind in kinds.items() for i in range(6)
-    ])  # fmt: skip
+    kinds = {"icd": "icd_chapter", "scored": "icd_chapter", "records": "record", "records_b": "record_b"}
+    rows = [(f"{source}{i}", source, kind, "generated") for source, kind in kinds.items() for i in range(6)]
+    asked = pd.DataFrame(rows, columns=["id", "source", "kind", "scoring"])
+    asked.loc[asked.source == "scored", "scoring"] = "option_text"
     exams = pd.DataFrame([{"id": "e0", "source": "medqa", "kind": "choice", "scoring": "option_text"}])
     for variant in VARIANTS:
         rows = question_variants.rows_for(variant, asked, exams, ["student_ce", "edge"], few=2)
@@ -67,24 +66,11 @@ def test_claims_answer_everything_the_others_the_first_few_and_exams_are_for_sta
         assert reasoned == (["icd0", "icd1"] if variant in REASONERS else [])
 
 
-def test_a_student_of_reasons_is_asked_for_them_and_the_others_are_not(make_llama, tokenizer):
-    """The template that a row brings counts, also beside rows that bring none."""
-    row = {"source": "icd", "kind": "choice", "question": "Which?", "context": "", "options": ["one", "two"]}
-    asked = pd.DataFrame([row | {"id": id, "scoring": how} for id, how in (("a", "generated"), ("b", "option_text"))])
-    none = pd.DataFrame(columns=asked.columns)
-    for variant, expected in {"student_seq": ["rationale", "text"], "student_hard": ["text", "text"]}.items():
-        rows = question_variants.rows_for(variant, asked, none, [], few=2)
-        answers = predictions.predict(make_llama(), tokenizer, rows, batch_tokens=512, max_new_tokens=2)
-        assert answers.template.tolist() == expected
-
-
 def test_real_dialogues_are_asked_for_the_first_form_without_an_answer():
     texts = ["D: Hi.", "D: " * 999, "P: No."]
     dialogues = pd.DataFrame({"id": ["a", "b", "c"], "source": "mts_dialog", "dialogue": texts})
     rows = question_variants.dialogue_rows(dialogues, "all")
     assert rows.id.tolist() == ["a", "c"] and rows.question.tolist() == ["D: Hi.", "P: No."]
     assert set(rows.kind) == {"record"} and rows.options.tolist() == [[""], [""]]
-    assert (
-        question_variants.dialogue_rows(dialogues, 1).id.tolist() == ["a"]
-        and question_variants.dialogue_rows(dialogues, 0).empty
-    )
+    assert question_variants.dialogue_rows(dialogues, 1).id.tolist() == ["a"]
+    assert question_variants.dialogue_rows(dialogues, 0).empty

@@ -1,6 +1,8 @@
-"""The router before llama.cpp's own server on a toy file, as OpenAI's client sees it."""
+"""The router before llama.cpp's own server on a toy file, as OpenAI's client and lm-evaluation-harness see it."""
 
+import asyncio
 import json
+import re
 from contextlib import ExitStack
 from hashlib import sha256
 from types import SimpleNamespace
@@ -272,6 +274,58 @@ def test_errors_have_the_shape_of_openai(client, url, start, monkeypatch):
     gone = start(ServerAddress("http://127.0.0.1:9/v1", "none"), KEY)
     answer = httpx.get(f"{gone}/v1/models", headers=headers)
     assert answer.status_code == 502 and "does not answer" in answer.json()["error"]["message"]
+
+
+QUESTIONS = ["Which vitamin prevents scurvy?", "Does aspirin reduce fever?", "Give 325 mg at 09:30."]
+
+
+def test_many_may_ask_at_once(client, url):
+    async def ask_all():
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key=KEY) as client:
+            return await asyncio.gather(*[ask(client, question) for question in QUESTIONS * 4])
+
+    expected = [ask(client, question).parse().choices[0].message.content for question in QUESTIONS]
+    assert [raw.parse().choices[0].message.content for raw in asyncio.run(ask_all())] == expected * 4
+
+
+@pytest.mark.parametrize("model", ["local-completions", "local-chat-completions"])
+def test_the_harness_reads_what_the_client_reads(client, url, tokenizer, tmp_path, monkeypatch, model):
+    """Of three answers that the client got, one is replaced: two of three are right."""
+    pytest.importorskip("lm_eval")
+    for variable, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "OPENAI_API_KEY": KEY}.items():
+        monkeypatch.setenv(variable, value)
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    if is_chat := "chat" in model:
+        texts = [ask(client, question).parse().choices[0].message.content for question in QUESTIONS]
+        settings = {"base_url": f"{url}/v1/chat/completions"}
+    else:
+        written = [client.completions.create(model="edge", prompt=q, max_tokens=6, temperature=0) for q in QUESTIONS]
+        texts = [answer.choices[0].text for answer in written]
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        settings = {"base_url": f"{url}/v1/completions", "num_concurrent": 2, "max_length": 512}
+        settings |= {"tokenizer": str(tmp_path / "tokenizer"), "tokenizer_backend": "huggingface"}
+    rows = [{"question": q, "answer": text} for q, text in zip(QUESTIONS, [*texts[:2], "no"], strict=True)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    place = {"data_files": {"test": str(tmp_path / "rows.jsonl")}, "cache_dir": str(tmp_path / "cache")}
+    task = {"task": "toy", "dataset_path": "json", "dataset_kwargs": place, "test_split": "test"}
+    task |= {"doc_to_text": "{{question}}", "doc_to_target": "{{answer}}", "output_type": "generate_until"}
+    task |= {"generation_kwargs": {"until": ["<|endoftext|>"], "max_gen_toks": 6}}
+    told = lm_eval.simple_evaluate(
+        model=model, model_args={"model": "edge", "max_retries": 1, **settings}, bootstrap_iters=0,
+        tasks=[task | {"metric_list": [{"metric": "exact_match"}]}], apply_chat_template=is_chat,
+        task_manager=TaskManager(include_defaults=False),  # reading its own thousands takes a minute
+    )  # fmt: skip
+    assert told["results"]["toy"]["exact_match,none"] == pytest.approx(2 / 3)
+
+
+def test_options_cannot_be_scored_through_a_server(taught):
+    """llama.cpp tells the log-probability of what it writes and not of a prompt, in silence; the router says so."""
+    asked = {"model": "edge", "prompt": QUESTIONS[0], "max_tokens": 6, "temperature": 0}
+    with pytest.raises(openai.BadRequestError, match=re.escape(serve.NO_ECHO)):
+        taught.completions.create(**asked, echo=True, logprobs=1)
+    assert taught.completions.create(**asked, echo=False).choices[0].text
 
 
 def test_without_a_key_only_the_names_of_this_machine_are_answered(start, upstream):
