@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -102,19 +101,6 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def list_files(folder: Path) -> dict[str, tuple[int, int]]:
-    """Each file below with its number and time of writing."""
-    files = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
-    return {str(path.relative_to(folder)): (stat.st_ino, stat.st_mtime_ns) for path, stat in files.items()}
-
-
-def summarize(names: Iterable[str]) -> list[str]:
-    """Artifacts of a stage, and each training with its last whole checkpoint."""
-    parts = [Path(name).parts for name in names if "figures" not in name and not name.endswith(".record.json")]
-    whole = [p for p in parts if p[0] == "checkpoints" and p[-1] == "trainer_state.json"]
-    return sorted({p[0] for p in parts if p[0] != "checkpoints"} | {f"{p[1]}: {p[-2]}" for p in whole})
-
-
 def differences(undisturbed: Path, killed: Path) -> dict[str, list]:
     """Rows of the results, and files of weights, that are not the same in both runs; and what scratch is left."""
     rows, weights = [], []
@@ -126,12 +112,8 @@ def differences(undisturbed: Path, killed: Path) -> dict[str, list]:
             {(str(p.relative_to(outputs)), hashlib.sha256(p.read_bytes()).hexdigest()) for p in sorted(paths)}
         )
     left = [str(path.relative_to(killed)) for path in killed.rglob("*.part")]
-    return {
-        "rows": sorted(rows[0] ^ rows[1]),
-        "weights": sorted(weights[0] ^ weights[1]),
-        "scratch": left,
-        "compared": [len(rows[0]), len(weights[0])],
-    }
+    differing = {"rows": sorted(rows[0] ^ rows[1]), "weights": sorted(weights[0] ^ weights[1])}
+    return differing | {"scratch": left, "compared": [len(rows[0]), len(weights[0])]}
 
 
 def main() -> None:
@@ -144,26 +126,15 @@ def main() -> None:
     undisturbed, killed, log = arguments.undisturbed or scratch / "undisturbed", scratch / "killed", scratch / "log"
     if not arguments.undisturbed:
         assert start(undisturbed, log).wait() == 0, log.read_text()
-    kills, snapshots = [], []
-    for moment in [*draw_moments(undisturbed, arguments.kills, arguments.seed), None]:
+    kills = []
+    for moment in draw_moments(undisturbed, arguments.kills, arguments.seed):
         since, process = time.time(), start(killed, log)
-        if moment:
-            second = wait_for(moment, process, killed, since)
-            assert process.poll() is None, log.read_text()
-            kill(process)
-        else:
-            assert process.wait() == 0, log.read_text()
-        if kills:  # what this start found done
-            skipped = [line.split()[1] for line in log.read_text().splitlines() if "up to date" in line]
-            kills[-1]["restart_skips"] = [name[:2] for name in skipped]
-        if moment:
-            snapshots.append(list_files(killed / RUN / moment.stage))
-            kills.append(moment._asdict() | {"second": second, "left": summarize(snapshots[-1])})
-            print(json.dumps(kills[-1]), flush=True)
-    final = {stage: list_files(killed / RUN / stage) for stage in STAGES}
-    for entry, files in zip(kills, snapshots, strict=True):
-        kept = [name for name, written in files.items() if final[entry["stage"]].get(name) == written]
-        entry["not_made_again"] = summarize(kept)
+        second = wait_for(moment, process, killed, since)
+        assert process.poll() is None, log.read_text()
+        kill(process)
+        kills.append(moment._asdict() | {"second": second})
+        print(json.dumps(kills[-1]), flush=True)
+    assert start(killed, log).wait() == 0, log.read_text()
     found = differences(undisturbed, killed)
     verdict = "the same" if not (found["rows"] or found["weights"] or found["scratch"]) else "DIFFERENT"
     summary = {"verdict": verdict, **found, "kills": kills}
