@@ -6,6 +6,7 @@ Fixtures that make things are functions, so that a test says what is particular 
 import json
 import random
 import socket
+import sys
 
 import pandas as pd
 import pytest
@@ -29,6 +30,21 @@ def no_network():
         for name in ("connect", "connect_ex"):
             patch.setattr(socket.socket, name, refuse)
         yield tried
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """command(*words): exit code, output and errors of `python -m medkit …`, run in this process."""
+    from medkit import __main__
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["medkit", *words])
+        with pytest.raises(SystemExit) as stopped:
+            __main__.main()
+        printed = capsys.readouterr()
+        return stopped.value.code or 0, printed.out, printed.err
+
+    return run
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A run is begun on one machine and finished on another one: what travels, and what is refused. No kernel starts."""
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
 
-from medkit import __main__, preflight, reporting, runner
+from medkit import preflight, reporting, runner
 from medkit.run_store import StoreError
 from medkit.runner import run_all
 from medkit.stage import FINGERPRINT, MANIFEST, ROOT, STAGES, Stage, run_dir, write_text
@@ -94,14 +93,12 @@ def here() -> dict[str, bytes]:
     return {path.relative_to(run_dir("r")).as_posix(): path.read_bytes() for path in files}
 
 
-def command(monkeypatch, capsys) -> tuple[int, str]:
-    """Exit code and errors of `python -m medkit run`, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["medkit", "run", "--params", str(SMOKE), "--run", "r"])
+@pytest.fixture
+def start(command, monkeypatch):
+    """start(): exit code and errors of `python -m medkit run`."""
     monkeypatch.setattr(preflight, "check_profile", lambda params: [])
     monkeypatch.setattr(reporting, "write_report", lambda folder: write_text(folder / "report.html", "report"))
-    with pytest.raises(SystemExit) as stopped:
-        __main__.main()
-    return stopped.value.code or 0, capsys.readouterr().err
+    return lambda: command("run", "--params", str(SMOKE), "--run", "r")[::2]
 
 
 @pytest.mark.parametrize("url", ["s3://lab/runs", "memory://runs", "{}/shared", "file://{}/shared/"])
@@ -193,11 +190,11 @@ def test_a_manifest_that_cannot_be_understood_is_none(s3, machine, made, text):
 
 
 def test_an_upload_that_fails_in_the_middle_leaves_no_manifest_there_and_the_stages_whole_here(
-    s3, machine, made, monkeypatch, capsys
+    s3, machine, made, start
 ):
     run_all(SMOKE, "r", {"seed": 5})
     deny(s3, "PutObject", "runs/r/02_distillation/deep/*")
-    code, err = command(monkeypatch, capsys)
+    code, err = start()
     assert code == 1 and made == [*STAGES, *STAGES]  # the run went on
     assert "you must be allowed to" in err.splitlines()[-1]
     assert f"01_data/{MANIFEST}" in keys(s3) and f"02_distillation/{MANIFEST}" not in keys(s3)
@@ -206,7 +203,7 @@ def test_an_upload_that_fails_in_the_middle_leaves_no_manifest_there_and_the_sta
     assert run_all(SMOKE, "r", last="01_data") == []  # a reader gets what is whole
     s3.delete_bucket_policy(Bucket="lab")
     machine("a")
-    assert command(monkeypatch, capsys)[0] == 0
+    assert start()[0] == 0
     machine("b")
     assert run_all(SMOKE, "r") == [] and made == [*STAGES, *STAGES]
     assert "report.html" in keys(s3)
@@ -224,24 +221,24 @@ UNUSABLE = [
 
 @pytest.mark.parametrize(("url", "environment", "cure"), UNUSABLE, ids=[f"{url} {cure}" for url, _, cure in UNUSABLE])
 def test_an_unusable_store_is_one_sentence_before_anything_is_made(
-    s3, machine, made, monkeypatch, capsys, url, environment, cure
+    s3, machine, made, start, monkeypatch, url, environment, cure
 ):
     for name, value in ({"MEDKIT_STORE": url} | environment).items():
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
-    code, err = command(monkeypatch, capsys)
+    code, err = start()
     assert code == 1 and err.startswith("medkit: ") and err.count("\n") == 1
     assert cure in err and "cret" not in err.replace("credentials", "") and made == []
 
 
-def test_one_who_may_not_write_is_told_before_anything_is_made(s3, machine, made, monkeypatch, capsys):
+def test_one_who_may_not_write_is_told_before_anything_is_made(s3, machine, made, start):
     deny(s3, "PutObject", "*")
-    code, err = command(monkeypatch, capsys)
+    code, err = start()
     assert (code, err.count("\n")) == (1, 1) and "you must be allowed to" in err and made == []
 
 
-def test_a_run_that_is_killed_before_its_report_has_no_old_one(s3, machine, made, monkeypatch, capsys):
-    command(monkeypatch, capsys)
+def test_a_run_that_is_killed_before_its_report_has_no_old_one(s3, machine, made, start):
+    start()
     assert (run_dir("r") / "report.html").is_file()
     machine("b")
     run_all(SMOKE, "r", {"seed": 5})

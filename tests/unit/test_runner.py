@@ -13,7 +13,7 @@ import nbformat
 import pytest
 import yaml
 
-from medkit import __main__, code_digest, preflight, reporting, runner
+from medkit import code_digest, preflight, reporting, runner
 from medkit.params import ParamsError, load_params, load_run_params
 from medkit.runner import RunError, fingerprints, run_all
 from medkit.stage import FINGERPRINT, ROOT, STAGES, Stage, StageError, lock_run, outputs_root, run_dir
@@ -122,6 +122,7 @@ def executed(make_notebooks, monkeypatch) -> list[str]:
         Stage(parameters["run"], name).commit()
 
     monkeypatch.setattr(runner.papermill, "execute_notebook", execute)
+    monkeypatch.setattr(preflight, "check_profile", lambda params: ["a note"])
     return names
 
 
@@ -273,19 +274,9 @@ def test_a_kernel_that_dies_is_a_failed_run(make_notebooks):
         run_all(SMOKE, "r")
 
 
-def command(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    """Exit code, output and errors of `python -m medkit …`, run in this process."""
-    monkeypatch.setattr(sys, "argv", ["medkit", *arguments])
-    monkeypatch.setattr(preflight, "check_profile", lambda params: ["a note"])
-    with pytest.raises(SystemExit) as stopped:
-        __main__.main()
-    said = capsys.readouterr()
-    return stopped.value.code or 0, said.out, said.err
-
-
-def test_dry_run_prints_the_profile_with_its_overrides_and_runs_nothing(monkeypatch, capsys, executed, outputs):
+def test_dry_run_prints_the_profile_with_its_overrides_and_runs_nothing(command, executed, outputs):
     override = ("--set", "data.datasets.mmlu.test=77")
-    code, out, err = command(monkeypatch, capsys, "run", "--params", str(SMOKE), "--dry-run", *override)
+    code, out, err = command("run", "--params", str(SMOKE), "--dry-run", *override)
     assert (code, err) == (0, "a note\n")
     assert yaml.safe_load(out) == load_params(SMOKE, {"data.datasets.mmlu.test": 77}).model_dump(mode="json")
     assert executed == []
@@ -302,38 +293,38 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("arguments", "named"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
-def test_a_wrong_command_is_one_sentence_and_exit_code_one(monkeypatch, capsys, executed, outputs, arguments, named):
-    code, _, err = command(monkeypatch, capsys, *arguments, *(["--params", str(SMOKE)] * (arguments[0] == "run")))
+def test_a_wrong_command_is_one_sentence_and_exit_code_one(command, executed, outputs, arguments, named):
+    code, _, err = command(*arguments, *(["--params", str(SMOKE)] * (arguments[0] == "run")))
     assert code == 1 and named in err
     assert err.startswith("medkit: ") and err.count("\n") == 1
     assert executed == [] and not outputs.exists()
 
 
-def test_a_whole_run_says_where_things_are(monkeypatch, capsys, executed, outputs):
+def test_a_whole_run_says_where_things_are(command, monkeypatch, executed, outputs):
     arguments, made = ("run", "--params", str(SMOKE), "--run", "r"), []
     monkeypatch.setattr(
         reporting, "write_report", lambda folder: (made.append(folder), (folder / "report.html").write_text("made"))
     )
-    code, out, err = command(monkeypatch, capsys, *arguments)
+    code, out, err = command(*arguments)
     assert code == 0
     assert all(name in err for name in STAGES)
     assert all(str(outputs / "r" / name) in out for name in ("results.json", "report.html"))
-    code, out, _ = command(monkeypatch, capsys, *arguments)
+    code, out, _ = command(*arguments)
     assert (code, "up to date" in out) == (0, True)
     assert made == [outputs / "r"]  # a page that is there, of results that did not change, is not made again
-    code, out, _ = command(monkeypatch, capsys, "status", "--run", "r")  # by the run's own params, not by tiny.yaml's
+    code, out, _ = command("status", "--run", "r")  # by the run's own params, not by tiny.yaml's
     assert (code, out.count("done")) == (0, 6)
-    code, out, _ = command(monkeypatch, capsys, "status", "--run", "r", "--set", "lora.adapter.rank=4")
+    code, out, _ = command("status", "--run", "r", "--set", "lora.adapter.rank=4")
     assert (out.count("done"), out.count("stale")) == (2, 4)
-    code, out, _ = command(monkeypatch, capsys, "status", "--run", "never", "--params", str(SMOKE))
+    code, out, _ = command("status", "--run", "never", "--params", str(SMOKE))
     assert (code, out.count("missing")) == (0, 6)
 
 
-def test_train_takes_the_params_of_its_run(monkeypatch, capsys, executed):
+def test_train_takes_the_params_of_its_run(command, monkeypatch, executed):
     from medkit.lora import adapters
 
     run_all(SMOKE, "r", {"lora.adapter.rank": 4})
     given = []
     monkeypatch.setattr(adapters, "train_stage", lambda run, params: given.append(params) or sys.exit(0))
-    command(monkeypatch, capsys, "train", "--stage", "lora", "--run", "r")
+    command("train", "--stage", "lora", "--run", "r")
     assert given == [load_run_params("r")]

@@ -2,29 +2,19 @@
 
 import json
 import re
-import sys
 
 import pytest
 
-from medkit import __main__
 from medkit.quantization import memory_budget
 
 STUDENT = "DeepSeek-R1-Distill-Qwen-7B"
 
 
 @pytest.fixture
-def command(monkeypatch, capsys, no_network):
-    """plan(*arguments): exit code, output and errors of the command, run in this process without a network."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["medkit", "plan", *arguments])
-        with pytest.raises(SystemExit) as stopped:
-            __main__.main()
-        output = capsys.readouterr()
-        assert no_network == []
-        return stopped.value.code or 0, output.out, output.err
-
-    return run
+def plan(command, no_network):
+    """plan(*arguments): exit code, output and errors of the command, run without a network."""
+    yield lambda *arguments: command("plan", *arguments)
+    assert no_network == []
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +22,8 @@ def student():
     return memory_budget.estimate_presets(memory_budget.read_config(STUDENT), batch=4, context=4096)
 
 
-def test_the_table_has_every_preset_and_names_the_best(command, student):
-    code, out, err = command("--model", STUDENT, "--budget", "8GiB", "--batch", "4", "--context", "4096")
+def test_the_table_has_every_preset_and_names_the_best(plan, student):
+    code, out, err = plan("--model", STUDENT, "--budget", "8GiB", "--batch", "4", "--context", "4096")
     assert (code, err) == (0, "")
     best = next(e for e in student if e.total <= 8 * 2**30)
     assert f"best: {best.plan}, " in out
@@ -41,23 +31,23 @@ def test_the_table_has_every_preset_and_names_the_best(command, student):
     for e in student:
         (row,) = (line for line in out.splitlines() if re.match(rf"{e.plan} ", line))
         assert row.split()[-2:] == [f"{e.total / 2**30:.2f}", f"{8 - e.total / 2**30:+.2f}"]
-    in_gb = command("--model", STUDENT, "--budget", "8.2GB", "--batch", "4")[1]
-    in_gib = command("--model", STUDENT, "--budget", "8.2GiB", "--batch", "4")[1]
+    in_gb = plan("--model", STUDENT, "--budget", "8.2GB", "--batch", "4")[1]
+    in_gib = plan("--model", STUDENT, "--budget", "8.2GiB", "--batch", "4")[1]
     assert re.search("best: (.*)", in_gb)[1] != re.search("best: (.*)", in_gib)[1]
 
 
-def test_if_nothing_fits_the_error_names_the_smallest_total(command, student):
-    code, out, err = command("--model", STUDENT, "--budget", "3GB", "--batch", "4", "--context", "4096")
+def test_if_nothing_fits_the_error_names_the_smallest_total(plan, student):
+    code, out, err = plan("--model", STUDENT, "--budget", "3GB", "--batch", "4", "--context", "4096")
     assert code == 1
     assert f"{min(e.total for e in student) / 1e9:.2f} GB" in err
     assert err.startswith("medkit: ") and err.count("\n") == 1
     assert "nf4_all" in out and "best:" not in out
 
 
-def test_a_config_file_its_folder_and_a_known_name_are_the_same_model(command, tmp_path):
+def test_a_config_file_its_folder_and_a_known_name_are_the_same_model(plan, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(memory_budget.KNOWN_MODELS[STUDENT]))
     answers = [
-        command("--model", model, "--budget", "8GB")[1].splitlines()[1:]
+        plan("--model", model, "--budget", "8GB")[1].splitlines()[1:]
         for model in (str(tmp_path), str(tmp_path / "config.json"), STUDENT, f"deepseek-ai/{STUDENT}")
     ]
     assert all(answer == answers[0] for answer in answers)
@@ -71,7 +61,7 @@ WRONG_CONFIGS = [
 ]
 
 
-def test_a_wrong_argument_or_config_is_one_sentence_and_exit_code_one(command, tmp_path):
+def test_a_wrong_argument_or_config_is_one_sentence_and_exit_code_one(plan, tmp_path):
     wrong = [
         (["--model", "no-such-model", "--budget", "8GB"], STUDENT),
         *((["--model", STUDENT, "--budget", size], "8GiB") for size in ("8", "0GB", "8 bananas")),
@@ -81,23 +71,21 @@ def test_a_wrong_argument_or_config_is_one_sentence_and_exit_code_one(command, t
         (tmp_path / f"{number}.json").write_text(text)
         wrong.append((["--model", str(tmp_path / f"{number}.json"), "--budget", "8GB"], named))
     for arguments, named in wrong:
-        code, _, err = command(*arguments)
+        code, _, err = plan(*arguments)
         assert code == 1 and named in err, arguments
         assert err.startswith("medkit: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize(
-    ("rope", "last"),
-    [
-        ({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
-        ({"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}, 32768),
-    ],
-)  # fmt: skip
-def test_a_rope_factor_lengthens_the_context(command, tmp_path, rope, last):
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LLAMA3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+
+
+@pytest.mark.parametrize(("rope", "last"), [(YARN, 131072), (LLAMA3, 32768)])
+def test_a_rope_factor_lengthens_the_context(plan, tmp_path, rope, last):
     config = memory_budget.KNOWN_MODELS[STUDENT] | {"max_position_embeddings": 32768, "rope_scaling": rope}
     (tmp_path / "config.json").write_text(json.dumps(config))
     arguments = ("--model", str(tmp_path), "--budget", "100GB", "--context")
-    assert command(*arguments, str(last))[0] == 0
-    code, _, err = command(*arguments, str(last + 1))
+    assert plan(*arguments, str(last))[0] == 0
+    code, _, err = plan(*arguments, str(last + 1))
     assert code == 1 and f"end at {last}" in err
