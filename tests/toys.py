@@ -36,13 +36,6 @@ def make_tokenizer(split=None, texts=SENTENCES, size=VOCAB - 4, **changes):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **{k: v for k, v in named.items() if v is not None})
 
 
-def make_thinker():
-    """The tokenizer of a model that thinks: both marks of a thought are tokens."""
-    tokenizer = make_tokenizer(chat_template=THINKING)
-    tokenizer.add_tokens(["<think>", "</think>"])
-    return tokenizer
-
-
 class Scripted:
     """An engine that writes the given texts: a list for each call, and the last list again and again.
 

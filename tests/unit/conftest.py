@@ -87,7 +87,10 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def thinker():
-    return toys.make_thinker()
+    """The tokenizer of a model that thinks: both marks of a thought are tokens."""
+    tokenizer = toys.make_tokenizer(chat_template=toys.THINKING)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -21,17 +21,11 @@ def toys(make_llama, make_tokenizer, tokenizer, tmp_path_factory):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("toys")
-    models = {
-        "plain": {"intermediate_size": 128},
-        "narrow": {"intermediate_size": 96},
-        "rope": {
-            "intermediate_size": 128,
-            "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0},
-        },
-    }
-    models["windows"] = models["plain"] | {"kind": "Gemma3", "layers": 8, "head_dim": 256, "sliding_window": 32}
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    models = {"plain": {}, "narrow": {"intermediate_size": 96}, "rope": {"rope_parameters": rope}}
+    models["windows"] = {"kind": "Gemma3", "layers": 8, "head_dim": 256, "sliding_window": 32}
     for name, changes in models.items():
-        loading.save_model(make_llama(**changes), tokenizer, folder / name)
+        loading.save_model(make_llama(**{"intermediate_size": 128, **changes}), tokenizer, folder / name)
     few = {"vocab_size": 300, "n_embd": 64, "n_layer": 1, "n_head": 2}
     loading.save_model(GPT2LMHeadModel(GPT2Config(**few)), tokenizer, folder / "gpt2")
     refusing = make_tokenizer(chat_template="{{ raise_exception('no turns') }}")

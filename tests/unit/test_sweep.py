@@ -67,11 +67,9 @@ def test_a_stage_is_taken_only_if_it_is_whole_and_made_the_same_way(executed):
     assert executed == [("old", "01_data"), ("new", "01_data"), ("again", "01_data")]
 
 
-@pytest.mark.parametrize(
-    ("grid", "fault"), [({"a.rank": [1], "b.x": [2, 2]}, "the same name"), ({"b.x": ["a b", "a/b"]}, "the same name")]
-)
-def test_runs_of_one_name_are_refused(grid, fault):
-    with pytest.raises(SweepError, match=fault):
+@pytest.mark.parametrize("grid", [{"a.rank": [1], "b.x": [2, 2]}, {"b.x": ["a b", "a/b"]}])
+def test_runs_of_one_name_are_refused(grid):
+    with pytest.raises(SweepError, match="the same name"):
         name_points("s", grid)
 
 
@@ -80,9 +78,8 @@ def test_a_job_that_fails_is_one_sentence_with_its_log(tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "fingerprints", lambda params: dict.fromkeys(STAGES, "x"))
     monkeypatch.setattr(sweep, "load_params", lambda path, point: None)
     points = name_points("s", {"seed": [0]})
-    with pytest.raises(
-        SweepError, match=r"01_data: 1 of 1 runs failed, s_seed-0: .*no such params file.*log: "
-    ) as error:
+    sentence = r"01_data: 1 of 1 runs failed, s_seed-0: .*no such params file.*log: "
+    with pytest.raises(SweepError, match=sentence) as error:
         run_sweep(tmp_path / "no.yaml", "s", points, jobs={"cluster": "local", "timeout_min": 1})
     assert Path(str(error.value).partition("log: ")[2].rstrip(")")).is_file()
 

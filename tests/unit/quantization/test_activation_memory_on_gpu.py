@@ -35,26 +35,21 @@ def measured():
     return found
 
 
-@pytest.fixture(scope="module")
-def model():
-    config = memory_budget.read_config(STUDENT)
-    return config, memory_ledger.model_shapes(config)
-
-
 MEASURED = measured()
+CONFIG = memory_budget.read_config(STUDENT)
 SDPA = [key for key in MEASURED if key[1] not in NOT_COVERED]
 
 
 @pytest.mark.parametrize(("run", "name"), SDPA, ids=[f"{name} of {run.partition('/')[0]}" for run, name in SDPA])
-def test_the_peak_of_a_generation_is_what_the_ledger_computes(model, run, name):
+def test_the_peak_of_a_generation_is_what_the_ledger_computes(run, name):
     """The total, and what stands beside the weights by itself: of 14 GiB alone, 5 % would hide any activation."""
-    (config, shapes), (result, setup) = model, MEASURED[run, name]
+    shapes, (result, setup) = memory_ledger.model_shapes(CONFIG), MEASURED[run, name]
     schemes, batch, prompt = covered(shapes)[name], setup["batch"], setup["prompt_tokens"]
     last = prompt + setup["new_tokens"] - 1  # tokens in the cache at the last step
     weights = int(memory_ledger.plan_bytes(shapes, schemes).bytes.sum())
     beside = max(
-        memory_ledger.kv_cache_bytes(config, batch, tokens, 2)
-        + memory_ledger.activation_bytes(config, shapes, schemes, batch, tokens)[of]
+        memory_ledger.kv_cache_bytes(CONFIG, batch, tokens, 2)
+        + memory_ledger.activation_bytes(CONFIG, shapes, schemes, batch, tokens)[of]
         for of, tokens in (("prefill", prompt), ("decode", last))
     )
     ratios = {
