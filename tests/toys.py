@@ -134,6 +134,12 @@ def make_llama(seed=0, layers=3, kind="Llama", **changes):
     return model.eval()
 
 
+def contents(folder):
+    """Path → bytes of every file in a folder but locks."""
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
 def logits(model):
     """(1, T, V) after PROMPT."""
     import torch

@@ -5,24 +5,20 @@ own cache layout without a network; `accelerate launch` with two processes train
 vLLM and gives reasons, since random weights have none. `make rehearsal`; some minutes for each profile.
 """
 
-import json
 import math
 import os
 import subprocess
 import sys
 import threading
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
-from app_thread import running_app
+from app_thread import running_completions
 from r1_hub import DATASETS, MODELS, put, save_model
-from starlette.applications import Starlette
-from starlette.responses import JSONResponse, StreamingResponse
-from starlette.routing import Route
+from starlette.responses import JSONResponse
 from toys import save_encoder
 
 from medkit import reporting, sources
@@ -85,7 +81,6 @@ def fill_cache(cache: Path) -> None:
         put(cache, repo, "dataset", lambda made, save=save: save(wheel, made))
 
 
-@contextmanager
 def vllm(questions_file: Path, tokenizer):
     """A server that speaks as vLLM does and knows the answers: of each question's four samples two are right.
 
@@ -112,25 +107,17 @@ def vllm(questions_file: Path, tokenizer):
             ids = [*tokenizer(f"\n\nAnswer: {letter}", add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         return ids[:limit], "stop" if len(ids) <= limit else "length"
 
-    async def complete(request):
+    def answer(body: dict):
         if not refused:
             refused.append(True)
             return JSONResponse({"error": {"message": "too many"}}, status_code=429, headers={"retry-after-ms": "1"})
-        body = await request.json()
         assert body["model"] == "teacher" and body["stream"] and body["return_token_ids"] and body["temperature"] == 0.6
         ids, reason = write(body["prompt"], body["max_tokens"])
         chunks = [{"token_ids": [token], "text": tokenizer.decode([token]), "finish_reason": None} for token in ids]
         chunks[-1] |= {"finish_reason": reason, "stop_reason": ids[-1] if reason == "stop" else None}
-        events = [{"id": "cmpl-1", "object": "text_completion", "choices": [{"index": 0} | c]} for c in chunks]
-        lines = [f"data: {json.dumps(event)}\n\n" for event in events]
-        return StreamingResponse(iter([*lines, "data: [DONE]\n\n"]), media_type="text/event-stream")
+        return chunks
 
-    async def models(request):
-        return JSONResponse({"object": "list", "data": [{"id": "teacher", "object": "model", "owned_by": "vllm"}]})
-
-    routes = [Route("/v1/completions", complete, methods=["POST"]), Route("/v1/models", models)]
-    with running_app(Starlette(routes=routes)) as url:
-        yield f"{url}/v1"
+    return running_completions(answer, model="teacher")
 
 
 def call(*words: str, env: dict) -> str:

@@ -8,6 +8,7 @@ import boto3
 import fsspec
 import pytest
 from moto.server import ThreadedMotoServer
+from toys import contents
 
 from medkit import preflight, reporting, runner
 from medkit.run_store import StoreError
@@ -87,12 +88,6 @@ def keys(client) -> set[str]:
     return {o["Key"].removeprefix("runs/r/") for o in client.list_objects_v2(Bucket="lab").get("Contents", [])}
 
 
-def here() -> dict[str, bytes]:
-    """All files of the run on this machine."""
-    files = (path for path in run_dir("r").rglob("*") if path.is_file() and path.name != ".lock")
-    return {path.relative_to(run_dir("r")).as_posix(): path.read_bytes() for path in files}
-
-
 @pytest.fixture
 def start(command, monkeypatch):
     """start(): exit code and errors of `python -m medkit run`."""
@@ -108,10 +103,10 @@ def test_a_run_goes_on_on_another_machine(s3, machine, made, monkeypatch, tmp_pa
     run_all(SMOKE, "r", last="03_lora")
     machine("b")
     assert run_all(SMOKE, "r") == STAGES[3:]
-    whole = here()
+    whole = contents(run_dir("r"))
     assert {f"{name}/{MANIFEST}" for name in STAGES} | {*OF_RUN, "results.json", BESIDE} < set(whole)
     machine("a")
-    assert run_all(SMOKE, "r") == [] and here() == whole
+    assert run_all(SMOKE, "r") == [] and contents(run_dir("r")) == whole
     assert made == STAGES
     assert not any(Stage("r", name).changed_files() for name in STAGES)
 

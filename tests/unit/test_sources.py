@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from toys import contents
 
 from medkit import sources
 from medkit.params import Hub, Wheel, Wheels
@@ -29,12 +30,6 @@ def make_zip(path: Path, files: dict[str, bytes]) -> Path:
         for name, content in files.items():
             zipped.writestr(zipfile.ZipInfo(name), content)
     return path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.suffix != ".lock"
-    }
 
 
 @pytest.fixture(autouse=True)

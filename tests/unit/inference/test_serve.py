@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from hashlib import sha256
 from types import SimpleNamespace
 
@@ -340,17 +340,12 @@ def served(monkeypatch):
     seen = SimpleNamespace()
     monkeypatch.setattr(serve.uvicorn, "run", lambda app, **settings: vars(seen).update(settings))
 
-    class Server:
-        def __init__(self, path, slots, context_tokens, adapter):
-            seen.path, seen.slots, seen.adapter = path, slots, adapter
+    @contextmanager
+    def server(path, slots, context_tokens, adapter):
+        seen.path, seen.slots, seen.adapter = path, slots, adapter
+        yield ServerAddress("http://127.0.0.1:9/v1", "none")
 
-        def __enter__(self):
-            return ServerAddress("http://127.0.0.1:9/v1", "none")
-
-        def __exit__(self, *error):
-            pass
-
-    monkeypatch.setattr(serve, "llama_server", Server)
+    monkeypatch.setattr(serve, "llama_server", server)
     monkeypatch.setattr(serve, "control_tokens", lambda path: [])
     return seen
 

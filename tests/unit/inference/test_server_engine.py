@@ -2,16 +2,13 @@
 
 import asyncio
 import json
-from contextlib import contextmanager
 from random import Random
 
 import pytest
 import torch
 import toys
-from app_thread import running_app
-from starlette.applications import Starlette
+from app_thread import running_completions
 from starlette.responses import JSONResponse, StreamingResponse
-from starlette.routing import Route
 
 from medkit.inference import server_engine
 from medkit.inference.server_engine import ServerEngine, llama_engine, llama_server
@@ -113,25 +110,6 @@ def test_a_file_that_cannot_be_served_is_an_error(edge_file, tmp_path, monkeypat
 # --- other servers ---------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def running(answer, owner="vllm"):
-    """The URL of a server whose completions are what `answer(body)` returns: chunks, or a response."""
-
-    async def complete(request):
-        found = answer(await request.json())
-        if not isinstance(found, list):
-            return found
-        events = [f"data: {json.dumps({'choices': [choice]})}\n\n" for choice in found]
-        return StreamingResponse(iter([*events, "data: [DONE]\n\n"]), media_type="text/event-stream")
-
-    async def models(request):
-        return JSONResponse({"data": [{"id": "toy", "object": "model", "owned_by": owner}]})
-
-    routes = [Route("/v1/completions", complete, methods=["POST"]), Route("/v1/models", models)]
-    with running_app(Starlette(routes=routes)) as url:
-        yield f"{url}/v1"
-
-
 def chunk(text="", token_ids=None, reason=None):
     return {"index": 0, "text": text, "finish_reason": reason, **({"token_ids": token_ids} if token_ids else {})}
 
@@ -143,7 +121,7 @@ def test_vllm_gets_token_ids_and_gives_token_ids_as_they_come():
         bodies.append(body)
         return [chunk("a", [7]), chunk("bc", [8, END]), chunk(reason="stop")]
 
-    with running(answer) as url:
+    with running_completions(answer) as url:
         (found,) = ServerEngine(url).generate([Request([5, 6], 9, (END,))])
     assert found.token_ids == [7, 8, END] and found.token_times_s == sorted(found.token_times_s)
     (body,) = bodies
@@ -153,7 +131,7 @@ def test_vllm_gets_token_ids_and_gives_token_ids_as_they_come():
 
 def test_a_server_without_token_ids_is_refused():
     with (
-        running(lambda body: [chunk("Vitamin C."), chunk(reason="stop")], owner="someone") as url,
+        running_completions(lambda body: [chunk("Vitamin C."), chunk(reason="stop")], owner="someone") as url,
         pytest.raises(EngineError, match="returns no token ids: serve the model with vLLM"),
     ):
         ServerEngine(url).generate([Request([5], 50, (END,))])
@@ -170,7 +148,7 @@ def test_a_busy_server_is_asked_again_and_an_error_is_told():
             return [chunk("a", [7], "length")]
         return JSONResponse({"error": {"message": "busy"}}, status_code=status, headers={"retry-after-ms": "1"})
 
-    with running(answer) as url:
+    with running_completions(answer) as url:
         engine = ServerEngine(url)
         assert engine.generate([Request([5], 1)])[0].token_ids == [7]
         with pytest.raises(EngineError, match="answered 400: no such token"):
@@ -191,7 +169,8 @@ def test_a_slow_server_and_half_a_stream_are_one_sentence():
         yield ""
 
     for events, reason in {cut_off: "closed connection", never: "timed out"}.items():
-        with running(lambda body, events=events: StreamingResponse(events(), media_type="text/event-stream")) as url:
+        stream = StreamingResponse(events(), media_type="text/event-stream")
+        with running_completions(lambda body, stream=stream: stream) as url:
             engine = ServerEngine(url)
             engine._client = engine._client.with_options(timeout=0.5, max_retries=0)
             with pytest.raises(EngineError, match=f"cannot be reached .*{reason}"):

@@ -24,28 +24,20 @@ def nf4_llama(make_llama, double_quant=True, ends="unquantized"):
     return quantize.apply_plan(model, plans.nf4_plan(quantize.weight_shapes(model), ends), double_quant)
 
 
+def parts(weight):
+    """Copies of the tensors that an NF4 weight is made of."""
+    state = weight.quant_state.as_dict(packed=True)
+    return {"codes": weight.data.clone(), **{name: tensor.clone() for name, tensor in state.items()}}
+
+
 def stored(model):
-    """Module → copies of what its NF4 weight is made of."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
-    return {
-        name: {"codes": m.weight.data.clone(), **{k: t.clone() for k, t in tensors(m.weight.quant_state).items()}}
-        for name, m in layers.items()
-    }
+    return {name: parts(m.weight) for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
 
 
-def tensors(state):
-    return {key: t for key, t in state.as_dict(packed=True).items() if isinstance(t, torch.Tensor)}
-
-
-def differing(found, expected, names=None):
-    """Which stored tensors of which modules are not the same, to the bit."""
+def differing(found, expected, names):
+    """Which stored tensors of these modules are not the same, to the bit."""
     assert found.keys() == expected.keys()
-    return {
-        key
-        for name in (names or expected)
-        for key in expected[name]
-        if not torch.equal(found[name][key], expected[name][key])
-    }
+    return {key for name in names for key in expected[name] if not torch.equal(found[name][key], expected[name][key])}
 
 
 @pytest.fixture
@@ -69,10 +61,9 @@ def test_what_comes_out_is_the_quantised_merged_weight(make_llama, save, double_
         if isinstance(layer, bnb.nn.Linear4bit):
             decoded.get_submodule(name).weight.data = rowwise.dequantize_nf4(layer.weight)
     merged = adapters.load_merged(decoded, folder)
-    expected = {name: rowwise.quantize_nf4(merged.get_submodule(name).weight, double_quant) for name in before}
+    expected = {name: parts(rowwise.quantize_nf4(merged.get_submodule(name).weight, double_quant)) for name in before}
     found = stored(merge_quantized.merge_into_quantized(nf4_llama(make_llama, double_quant), folder))
     adapted = [name for name in before if name.rsplit(".", 1)[-1] in TARGETS]
-    expected = {n: {"codes": w.data, **tensors(w.quant_state)} for n, w in expected.items()}
     assert differing(found, expected, adapted) == set()
     assert "codes" in differing(found, before, adapted)
     assert differing(found, before, set(before) - set(adapted)) == set(), "without an adapter nothing is requantised"

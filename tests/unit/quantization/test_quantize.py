@@ -158,22 +158,21 @@ def test_a_plan_that_is_not_of_its_weights_is_refused(make_model, tokenizer, mod
         quantize.load_quantized(folder, models_params)
 
 
-def cut_in_half(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+DAMAGES = {
+    "missing": lambda path: path.unlink(),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "noise": lambda path: path.write_bytes(b"\xff\xfe not text"),
+}
 
 
 @pytest.mark.parametrize("file", [quantize.PLAN, quantize.WEIGHTS])
-@pytest.mark.parametrize(
-    "damage",
-    [lambda path: path.unlink(), cut_in_half, lambda path: path.write_bytes(b"\xff\xfe not text")],
-    ids=["missing", "cut", "noise"],
-)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_missing_or_damaged_file_is_named_with_a_cure(make_model, tokenizer, models_params, tmp_path, file, damage):
     model = make_model()
     plan = plan_for(model, "nf4_int8_embed")
     quantize.apply_plan(model, plan, True)
     folder = quantize.save_quantized(model, tokenizer, plan, tmp_path / "quantized")
-    damage(folder / file)
+    DAMAGES[damage](folder / file)
     with pytest.raises(PlanError, match=rf"{file}: cannot be read .*; (?:copy|give) .*folder") as raised:
         quantize.load_quantized(folder, models_params)
     assert "\n" not in str(raised.value)
