@@ -33,6 +33,16 @@ def no_network():
 
 
 @pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    """The folder of runs of a test, which is not there yet; no runner has started the process."""
+    from medkit.stage import FINGERPRINT
+
+    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.delenv(FINGERPRINT, raising=False)
+    return tmp_path / "outputs"
+
+
+@pytest.fixture
 def command(monkeypatch, capsys):
     """command(*words): exit code, output and errors of `python -m medkit …`, run in this process."""
     from medkit import __main__

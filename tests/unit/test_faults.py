@@ -26,13 +26,8 @@ from medkit.params import AdapterParams
 from medkit.quantization import gguf_export, plans, quantize
 from medkit.stage import ROOT, Stage, StageError, atomic_path, lock_run, run_dir, sha256_of
 
+pytestmark = pytest.mark.usefixtures("outputs")
 ADAPTER = AdapterParams(variant="lora", rank=8, alpha=8.0, dropout=0.0, target_modules=["q_proj", "down_proj"])
-
-
-@pytest.fixture(autouse=True)
-def outputs(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path / "outputs"))
-    return tmp_path / "outputs"
 
 
 # --- a disk that is full, a folder that cannot be written ---

@@ -16,16 +16,10 @@ import yaml
 from medkit import code_digest, preflight, reporting, runner
 from medkit.params import ParamsError, load_params, load_run_params
 from medkit.runner import RunError, fingerprints, run_all
-from medkit.stage import FINGERPRINT, ROOT, STAGES, Stage, StageError, lock_run, outputs_root, run_dir
+from medkit.stage import ROOT, STAGES, Stage, StageError, lock_run, outputs_root, run_dir
 
+pytestmark = pytest.mark.usefixtures("outputs")
 SMOKE = ROOT / "params" / "smoke.yaml"
-
-
-@pytest.fixture(autouse=True)
-def outputs(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path / "outputs"))
-    monkeypatch.delenv(FINGERPRINT, raising=False)
-    return tmp_path / "outputs"
 
 
 def chain(overrides: dict | None = None) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -11,14 +10,8 @@ import pytest
 from medkit import stage as module
 from medkit.stage import FINGERPRINT, MANIFEST, Stage, StageError, atomic_path, run_dir, write_errors
 
+pytestmark = pytest.mark.usefixtures("outputs")
 TABLE = pd.DataFrame({"id": ["a", "b"], "options": [["x", "y"], ["z"]], "answer": [1, 0]})
-
-
-@pytest.fixture(autouse=True)
-def root(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
-    monkeypatch.delenv(FINGERPRINT, raising=False)
-    return tmp_path
 
 
 def committed(name: str = "01_data", **files: str) -> Stage:
@@ -30,12 +23,12 @@ def committed(name: str = "01_data", **files: str) -> Stage:
 
 
 @pytest.mark.parametrize("name", ["../evil", "", ".hidden", "a\n"])
-def test_run_name_with_a_path_in_it_is_refused(name, root):
+def test_run_name_with_a_path_in_it_is_refused(name, outputs):
     for use in (run_dir, lambda n: Stage(n, "01_data")):
         with pytest.raises(StageError, match="run name") as error:
             use(name)
         assert repr(name) in str(error.value)
-    assert list(root.iterdir()) == []
+    assert not outputs.exists()
 
 
 def test_commit_lists_every_file_with_its_size():
