@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
 
@@ -26,9 +26,7 @@ def running_app(app) -> Iterator[str]:
 
 
 @contextmanager
-def running_completions(
-    answer: Callable[[dict], list[dict] | Response], owner: str = "vllm", model: str = "toy"
-) -> Iterator[str]:
+def running_completions(answer: Callable, owner: str = "vllm", model: str = "toy") -> Iterator[str]:
     """The URL, …/v1, of a server whose completions are what `answer(body)` returns: chunks to stream, or a response."""
 
     async def complete(request):

@@ -38,7 +38,7 @@ def test_readme_is_short_says_what_it_is_not_and_names_no_file_of_the_package():
     assert not re.search(r"\w+\.py\b", README)
 
 
-def test_lock_pins_every_dependency():
+def test_the_lock_pins_every_dependency_and_the_environment_uses_it():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lock = dict(line.split("==") for line in (ROOT / "requirements.lock").read_text().split("\n") if "==" in line)
     locked = {re.sub(r"[-_.]+", "-", name).lower() for name in lock}
@@ -60,9 +60,6 @@ def test_every_package_model_and_dataset_has_a_licence():
     profiles = "".join(path.read_text() for path in (ROOT / "params").glob("*.yaml"))
     named = re.findall(r"(?:package|repo): ([\w./-]+)", profiles)
     assert named and [name for name in set(named) if f"`{name}`" not in sources] == []
-
-
-def test_environment_uses_the_lock():
     pip = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"][-1]["pip"]
     assert pip == ["-r requirements.lock", "-e ."]
 

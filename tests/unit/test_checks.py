@@ -10,8 +10,7 @@ from medkit.stage import StageError
 
 
 @pytest.fixture
-def check(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
+def check(outputs):
     return checks.Checks("none")
 
 

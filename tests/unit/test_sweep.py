@@ -18,9 +18,8 @@ GRID = {"lora.adapter.rank": [4, 8], "evaluation.margin": [0.05, 0.1]}
 
 
 @pytest.fixture
-def executed(tmp_path, monkeypatch) -> list[tuple[str, str]]:
+def executed(outputs, monkeypatch) -> list[tuple[str, str]]:
     """Stages write weights, a table and a notebook, and no kernel starts: what ran, as (run, stage)."""
-    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path / "outputs"))
     ran = []
 
     def execute(notebook: Path, copy: Path, stage: Stage, fingerprint: str, parameters: dict) -> None:
@@ -73,8 +72,7 @@ def test_runs_of_one_name_are_refused(grid):
         name_points("s", grid)
 
 
-def test_a_job_that_fails_is_one_sentence_with_its_log(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path / "outputs"))
+def test_a_job_that_fails_is_one_sentence_with_its_log(outputs, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "fingerprints", lambda params: dict.fromkeys(STAGES, "x"))
     monkeypatch.setattr(sweep, "load_params", lambda path, point: None)
     points = name_points("s", {"seed": [0]})
@@ -89,8 +87,7 @@ def judged(right: int, seed: int) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*compare_runs.KEYS, "id", "group", "correct"])
 
 
-def test_scores_are_paired_with_the_first_setting_of_the_same_seed(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
+def test_scores_are_paired_with_the_first_setting_of_the_same_seed(outputs):
     points = name_points("s", {"lora.adapter.rank": [4, 8], "seed": [0, 1]})
     for right, (run, point) in zip((50, 60, 90, 95), points.items(), strict=True):
         table = judged(right, point["seed"])
@@ -105,4 +102,4 @@ def test_scores_are_paired_with_the_first_setting_of_the_same_seed(tmp_path, mon
     assert scores.difference.round(6).tolist()[2:] == [0.4, 0.35] and scores.difference.isna().sum() == 2
     text = sweeps.write_sweep("s", points)
     assert "| lora.adapter.rank=8 | edge file | accuracy/exam | 0.925 ± 0.035 (2) |" in text
-    assert (tmp_path / "s" / "sweep.png").is_file()
+    assert (outputs / "s" / "sweep.png").is_file()

@@ -89,16 +89,12 @@ def test_templates_are_picked_by_the_question(content, template):
     assert [turn["role"] for turn in chat.chat["messages"]] == ["system", "user"]
 
 
-@pytest.mark.parametrize(
-    "turns",
-    [
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTION}],
-        [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "Call"}],
-    ],
-)
-def test_other_chats_stay_as_they_are(turns):
-    chat = make_plan({"messages": turns}, None, {})
-    assert chat.chat == {"messages": turns} and chat.template is None and chat.asks_model and not chat.first
+def test_other_chats_stay_as_they_are():
+    asked = {"role": "user", "content": QUESTION}
+    before, after = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Call"}
+    for turns in ([before, asked], [asked, after]):
+        chat = make_plan({"messages": turns}, None, {})
+        assert chat.chat == {"messages": turns} and chat.template is None and chat.asks_model and not chat.first
 
 
 # --- a model whose tasks are known -----------------------------------------------------------------------------------
@@ -139,16 +135,14 @@ def test_an_unsure_choice_is_withheld(start, upstream):
     assert not any(chapter in answer.choices[0].message.content for chapter in CHAPTERS)
 
 
-@pytest.mark.parametrize(
-    ("message", "diagnosis"),
-    [
-        (ICD, "Cardiac arrest, cause unspecified"),
-        ("what is the ICD-10 chapter of asthma?", "asthma"),
-        ('In which ICD chapter is "gout"', "gout"),
-        ("Which chapter lists gout?", None),
-        ("My father is not breathing, which ICD-10 chapter is it?", None),
-    ],
-)
+DIAGNOSES = {
+    ICD: "Cardiac arrest, cause unspecified", "what is the ICD-10 chapter of asthma?": "asthma",
+    'In which ICD chapter is "gout"': "gout", "Which chapter lists gout?": None,
+    "My father is not breathing, which ICD-10 chapter is it?": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("message", "diagnosis"), DIAGNOSES.items())
 def test_a_question_of_the_chapter_is_asked_as_in_training(message, diagnosis):
     found = recognise(message, TAUGHT)
     assert (found and found[1]["question"]) == (diagnosis and f"Which ICD-10-CM chapter lists “{diagnosis}”?")
@@ -350,12 +344,11 @@ def served(monkeypatch):
     return seen
 
 
-def test_serve_takes_the_edge_file_of_the_run_and_no_profile(served, monkeypatch, tmp_path):
+def test_serve_takes_the_edge_file_of_the_run_and_no_profile(served, outputs):
     """A profile given at the command line could load other layers than the run's; the file holds what the run made."""
-    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
     with pytest.raises(StageError, match=r"edge/student\.gguf is not there: run notebook 01_data first"):
         serve.serve("mine")
-    edge = tmp_path / "mine" / "04_quantization" / "edge" / "student.gguf"
+    edge = outputs / "mine" / "04_quantization" / "edge" / "student.gguf"
     edge.parent.mkdir(parents=True)
     edge.write_bytes(b"x")
     gguf_export.manifest_path(edge).write_text(json.dumps({"bytes": 1, "sha256": sha256(b"x").hexdigest()}))

@@ -20,8 +20,7 @@ ADAPTER = {"variant": "lora", "rank": 2, "alpha": 4.0, "dropout": 0.0, "target_m
 
 
 @pytest.fixture
-def stage(tmp_path, monkeypatch):
-    monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
+def stage(outputs):
     return Stage("toy", "02_distillation")
 
 

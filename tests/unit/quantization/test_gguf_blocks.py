@@ -29,11 +29,6 @@ def hessian():
     return inputs.T @ inputs
 
 
-@pytest.fixture
-def model(make_llama):
-    return make_llama(tie_word_embeddings=True)
-
-
 def decode(packed, kind):
     return torch.from_numpy(gguf.dequantize(packed, gguf.GGMLQuantizationType[kind]).copy())
 
@@ -42,10 +37,6 @@ def replace_weights(model, blocks):
     with torch.no_grad():
         for name, stored in blocks.items():
             model.get_submodule(name).weight.copy_(stored.decode())
-
-
-def kl(before, model, examples):
-    return batches.measure_drift(before, batches.collect_logits(model, examples))["kl_nats"]
 
 
 @pytest.mark.parametrize("kind", BITS)
@@ -69,8 +60,8 @@ def test_searched_scales_lose_less_than_llama_cpps_plain_ones(weight, hessian, k
     assert not searched[5, :32].any()
 
 
-def test_fitted_files_change_predictions_less(model, make_examples):
-    examples = make_examples(40)
+def test_fitted_files_change_predictions_less(make_llama, make_examples):
+    model, examples = make_llama(), make_examples(40)
     before = batches.collect_logits(model, examples)
     exact = {name: parameter.clone() for name, parameter in model.named_parameters()}
     nearest = {n: round_to_blocks(model.get_submodule(n).weight, "Q4_0") for n in quantize.weight_shapes(model)}
@@ -79,17 +70,20 @@ def test_fitted_files_change_predictions_less(model, make_examples):
     losses = []
     for blocks in (nearest, fitted):
         replace_weights(model, blocks)
-        losses.append(kl(before, model, examples))
+        losses.append(batches.measure_drift(before, batches.collect_logits(model, examples))["kl_nats"])
         model.load_state_dict(exact, strict=False)
     assert losses[0] > losses[1]
 
 
 @pytest.mark.parametrize("kinds", [("Q4_0", "Q5_0"), ("Q5_0", "Q8_0")])
-def test_llama_cpp_computes_with_the_weights_of_torch(model, tokenizer, make_examples, models_params, tmp_path, kinds):
+def test_llama_cpp_computes_with_the_weights_of_torch(
+    make_llama, tokenizer, make_examples, models_params, tmp_path, kinds
+):
     """llama.cpp rounds the inputs of its products to 8 bits, so logits agree within that rounding and not to the bit.
 
     The file read by transformers has torch's weights exactly.
     """
+    model = make_llama()
     blocks = quantize_blocks(model, make_examples(9), *kinds)
     path = gguf_export.export_gguf(model, tokenizer, tmp_path / "student.gguf", blocks=blocks)
     exact = {name: parameter.clone() for name, parameter in model.named_parameters()}

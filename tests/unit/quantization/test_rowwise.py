@@ -7,10 +7,9 @@ from medkit.quantization import rowwise
 from medkit.quantization.rowwise import Int8Rows, Nf4Rows, QuantizedEmbedding, QuantizedLinear
 
 ROWS, COLUMNS = 100, 128
-DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=DTYPES, ids=str)
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def weight(request):
     torch.manual_seed(0)
     matrix = torch.randn(ROWS, COLUMNS) * torch.logspace(-3, 3, ROWS)[:, None]  # rows of very different size
