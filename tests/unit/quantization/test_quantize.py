@@ -105,12 +105,11 @@ def test_a_calibrated_plan_weighs_the_same_and_comes_back_to_the_bit(
     assert drifts[0] < drifts[1]
 
 
-@pytest.mark.parametrize("name", ["lm_head", "model.layers.9.mlp.up_proj"])
-def test_a_plan_of_other_modules_is_refused(make_model, name):
+def test_a_plan_of_other_modules_is_refused(make_model):
     model = make_model(tied=True)
     schemes = plan_for(model, "nf4_int8_embed").schemes
-    with pytest.raises(PlanError, match=f"'wrong'.*{name}"):
-        quantize.apply_plan(model, Plan(name="wrong", schemes=schemes | {name: "int8"}), True)
+    with pytest.raises(PlanError, match=r"'wrong'.*lm_head"):
+        quantize.apply_plan(model, Plan(name="wrong", schemes=schemes | {"lm_head": "int8"}), True)
     del schemes["model.layers.1.self_attn.k_proj"]
     with pytest.raises(PlanError, match=r"no scheme for 'model.layers.1.self_attn.k_proj'"):
         quantize.apply_plan(model, Plan(name="short", schemes=schemes), True)
