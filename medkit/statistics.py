@@ -107,7 +107,8 @@ def paired_difference(
 ) -> dict:
     """ours − theirs on the same questions: difference, interval, flips, p-values, minimum detectable effect.
 
-    ci: Wald with one pseudo-observation per discordant cell (Bonett & Price 2012), which keeps its coverage at small n.
+    ci: Wald with one pseudo-observation per discordant cell (Bonett & Price 2012), which keeps its coverage at small n,
+    wider by the root of the design effect.
     p_value: McNemar's exact test, `sign_flip_p` of single questions. p_clustered: the same of whole groups.
     design_effect: variance of the difference by groups over that of independent questions, at least 1. mde:
     `detectable_effect` at n / design_effect questions and the flip rate seen here (with the pseudo-observations).
@@ -118,11 +119,11 @@ def paired_difference(
     n, gained, lost = len(ours), int((ours & ~theirs).sum()), int((~ours & theirs).sum())
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     centre, spread = up - down, up + down - (up - down) ** 2
-    half = stats.norm.ppf(0.5 + confidence / 2) * np.sqrt(spread / (n + 2))
     codes = np.arange(n) if groups is None else pd.factorize(np.asarray(groups))[0]
     sums, sizes = np.bincount(codes, ours.astype(float) - theirs), np.bincount(codes)
     by_group = np.sum((sums - centre * sizes) ** 2) + (1 - centre) ** 2 + (1 + centre) ** 2
     design_effect = max(1.0, by_group / ((n + 2) * spread))
+    half = stats.norm.ppf(0.5 + confidence / 2) * np.sqrt(design_effect * spread / (n + 2))
     return {
         "difference": (gained - lost) / n,
         "ci_low": max(-1.0, centre - half),

@@ -41,9 +41,9 @@ def result_row(result: str, variant: str, value: float, **columns) -> dict:
 
 
 def from_accuracy(table: pd.DataFrame) -> Iterator[dict]:
-    """Rows `accuracy/<source>`; `metric` is the scoring method."""
-    extras = "chance at_chance"
-    return from_table(table.assign(value=table.accuracy), "accuracy/{source}", "metrics.parquet", extras=extras)
+    """Rows `accuracy/<source>`, with the interval over groups; `metric` is the scoring method."""
+    table = table.assign(value=table.accuracy, ci_low=table.ci_low_clustered, ci_high=table.ci_high_clustered)
+    return from_table(table, "accuracy/{source}", "metrics.parquet", extras="chance at_chance")
 
 
 def from_records(table: pd.DataFrame) -> Iterator[dict]:

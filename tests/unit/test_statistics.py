@@ -107,6 +107,8 @@ def test_copies_of_every_question_add_no_evidence():
     assert copied["p_value"] < once["p_value"] / 100
     assert copied["design_effect"] == pytest.approx(5, rel=0.05)
     assert copied["mde"] == pytest.approx(once["mde"], rel=0.1)
+    widths = [pair["ci_high"] - pair["ci_low"] for pair in (once, copied)]
+    assert widths[1] == pytest.approx(widths[0], rel=0.1)
 
 
 def clustered(questions, groups, alike, draws, seed=0, rates=(0.15, 0.15)):
