@@ -140,20 +140,27 @@ def answers(question: dict, template: Template) -> list[str]:
     return [template.lead + letter for letter in LETTERS[: len(options)]] if template.lists_options else options
 
 
-def chat_template(tokenizer) -> str | None:
-    """The tokenizer's chat template; None for a base model. Of several named ones, the one named "default".
+BASE_TURNS = (
+    "{% for turn in messages %}{% if turn['role'] == 'user' %}Question: {{ turn['content'] }}\nAnswer:"
+    "{% elif turn['role'] == 'assistant' %} {{ turn['content'] }}\n\n{% endif %}{% endfor %}"
+)
+
+
+def chat_template(tokenizer) -> str:
+    """The tokenizer's chat template; of several named ones, the one named "default"; of a base model, BASE_TURNS.
 
     A date of today in it becomes PINNED_DATE, with a warning: prompts must not differ by day. Raises MedkitError if no
     template is the default, or if it asks for the date in a way that cannot be pinned.
     """
-    template = tokenizer.chat_template or None
-    if isinstance(template, list):
-        template = {named["name"]: named["template"] for named in template}
+    template = tokenizer.chat_template
+    if not template:
+        starts = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
+        return (tokenizer.bos_token if starts else "") + BASE_TURNS
     if isinstance(template, dict):
         if "default" not in template:
             raise MedkitError(f"chat templates {sorted(template)}: none is named 'default'; keep one, under that name")
         template = template["default"]
-    if template and re.search(r"strftime_now\s*\(", template):
+    if re.search(r"strftime_now\s*\(", template):
         literal = r"strftime_now\s*\(\s*(['\"])(.*?)\1\s*\)"
         template = re.sub(literal, lambda call: repr(PINNED_DATE.strftime(call[2])), template)
         if re.search(r"strftime_now\s*\(", template):
@@ -168,16 +175,9 @@ def end_ids(tokenizer) -> tuple[int, ...]:
 
 
 def thinking_of(tokenizer) -> Thinking:
-    """How the model of this tokenizer thinks; a base model, without a chat template, does not."""
-    template = chat_template(tokenizer)
+    """How the model of this tokenizer thinks."""
     with reading("the chat template", MedkitError, "correct it in the tokenizer"):
-        return find_thinking(tokenizer, template) if template else Thinking("none", "", "")
-
-
-BASE_TURNS = (  # of a base model, in `encode`
-    "{% for turn in messages %}{% if turn['role'] == 'user' %}Question: {{ turn['content'] }}\nAnswer:"
-    "{% elif turn['role'] == 'assistant' %} {{ turn['content'] }}\n\n{% endif %}{% endfor %}"
-)
+        return find_thinking(tokenizer, chat_template(tokenizer))
 
 
 def file_template(tokenizer) -> str:
@@ -187,9 +187,6 @@ def file_template(tokenizer) -> str:
     its text begins the first user turn. A thought is empty and closed.
     """
     template = thinking_of(tokenizer).closed_template
-    if not template:
-        starts = tokenizer("x").input_ids[:1] == [tokenizer.bos_token_id]
-        return (tokenizer.bos_token if starts else "") + BASE_TURNS
     turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "?"}]
     first = f"[{{'role': 'system', 'content': {json.dumps(SYSTEM)}}}]"
     add = f"{{% if messages[0]['role'] != 'system' %}}{{% set messages = {first} + messages %}}{{% endif %}}"
@@ -213,25 +210,15 @@ def encode(
     The prompt of a model that thinks ends in an empty thought, closed. With a `thought` it ends in an open one, which
     the model goes on writing (""), or which is predicted before the answer. Other models write it as plain text.
     """
-    thinking, closing = thinking_of(tokenizer), ""
-    if thinking.open_template:
-        template = thinking.closed_template if thought is None else thinking.open_template
-        prompt_ids = _apply(tokenizer, template, messages)
-        closing = thinking.closing
-    else:
-        forms = {"system": "", "user": "Question: {}\nAnswer:", "assistant": " {}\n\n"}
-        prompt = "".join(forms[message["role"]].format(message["content"]) for message in messages)
-        prompt_ids = tokenizer(prompt, split_special_tokens=True).input_ids
-        if prompt_ids[-1] == tokenizer.eos_token_id:  # some tokenizers end every text
-            prompt_ids = prompt_ids[:-1]
-        answer = None if answer is None else f" {answer}"
+    thinking = thinking_of(tokenizer)
+    prompt_ids = _apply(tokenizer, thinking.closed_template if thought is None else thinking.open_template, messages)
     if answer is None:
         return prompt_ids, []
     thought_ids = []
     if thought:
         thought_ids = _text_ids(tokenizer, thinking, thought)
-        thought_ids += tokenizer(closing or "\n\n", add_special_tokens=False).input_ids
-    answer_ids = _text_ids(tokenizer, thinking, answer)
+        thought_ids += tokenizer(thinking.closing or "\n\n", add_special_tokens=False).input_ids
+    answer_ids = _text_ids(tokenizer, thinking, answer if tokenizer.chat_template else f" {answer}")
     return prompt_ids, [*thought_ids, *answer_ids, tokenizer.eos_token_id]
 
 
@@ -248,7 +235,7 @@ def _text_ids(tokenizer, thinking: Thinking, text: str) -> list[int]:
 @lru_cache(maxsize=8)
 def _plain_marks(tokenizer, template: str) -> tuple[str, ...]:
     """The added tokens of a chat template that are not special, and so are found in any text."""
-    tokens = tokenizer.added_tokens_decoder.values() if template else ()
+    tokens = tokenizer.added_tokens_decoder.values()
     return tuple(t.content for t in tokens if not t.special and not t.content.isspace() and t.content in template)
 
 

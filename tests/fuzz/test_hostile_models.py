@@ -123,7 +123,7 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 @example(template=b"{% for i in range(10**9) %}{% endfor %}", name="default")
 def test_a_chat_template(tokenizer, template, name):
     tokenizer.chat_template = template.decode("latin-1")
-    named = [{"name": name, "template": template.decode("latin-1")}]
+    named = {name: template.decode("latin-1")}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         for tokenizer.chat_template in (template.decode("latin-1"), named):

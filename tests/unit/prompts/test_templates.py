@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from random import Random
-from types import SimpleNamespace
 
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -82,8 +81,6 @@ SYSTEM_REFUSED = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('Sy
 def test_of_several_named_templates_the_default_is_taken(make_tokenizer, tokenizer):
     named = make_tokenizer(chat_template={"tool_use": "tools", "default": tokenizer.chat_template})
     assert encode(named, MESSAGES) == encode(tokenizer, MESSAGES)
-    as_list = SimpleNamespace(chat_template=[{"name": "rag", "template": "x"}, {"name": "default", "template": "y"}])
-    assert templates.chat_template(as_list) == "y"
     with pytest.raises(MedkitError, match=r"\['rag', 'tool_use'\]"):
         encode(make_tokenizer(chat_template={"tool_use": "x", "rag": "y"}), MESSAGES)
 
