@@ -5,6 +5,7 @@ Texts are compared by the runs of words that they share, as sparse matrices: the
 
 import re
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,6 @@ COMMON_SHINGLE = 20  # a shingle in more families than this is a stock phrase, n
 SHARED_FRACTION = 0.5
 MAX_COMPARED = 64  # a text is compared with at most so many holders of each of its shingles: this bounds the work
 ROWS_AT_ONCE = 4096
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that multiplying by it loses nothing
 
 
 def group_near_duplicates(texts: pd.Series) -> np.ndarray:
@@ -64,28 +64,15 @@ def distinct_texts(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 def word_runs(texts: Sequence[str], length: int = SHINGLE_WORDS) -> csr_matrix:
     """Texts × distinct runs of `length` words, 1 where the text holds the run; texts must be normalised.
 
-    A shorter text is one run. Runs are told apart by a 64-bit hash of their words.
+    A shorter text is one run.
     """
-    number: dict[str, int] = {"": 0}
-    words, lengths = [], []
-    for text in texts:
-        split = text.split()
-        split += [""] * (length - len(split))
-        lengths.append(len(split))
-        words.extend([number.setdefault(word, len(number)) for word in split])
-    codes = pd.util.hash_array(np.array(list(number), object))[np.array(words, np.int64)]
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    count = max(0, len(codes) - length + 1)
-    hashes = np.zeros(count, np.uint64)
-    for offset in range(length):
-        hashes = hashes * _FACTOR + codes[offset : offset + count]
-    inside = rows[:count] == rows[len(rows) - count :]  # runs that do not cross into the next text
-    columns, distinct = pd.factorize(hashes[inside])
-    shape = (len(lengths), len(distinct))
-    holds = csr_matrix((np.ones(len(columns), np.int32), (rows[:count][inside], columns)), shape=shape)
-    holds.sum_duplicates()
-    holds.data[:] = 1
-    return holds
+    runs_by_text = []
+    for words in map(str.split, texts):
+        starts = range(max(1, len(words) - length + 1))
+        runs_by_text.append(dict.fromkeys(" ".join(words[start : start + length]) for start in starts))
+    columns, distinct = pd.factorize(np.array([*chain.from_iterable(runs_by_text)], object))
+    row_ends = np.cumsum([0, *map(len, runs_by_text)])
+    return csr_matrix((np.ones(len(columns), np.int32), columns, row_ends), shape=(len(runs_by_text), len(distinct)))
 
 
 def find_families(holds: csr_matrix) -> np.ndarray:
