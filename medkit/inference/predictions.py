@@ -56,12 +56,10 @@ def predict(
     has them. Log-probabilities stand in the question's own order of options. A model that thinks does so before a
     generated answer, for at most `max_thinking_tokens` tokens; then `text` begins with its thought, in its marks.
     Otherwise its thought is empty, as it is before options and records, whose answers are learned without one. A row
-    may bring its `template` (a name) and `order` (option `order[p]` is shown at place p). A prompt is read once.
+    may bring its `template` (a name) and `order` (option `order[p]` is shown at place p).
     """
     labels = [name for name in ("study", "condition") if name in asked]
-    rows, scored = [], []
-    to_score: dict[tuple, dict[tuple, None]] = {}  # prompt → its answers to be scored, in order and each once
-    generated: tuple[dict[tuple, list[dict]], ...] = ({}, {})  # without and with a thought: prompt → rows that want it
+    rows, scored, generated = [], [], ([], [])  # generated without and with a thought
     for question in asked.to_dict("records"):
         # a cell that is NaN was not given; other floats are values
         question = {name: v for name, v in question.items() if not (isinstance(v, float) and np.isnan(v))}
@@ -73,23 +71,21 @@ def predict(
         row |= {"thinking_tokens": 0, "text": ""}
         rows.append(row | {name: question.get(name, "") for name in labels})
         if is_generated:
-            generated[thinks].setdefault(prompt, []).append(rows[-1])
+            generated[thinks].append((rows[-1], prompt))
         else:
             scored.append((rows[-1], prompt, answers))
-            to_score.setdefault(prompt, {}).update(dict.fromkeys(ids for forms in answers for ids in forms))
-    items = [Item(list(prompt), [list(ids) for ids in answers]) for prompt, answers in to_score.items()]
-    scores = score_options(model, items)
-    scores = {p: dict(zip(to_score[p], values, strict=True)) for p, values in zip(to_score, scores, strict=True)}
-    for row, prompt, answers in scored:  # the probability of an option is the sum over all of its forms
-        row["logprobs"] = [float(np.logaddexp.reduce([scores[prompt][ids] for ids in forms])) for forms in answers]
+    items = [Item(prompt, [ids for forms in answers for ids in forms]) for _, prompt, answers in scored]
+    for (row, _, answers), scores in zip(scored, score_options(model, items), strict=True):
+        of_forms = iter(scores)  # the probability of an option is the sum over all of its forms
+        row["logprobs"] = [float(np.logaddexp.reduce([next(of_forms) for _ in forms])) for forms in answers]
     thinking, size = templates.thinking_of(tokenizer), max(batch_tokens, WRITE_TOKENS)
     engine = TorchEngine(model, tokenizer.pad_token_id, scheduler="static", batch_tokens=size)
-    for budget, prompts in zip((None, max_thinking_tokens), generated, strict=True):
-        written = write(engine, tokenizer, list(prompts), max_new_tokens, budget) if prompts else []
-        for its_rows, one in zip(prompts.values(), written, strict=True):
+    for budget, asked_rows in zip((None, max_thinking_tokens), generated, strict=True):
+        prompts = [prompt for _, prompt in asked_rows]
+        written = write(engine, tokenizer, prompts, max_new_tokens, budget) if prompts else []
+        for (row, _), one in zip(asked_rows, written, strict=True):
             text = f"{thinking.opening}{one.thought}{thinking.closing}{one.answer}" if budget else one.answer
-            for row in its_rows:
-                row |= {"text": text, "answer_tokens": [one.answer_tokens], "thinking_tokens": one.thinking_tokens}
+            row |= {"text": text, "answer_tokens": [one.answer_tokens], "thinking_tokens": one.thinking_tokens}
     return pd.DataFrame(rows)
 
 
@@ -115,16 +111,14 @@ def answers_once(
     return {path.stem: pd.read_parquet(path) for path in folder.glob("*.parquet")}
 
 
-def _encode(
-    tokenizer, question: dict, thinks: bool
-) -> tuple[templates.Template, tuple[int, ...], list[list[tuple[int, ...]]]]:
+def _encode(tokenizer, question: dict, thinks: bool) -> tuple[templates.Template, list[int], list[list[list[int]]]]:
     """How a row is asked: template, prompt, and the forms of each answer to be scored, in the question's own order."""
     scoring, order = question["scoring"], list(question.get("order", range(len(question["options"]))))
     template = templates.pick_template(question["kind"], scoring)
     template = templates.TEMPLATES[question.get("template", template.name)]
     shown = {**question, "options": [question["options"][i] for i in order]}
     messages = templates.render(shown, template)
-    prompt = tuple(templates.encode(tokenizer, messages, thought="" if thinks else None)[0])
+    prompt, _ = templates.encode(tokenizer, messages, thought="" if thinks else None)
     if scoring == "generated":
         if order != sorted(order):
             raise MedkitError(f"{question['id']}: a generated answer is read in the options' own order; give no other")
@@ -135,5 +129,4 @@ def _encode(
         answers = [letter_forms(tokenizer, letter) for letter in templates.answers(shown, template)]
     else:
         answers = [[templates.encode(tokenizer, messages, text)[1]] for text in shown["options"]]
-    in_order = [forms for _, forms in sorted(zip(order, answers, strict=True))]
-    return template, prompt, [[tuple(ids) for ids in forms] for forms in in_order]
+    return template, prompt, [forms for _, forms in sorted(zip(order, answers, strict=True))]
