@@ -17,7 +17,6 @@ import torch
 from accelerate import PartialState, load_checkpoint_in_model
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from medkit.code_digest import digest_functions
@@ -162,18 +161,16 @@ def training_key(
     inputs = [
         [(name, _byte_sum(parameter)) for name, parameter in model.named_parameters()],
         [asdict(example) for example in examples],
-        _byte_sum(extras),
+        {name: _byte_sum(tensor) for name, tensor in extras.items()},
         None if difficulty is None else [float(number) for number in difficulty],
     ]
     loss_code = type(loss) if is_dataclass(loss) else loss
     return key_of(settings, inputs, trainer.train, loss_code, *([add_extras] if add_extras else []))
 
 
-def _byte_sum(value: torch.Tensor | dict) -> int | dict:
+def _byte_sum(tensor: torch.Tensor) -> int:
     """The sum of a tensor's bytes: exact in any order of adding, and quick on a GPU."""
-    if isinstance(value, dict):
-        return {str(name): _byte_sum(each) for name, each in value.items()}
-    return value.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64).item()
+    return tensor.detach().contiguous().view(torch.uint8).sum(dtype=torch.int64).item()
 
 
 def save_adapter(model: PeftModel, folder: Path, half: bool = False) -> Path:
@@ -182,21 +179,14 @@ def save_adapter(model: PeftModel, folder: Path, half: bool = False) -> Path:
     half: A and B are stored in bfloat16, half the bytes; in the model they are rounded to what is stored, and stay in
     float32.
     """
-    if half:
-        with torch.no_grad():
-            for parameter in (p for name, p in model.named_parameters() if _is_factor(name)):
-                parameter.copy_(parameter.bfloat16())
+    weights = model.state_dict()
+    for name in [name for name in weights if half and ("lora_A" in name or "lora_B" in name)]:
+        rounded = weights[name].bfloat16()
+        weights[name].copy_(rounded)
+        weights[name] = rounded
     with atomic_path(folder) as scratch:
-        model.save_pretrained(scratch, save_embedding_layers=False)
-        if half:
-            file = scratch / "adapter_model.safetensors"
-            weights = {name: t.bfloat16() if _is_factor(name) else t.clone() for name, t in load_file(file).items()}
-            save_file(weights, file, metadata={"format": "pt"})
+        model.save_pretrained(scratch, save_embedding_layers=False, state_dict=weights)
     return folder
-
-
-def _is_factor(name: str) -> bool:
-    return "lora_A" in name or "lora_B" in name
 
 
 # --- the command line ---
