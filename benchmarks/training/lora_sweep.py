@@ -118,7 +118,7 @@ def adapt(model, examples: list[batches.Example], params: Params, contender: Con
     targets = [*params.lora.adapter.target_modules, *contender.more_targets]
     section = params.lora.adapter.model_copy(update={"target_modules": targets, **contender.adapter})
     model = adapters.attach(model, section, params.seed)
-    trainable, _ = adapters.count_parameters(model)
+    trainable, _ = model.get_nb_trainable_parameters()
     with tempfile.TemporaryDirectory() as checkpoints:
         cpu = time.process_time()
         loss, folder = trainer.cross_entropy, Path(checkpoints)

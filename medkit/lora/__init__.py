@@ -4,7 +4,6 @@ from medkit.lora.adapters import (
     adapter_rows,
     attach,
     check_targets,
-    count_parameters,
     load_adapter,
     load_merged,
     merge,

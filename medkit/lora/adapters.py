@@ -58,12 +58,6 @@ def check_targets(model: nn.Module, section: AdapterParams) -> None:
         raise AdapterError(f"target_modules {tied}: tied to the embeddings, which merging would change as well")
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Numbers of trainable and of all weights; tied weights count once."""
-    sizes = {p.data_ptr(): (p.numel(), p.requires_grad) for p in model.parameters()}
-    return sum(n for n, trains in sizes.values() if trains), sum(n for n, _ in sizes.values())
-
-
 def adapter_rows(questions: pd.DataFrame, split: str) -> pd.DataFrame:
     """The rows of a split that the adapter learns or is tried on: of the second form, or all where no row has it."""
     return splits.training_rows(questions, split, (questions.kind == splits.SECOND_FORM).any())
