@@ -1,8 +1,7 @@
 """The models of a run: loaded, or the edge file behind a server."""
 
 import os
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 
 from torch import nn
 
@@ -34,18 +33,12 @@ def load_variant(run: str, folder: str, params: Params) -> nn.Module:
     return load(path, params.models)
 
 
-@contextmanager
-def edge_engine(run: str, edge_file: str, server: ServerParams | None) -> Iterator[ServerEngine]:
+def edge_engine(run: str, edge_file: str, server: ServerParams | None) -> AbstractContextManager[ServerEngine]:
     """An engine on the run's edge file: on `server`, or (None) on llama.cpp's own server, which ends with the block.
 
     Raises EngineError if the server cannot be reached or its key is not in the environment.
     """
-    if server:
-        with closing(_connect(server, "inference.server")) as engine:
-            yield engine
-    else:
-        with llama_engine(run_dir(run) / edge_file) as engine:
-            yield engine
+    return closing(_connect(server, "inference.server")) if server else llama_engine(run_dir(run) / edge_file)
 
 
 def make_engine(model: nn.Module | ServerParams, pad_token_id: int, **settings) -> TorchEngine | ServerEngine:
