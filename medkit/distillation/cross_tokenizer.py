@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from medkit.distillation.losses import FLOOR
+from medkit.distillation.losses import with_rest
 from medkit.distillation.teacher_cache import TeacherCache
 from medkit.modeling.batches import Example, Predicted
 from medkit.stage import MedkitError
@@ -245,15 +245,9 @@ def span_kl(
     """
     missing = span_ids < 0
     events = chain_logprobs(logits.log_softmax(-1), targets, span_lengths).gather(-1, span_ids.clamp(min=0))
-    p, q = _with_rest(span_logprobs), _with_rest(events.masked_fill(missing, -torch.inf))
+    p, q = with_rest(span_logprobs), with_rest(events.masked_fill(missing, -torch.inf))
     difference = (p - q).masked_fill(nn.functional.pad(missing, (0, 1)), 0.0)  # impossible for both
     return (p.exp() * difference).sum(-1)
-
-
-def _with_rest(events: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities (S, k) with one more column for the rest of the mass; rounding can leave a rest below zero."""
-    rest = (1 - events.exp().sum(-1, keepdim=True)).clamp(min=0) + FLOOR
-    return torch.cat([events, rest.log()], -1).log_softmax(-1)
 
 
 @dataclass(frozen=True)

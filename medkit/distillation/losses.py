@@ -54,11 +54,11 @@ def sparse_divergence(
     """
     rest = logits.shape[-1] - teacher_ids.shape[-1]
     student_logprobs = logits.log_softmax(-1).gather(-1, teacher_ids)
-    both = (_with_rest(logprobs, rest, temperature) for logprobs in (teacher_logprobs, student_logprobs))
+    both = (with_rest(logprobs, rest, temperature) for logprobs in (teacher_logprobs, student_logprobs))
     return divergence(*both, beta)
 
 
-def _with_rest(logprobs: torch.Tensor, rest: int, temperature: float) -> torch.Tensor:
+def with_rest(logprobs: torch.Tensor, rest: int = 1, temperature: float = 1.0) -> torch.Tensor:
     """Log-probabilities (N, k) at temperature 1 → at another one, with a bucket for the `rest` other tokens."""
     if not rest:
         return (logprobs / temperature).log_softmax(-1)
@@ -184,7 +184,7 @@ class DistillationLoss:
             weighted["ce"] = self.ce_weight, -target.sum()
         if self.kl_weight:
             rest, beta = logprobs.shape[-1] - top.shape[-1], BETAS.get(self.divergence, self.jsd_beta)
-            both = (_with_rest(each, rest, self.temperature) for each in (extras["teacher_logprobs"], top))
+            both = (with_rest(each, rest, self.temperature) for each in (extras["teacher_logprobs"], top))
             weighted[self.divergence] = self.kl_weight * self.temperature**2, divergence(*both, beta).sum()
         if self.hidden_weight:
             pairs = [(predicted.hidden[ours], extras[f"teacher_hidden_{theirs}"]) for ours, theirs in self.layers]
