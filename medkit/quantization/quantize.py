@@ -155,7 +155,8 @@ def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
     Unquantized weights and the arithmetic have the params' dtype. Raises PlanError if plan or weights are missing or
     damaged, or if they do not belong together.
     """
-    plan = read_plan(folder)
+    with reading(folder / PLAN, PlanError, "give a whole folder that `save_quantized` wrote"):
+        plan = Plan.model_validate_json((folder / PLAN).read_bytes())
     device, dtype = loading.pick_device(params.device), getattr(torch, params.dtype)
     attention, _ = loading.pick_attention(params.attention, device, params.dtype)
     with init_empty_weights(include_buffers=False):
@@ -189,9 +190,3 @@ def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
             setattr(module, name, buffer.to(device))
     model.generation_config = GenerationConfig()
     return model.eval()
-
-
-def read_plan(folder: Path) -> Plan:
-    """The plan of a quantized model. Raises PlanError if it is missing or damaged."""
-    with reading(folder / PLAN, PlanError, "give a whole folder that `save_quantized` wrote"):
-        return Plan.model_validate_json((folder / PLAN).read_bytes())

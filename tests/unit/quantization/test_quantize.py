@@ -79,7 +79,7 @@ def test_a_plan_reloads_to_the_same_logits_and_bytes(
     assert torch.equal(batches.collect_logits(again, examples), logits)
     assert torch.equal(logits, exact) == (name == "unquantized")
     assert batches.measure_drift(exact, logits)["kl_nats"] < 0.5
-    assert quantize.read_plan(folder) == plan
+    assert Plan.model_validate_json((folder / quantize.PLAN).read_bytes()) == plan
     assert (loading.load_tokenizer(folder).get_vocab(), again.training) == (tokenizer.get_vocab(), False)
 
 
