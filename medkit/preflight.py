@@ -159,15 +159,10 @@ def _check_data(params: Params, tokenizers: list, away: set[str]) -> None:
     if tokenizers:
         table = data.drop_long(table, partial(prompts.count_prompt_tokens, tokenizers), params.data.max_prompt_tokens)
     section = params.inference
-    asked = {
-        "inference.questions.{scoring}": section.questions,
-        "inference.exams": {"option_text": section.exams},
-        "inference.shuffle.questions": {"letter": section.shuffle.questions},
-    }
-    for key, counts in asked.items():
+    for counts in (section.questions, {"option_text": section.exams}, {"letter": section.shuffle.questions}):
         counts = {scoring: {n: c for n, c in of.items() if n in datasets} for scoring, of in counts.items()}
         if any(counts.values()):
-            inference.choose_questions(table, counts, params.seed, key)
+            inference.choose_questions(table, counts, params.seed)
     if datasets.keys() == params.data.datasets.keys():
         for split in ("labelled", "valid"):
             data.training_rows(table, split)

@@ -17,16 +17,11 @@ from medkit.prompts import templates
 from medkit.stage import FINGERPRINT, STAGES, MedkitError, Stage, atomic_path
 
 
-def choose_questions(
-    questions: pd.DataFrame,
-    counts: dict[str, dict[str, int | str]],
-    seed: int,
-    key: str = "inference.questions.{scoring}",
-) -> pd.DataFrame:
+def choose_questions(questions: pd.DataFrame, counts: dict[str, dict[str, int | str]], seed: int) -> pd.DataFrame:
     """Test questions with a column `scoring`; `counts` maps scoring → source → number of questions, or "all".
 
-    Every variant gets the same questions. A smaller number takes the first of what a larger one takes. `key` names the
-    params that `counts` comes from. Raises MedkitError if a source has fewer test questions.
+    Every variant gets the same questions. A smaller number takes the first of what a larger one takes. Raises
+    MedkitError if a source has fewer test questions.
     """
     test = questions[questions.split == "test"].sample(frac=1, random_state=seed)
     chosen = []
@@ -35,8 +30,8 @@ def choose_questions(
             rows = test[test.source == source]
             if count != "all" and count > len(rows):
                 raise MedkitError(
-                    f"{key.format(scoring=scoring)}.{source} is {count}, the test split has {len(rows)}; "
-                    f"lower it, or raise data.datasets.{source}.test"
+                    f"inference: {count} questions of {source} by {scoring} are asked for, the test split has "
+                    f"{len(rows)}; ask for fewer, or raise data.datasets.{source}.test"
                 )
             chosen.append((rows if count == "all" else rows.head(count)).assign(scoring=scoring))
     return pd.concat(chosen, ignore_index=True)
