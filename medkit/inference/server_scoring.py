@@ -27,10 +27,10 @@ async def score_options(
 ) -> list[float]:
     """The score of each option as the answer to `chat`, in nats; see `modeling.option_scoring`.
 
-    `scoring`: 'option_text' the sum over the option's tokens and the end token, 'option_text_norm' their mean, 'letter'
-    the first token alone. An option that is more than NEGLIGIBLE below the best, or after which the end token is not
-    among the TOP likeliest, gets an upper bound of its score. `known_ids` remembers tokens from call to call. Raises
-    httpx.HTTPError, and LookupError, TypeError or ValueError for an answer without log-probabilities.
+    `scoring`: 'option_text' the sum over the option's tokens and the end token, 'option_text_norm' their mean. An
+    option that is more than NEGLIGIBLE below the best, or after which the end token is not among the TOP likeliest,
+    gets an upper bound of its score. `known_ids` remembers tokens from call to call. Raises httpx.HTTPError, and
+    LookupError, TypeError or ValueError for an answer without log-probabilities.
     """
 
     async def post(path: str, **body) -> dict:
@@ -57,8 +57,6 @@ async def score_options(
     option_ids = [await tokenize(option) for option in options]
     written = await write(option_ids)
     all_ids = [token_ids + await tokenize("") for token_ids in option_ids]  # llama.cpp may end by another token
-    if scoring == "letter":  # that it ends there says nothing about which letter
-        all_ids = [token_ids[:1] for token_ids in all_ids]
     lengths = [len(token_ids) if scoring == "option_text_norm" else 1 for token_ids in all_ids]
 
     def read(token_ids: list[int], places: list[dict]) -> tuple[float, bool]:
