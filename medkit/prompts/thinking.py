@@ -4,7 +4,6 @@ import json
 import re
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 THOUGHTS = (  # how a thought opens and closes; a chat template may have opened it in the prompt
     *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning")),
@@ -40,13 +39,12 @@ def after_thoughts(text: str) -> str:
 
 @dataclass(frozen=True)
 class Thinking:
-    """How a model thinks, as its chat template tells.
+    """How a model thinks, as its chat template tells; without marks it does not think.
 
-    mode: `open`, the template ends a prompt in an opened thought; `closed`, it can end it in an empty one
-    (`enable_thinking`) and leaves it to the model to open its thought; `none`, the model does not think.
+    The template ends a prompt in an opened thought, or it can (`enable_thinking`) end it in an empty one, and leaves it
+    to the model to open its thought.
     """
 
-    mode: Literal["none", "open", "closed"]
     open_template: str  # the chat template whose prompt ends in an opened thought
     closed_template: str  # the one whose prompt ends in an empty thought, closed in the way of the model family
     opening: str = ""  # what begins a thought, with the white space of the family
@@ -66,10 +64,10 @@ def find_thinking(tokenizer, template: str) -> Thinking:
             empty = re.search(rf"({opens}\n?)(\s*{closes}\s*)\Z", closed)
             if opened:
                 closing = empty[2] if empty else "\n" + re.sub(r"\\(.)", r"\1", closes) + "\n\n"
-                return Thinking("open", on, off if empty else on + _literal(closing), opened[0], closing)
+                return Thinking(on, off if empty else on + _literal(closing), opened[0], closing)
             if empty and has_switch:
-                return Thinking("closed", on + _literal(empty[1]), off, empty[1], empty[2])
-    return Thinking("none", template, template)
+                return Thinking(on + _literal(empty[1]), off, empty[1], empty[2])
+    return Thinking(template, template)
 
 
 def _literal(text: str) -> str:

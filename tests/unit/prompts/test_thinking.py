@@ -14,13 +14,13 @@ MESSAGES = [{"role": "user", "content": "Which one? </think>"}]
 
 
 # without an end a template may drop the thoughts of earlier turns all the same; with EMPTY they are closed already
-MODES = {OPENED: "open", SWITCH: "closed", BOTH: "open", "": "none", EMPTY: "none", "{{ '[THINK]' }}": "open"}
+THINKS = {OPENED: True, SWITCH: True, BOTH: True, "": False, EMPTY: False, "{{ '[THINK]' }}": True}
 
 
-@pytest.mark.parametrize(("end", "mode"), MODES.items())
-def test_a_plain_answer_follows_an_empty_thought_and_a_generated_one_an_open_thought(make_tokenizer, end, mode):
+@pytest.mark.parametrize(("end", "thinks"), THINKS.items())
+def test_a_plain_answer_follows_an_empty_thought_and_a_generated_one_an_open_thought(make_tokenizer, end, thinks):
     tokenizer = make_tokenizer(chat_template=TURNS + ASK + end)
-    assert thinking_of(tokenizer).mode == mode
+    assert bool(thinking_of(tokenizer).opening) == thinks
     opening, closing = ("[THINK]", "\n[/THINK]\n\n") if "[" in end else ("<think>\n", "\n</think>\n\n")
     closed, answer_ids = encode(tokenizer, MESSAGES, "C")
     opened, thought_ids = encode(tokenizer, MESSAGES, "C", thought="It is A.")
@@ -28,7 +28,7 @@ def test_a_plain_answer_follows_an_empty_thought_and_a_generated_one_an_open_tho
     assert encode(tokenizer, MESSAGES, thought="")[0] == opened
     closed, answer, opened, thought = map(tokenizer.decode, (closed, answer_ids, opened, thought_ids))
     assert answer == "C<|im_end|>"
-    if mode == "none":
+    if not thinks:
         assert (closed, thought) == (opened, "It is A.\n\nC<|im_end|>")
     else:
         assert closed.endswith(f"assistant\n{opening}{closing}")
