@@ -29,9 +29,12 @@ def make_plan(chat: dict, tasks: Sequence[Task] | None, broken_up: Mapping[str, 
 
     `tasks`: what the model was taught; for anything else the first text is the whole answer. None: nothing is known of
     the model, so a question gets the template of its problem type; a chat with a system message stays as it is.
-    `broken_up`: control tokens, and the text that is written in place of each.
+    `broken_up`: control tokens, and the text that is written in place of each. Raises ValueError without a list of
+    messages.
     """
-    turns = chat["messages"]
+    turns = chat.get("messages")
+    if not isinstance(turns, list):
+        raise ValueError("an object with a list of messages is needed")
     last = turns[-1] if turns and isinstance(turns[-1], dict) else {}
     message = read_text(last.get("content")) if last.get("role") == "user" else ""
     recognised = recognise(message, tasks or [])

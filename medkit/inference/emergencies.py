@@ -4,22 +4,18 @@
 """
 
 import re
-from functools import cache
 from pathlib import Path
 
 import yaml
 
-RULES = Path(__file__).with_name("emergency_rules.yaml")
+RULES: dict[str, list[re.Pattern]] = {
+    name: [re.compile(rf"(?<!\w)(?:{pattern})(?!\w)", re.I) for pattern in patterns]
+    for name, patterns in yaml.safe_load(Path(__file__).with_name("emergency_rules.yaml").read_text()).items()
+}
 LONGEST = 2000
 SENTENCE = (
     "This may be an emergency: call your emergency number now (112 in Europe, 911 in North America, 999 in the UK)."
 )
-
-
-@cache
-def _patterns() -> dict[str, list[re.Pattern]]:
-    rules = yaml.safe_load(RULES.read_text())
-    return {name: [re.compile(rf"(?<!\w)(?:{p})(?!\w)", re.I) for p in rules[name]] for name in rules}
 
 
 def is_emergency(message: str) -> bool:
@@ -28,5 +24,5 @@ def is_emergency(message: str) -> bool:
     Of a long message its beginning and its end are read, LONGEST characters each.
     """
     text = (message if len(message) <= 2 * LONGEST else f"{message[:LONGEST]}\n{message[-LONGEST:]}").replace("’", "'")
-    counts = {name: sum(1 for p in patterns if p.search(text)) for name, patterns in _patterns().items()}
+    counts = {name: sum(1 for p in patterns if p.search(text)) for name, patterns in RULES.items()}
     return (counts["strong"] > 0 or counts["weak"] > 1) and (not counts["calm"] or counts["urgent"] > 0)

@@ -44,6 +44,7 @@ PAGE_POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'
 PAGE_POLICY += "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 PUBLIC_PATHS = ("/health", "/v1/health")
 OTHER_CHATS = ("/responses", "/messages", "/api/chat")  # of llama.cpp, where no plan is made
+NO_CHATS = ("/completions", "/completion", "/infill", "/embeddings")
 NO_ECHO = (
     "llama.cpp's server gives no log-probabilities of a prompt (`echo`): score options with the model's weights, "
     "as lm-eval does with --model hf"
@@ -163,11 +164,9 @@ def make_router(
             return error_response(400, f"the address is not valid: {error}", "invalid_request_error")
         try:
             if path.endswith("/chat/completions") and body:
-                plan = make_plan({**settings, **read_chat(body)}, tasks, broken_up)
+                plan = make_plan({**settings, **read_object(body)}, tasks, broken_up)
                 body = json.dumps(plan.chat).encode()
-            elif (
-                path.endswith(("/completions", "/completion", "/infill", "/embeddings")) and body and tasks is not None
-            ):
+            elif path.endswith(NO_CHATS) and body and tasks is not None:
                 asked = {**settings, **read_object(body)}
                 if asked.get("echo"):
                     raise ValueError(NO_ECHO)
@@ -224,14 +223,6 @@ def read_object(body: bytes) -> dict:
     if not isinstance(value, dict):
         raise ValueError("an object is needed")
     return value
-
-
-def read_chat(body: bytes) -> dict:
-    """The chat. Raises ValueError for a body that is no JSON object with a list of messages."""
-    chat = read_object(body)
-    if not isinstance(chat.get("messages"), list):
-        raise ValueError("an object with a list of messages is needed")
-    return chat
 
 
 async def choose(client: httpx.AsyncClient, headers: Mapping, plan: Plan, known_ids: dict) -> Plan:
