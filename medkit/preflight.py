@@ -129,8 +129,7 @@ def _check_quantization(params: Params, student, tokenizer) -> None:
         quantization.check_budget(choices, int(section.plan.share * bf16_bytes) - norms)
     except MedkitError as error:
         raise PreflightError(f"quantization.plan.share is {section.plan.share}: {error}") from error
-    plan, sizes = quantization.nf4_plan(shapes), (section.plan.batch, section.plan.context)
-    quantization.estimate_plan(student.config, plan.name, plan.schemes, *sizes)
+    quantization.estimate_plan(student.config, quantization.nf4_plan(shapes), section.plan.batch, section.plan.context)
     for name in ("edge", "edge_small"):
         if getattr(section, name):
             try:

@@ -6,7 +6,6 @@ bits per weight. `plans.budget_plan` chooses by measured sensitivity.
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedConfig
 from medkit.params import ParamsError
 from medkit.quantization import plans
 from medkit.quantization.memory_ledger import Weight, activation_bytes, kv_cache_bytes, model_shapes, plan_bytes
+from medkit.quantization.plans import Plan
 from medkit.stage import reading
 
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
@@ -77,11 +77,12 @@ def read_config(model: str) -> PreTrainedConfig:
     return config
 
 
-def preset_schemes(shapes: list[Weight]) -> dict[str, dict[str, str]]:
-    """Name of each preset plan → module → scheme."""
+def preset_plans(shapes: list[Weight]) -> dict[str, Plan]:
+    """By name the plans that follow from the names of the modules; a module without a scheme stays as it is."""
     matrices = {weight.module: weight.shape for weight in shapes if len(weight.shape) == 2}
-    presets = [plans.paper_plan(matrices), *(plans.nf4_plan(matrices, scheme) for scheme in plans.SCHEMES)]
-    return {"bf16": {}, "int8": dict.fromkeys(matrices, "int8"), **{plan.name: plan.schemes for plan in presets}}
+    presets = [Plan(name="bf16", schemes={}), Plan(name="int8", schemes=dict.fromkeys(matrices, "int8"))]
+    presets += [plans.paper_plan(matrices), *(plans.nf4_plan(matrices, scheme) for scheme in plans.SCHEMES)]
+    return {plan.name: plan for plan in presets}
 
 
 def estimate_presets(config: PreTrainedConfig, batch: int, context: int) -> list[Estimate]:
@@ -92,26 +93,19 @@ def estimate_presets(config: PreTrainedConfig, batch: int, context: int) -> list
     if context > last:
         raise ParamsError(f"--context {context}: the positions of the model end at {last}; lower it")
     shapes = model_shapes(config)
-    estimates = [
-        estimate_plan(config, name, schemes, batch, context, shapes) for name, schemes in preset_schemes(shapes).items()
-    ]
+    estimates = [estimate_plan(config, plan, batch, context, shapes) for plan in preset_plans(shapes).values()]
     return sorted(estimates, key=lambda e: -e.bits_per_weight)
 
 
 def estimate_plan(
-    config: PreTrainedConfig,
-    name: str,
-    schemes: Mapping[str, str],
-    batch: int,
-    context: int,
-    shapes: list[Weight] | None = None,
+    config: PreTrainedConfig, plan: Plan, batch: int, context: int, shapes: list[Weight] | None = None
 ) -> Estimate:
-    """The memory of one plan, given as module → scheme. `shapes` saves time if they are known."""
+    """The memory of one plan. `shapes` saves time if they are known."""
     shapes = shapes or model_shapes(config)
-    table = plan_bytes(shapes, schemes, BF16_BYTES).set_index("component")
+    table = plan_bytes(shapes, plan.schemes, BF16_BYTES).set_index("component")
     scales = int(table.bytes.get("quantization state", 0))
     weights = int(table.bytes.sum()) - scales
     bits = 8 * (weights + scales) / int(table.weights.sum())
     cache = kv_cache_bytes(config, batch, context, BF16_BYTES)
-    activations = max(activation_bytes(config, shapes, schemes, batch, context, BF16_BYTES).values())
-    return Estimate(name, bits, weights, scales, cache, activations)
+    activations = max(activation_bytes(config, shapes, plan.schemes, batch, context, BF16_BYTES).values())
+    return Estimate(plan.name, bits, weights, scales, cache, activations)

@@ -128,7 +128,7 @@ def weight_bytes(model: str, plan: str = "bf16") -> int:
     from medkit.quantization import memory_budget, memory_ledger  # imports torch, which other tables do not need
 
     shapes = memory_ledger.model_shapes(memory_budget.read_config(model))
-    schemes = memory_budget.preset_schemes(shapes)[plan]
+    schemes = memory_budget.preset_plans(shapes)[plan].schemes
     return int(memory_ledger.plan_bytes(shapes, schemes, BF16_BYTES, True).bytes.sum())
 
 

@@ -36,7 +36,7 @@ CONFIGS = pytest.mark.parametrize(
 def quantized(config, dtype, preset):
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     schemes = dict.fromkeys(quantize.weight_shapes(model), "unquantized")
-    schemes |= memory_budget.preset_schemes(memory_ledger.model_shapes(config))[preset]
+    schemes |= memory_budget.preset_plans(memory_ledger.model_shapes(config))[preset].schemes
     return quantize.apply_plan(model, Plan(name=preset, schemes=schemes), True)
 
 
@@ -114,7 +114,7 @@ def measured_peaks(model, batch, context):
 def test_computed_peaks_are_those_of_live_tensors(config, dtype, preset, tolerance):
     size, shapes, batch, context = dtype.itemsize, memory_ledger.model_shapes(config), 3, 512
     prefill, decode = measured_peaks(quantized(config, dtype, preset), batch, context)
-    schemes = memory_budget.preset_schemes(shapes)[preset]
+    schemes = memory_budget.preset_plans(shapes)[preset].schemes
     computed = memory_ledger.activation_bytes(config, shapes, schemes, batch, context, size)
     cache = memory_ledger.kv_cache_bytes(config, batch, context, size)
     if config.model_type == "qwen3" and dtype == torch.bfloat16:
