@@ -2,9 +2,9 @@
 
 At each predicted position the k most likely tokens are kept, with log-probabilities after the softmax over the whole
 vocabulary, and the log-probability of the target token. A cache is some shards (safetensors) and `index.json`, which
-holds the settings and the sha256 of each shard. Bytes per position at k = 64: 128 for log-probabilities in fp16, 128
-for the low 16 bits of the token ids, 8 for each higher bit of an id (none up to 65,536 tokens, 2 up to 262,144), and 2
-for the target token: 258 to 274 bytes. Each layer of hidden states adds 2 bytes per unit.
+holds the settings and the sha256 of each shard. Bytes per position at k = 64: 128 for log-probabilities in fp16, 8 for
+each bit of a token id (16 bits up to 65,536 tokens, 18 up to 262,144), and 2 for the target token: 258 to 274 bytes.
+Each layer of hidden states adds 2 bytes per unit.
 """
 
 import json
@@ -24,7 +24,6 @@ from medkit.params import digest
 from medkit.stage import MedkitError, atomic_path, sha256_of, write_text
 
 INDEX, SHARD = "index.json", "{:05d}.safetensors"
-LOW_BITS = 16
 OPEN_SHARDS = 4  # most shards that a reader keeps open
 
 
@@ -117,7 +116,7 @@ def read_index(folder: Path) -> dict:
 
 def _pack(arrays: dict[str, np.ndarray], counts: Sequence[int], vocab_size: int) -> dict[str, np.ndarray]:
     """A shard's arrays: ids as bits, values in fp16, and the first position of each example; `counts` by example."""
-    packed = pack_ids(arrays["ids"], vocab_size)
+    packed = {"ids": pack_ids(arrays["ids"], vocab_size)}
     limit = float(np.finfo(np.float16).max)
     for name in arrays.keys() - {"ids"}:
         values = np.maximum(arrays[name], -limit) if name.endswith("logprobs") else arrays[name]
@@ -130,27 +129,18 @@ def _pack(arrays: dict[str, np.ndarray], counts: Sequence[int], vocab_size: int)
     return packed | {"offsets": np.cumsum([0, *counts], dtype=np.uint32)}
 
 
-def _high_bits(vocab_size: int) -> int:
-    """Number of bits that an id has beyond the low 16."""
-    return max(0, (vocab_size - 1).bit_length() - LOW_BITS)
+def pack_ids(ids: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Ids (N, k) as bits, (N, ⌈k·bits/8⌉) uint8: as many for each id as the largest one needs."""
+    bits, in_bytes = (vocab_size - 1).bit_length(), ids.astype("<u4")[..., None].view(np.uint8)
+    each = np.unpackbits(in_bytes, axis=-1, count=bits, bitorder="little")
+    return np.packbits(each.reshape(len(ids), ids.shape[1] * bits), axis=1)
 
 
-def pack_ids(ids: np.ndarray, vocab_size: int) -> dict[str, np.ndarray]:
-    """Ids (N, k) as uint16 (N, k) and, where the vocabulary needs them, their higher bits (N, ⌈k·bits/8⌉) uint8."""
-    packed = {"ids_low": (ids & 0xFFFF).astype(np.uint16)}
-    if bits := _high_bits(vocab_size):
-        high = (ids[..., None] >> (LOW_BITS + np.arange(bits))) & 1
-        packed["ids_high"] = np.packbits(high.reshape(len(ids), ids.shape[1] * bits).astype(np.uint8), axis=1)
-    return packed
-
-
-def unpack_ids(low: np.ndarray, high: np.ndarray | None, vocab_size: int) -> np.ndarray:
+def unpack_ids(packed: np.ndarray, k: int, vocab_size: int) -> np.ndarray:
     """Ids (N, k) int64, as they were before `pack_ids`."""
-    ids, bits = low.astype(np.int64), _high_bits(vocab_size)
-    if bits and ids.size:
-        each = np.unpackbits(high, axis=1, count=low.shape[1] * bits).reshape(*low.shape, bits)
-        ids += each.astype(np.int64) @ (1 << (LOW_BITS + np.arange(bits)))
-    return ids
+    bits = (vocab_size - 1).bit_length()
+    each = np.unpackbits(packed, axis=1, count=k * bits).reshape(len(packed), k, bits)
+    return each.astype(np.int64) @ (1 << np.arange(bits))
 
 
 class TeacherCache:
@@ -190,7 +180,7 @@ class TeacherCache:
         file, offsets = self._open(self.shards[shard])
         positions = slice(int(offsets[row]), int(offsets[row + 1]))
         arrays = {name: file.get_slice(name)[positions] for name in file.keys() if name != "offsets"}  # noqa: SIM118
-        ids = unpack_ids(arrays.pop("ids_low"), arrays.pop("ids_high", None), self.index["vocab_size"])
+        ids = unpack_ids(arrays.pop("ids"), self.index["top_k"], self.index["vocab_size"])
         values = {f"teacher_{name}": torch.from_numpy(array).float() for name, array in arrays.items()}
         return {"teacher_ids": torch.from_numpy(ids), **values}
 
