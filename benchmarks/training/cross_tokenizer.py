@@ -99,9 +99,10 @@ def compare_tokenizers(args: Namespace) -> None:
     aligner = cross_tokenizer.TokenAligner.from_tokenizers(*tokenizers)
     rows = pd.read_parquet(args.run / "01_data" / "questions.parquet").query("answer >= 0")
     rows = rows.sample(frac=1, random_state=0).groupby("source", observed=True).head(args.signal_rows)
+    texts = rows.assign(options=rows.question.map(lambda text: [text]), answer=0)
     raw = {
         f"{what}/{source}": describe_spans(aligner, tokenizers, part)
-        for what, table in {"answers": rows, "questions": rows.assign(answer=-1)}.items()
+        for what, table in {"answers": rows, "questions": texts}.items()
         for source, part in [("all", table), *table.groupby("source", observed=True)]
     }
     ratios = {

@@ -13,7 +13,6 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from medkit.modeling import prefix_tree
-from medkit.modeling.prefix_tree import shared_length
 from medkit.prompts import templates
 
 PASSES = 32  # so many nearly empty forward passes take as long as a full batch
@@ -34,25 +33,14 @@ class Example:
 
 
 def encode_questions(tokenizer, questions: pd.DataFrame) -> list[Example]:
-    """One example per question row. The loss covers the answer and its end token.
-
-    For a row without an answer (split `transfer`) the loss covers the text of the question.
-    """
-    return [_encode(tokenizer, question) for question in questions.to_dict("records")]
-
-
-def _encode(tokenizer, question: dict) -> Example:
-    template = templates.pick_template(question["kind"], "option_text")
-    messages = templates.render(question, template)
-    if question["answer"] >= 0:
+    """One example per question row, whose answer is known. The loss covers the answer and its end token."""
+    examples = []
+    for question in questions.to_dict("records"):
+        template = templates.pick_template(question["kind"], "option_text")
         answer = templates.answers(question, template)[question["answer"]]
-        prompt_ids, answer_ids = templates.encode(tokenizer, messages, answer)
-        return Example([*prompt_ids, *answer_ids], len(prompt_ids))
-    text_ids, _ = templates.encode(tokenizer, messages)
-    empty_ids, _ = templates.encode(tokenizer, [*messages[:-1], {"role": "user", "content": ""}])
-    before = shared_length(text_ids, empty_ids)
-    after = shared_length(text_ids[before:][::-1], empty_ids[before:][::-1])
-    return Example(text_ids[: len(text_ids) - after], before)
+        prompt_ids, answer_ids = templates.encode(tokenizer, templates.render(question, template), answer)
+        examples.append(Example([*prompt_ids, *answer_ids], len(prompt_ids)))
+    return examples
 
 
 def bucket_by_length(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

@@ -86,13 +86,6 @@ def test_loss_covers_the_answer_and_its_end_token_and_nothing_else(tokenizer, qu
         assert row.question in given and row.context in given and given.endswith("assistant\n")
 
 
-@pytest.mark.parametrize("chat", [True, False])
-def test_loss_of_a_transfer_row_covers_the_question_text_and_nothing_else(make_tokenizer, questions, chat):
-    tokenizer, row = make_tokenizer(**({} if chat else {"chat_template": None})), questions[questions.answer < 0]
-    (example,) = batches.encode_questions(tokenizer, row)
-    assert tokenizer.decode(example.input_ids[example.loss_start :]).strip() == row.question.item()
-
-
 def test_letter_forms_hold_what_follows_the_chat_header_and_what_follows_answer(tokenizer):
     """The whole text, cut where the prompt's tokens end, gives one of the forms, whatever the prompt ends with."""
     for prompt in ("<|im_start|>assistant\n", "Answer:", "Answer: ", "[/INST]"):
