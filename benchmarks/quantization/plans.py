@@ -1,10 +1,12 @@
 """What compressed forms of a run's student keep: KL to it on validation rows, changed top tokens, bytes of all weights.
 
 Plans are chosen by sensitivities measured on training rows, and rounded to the nearest level or calibrated on training
-rows; no test question is read. Weights are simulated: what a quantised module multiplies with, in the run's dtype.
+rows; no test question is read. Weights that are rounded to the nearest are simulated: what a quantised module
+multiplies with, in the run's dtype; calibrated ones are those of a quantised copy.
 Beside it: how far estimated sensitivities are from one whole run per module. Units: nats, seconds.
 """
 
+import copy
 import os
 import time
 
@@ -65,11 +67,14 @@ def main() -> None:
     library, _, all_nf4, _ = fixed
     runs = [("nearest", plan) for plan in (*fixed, *ours, *randoms)]
     runs += [("calibrated", plan) for plan in (library, all_nf4, *ours, *randoms[: args.random_calibrated])]
-    tables = []
+    tables, exact = [], batches.collect_logits(model, valid)
     for kind, plan in runs:
-        fitted = calibration if kind == "calibrated" else ()
         began, cpu = time.perf_counter(), time.process_time()
-        table = sensitivity.measure_plans(model, valid, section.double_quant, [plan], damage, fitted)
+        table = sensitivity.measure_plans(model, valid, section.double_quant, [plan], damage)
+        if kind == "calibrated":
+            quantized = quantize.apply_plan(copy.deepcopy(model), plan, section.double_quant, calibration)
+            drift = batches.measure_drift(exact, batches.collect_logits(quantized, valid))
+            table = table.assign(kl_nats=drift["kl_nats"], top1_changed=drift["top1_changed"])
         table["rounding"], table["load"] = kind, os.getloadavg()[0]
         table["wall_s"], table["cpu_s"] = time.perf_counter() - began, time.process_time() - cpu
         tables.append(table)

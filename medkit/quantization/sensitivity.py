@@ -25,21 +25,12 @@ BATCH_TOKENS = 1024  # of a forward and backward pass
 
 
 @contextmanager
-def fake_quantized(
-    model: nn.Module, schemes: Mapping[str, Scheme], double_quant: bool, calibration: Sequence[Example] = ()
-) -> Iterator[None]:
-    """Inside the block the modules multiply with quantized and decoded weights; the memory does not change.
-
-    NF4 is rounded to the nearest level, or, with `calibration`, by GPTQ for these examples.
-    """
-    calibrated = rowwise.calibrate_nf4(model, schemes, calibration, double_quant) if calibration else {}
+def fake_quantized(model: nn.Module, schemes: Mapping[str, Scheme], double_quant: bool) -> Iterator[None]:
+    """Inside the block the modules multiply with weights rounded to the nearest; the memory does not change."""
     exact = {name: model.get_submodule(name).weight.data for name in schemes}
     try:
         for name, weight in exact.items():
-            if name in calibrated:
-                rounded = rowwise.dequantize_nf4(calibrated[name])
-            else:
-                rounded = rowwise.fake_quantize(weight, schemes[name], double_quant)
+            rounded = rowwise.fake_quantize(weight, schemes[name], double_quant)
             model.get_submodule(name).weight.data = rounded
         yield
     finally:
@@ -94,23 +85,17 @@ def list_choices(model: nn.Module, double_quant: bool) -> pd.DataFrame:
 
 @torch.no_grad()
 def measure_plans(
-    model: nn.Module,
-    examples: Sequence[Example],
-    double_quant: bool,
-    plans: Sequence[Plan],
-    sensitivity: pd.DataFrame,
-    calibration: Sequence[Example] = (),
+    model: nn.Module, examples: Sequence[Example], double_quant: bool, plans: Sequence[Plan], sensitivity: pd.DataFrame
 ) -> pd.DataFrame:
     """One row per plan: `plan`, `kl_nats` of the whole plan, `top1_changed`, `summed_kl_nats`, `bytes`.
 
     `summed_kl_nats` is the sum of the plan's rows in `sensitivity`, a table of `measure_sensitivity`: KLs of single
-    modules add up only approximately. With `calibration`, NF4 is rounded by GPTQ for these examples; the sum is always
-    that of plain rounding.
+    modules add up only approximately.
     """
     single = sensitivity.set_index(["module", "scheme"])
     exact, rows = batching.collect_logits(model, examples), []
     for plan in tqdm(plans, desc="plans", unit="plan", delay=2, mininterval=10):
-        with fake_quantized(model, plan.schemes, double_quant, calibration):
+        with fake_quantized(model, plan.schemes, double_quant):
             drift = batching.measure_drift(exact, batching.collect_logits(model, examples))
         chosen = single.loc[list(plan.schemes.items())]
         rows.append((plan.name, drift["kl_nats"], drift["top1_changed"], chosen.kl_nats.sum(), int(chosen.bytes.sum())))
