@@ -15,7 +15,7 @@ def main() -> None:
     settings = json.loads(sys.stdin.readline())
     params = xllamacpp.CommonParams()
     params.model.path = settings["path"]
-    params.model_alias = {settings["name"]}
+    params.model_alias = {"edge"}
     params.n_parallel = settings["slots"]
     params.n_ctx = settings["slots"] * settings["context_tokens"]  # each slot has an equal part of it
     # for earlier prompts: llama.cpp's own limit is 8 GB, too much for a laptop. It does not remember which prompt was

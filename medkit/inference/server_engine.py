@@ -42,7 +42,6 @@ def llama_server(
     slots: int = 1,
     context_tokens: int = 4096,
     threads: int | None = None,
-    name: str = "edge",
     adapter: Path | None = None,
     options: Mapping[str, object] | None = None,
 ) -> Iterator[ServerAddress]:
@@ -60,7 +59,7 @@ def llama_server(
     for file in filter(None, (path, adapter)):
         check_manifest(file)
     address_key = secrets.token_urlsafe(16)
-    settings = {"path": str(path), "name": name, "slots": slots, "context_tokens": context_tokens}
+    settings = {"path": str(path), "slots": slots, "context_tokens": context_tokens}
     settings |= {"threads": threads or os.cpu_count(), "api_key": address_key}
     settings |= {"adapter": adapter and str(adapter), "options": dict(options or {})}
     with tempfile.TemporaryFile("w+") as log:

@@ -61,12 +61,11 @@ WRITTEN = (*FORMS, INSTRUCTION)  # kinds whose answer is a text, no choice of an
 
 @dataclass(frozen=True)
 class Template:
-    """How one kind of prompt is written, and what a full answer to it looks like."""
+    """How one kind of prompt is written."""
 
     name: str
     instruction: str
     lists_options: bool = False  # the prompt shows the options; then the answer is a letter, else an option's text
-    lead: str = ""  # the text before the letter in a full answer
 
     @property
     def hash(self) -> str:
@@ -80,7 +79,6 @@ RATIONALE = Template(
     "rationale",
     "Reason in at most three sentences. Then write “Answer:” and the letter of the correct option.",
     lists_options=True,
-    lead="Answer: ",
 )
 ABSTRACT = Template("abstract", "Answer yes, no or maybe.")
 RECORD = Template("record", "Write the patient's record as JSON.")
@@ -137,7 +135,7 @@ def _ask(question: dict, template: Template) -> str:
 def answers(question: dict, template: Template) -> list[str]:
     """The answer text for each option of the question."""
     options = list(question["options"])
-    return [template.lead + letter for letter in LETTERS[: len(options)]] if template.lists_options else options
+    return list(LETTERS[: len(options)]) if template.lists_options else options
 
 
 BASE_TURNS = (

@@ -222,7 +222,7 @@ def test_every_answer_reads_back_after_every_lead(data, template, lead):
     names = ["aspirin", "E. coli", "HLA-B*27", "vitamin C", "CD4+ cells", "5 mg/kg (i.v.)", "no", "a CT scan", "-4"]
     options = data.draw(st.lists(st.sampled_from(names), min_size=2, max_size=9, unique=True))
     choice = data.draw(st.integers(0, len(options) - 1))
-    said = answers(question(*options), template)[choice].removeprefix(template.lead)
+    said = answers(question(*options), template)[choice]
     assume(lead != "A is wrong, so the answer is {}" or choice)
     said = data.draw(st.sampled_from([said, said.upper(), f"**{said}**", f"({said})", f'"{said}"']))
     case = data.draw(st.sampled_from([str, str.upper, str.lower])) if "boxed" not in lead else str
