@@ -78,16 +78,15 @@ def apply_plan(model: nn.Module, plan: Plan, double_quant: bool, calibration: Se
     does not fit the model.
     """
     check_plan(plan, model)
-    head = _tied_head(model)
     calibrated = rowwise.calibrate_nf4(model, plan.schemes, calibration, double_quant) if calibration else {}
     for name in [name for name, scheme in plan.schemes.items() if scheme != "unquantized"]:
-        module = model.get_submodule(name)
+        weight = model.get_submodule(name).weight
         if plan.schemes[name] == "int8":
-            stored = Int8Rows.quantize(module.weight)
+            stored = Int8Rows.quantize(weight)
         else:
-            nf4 = calibrated[name] if name in calibrated else rowwise.quantize_nf4(module.weight, double_quant)
-            stored = Nf4Rows(nf4, module.weight.dtype) if layer_of(name) is None else nf4
-        _replace(model, name, stored, getattr(module, "bias", None), module.weight.dtype, head)
+            nf4 = calibrated[name] if name in calibrated else rowwise.quantize_nf4(weight, double_quant)
+            stored = Nf4Rows(nf4, weight.dtype) if layer_of(name) is None else nf4
+        _replace(model, name, stored)
     return model.eval()
 
 
@@ -101,27 +100,21 @@ def _tied_head(model: nn.Module) -> str | None:
     return next(name for name, module in model.named_modules() if module is head)
 
 
-def _replace(
-    model: nn.Module,
-    name: str,
-    stored: Int8Rows | Nf4Rows | bnb.nn.Params4bit,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-    tied_head: str | None,
-) -> None:
+def _replace(model: nn.Module, name: str, stored: Int8Rows | Nf4Rows | bnb.nn.Params4bit) -> None:
     """Put the quantized module in the place of the module `name`; with the embeddings, also in that of a tied head."""
     old = model.get_submodule(name)
     if isinstance(stored, bnb.nn.Params4bit):
         rows, columns = stored.quant_state.shape
-        new = bnb.nn.Linear4bit(columns, rows, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
+        options = {"compute_dtype": old.weight.dtype, "quant_type": "nf4", "device": "meta"}
+        new = bnb.nn.Linear4bit(columns, rows, bias=False, **options)
         new.weight, new.quant_state, stored.module = stored, stored.quant_state, new
-        new.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        new.bias = None if old.bias is None else nn.Parameter(old.bias.detach(), requires_grad=False)
     elif old is model.get_input_embeddings():
         new = QuantizedEmbedding(stored)
-        if tied_head:
-            model.set_submodule(tied_head, QuantizedLinear(stored, None))
+        if head := _tied_head(model):
+            model.set_submodule(head, QuantizedLinear(stored, None))
     else:
-        new = QuantizedLinear(stored, bias)
+        new = QuantizedLinear(stored, old.bias)
     model.set_submodule(name, new)
 
 
@@ -164,12 +157,11 @@ def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
     check_plan(plan, model)
-    head = _tied_head(model)
     with reading(folder / WEIGHTS, PlanError, "copy the whole folder again, or quantize the model again"):
         tensors = load_file(folder / WEIGHTS, device=str(device))
     for name in [name for name, scheme in plan.schemes.items() if scheme != "unquantized"]:
-        parts = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
-        tensors = {key: tensor for key, tensor in tensors.items() if not key.startswith(f"{name}.")}
+        keys = [key for key in tensors if key.startswith(f"{name}.") and key != f"{name}.bias"]
+        parts = {key.removeprefix(f"{name}."): tensors.pop(key) for key in keys}
         with reading(f"{folder}: {name!r}", PlanError, "quantize the model again", f"not {plan.schemes[name]} there"):
             if plan.schemes[name] == "int8":
                 stored = Int8Rows(parts["rows.codes"], parts["rows.scale"], dtype)
@@ -177,10 +169,10 @@ def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
                 stored = Nf4Rows(rowwise.restore_nf4(parts, "rows.weight"), dtype)
             else:
                 stored = rowwise.restore_nf4(parts, "weight")
-        _replace(model, name, stored, parts["bias"].to(dtype) if "bias" in parts else None, dtype, head)
+        _replace(model, name, stored)
     rest = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     unexpected = model.load_state_dict(rest, strict=False, assign=True).unexpected_keys
-    if head and isinstance(model.get_input_embeddings(), nn.Embedding):
+    if isinstance(model.get_input_embeddings(), nn.Embedding):
         model.tie_weights()
     unread = [*unexpected, *(name for name, parameter in model.named_parameters() if parameter.is_meta)]
     if unread:
