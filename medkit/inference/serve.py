@@ -140,9 +140,13 @@ def make_router(
     known_ids: dict[str, list[int]] = {}
     broken_up = {token: f"{token[0]}\N{WORD JOINER}{token[1:]}" for token in control}
 
+    headers = {"authorization": f"Bearer {upstream.api_key}", "content-type": "application/json"}
+    headers |= {"accept-encoding": "identity"}  # so that a stream can pass through as it is
+
     @asynccontextmanager
     async def lifespan(app: Starlette):
-        async with httpx.AsyncClient(base_url=root, timeout=TIMEOUT, limits=NO_IDLE) as app.state.client:
+        options = {"base_url": root, "headers": headers, "timeout": TIMEOUT, "limits": NO_IDLE}
+        async with httpx.AsyncClient(**options) as app.state.client:
             yield
 
     async def route(request: Request) -> Response:
@@ -155,8 +159,6 @@ def make_router(
             return error_response(413, f"the request is larger than {MAX_BODY_BYTES} bytes", "invalid_request_error")
         if path.removeprefix("/v1").startswith(OTHER_CHATS):
             return error_response(404, "ask /v1/chat/completions", "invalid_request_error")
-        headers = {"authorization": f"Bearer {upstream.api_key}", "content-type": "application/json"}
-        headers |= {"accept-encoding": "identity"}  # so that a stream can pass through as it is
         client, plan = request.app.state.client, Plan({}, {})
         try:
             url = httpx.URL(path=path, query=request.scope["query_string"])
@@ -175,10 +177,10 @@ def make_router(
             return error_response(400, f"the body is not what {path} takes: {error}", "invalid_request_error")
         try:
             if plan.question and plan.question["options"]:
-                plan = await choose(client, headers, plan, known_ids)
+                plan = await choose(client, plan, known_ids)
             if not plan.asks_model:
                 return write_answer(plan)
-            asked = client.build_request(request.method, url, content=body, headers=headers)
+            asked = client.build_request(request.method, url, content=body)
             return await pass_on(await client.send(asked, stream=True), plan)
         except httpx.HTTPStatusError as error:  # an option was refused
             return error_response(error.response.status_code, error.response.text, "invalid_request_error")
@@ -225,10 +227,10 @@ def read_object(body: bytes) -> dict:
     return value
 
 
-async def choose(client: httpx.AsyncClient, headers: Mapping, plan: Plan, known_ids: dict) -> Plan:
+async def choose(client: httpx.AsyncClient, plan: Plan, known_ids: dict) -> Plan:
     """The plan with the likeliest option and its probability as its text, or with a sentence if that is too low."""
     options, task, texts = plan.question["options"], plan.task, answers(plan.question, plan.template)
-    scores = await score_options(client, headers, plan.chat, texts, task.scoring, known_ids)
+    scores = await score_options(client, plan.chat, texts, task.scoring, known_ids)
     if not all(map(math.isfinite, scores)):
         raise ValueError("its log-probabilities are not numbers")
     choice = max(range(len(scores)), key=scores.__getitem__)

@@ -18,12 +18,7 @@ MAX_KNOWN = 1000  # options whose tokens are remembered
 
 
 async def score_options(
-    client: httpx.AsyncClient,
-    headers: Mapping,
-    chat: Mapping,
-    options: Sequence[str],
-    scoring: str,
-    known_ids: dict[str, list[int]],
+    client: httpx.AsyncClient, chat: Mapping, options: Sequence[str], scoring: str, known_ids: dict[str, list[int]]
 ) -> list[float]:
     """The score of each option as the answer to `chat`, in nats; see `modeling.option_scoring`.
 
@@ -34,14 +29,14 @@ async def score_options(
     """
 
     async def post(path: str, **body) -> dict:
-        return (await client.post(path, json=body, headers=headers)).raise_for_status().json()
+        return (await client.post(path, json=body)).raise_for_status().json()
 
     async def tokenize(text: str) -> list[int]:
         """Token ids of an option; for no text, of the end of an answer."""
         if text not in known_ids:
             if len(known_ids) >= MAX_KNOWN:
                 known_ids.clear()
-            content = text or (await client.get("/props", headers=headers)).raise_for_status().json()["eos_token"]
+            content = text or (await client.get("/props")).raise_for_status().json()["eos_token"]
             answer = await post("/tokenize", content=content, parse_special=not text)
             known_ids[text] = answer["tokens"]
         return known_ids[text]

@@ -29,8 +29,8 @@ def test_scores_are_those_of_torch_and_the_far_ones_are_bounds(edge_file, upstre
     async def score() -> list[float]:
         root, headers = upstream.url.removesuffix("/v1"), {"authorization": f"Bearer {upstream.api_key}"}
         hooks = {"request": [lambda request: note(request)]}
-        async with httpx.AsyncClient(base_url=root, timeout=60, event_hooks=hooks) as client:
-            return await server_scoring.score_options(client, headers, {"messages": messages}, OPTIONS, scoring, {})
+        async with httpx.AsyncClient(base_url=root, headers=headers, timeout=60, event_hooks=hooks) as client:
+            return await server_scoring.score_options(client, {"messages": messages}, OPTIONS, scoring, {})
 
     async def note(request: httpx.Request) -> None:
         asked.append(request.url.path)
