@@ -56,9 +56,7 @@ def distinct_texts(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """
     copy_of, distinct = pd.factorize(np.array([normalise(text) for text in texts], object))
     order = np.argsort(pd.util.hash_array(distinct), kind="stable")
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return distinct[order], rank[copy_of]
+    return distinct[order], np.argsort(order)[copy_of]
 
 
 def word_runs(texts: Sequence[str], length: int = SHINGLE_WORDS) -> csr_matrix:
@@ -97,10 +95,8 @@ def _components(holds: csr_matrix, sizes: np.ndarray, size_of_pair: Callable) ->
     Each text is compared with the first MAX_COMPARED holders of each of its runs. These are the same texts for all
     holders of a run, so further copies are still joined through them.
     """
-    by_run = holds.tocsc()
-    rank = np.arange(by_run.nnz) - np.repeat(by_run.indptr[:-1], np.diff(by_run.indptr))
-    entries = by_run.tocoo()
-    first = rank < MAX_COMPARED
+    entries = holds.tocoo()
+    first = pd.Series(entries.col).groupby(entries.col).cumcount().to_numpy() < MAX_COMPARED
     others = csr_matrix((entries.data[first], (entries.col[first], entries.row[first])), shape=holds.shape[::-1])
     edges = [np.zeros((2, 0), np.int64)]
     for start in range(0, holds.shape[0], ROWS_AT_ONCE):
