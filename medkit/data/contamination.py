@@ -121,8 +121,7 @@ def _compute_features(questions: pd.DataFrame) -> _Features:
     options = [sorted(map(normalise, row)) for row in questions.options]
     option_sets = np.array(["\n".join(row) for row in options], object)
     unusual, unusual_sets = _unusual(options, family), _unusual([[text] for text in option_sets], family)
-    unusual_options = np.empty(len(options), object)
-    unusual_options[:] = [frozenset(unusual.intersection(row)) for row in options]
+    unusual_options = pd.Series([frozenset(unusual.intersection(row)) for row in options], dtype=object).to_numpy()
     is_telling = [
         text in unusual_sets and len(few) >= MIN_UNUSUAL_OPTIONS
         for text, few in zip(option_sets, unusual_options, strict=True)
