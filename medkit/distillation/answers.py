@@ -5,6 +5,7 @@ shortest is kept. A wrong reason can lead to a right answer: that is not noticed
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from itertools import accumulate, cycle, islice, takewhile
 from pathlib import Path
 
@@ -52,20 +53,15 @@ def collect_answers(
             raise StageError(f"{path} is not there: run notebook {path.parent.name} up to it")
         torch.manual_seed(params.seed)
         model = server or loading.load_model(writer, params.models)
-        size = max(params.inference.batch_tokens, WRITE_TOKENS)
-        engine = make_engine(
-            model, tokenizer.pad_token_id, scheduler="static", batch_tokens=size, temperature=temperature
-        )
+        settings = {"scheduler": "static", "batch_tokens": max(params.inference.batch_tokens, WRITE_TOKENS)}
         at_once = PART_QUESTIONS if num_samples > 1 or max_thinking_tokens else max(1, len(questions))
         unfinished = path.with_name(f"{path.name}.{key}.part")
         parts = [pd.read_parquet(unfinished)] if unfinished.is_file() else []
-        try:
+        with closing(make_engine(model, tokenizer.pad_token_id, **settings, temperature=temperature)) as engine:
             for start in range(sum(map(len, parts)) // num_samples, max(1, len(questions)), at_once):
                 parts.append(write_answers(engine, tokenizer, questions.iloc[start : start + at_once], *limits))
                 with atomic_path(unfinished) as scratch:
                     pd.concat(parts, ignore_index=True).to_parquet(scratch)
-        finally:
-            engine.close()
         forget_record(path)
         unfinished.replace(path)
         write_record(path, key)
