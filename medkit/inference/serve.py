@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 
@@ -274,21 +274,17 @@ async def pass_on(answer: httpx.Response, plan: Plan) -> Response:
     if not is_chat or not answer.headers.get("content-type", "").startswith("application/json"):
 
         async def chunks():
-            try:
+            async with aclosing(answer):
                 if is_chat:
                     delta = {"index": 0, "delta": {"role": "assistant", "content": first}, "finish_reason": None}
                     chunk = in_openai_shape(plan, "medkit", "chat.completion.chunk", [delta])
                     yield f"data: {json.dumps(chunk)}\n\n".encode()
                 async for chunk in answer.aiter_raw():
                     yield chunk
-            finally:
-                await answer.aclose()
 
         return StreamingResponse(chunks(), answer.status_code, headers)
-    try:
+    async with aclosing(answer):
         body = json.loads(await answer.aread())
-    finally:
-        await answer.aclose()
     for choice in body["choices"] if first else ():
         choice["message"]["content"] = first + (choice["message"].get("content") or "")
     body["metadata"] = (body.get("metadata") or {}) | plan.facts
