@@ -104,20 +104,19 @@ def hidden_projections(
         projection.weight = nn.Parameter(start.to(like.device, like.dtype))
         projections[str(layer)] = projection
 
-    def project(module: nn.Module, args: tuple, kwargs: dict, output):  # in the forward pass, as DDP and FSDP need it
+    def project(module: nn.Module, args: tuple, output):  # in the forward pass, as DDP and FSDP need it
         if output.hidden_states is not None:
             states = list(output.hidden_states)
-            for layer, projection in projections.items():  # only at the positions that get logits, as the head does
-                states[int(layer)] = projection(states[int(layer)][:, -kwargs.get("logits_to_keep", 0) :])
+            for layer, projection in projections.items():
+                states[int(layer)] = projection(states[int(layer)])
             output.hidden_states = tuple(states)
         return output
 
     student.add_module(PROJECTIONS, projections)
-    hook = student.register_forward_hook(project, with_kwargs=True)
     try:
-        yield student
+        with student.register_forward_hook(project):
+            yield student
     finally:
-        hook.remove()
         delattr(student, PROJECTIONS)
 
 
