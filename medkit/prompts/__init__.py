@@ -6,7 +6,6 @@ from medkit.prompts.templates import (
     INSTRUCTION,
     LETTER,
     LETTERS,
-    TEMPLATES,
     TEXT,
     WRITTEN,
     answers,

@@ -10,7 +10,7 @@ from medkit.quantization.gguf_export import (
     measure_file_bytes,
 )
 from medkit.quantization.memory_budget import estimate_plan
-from medkit.quantization.memory_ledger import COMPONENTS, measure_bytes
+from medkit.quantization.memory_ledger import measure_bytes
 from medkit.quantization.merge_quantized import compare_predictions, dequantize, merge_into_quantized, surviving_share
 from medkit.quantization.plans import SCHEMES, budget_plan, check_budget, nf4_plan, paper_plan, random_plan
 from medkit.quantization.plots import plot_certificates, plot_ledger, plot_levels, plot_plans, plot_sensitivity
