@@ -256,7 +256,8 @@ def serve(
     from medkit.inference import serve as serving
 
     console.print(f"http://{host}:{port} for a person, http://{host}:{port}/v1 for OpenAI's clients · {DISCLAIMER}")
-    serving.serve(run, host, port, api_key, upstream, upstream_key, slots, context)
+    options = {"upstream": upstream, "upstream_key": upstream_key, "slots": slots, "context_tokens": context}
+    serving.serve(run, host, port, api_key, **options)
 
 
 @app.command()

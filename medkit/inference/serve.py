@@ -55,24 +55,14 @@ TIMEOUT = httpx.Timeout(600.0, connect=10.0)
 NO_IDLE = httpx.Limits(max_keepalive_connections=0)  # an idle connection occupies a thread of llama.cpp's for 5 s
 
 
-def serve(
-    run: str,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    api_key: str | None = None,
-    upstream: str | None = None,
-    upstream_key: str | None = None,
-    slots: int = 4,
-    context_tokens: int = 4096,
-) -> None:
-    """Answer OpenAI's clients until Ctrl-C: with the run's edge file, or with the server at `upstream` (ends in /v1).
+def serve(run: str, host: str = "127.0.0.1", port: int = 8000, api_key: str | None = None, **options) -> None:
+    """Answer OpenAI's clients until Ctrl-C, with these options of `open_router`.
 
-    `slots` and `context_tokens` are of llama.cpp's server (`server_engine.llama_server`). Raises MedkitError for an
-    address that other machines can reach without an API key.
+    Raises MedkitError for an address that other machines can reach without an API key.
     """
     if host not in LOOPBACK and not api_key:
         raise MedkitError(f"--host {host} can be reached by other machines: set an API key in MEDKIT_API_KEY")
-    with open_router(run, api_key, upstream, upstream_key, slots, context_tokens) as router:
+    with open_router(run, api_key, **options) as router:
         uvicorn.run(router, host=host, port=port, log_level="warning", server_header=False)
 
 
@@ -100,7 +90,10 @@ def open_router(
     slots: int = 4,
     context_tokens: int = 4096,
 ) -> Iterator[Starlette]:
-    """The router before the run's edge file, or before `upstream`; a server that it started ends with the block."""
+    """The router before the run's edge file, or before the server at `upstream` (ends in /v1).
+
+    `slots` and `context_tokens` are of llama.cpp's server (`server_engine.llama_server`), which ends with the block.
+    """
     tasks, control, settings = None, [], {}
     if upstream:
         server = nullcontext(ServerAddress(upstream.rstrip("/"), upstream_key or "none"))
