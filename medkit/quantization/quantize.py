@@ -30,12 +30,8 @@ PLAN, WEIGHTS = "plan.json", "quantized.safetensors"
 
 def weight_shapes(model: nn.Module) -> Shapes:
     """(rows, columns) of every linear layer and embedding, in the model's order. A tied head has no own entry."""
-    shapes, seen = {}, set()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding) and id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            shapes[name] = tuple(module.weight.shape)
-    return shapes
+    matrices = ((name, weight) for name, weight in model.named_parameters() if weight.dim() == 2)
+    return {name.removesuffix(".weight"): tuple(weight.shape) for name, weight in matrices}
 
 
 def can_be_nf4(shape: tuple[int, int]) -> bool:
