@@ -88,12 +88,8 @@ def apply_plan(model: nn.Module, plan: Plan, double_quant: bool, calibration: Se
 
 def _tied_head(model: nn.Module) -> str | None:
     """Name of the head if it shares the storage of the embeddings, quantized or not."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if head is None or (getattr(embeddings, "rows", None) or embeddings.weight) is not (
-        getattr(head, "rows", None) or head.weight
-    ):
-        return None
-    return next(name for name, module in model.named_modules() if module is head)
+    tied, head = model.config.get_text_config().tie_word_embeddings, model.get_output_embeddings()
+    return next((name for name, module in model.named_modules() if tied and module is head), None)
 
 
 def _replace(model: nn.Module, name: str, stored: Int8Rows | Nf4Rows | bnb.nn.Params4bit) -> None:
