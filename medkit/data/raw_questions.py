@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -52,11 +53,8 @@ def wheel_file(path: Path) -> Path:
 def pool_of_group(group: str, seed: int) -> Pool:
     """The pool of a group without an official place: by a seeded hash of its name, so the same in every source."""
     share = int(hashlib.sha256(f"{seed}:{group}".encode()).hexdigest()[:8], 16) / 16**8
-    for pool, size in POOL_SHARES.items():
-        if share < size:
-            return pool
-        share -= size
-    return "train"
+    ends = zip(POOL_SHARES, accumulate(POOL_SHARES.values()), strict=True)
+    return next(pool for pool, end in ends if share < end)
 
 
 def clean_text(text: str, lines: bool = False) -> str:
