@@ -123,31 +123,26 @@ def read_weights(auto_class, path: Path, other_heads: bool = False, **options) -
     `other_heads`: the file may hold more than the model, as an encoder's with a head for another task. Raises
     ModelError for weights that are missing, unexpected, of another shape, or untied where the config says tied.
     """
-    place = {"pretrained_model_name_or_path": path, "use_safetensors": True}
+    place, factors = {"pretrained_model_name_or_path": path, "use_safetensors": True}, None
     if path.suffix == ".gguf":
         factors = _check_gguf(path)
         place = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-        if factors:  # which transformers does not read
-            with reading(path, ModelError, AGAIN, "cannot be loaded"):
-                config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-                config.rope_parameters |= {
-                    "rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0,
-                    "original_max_position_embeddings": config.max_position_embeddings,
-                }  # fmt: skip
-            options["config"] = config
         options |= {"quantization_config": GgufConfig(dequantize=True)}
     elif not any(path.glob("*.safetensors")):
         pickled = "only a pickle, which can run any code" if any(path.glob("*.bin")) else "no weights"
         raise ModelError(f"{path}: {pickled}; give a folder with the model's weights as .safetensors")
     with reading(path, ModelError, AGAIN, "cannot be loaded"), quiet_transformers():
-        if "config" not in options:  # given on: a GGUF file of 152,000 tokens takes ten seconds to be read
-            options["config"] = AutoConfig.from_pretrained(**place, trust_remote_code=False)
-        config = options["config"]
+        # it is given on, because a GGUF file of 152,000 tokens takes ten seconds to be read
+        config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
+        if factors:  # which transformers does not read
+            config.rope_parameters |= {
+                "rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0,
+                "original_max_position_embeddings": config.max_position_embeddings,
+            }  # fmt: skip
         if getattr(config.get_text_config(), "num_hidden_layers", 0) > MANY_LAYERS:
             raise ValueError(f"its config says {config.get_text_config().num_hidden_layers} layers")
-        model, report = auto_class.from_pretrained(
-            **place, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False, **options
-        )
+        options |= {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, report = auto_class.from_pretrained(**place, **options, trust_remote_code=False)
     unexpected = () if other_heads else report["unexpected_keys"]
     mismatched = [f"{name} {tuple(stored)}" for name, stored, _ in report["mismatched_keys"]]
     faults = {"missing": report["missing_keys"], "unexpected": unexpected, "of another shape": mismatched}
