@@ -284,7 +284,7 @@ HUB_COLUMNS: dict[str, tuple[TableColumns, AnswerForm]] = {
     "medqa": (_columns("options", "answer_idx"), "letter"),
     "mmlu": (_columns("choices", "answer", subject="subject"), "index0"),
     "medmcqa": (_columns(["opa", "opb", "opc", "opd"], "cop", subject="subject_name"), "index0"),
-    **dict.fromkeys(["pubmedqa", "pubmedqa_a"], (_columns("options", "final_decision", "abstract", "subject"), "text")),
+    **dict.fromkeys(["pubmedqa", "pubmedqa_a"], (_columns("options", "final_decision", "context", "subject"), "text")),
 }
 # Split of the hub → pool; None: not read. The answers of MedMCQA's test split are not public, so its validation split
 # is the test here.
@@ -315,8 +315,7 @@ def read_hub(name: str, folder: Path, subset: str) -> Iterator[dict]:
                 continue
             kind = "abstract" if name.startswith("pubmedqa") else "choice"
             if kind == "abstract":
-                row |= {"abstract": " ".join(row["context"]["contexts"]), "options": YES_NO_MAYBE}
-                row |= {"subject": "biomedical research"}
+                row |= {"options": YES_NO_MAYBE, "subject": "biomedical research"}
             yield _map_columns(row, columns, form, HUB_POOLS[name][split], kind=kind)
 
 
