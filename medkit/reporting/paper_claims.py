@@ -25,7 +25,6 @@ TOLERANCE = 0.05
 SAME_SCALE = 2.0
 GIB = 2**30
 BF16_BYTES = 2
-ENGINES = ("transformers", "llama.cpp")
 STUDENT, TEACHER = "DeepSeek-R1-Distill-Qwen-7B", "DeepSeek-R1-Distill-Llama-70B"
 CONTENDERS = {"bf16_eager": "16 bits", "paper_mix": "the paper's mix, with the head in NF4 too"}
 
@@ -81,31 +80,6 @@ def paper_table(results: pd.DataFrame, facts: Mapping) -> str:
     size = f"{weight_bytes(STUDENT) / 1e9:.2f} · 10⁹ bytes of weights, {weight_bytes(STUDENT) / GIB:.2f} GiB"
     unit = f"The paper's GB must be GiB: its 7B model has {size}."
     return f"{markdown(headers, rows)}\n\n{criteria[0].upper()}{criteria[1:]} {unit}"
-
-
-def engine_table(content: Mapping) -> str:
-    """Markdown of one result of `benchmarks.inference.mieo`: each part of the paper's inference engine alone.
-
-    A ratio is of what is measured with the part and without it. The paper gives more percentages of parts, and not what
-    they were measured on; they are left out.
-    """
-    cells, claim = {}, CLAIMS["latency_change"]
-    for name, ratio in content["ratios"].items():
-        part, library, quantity = name.split("/")
-        quantity = quantity.removesuffix("_with_over_without").replace("_", " ")
-        equal = content["raw"]["answers_equal"].get(f"{part}/{library}")
-        cell = f"{ratio['value']:.2f}" + ("" if equal is None else f", answers {equal:.0%} equal")
-        cells.setdefault((part, quantity), {})[library] = cell
-    rows = []
-    for (part, quantity), found in cells.items():
-        paper = f"{show(claim, claim.value)} a problem" if part == "4-bit weights" else "–"
-        rows.append([part, f"{quantity}, with over without", *(found.get(e, "–") for e in ENGINES), paper])
-    for row in content["raw"]["similar"]:
-        parts = (("answered", row["hits"], row["n"]), ("of these wrong", row["wrong"], row["hits"]))
-        for (what, count, n), ends in zip(parts, (row["hit_interval"], row["wrong_interval"]), strict=True):
-            shown = f"{count / n:.3f} [{ends[0]:.3f}, {ends[1]:.3f}], n = {n}" if n else "–"
-            rows.append([f"similar answers from {row['threshold']} on", f"share {what}", shown, "the same", "–"])
-    return markdown(["part", "measured", *ENGINES, "paper"], rows)
 
 
 def judge(claim: PaperClaim, low: float, high: float) -> str:

@@ -4,11 +4,11 @@ README, docs, the report page, the model card and the command line show them. No
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from medkit.stage import DISCLAIMER, ROOT
+from medkit.stage import ROOT
 from medkit.variants import THINKERS, VARIANTS
 
 STEP = ["result", "variant", "baseline"]
@@ -202,72 +202,9 @@ def seeds_table(runs: Sequence[tuple[pd.DataFrame, Mapping]]) -> str:
     return markdown(["task", "what", *(f"`{facts['run']}`" for _, facts in runs)], rows)
 
 
-def provenance_line(facts: Mapping) -> str:
-    """One sentence: which run, where, when, and the disclaimer."""
-    return f"Run `{facts['run']}` on {facts['device']}, {facts['date']}. {DISCLAIMER}"
-
-
 def load_benchmarks(name: str = "") -> list[dict]:
     """The committed results of all benchmarks, or of those whose name starts with `name`, in the order of names."""
-    contents = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks").rglob("*.json"))]
-    contents = [c for c in contents if "ratios" in c and c["name"].startswith(name)]
-    return sorted(contents, key=lambda content: content["name"])
-
-
-def goals_table(benchmarks: Sequence[dict], reasons: Mapping[str, str]) -> str:
-    """Markdown: every ratio that had a goal before the measurement, and if it was met.
-
-    reasons: `name ratio` of a missed goal → why it was missed.
-    """
-    rows = []
-    for content, what, ratio in _ratios(benchmarks):
-        higher, goal, value = ratio["better"] == "higher", ratio["goal"], ratio["value"]
-        if goal is not None:
-            met = value >= goal if higher else value <= goal
-            why = reasons.get(f"{content['name']} {what}", "not known why")
-            cells = [f"{value:.2f}", f"{'≥' if higher else '≤'} {goal:g}", "yes" if met else f"no: {why}"]
-            rows.append([content["name"], content["device"], f"`{what}`", *cells])
-    return markdown(["benchmark", "device", "ratio", "measured", "goal", "met?"], rows)
-
-
-def ratios_table(benchmarks: Sequence[dict]) -> str:
-    """Markdown: the ratios that were measured without a goal."""
-    rows = [
-        [content["name"], content["device"], f"`{what}`", f"{ratio['value']:.2f}"]
-        for content, what, ratio in _ratios(benchmarks)
-        if ratio["goal"] is None
-    ]
-    return markdown(["benchmark", "device", "ratio", "measured"], rows)
-
-
-def _ratios(benchmarks: Sequence[dict]) -> Iterator[tuple[dict, str, dict]]:
-    return ((content, what, ratio) for content in benchmarks for what, ratio in content["ratios"].items())
-
-
-def ablation_table(benchmarks: Sequence[dict]) -> str:
-    """Markdown: students of an ablation by setup and task, and their difference to a baseline, with a verdict."""
-    rows = []
-    for row in (row for content in benchmarks for row in content["raw"]["table"]):
-        difference = "–"
-        if row["baseline"]:
-            low, high = row["ci_low"], row["ci_high"]
-            verdict = "better than" if low > 0 else "worse than" if high < 0 else "no difference shown to"
-            difference = f"{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] {verdict} {row['baseline']}"
-        spread = f" ± {row['std_over_seeds']:.3f}" if row["seeds"] > 1 else ""
-        score = f"{row['mean']:.3f}{spread} ({row['seeds']})"
-        rows.append([row["setup"], row["task"], str(row["n"]), row["student"], score, difference])
-    return markdown(["setup", "task", "n", "student", "score ± over seeds (seeds)", "difference"], rows)
-
-
-def thinking_table(measured: Mapping) -> str:
-    """Markdown: models of the thinking experiment under each budget of thinking tokens: accuracy, and length."""
-    rows = []
-    for row in measured["accuracy"]:
-        accuracy = f"{row['accuracy']:.2f} [{row['ci_low_clustered']:.2f}, {row['ci_high_clustered']:.2f}]"
-        budget = f"{row['budget']}" if row["budget"] else "no thought"
-        tokens = [f"{row[name]:.1f}" for name in ("thinking_tokens", "answer_tokens")]
-        rows.append([THINKERS[row["model"]].label, budget, *tokens, accuracy, str(row["n"])])
-    return markdown(["model", "budget", "tokens of thought", "tokens of answer", "accuracy", "n"], rows)
+    return [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob(f"{name}*.json"))]
 
 
 def thinking_findings(measured: Mapping) -> list[str]:
@@ -297,23 +234,3 @@ def thinking_findings(measured: Mapping) -> list[str]:
                 f"accuracy with a true {part} {true}, with a false one {false}."
             )
     return sentences
-
-
-def plans_table(estimates: Mapping[str, Sequence]) -> str:
-    """Markdown: how much memory each quantization plan needs, from shapes alone.
-
-    `estimates`: model → what `memory_budget.estimate_presets` gives. One row per plan, with the cache in bf16.
-    """
-    headers, columns = ["plan"], []
-    for model, of_model in estimates.items():
-        headers += [f"{model}:<br>stored, GiB", "total, GiB", "below bf16"]
-        columns.append({e.plan: e for e in of_model})
-    rows = []
-    for plan in columns[0]:
-        cells = []
-        for column in columns:
-            e, bf16 = column[plan], column["bf16"]
-            below = "–" if plan == "bf16" else f"{100 * (1 - e.total / bf16.total):.1f} %"
-            cells += [f"{(e.weights + e.scales) / 2**30:.2f}", f"{e.total / 2**30:.2f}", below]
-        rows.append([f"`{plan}`", *cells])
-    return markdown(headers, rows)
