@@ -178,28 +178,23 @@ def seeds_table(runs: Sequence[tuple[pd.DataFrame, Mapping]]) -> str:
     `runs`: results and facts of each. A seed draws the rows of all splits, their order, and the adapters' first
     weights, so the runs share few questions. "–": that run has no such comparison.
     """
-    columns = []
-    for results, facts in runs:
+    names, cells = [f"`{facts['run']}`" for _, facts in runs], {}
+    for name, (results, facts) in zip(names, runs, strict=True):
         table = results[results.metric.isin([facts["headline_scoring"], "generated"])].drop_duplicates(STEP)
-        family = table.result.str.split("/").str[0]
-        claimed = family.str.endswith("_delta") & table.set_index(["variant", "baseline"]).index.isin(CLAIMED)
-        table = table[claimed | family.isin(["gap_closed", "certificate"])]
-        columns.append({(row.result, row.variant, row.baseline): row for row in table.itertuples()})
-    rows = []
-    for key in dict.fromkeys(key for column in columns for key in column):
-        (family, task), what = key[0].split("/"), f"{label(key[2])} → {label(key[1])}"
-        if family == "gap_closed":
-            what = f"share of the gap to the teacher closed by {label(key[1])}"
-        cells = []
-        for row in [column.get(key) for column in columns]:
-            cell = "–" if row is None else f"{difference(row)}, n = {row.n:.0f}"
-            if row is not None and family == "certificate":
+        for row in table.itertuples():
+            family, _, task = row.result.partition("/")
+            what, cell = f"{label(row.baseline)} → {label(row.variant)}", f"{difference(row)}, n = {row.n:.0f}"
+            if family == "gap_closed":
+                what = f"share of the gap to the teacher closed by {label(row.variant)}"
+            elif family == "certificate":
                 cell += f", {'' if row.within_margin else 'not shown '}equivalent within {row.margin:g}"
-            elif row is not None and family != "gap_closed":
+            elif family.endswith("_delta") and (row.variant, row.baseline) in CLAIMED:
                 cell += f", {row.verdict}"
-            cells.append(cell)
-        rows.append([task, what, *cells])
-    return markdown(["task", "what", *(f"`{facts['run']}`" for _, facts in runs)], rows)
+            else:
+                continue
+            cells.setdefault((family, task, what), {})[name] = cell
+    rows = [[task, what, *(of_run.get(name, "–") for name in names)] for (_, task, what), of_run in cells.items()]
+    return markdown(["task", "what", *names], rows)
 
 
 def load_benchmarks(name: str = "") -> list[dict]:
