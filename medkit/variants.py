@@ -65,19 +65,6 @@ VARIANTS = {
 }  # fmt: skip
 
 
-class Thinker(NamedTuple):
-    """A model of the thinking experiment (benchmarks/training/thinking.py)."""
-
-    label: str
-    colour: str
-
-
-THINKERS = {
-    "teacher": Thinker("teacher", "#7f7f7f"),
-    "with_thoughts": Thinker("student with thoughts", "#d55e00"),
-    "equal_tokens": Thinker("student without thoughts, equal tokens", "#0072b2"),
-    "equal_examples": Thinker("student without thoughts, equal examples", "#56b4e9"),
-}
 # every comparison of the evaluation: the variant, its baseline, and the question that their difference answers
 STEPS = [
     *((v.name, v.baseline, v.question) for v in VARIANTS.values() if v.baseline),

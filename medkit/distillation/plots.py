@@ -11,9 +11,15 @@ from matplotlib.figure import Figure
 from medkit.distillation.teacher_cache import TeacherCache
 from medkit.plotting import SIZE, plot_intervals
 from medkit.statistics import gap_closed, mean_intervals
-from medkit.variants import FINAL, THINKERS, VARIANTS
+from medkit.variants import FINAL, VARIANTS
 
 Drawn = tuple[Figure, pd.DataFrame]
+THINKERS = {  # model of benchmarks/training/thinking.py → label, colour
+    "teacher": ("teacher", "#7f7f7f"),
+    "with_thoughts": ("student with thoughts", "#d55e00"),
+    "equal_tokens": ("student without thoughts, equal tokens", "#0072b2"),
+    "equal_examples": ("student without thoughts, equal examples", "#56b4e9"),
+}
 
 
 def plot_directions(

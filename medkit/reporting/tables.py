@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from medkit.stage import ROOT
-from medkit.variants import THINKERS, VARIANTS
+from medkit.variants import VARIANTS
 
 STEP = ["result", "variant", "baseline"]
 CLAIMED = [("teacher", "student_ce"), ("student_kd", "student_ce"), ("student_kd", "student_hard"),
@@ -200,32 +200,3 @@ def seeds_table(runs: Sequence[tuple[pd.DataFrame, Mapping]]) -> str:
 def load_benchmarks(name: str = "") -> list[dict]:
     """The committed results of all benchmarks, or of those whose name starts with `name`, in the order of names."""
     return [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks" / "results").glob(f"{name}*.json"))]
-
-
-def thinking_findings(measured: Mapping) -> list[str]:
-    """What the thinking experiment shows, one sentence for each comparison and for each model that thinks."""
-    accuracy, models = {row["variant"]: row for row in measured["accuracy"]}, {}
-    verdict = {"better": "helps", "worse": "harms"}.get(measured["steps"][0]["verdict"], "has no effect that is shown")
-    sentences = [f"At equal training tokens a thought {verdict}."]
-    for step in measured["steps"]:
-        before, after = (accuracy[step[name]] for name in ("baseline", "variant"))
-        names = [THINKERS[one["model"]].label for one in (after, before)]
-        if after["model"] == before["model"]:
-            names[1] = "the same model with an empty thought"
-        elif after["variant"] == "with_thoughts, 0":
-            names[0] += ", asked with an empty thought"
-        change = f"{before['accuracy']:.2f} → {after['accuracy']:.2f}, {step['difference']:+.2f}"
-        planned = "" if step["planned"] else " (not planned before the measurement)"
-        ends = f"[{step['ci_low_clustered']:+.2f}, {step['ci_high_clustered']:+.2f}]"
-        sentences.append(f"{', against '.join(names)}: {change} {ends}, n = {step['n']}, {step['verdict']}{planned}.")
-    for row in measured["paths"]:
-        cell = f"{row['value']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
-        models.setdefault(row["model"], {})[row["what"]] = f"{cell} (n = {row['n']})"
-    for model, shares in models.items():
-        for part in ("path", "block"):
-            true, false = (shares.get(f"accuracy, {part} {kind}", "none") for kind in ("true", "false"))
-            sentences.append(
-                f"{THINKERS[model].label}: the {part} of the thought is true in {shares[f'{part} true']}; "
-                f"accuracy with a true {part} {true}, with a false one {false}."
-            )
-    return sentences
