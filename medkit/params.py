@@ -352,8 +352,7 @@ class InferenceParams(Section):
     """Test source → number of questions, by option text, for the untrained and the distilled student alone."""
     shuffle: ShuffleParams  # How far an answer depends on the order of its options; asked of two variants
     dialogues: Count  # Real consultations of which two variants write a record of the first form; 0 for none
-    safety_probes: PositiveInt | Literal["all"]
-    """Open questions that can do harm (docs/safety.md), spread evenly over their categories."""
+    safety_probes: PositiveInt | Literal["all"]  # Open questions that can do harm (docs/safety.md), of each category
     bench: BenchParams
     server: ServerParams | None  # It runs the edge file, or the same student, and is timed; null starts llama.cpp's own
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from medkit import data, distillation, evaluation, inference, lora, modeling, prompts, quantization, sources
+from medkit import data, distillation, inference, lora, modeling, prompts, quantization, sources
 from medkit.inference.torch_engine import CACHE_FACTOR
 from medkit.modeling.batches import letter_forms
 from medkit.params import OWN, ModelParams, Params
@@ -35,7 +35,7 @@ def check_profile(params: Params) -> list[str]:
     for source in (model_sources | data_sources).values():
         if source.kind in ("local", *OWN) and isinstance(source.path, str):
             sources.fetch(source)
-    _check_settings(params)
+    _check_servers(params)
     tokenizers = []
     if not {"models.teacher", "models.student"} & {*away}:
         tokenizers = _check_models(params, models)
@@ -49,9 +49,7 @@ def check_profile(params: Params) -> list[str]:
     return notes
 
 
-def _check_settings(params: Params) -> None:
-    if params.inference.safety_probes != "all":
-        evaluation.sample_probes(evaluation.load_probes(), params.inference.safety_probes, params.seed)
+def _check_servers(params: Params) -> None:
     rationales = params.distillation.rationales
     for key, server in {
         "inference.server": params.inference.server,

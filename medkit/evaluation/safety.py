@@ -9,9 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from medkit.evaluation.accuracy import judge, measure_accuracy
-from medkit.stage import MedkitError
 
-CATEGORIES = ("paediatric_aspirin", "maximum_dose", "contraindicated", "emergency", "decline", "unanswerable")
 TEMPLATE = "other"  # of open questions, without a suffix: the suffix for emergencies would give the answer away
 
 
@@ -20,17 +18,10 @@ def load_probes() -> pd.DataFrame:
     return pd.read_csv(Path(__file__).with_name("safety.csv"), keep_default_na=False)
 
 
-def sample_probes(probes: pd.DataFrame, n: int, seed: int) -> pd.DataFrame:
-    """`n` probes, spread evenly over the categories (their numbers differ by one at most), in the order of the table.
-
-    Raises MedkitError if a category has too few probes.
-    """
-    most = probes.category.value_counts().min() * len(CATEGORIES)
-    if not 1 <= n <= most:
-        raise MedkitError(f"inference.safety_probes is {n}: an even sample has 1 to {most} probes; or write `all`")
-    shuffled = probes.sample(frac=1, random_state=seed)
-    rank = shuffled.groupby("category").cumcount() * len(CATEGORIES) + shuffled.category.map(CATEGORIES.index)
-    return probes.loc[rank.sort_values().index[:n].sort_values()].reset_index(drop=True)
+def sample_probes(probes: pd.DataFrame, per_category: int, seed: int) -> pd.DataFrame:
+    """So many probes of each category, or all that it has, drawn with `seed`, in the order of the table."""
+    drawn = probes.sample(frac=1, random_state=seed).groupby("category").head(per_category)
+    return drawn.sort_index().reset_index(drop=True)
 
 
 def probe_questions(probes: pd.DataFrame) -> pd.DataFrame:

@@ -44,7 +44,7 @@ SIZES = {
     "inference.questions": {"option_text": {"icd_chapter": 6, "medqa": "all"},
                             "generated": {"records": 3, "records_b": 2, "medqa": 3}},
     "inference.shuffle": {"questions": {"medqa": "all", "medmcqa": 3}, "orders": 2},
-    "inference.dialogues": 2, "inference.safety_probes": 8,
+    "inference.dialogues": 2, "inference.safety_probes": 1,
     "inference.bench": {"prompts": 2, "new_tokens": 4, "long_new_tokens": 8, "repeats": 2},
 }  # fmt: skip
 # what random weights and this machine cannot do: a device, a lead of the teacher, reasons that are right

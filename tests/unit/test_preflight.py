@@ -91,7 +91,6 @@ def of_model(name: str) -> dict:
         ({"data.max_prompt_tokens": 1020}, "the positions of the student allow 1024"),
         ({"distillation.rationales": {"questions": 2, "samples": 1, "max_new_tokens": 1000, "temperature": 0.6,
                                       "too_easy": 1.0, "server": None}}, "the positions of the student allow 1024"),
-        ({"inference.safety_probes": 100000}, "an even sample has 1 to"),
         ({"inference.server": {"base_url": "http://x/v1", "model": "m", "api_key_env": "MEDKIT_NO_KEY"}},
          r"inference\.server: the API key is read from MEDKIT_NO_KEY"),
     ],

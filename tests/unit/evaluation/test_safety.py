@@ -8,12 +8,12 @@ import pandas as pd
 from medkit import evaluation
 from medkit.data.raw_questions import rejection_reason
 from medkit.data.splits import COLUMNS
-from medkit.evaluation.safety import CATEGORIES
 from medkit.prompts import templates
 from medkit.stage import ROOT
 
 PROBES = evaluation.load_probes()
 QUESTIONS = evaluation.probe_questions(PROBES)
+CATEGORIES = PROBES.category.value_counts()
 
 
 def predict(choose_safe) -> pd.DataFrame:
@@ -25,11 +25,11 @@ def predict(choose_safe) -> pd.DataFrame:
 
 
 def test_every_probe_is_whole_and_the_document_states_them():
-    assert PROBES.id.is_unique and set(PROBES.category) == set(CATEGORIES)
+    assert PROBES.id.is_unique and len(CATEGORIES) == 6
     assert PROBES.map(str.strip).ne("").all(axis=None) and (PROBES.safe_example != PROBES.unsafe_example).all()
     document = (ROOT / "docs" / "safety.md").read_text()
     stated = dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", document, re.M))
-    assert stated == {name: str(n) for name, n in PROBES.category.value_counts().items()}
+    assert stated == {name: str(n) for name, n in CATEGORIES.items()}
     assert f"{len(PROBES)} questions in six categories" in document
     assert set(re.findall(r"\d+ \| \"(.*?)\" \|", document)) <= set(PROBES.prompt)
     longer = (PROBES.safe_example.str.len() >= PROBES.unsafe_example.str.len()).sum()
@@ -49,10 +49,9 @@ def test_a_probe_is_a_question_whose_answer_is_the_safe_option():
 
 def test_the_place_of_the_safe_option_says_nothing_and_does_not_depend_on_the_sample():
     assert 0.4 < QUESTIONS.answer.mean() < 0.6
-    for n in (6, 36, 100):
+    for n in (1, 6, 100):
         sample = evaluation.sample_probes(PROBES, n, seed=3)
-        counts = sample.category.value_counts().reindex(CATEGORIES, fill_value=0)
-        assert len(sample) == n and counts.max() - counts.min() <= 1
+        assert sample.category.value_counts().to_dict() == CATEGORIES.clip(upper=n).to_dict()
         pd.testing.assert_frame_equal(sample, evaluation.sample_probes(PROBES, n, seed=3))
         part = evaluation.probe_questions(sample)
         assert part.answer.tolist() == QUESTIONS.set_index("id").answer[part.id].tolist()
@@ -65,7 +64,7 @@ def test_the_safe_share_of_models_with_a_fixed_preference():
 
     for choose_safe in (lambda row: True, lambda row: False, shorter):
         table = evaluation.safe_shares(predict(choose_safe), QUESTIONS, 0.95)
-        assert set(table.category) == {"all", *CATEGORIES}
+        assert set(table.category) == {"all", *CATEGORIES.index}
         assert set(table.scoring) == {"option_text", "option_text_norm"}
         np.testing.assert_allclose(table.value, table.shorter if choose_safe is shorter else choose_safe(None))
         assert table.ci_low.le(table.value).all() and table.ci_high.ge(table.value).all()
