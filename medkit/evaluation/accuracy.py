@@ -22,7 +22,6 @@ STEP_COLUMNS = [
     *("ci_low_clustered", "ci_high_clustered", "p_clustered", "p_holm", "verdict", "margin", "mde", "p_equivalence"),
     *("p_equivalence_holm", "within_margin", "n_needed"),
 ]
-TEST_COLUMNS = ["study", "condition"]  # the name and the condition of a robustness test, where there is one
 
 
 class EvaluationError(MedkitError):
@@ -35,8 +34,8 @@ def judge(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
     A choice is an option's index, or −1 (unparsed). `option_text` chooses the highest summed
     log-probability, `option_text_norm` the highest mean per token; predictions without `answer_tokens` have no such
     row. `probabilities`: softmax over the options of the scores that the choice was read from; None for generated text,
-    which `answer_parser.parse` reads. TEST_COLUMNS are copied. A clean question resembles no training question. Records
-    and instructions have no row here: `records` judges them.
+    which `answer_parser.parse` reads. The column `order` is copied where there is one. A clean question resembles no
+    training question. Records and instructions have no row here: `records` judges them.
     """
     columns = questions[["id", "source", "options", "answer", "clean", "group"]]
     table = predictions.merge(columns, on="id", validate="many_to_one")
@@ -59,8 +58,8 @@ def judge(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
         _choose(with_tokens, per_token=True).assign(scoring="option_text_norm"),
         generated.assign(choice=choices, probabilities=None),
     ]
-    columns = [*(name for name in TEST_COLUMNS if name in table), "variant", "source", "scoring", "id", "group"]
-    columns += ["choice", "answer", "clean", "probabilities"]
+    columns = ["variant", "source", "scoring", "id", "group", "choice", "answer", "clean", "probabilities"]
+    columns += ["order"] if "order" in table else []
     result = pd.concat([part[columns] for part in judged], ignore_index=True)
     return result.assign(correct=result.choice == result.answer)
 
@@ -86,14 +85,14 @@ def _choose(table: pd.DataFrame, per_token: bool = False) -> pd.DataFrame:
 
 
 def measure_accuracy(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    """Accuracy and unparsed rate per variant, source and scoring (and TEST_COLUMNS), with n.
+    """Accuracy and unparsed rate per variant, source and scoring, with n.
 
     ci_low, ci_high: Wilson, as if questions were independent. ci_low_clustered, ci_high_clustered: bootstrap over
     groups of near-duplicates, with two right and two wrong answers added.
     """
-    keys = [*(name for name in TEST_COLUMNS if name in judged), "variant", "source", "scoring"]
+    keys = ["variant", "source", "scoring"]
     judged = judged.assign(unparsed=judged.choice == -1)
-    by_key = judged.groupby(keys, sort=False, dropna=False)
+    by_key = judged.groupby(keys, sort=False)
     judged = judged.assign(row=by_key.ngroup())
     table = by_key.agg(n=("correct", "size"), accuracy=("correct", "mean"), unparsed_rate=("unparsed", "mean"))
     wilsons = [wilson(int(right), n, confidence) for right, n in zip(by_key.correct.sum(), table.n, strict=True)]
@@ -114,7 +113,7 @@ def _by_question(answers: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.n
     Rows are in the order of the ids, so that resampling does not depend on the order of the answers.
     """
     if answers.duplicated(["id", column]).any():
-        raise EvaluationError("a question has two answers of a variant: compare one condition of a study at a time")
+        raise EvaluationError("a question has two answers of a variant: compare one order of the options at a time")
     rows, ids = pd.factorize(answers.id, sort=True)
     columns, names = pd.factorize(answers[column])
     right = np.full((len(ids), len(names)), np.nan)

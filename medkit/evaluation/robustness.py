@@ -18,10 +18,9 @@ def shuffle_consistency(judged: pd.DataFrame, confidence: float) -> pd.DataFrame
     """
     rows = []
     for key, group in judged.groupby(KEYS, sort=False):
-        order = group.condition.map(_order)
-        letters = [o.index(c) for o, c in zip(order, group.choice, strict=True) if c >= 0]
+        letters = [list(o).index(c) for o, c in zip(group.order, group.choice, strict=True) if c >= 0]
         frequency = np.bincount(letters, minlength=len(LETTERS)) / len(group)
-        questions = group.assign(order=order).groupby("id", sort=False)
+        questions = group.groupby("id", sort=False)
         same = (questions.choice.nunique() == 1) & (questions.choice.min() >= 0)
         # argsort: the letter of each option, (orders, options); the same option under all orders: a product over orders
         letter_of = [np.argsort(np.stack(orders.tolist()), axis=1) for _, orders in questions.order]
@@ -36,10 +35,9 @@ def letter_bias(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
 
     A question has each option at a letter at most once, so n counts questions.
     """
-    order = judged.condition.map(_order)
     table = judged.assign(
-        letter=[LETTERS[o.index(a)] for o, a in zip(order, judged.answer, strict=True)],
-        chosen=[LETTERS[o.index(c)] if c >= 0 else "" for o, c in zip(order, judged.choice, strict=True)],
+        letter=[LETTERS[list(o).index(a)] for o, a in zip(judged.order, judged.answer, strict=True)],
+        chosen=[LETTERS[list(o).index(c)] if c >= 0 else "" for o, c in zip(judged.order, judged.choice, strict=True)],
     )
     rows = []
     for key, group in table.groupby(KEYS, sort=False):
@@ -47,11 +45,6 @@ def letter_bias(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
             row = {"letter": letter, **_share(part.correct, confidence), "chosen": (group.chosen == letter).mean()}
             rows.append(dict(zip(KEYS, key, strict=True)) | row)
     return pd.DataFrame(rows)
-
-
-def _order(condition: str) -> tuple[int, ...]:
-    """The option at each place, from `inference`'s label of an order."""
-    return tuple(map(int, condition.rpartition("order=")[2]))
 
 
 def _share(flags: pd.Series, confidence: float) -> dict:

@@ -47,13 +47,12 @@ def predict(
 ) -> pd.DataFrame:
     """Raw answers to `asked`: log-probability (nats) and length in tokens of each option, or generated text and length.
 
-    Columns id, scoring, template, logprobs, answer_tokens, thinking_tokens, text, and study and condition where `asked`
-    has them. Log-probabilities stand in the question's own order of options. A model that thinks does so before a
+    Columns id, scoring, template, logprobs, answer_tokens, thinking_tokens, text; a row for each row of `asked`, in its
+    order. Log-probabilities stand in the question's own order of options. A model that thinks does so before a
     generated answer, for at most `max_thinking_tokens` tokens; then `text` begins with its thought, in its marks.
     Otherwise its thought is empty, as it is before options and records, whose answers are learned without one. A row
     may bring its `template` (a name) and `order` (option `order[p]` is shown at place p).
     """
-    labels = [name for name in ("study", "condition") if name in asked]
     rows, scored, generated = [], [], ([], [])  # generated without and with a thought
     for question in asked.to_dict("records"):
         # a cell that is NaN was not given; other floats are values
@@ -63,8 +62,7 @@ def predict(
         template, prompt, answers = _encode(tokenizer, question, thinks)
         row = {"id": question["id"], "scoring": question["scoring"], "template": template.name}
         row |= {"logprobs": [], "answer_tokens": [len(forms[0]) for forms in answers]}
-        row |= {"thinking_tokens": 0, "text": ""}
-        rows.append(row | {name: question.get(name, "") for name in labels})
+        rows.append(row | {"thinking_tokens": 0, "text": ""})
         if is_generated:
             generated[thinks].append((rows[-1], prompt))
         else:

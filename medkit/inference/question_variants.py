@@ -54,15 +54,7 @@ def option_orders(question: dict, orders: int, seed: int) -> list[list[int]]:
     return [[ring[(where[p] + shift) % count] for p in range(count)] for shift in range(min(orders, count))]
 
 
-def order_label(order: Sequence[int]) -> str:
-    """`order=2031`: how a `condition` tells an order. An index is one digit: a question has ten options at most."""
-    return "order=" + "".join(map(str, order))
-
-
 def shuffled(asked: pd.DataFrame, orders: int, seed: int) -> pd.DataFrame:
-    """Rows for `inference.predict`: the same questions under several orders, with `study`, `condition` and `order`."""
-    rows = []
-    for row in asked.to_dict("records"):
-        for order in option_orders(row, orders, seed):
-            rows.append({**row, "study": "shuffle", "condition": order_label(order), "order": order})
+    """Rows for `inference.predict`: the same questions under several orders of their options, in the column `order`."""
+    rows = [{**row, "order": order} for row in asked.to_dict("records") for order in option_orders(row, orders, seed)]
     return pd.DataFrame(rows)

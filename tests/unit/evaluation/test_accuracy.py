@@ -56,14 +56,12 @@ def test_generated_text_that_cannot_be_read_is_wrong_and_counted(questions):
     judged = accuracy.judge(pd.DataFrame(rows), questions)
     assert judged.set_index("id").choice.to_dict() == {"q0": 1, "q1": -1, "q2": 2}
     assert judged.set_index("id").correct.to_dict() == {"q0": True, "q1": False, "q2": False}
-    study = pd.DataFrame(rows * 2).assign(study="shuffle", condition=["a"] * 3 + ["b"] * 3)
-    studied = accuracy.judge(study, questions)  # a robustness test is judged like anything else
-    assert not {"study", "condition"} & set(judged) and set(studied.study) == {"shuffle"}
-    for _, part in studied.groupby("condition"):
-        pd.testing.assert_frame_equal(part[judged.columns].reset_index(drop=True), judged)
-    table = accuracy.measure_accuracy(studied, 0.95).set_index(["condition", "source"])
-    for condition, (source, expected) in itertools.product("ab", {"exam": (0.5, 0.5, 2), "trial": (0, 0, 1)}.items()):
-        row = table.loc[(condition, source)]
+    shuffled = accuracy.judge(pd.DataFrame(rows).assign(order=[[0, 1, 2, 3], [3, 2, 1, 0], [2, 1, 0]]), questions)
+    assert "order" not in judged and shuffled.order.map(len).tolist() == [4, 4, 3]
+    pd.testing.assert_frame_equal(shuffled[judged.columns], judged)  # a robustness test is judged like anything else
+    table = accuracy.measure_accuracy(judged, 0.95).set_index("source")
+    for source, expected in {"exam": (0.5, 0.5, 2), "trial": (0, 0, 1)}.items():
+        row = table.loc[source]
         assert (row.accuracy, row.unparsed_rate, row.n) == expected
 
 
@@ -138,10 +136,8 @@ def test_steps_whose_variants_are_there_are_compared_each_with_its_margin(judged
 
 
 def test_two_answers_of_one_variant_to_one_question_are_not_averaged(judged):
-    twice = pd.concat([judged.assign(condition=c) for c in ("a", "b")])
-    with pytest.raises(EvaluationError, match="one condition of a study at a time"):
-        compare(twice, 0.95, 0.8, 0.05)
-    assert len(accuracy.measure_accuracy(twice, 0.95)) == len(RATES) * 4  # but every condition has its own accuracy
+    with pytest.raises(EvaluationError, match="two answers of a variant"):
+        compare(pd.concat([judged, judged]), 0.95, 0.8, 0.05)
 
 
 def test_as_many_questions_as_are_needed_show_equivalence_with_the_power():
