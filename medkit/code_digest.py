@@ -14,7 +14,7 @@ from medkit.params import digest
 
 PACKAGE = Path(__file__).parent
 BESIDE = {".csv", ".yaml", ".j2"}
-Symbol = tuple[str, str]  # a module's dotted name and a name in it; an empty name stands for the module as a whole
+Symbol = tuple[str, str]  # a module's dotted name and a name in it; "" are the statements that run at its import
 
 
 def digest_code(source: str) -> str:
@@ -83,21 +83,8 @@ def _imports(module: str) -> dict[str, Symbol]:
 
 def _bindings(nodes: Iterable[ast.AST]) -> dict[str, Symbol]:
     """Local names of what some nodes import from this package."""
-    bindings = {}
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and _path(node.module or ""):
-            for alias in node.names:
-                inner = f"{node.module}.{alias.name}"
-                is_module = _path(inner) and alias.name not in _passed_on(node.module)
-                bindings[alias.asname or alias.name] = (inner, "") if is_module else (node.module, alias.name)
-    return bindings
-
-
-@cache
-def _passed_on(package: str) -> set[str]:
-    """Names that an index imports from its files: such a function hides a file of the same name, as in Python."""
-    imports = (n for n in ast.walk(_tree(package)) if isinstance(n, ast.ImportFrom) and n.module != package)
-    return {alias.asname or alias.name for node in imports for alias in node.names}
+    imports = [n for n in nodes if isinstance(n, ast.ImportFrom) and n.level == 0 and _path(n.module or "")]
+    return {alias.asname or alias.name: (node.module, alias.name) for node in imports for alias in node.names}
 
 
 @cache
@@ -131,9 +118,7 @@ def _named_in(nodes: list[ast.AST], imports: dict[str, Symbol]) -> set[Symbol]:
     named = {imports[name] for name in _names(nodes) if name in imports}
     for node in nodes:
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imports:
-            module, name = imports[node.value.id]
-            if not name:
-                named.add((module, node.attr))
+            named.add((".".join(imports[node.value.id]), node.attr))  # of a module that is none, nothing is reached
     return named
 
 
