@@ -30,7 +30,7 @@ STAGES = ["01_data", "02_distillation", "03_lora", "04_quantization", "05_infere
 MANIFEST = "manifest.json"
 FINGERPRINT = "MEDKIT_FINGERPRINT"  # set by the runner; absent when a person runs the notebook
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-SCRATCH = re.compile(r"(.+?)\.(\d{1,7})(\.old)?\.part")  # target, process, and whether it is the folder being replaced
+SCRATCH = re.compile(r".+\.(\d{1,7})\.part")  # of which process
 DISCLAIMER = "Research and teaching only, not a medical device."
 # the libraries that compute: another version of one of them may give other numbers
 VERSIONED = (
@@ -95,21 +95,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Works for files and for folders; a folder that exists is replaced as a whole. Raises StageError if `path` cannot be
     written. An error of the block that does not come from writing the scratch path is raised as it is.
     """
-    scratch, aside = (path.with_name(f"{path.name}.{os.getpid()}{end}.part") for end in ("", ".old"))
+    scratch, aside = (path.with_name(f"{path.name}{kind}.{os.getpid()}.part") for kind in ("", ".old"))
     try:
         with write_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _settle(scratch)  # a killed process may have had our number
-            _settle(aside)
+            _remove(scratch)  # a killed process may have had our number
+            _remove(aside)
         with write_errors(path, scratch):
             yield scratch
         with write_errors(path):
             if path.is_dir() and scratch.exists():
-                path.replace(aside)  # killed here, both folders are still whole, and `lock_run` puts the old one back
+                path.replace(aside)  # killed here, neither is left: the new folder is made again
             scratch.replace(path)
     finally:
-        _settle(scratch)
-        _settle(aside)
+        _remove(scratch)
+        _remove(aside)
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -119,12 +119,8 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def _settle(left: Path) -> None:
-    """Remove a scratch path; but put back the folder that was being replaced, if nothing is in its place."""
-    target, _, is_aside = SCRATCH.fullmatch(left.name).groups()
-    if is_aside and left.exists() and not left.with_name(target).exists():
-        left.replace(left.with_name(target))
-    elif left.is_dir():
+def _remove(left: Path) -> None:
+    if left.is_dir():
         shutil.rmtree(left, ignore_errors=True)
     elif os.path.lexists(left):
         left.unlink()
@@ -188,8 +184,8 @@ def lock_run(run: str) -> Iterator[Path]:
             file.flush()
             for left in list(path.parent.rglob("*.part")):
                 match = SCRATCH.fullmatch(left.name)
-                if match and not Path("/proc", match[2]).exists():  # a notebook that a person runs takes no lock
-                    _settle(left)
+                if match and not Path("/proc", match[1]).exists():  # a notebook that a person runs takes no lock
+                    _remove(left)
         yield path.parent
 
 

@@ -159,8 +159,8 @@ def in_child(work, ready, number: int) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("step", [0, 1, 2], ids=["before", "between the renames", "before the old one is deleted"])
-def test_a_killed_replacement_of_a_folder_leaves_the_old_or_the_new(step, monkeypatch):
-    folder = run_dir("r") / "03_lora" / "adapter"
+def test_a_killed_replacement_of_a_folder_leaves_nothing_half(step, monkeypatch):
+    folder, left = run_dir("r") / "03_lora" / "adapter", [["old"], [], ["new"]][step]
 
     def replace(text: str) -> None:
         with atomic_path(folder) as scratch:
@@ -185,8 +185,8 @@ def test_a_killed_replacement_of_a_folder_leaves_the_old_or_the_new(step, monkey
     replace("old")
     assert in_child(killed, lambda: False, 0)[0] == -signal.SIGKILL
     with lock_run("r"):
-        assert list(contents(folder)) == [["old", "old", "new"][step]]
-    assert contents(run_dir("r")).keys() == {f"03_lora/adapter/{['old', 'old', 'new'][step]}"}
+        assert list(contents(folder)) == left
+    assert contents(run_dir("r")).keys() == {f"03_lora/adapter/{text}" for text in left}
     replace("newer")
     assert list(contents(folder)) == ["newer"]
 
