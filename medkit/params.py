@@ -384,8 +384,6 @@ class Params(Section):
         asked = {f"inference.questions.{scoring}": sources for scoring, sources in self.inference.questions.items()}
         asked["inference.exams"] = self.inference.exams
         asked["inference.shuffle.questions"] = self.inference.shuffle.questions
-        headline = self.evaluation.headline_source
-        asked["evaluation.headline_source"] = {headline: 0}
         tested = {name: dataset.test for name, dataset in self.data.datasets.items() if dataset.test != 0}
         chats = {name for name, dataset in self.data.datasets.items() if dataset.origin.kind == "instructions"}
         for key, counts in asked.items():
@@ -397,6 +395,7 @@ class Params(Section):
                 if (name in chats) != key.endswith(".perplexity"):
                     raise ValueError(f"{key}.{name}: instructions, and only they, belong into questions.perplexity")
         forms = {n for n, d in self.data.datasets.items() if n.startswith("records") and d.origin.kind not in OWN}
+        headline = self.evaluation.headline_source
         if headline in forms or headline not in self.inference.questions.get("option_text", ()):
             raise ValueError(f"evaluation.headline_source: {headline!r} must be in inference.questions.option_text")
         if records := forms & self.inference.shuffle.questions.keys():

@@ -48,7 +48,7 @@ def resample_groups(groups: Sequence, resamples: int = RESAMPLES, seed: int = 0)
 
 
 def mean_intervals(
-    values: np.ndarray, groups: Sequence, confidence: float, imagined: Sequence[float] = (), seed: int = 0
+    values: np.ndarray, groups: Sequence, confidence: float, imagined: Sequence[float] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper ends of the percentile bootstrap intervals of the means of all columns, (columns,) each.
 
@@ -62,19 +62,19 @@ def mean_intervals(
     codes = np.append(codes, codes.max() + 1 + np.arange(len(extra)))
     values, present = np.nan_to_num(values), (~np.isnan(values)).astype(float)
     with np.errstate(invalid="ignore"):  # 0 / 0: none of a column's rows was drawn
-        drawn = (times.astype(float) for times in resample_groups(codes, RESAMPLES, seed))
+        drawn = (times.astype(float) for times in resample_groups(codes, RESAMPLES))
         means = np.vstack([(times @ values) / (times @ present) for times in drawn])
     low, high = np.nanquantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return np.minimum(low, mean), np.maximum(high, mean)
 
 
-def median_interval(values: Sequence[float], confidence: float, seed: int = 0) -> tuple[float, float, float]:
+def median_interval(values: Sequence[float], confidence: float) -> tuple[float, float, float]:
     """Median of repeated timings and its bootstrap percentile interval; of one timing, the interval is its value."""
     values = np.asarray(values, float)
     if len(values) < 2 or np.ptp(values) == 0:
         return float(np.median(values)), float(values.min()), float(values.max())
     low, high = stats.bootstrap(
-        (values,), np.median, confidence_level=confidence, method="percentile", rng=np.random.default_rng(seed)
+        (values,), np.median, confidence_level=confidence, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
     return float(np.median(values)), float(low), float(high)
 

@@ -72,14 +72,14 @@ def reliability(judged: pd.DataFrame, confidence: float, bins: int = 10) -> pd.D
     return pd.DataFrame(rows, columns=[*KEYS, "bin", "mean_confidence", "value", "ci_low", "ci_high", "n"])
 
 
-def least_confidence(judged: pd.DataFrame, coverage: float = COVERAGE) -> pd.Series:
-    """The confidence of the least sure answer when a share `coverage` of the questions is answered; index KEYS.
+def least_confidence(judged: pd.DataFrame) -> pd.Series:
+    """The confidence of the least sure answer when a share COVERAGE of the questions is answered; index KEYS.
 
     A server that withholds less sure answers has the accuracy that `accuracy_at_80` states, on questions like these.
     """
 
     def limit(confidence: pd.Series) -> float:
-        return float(np.sort(confidence)[-int(np.ceil(round(coverage * len(confidence), 9)))])
+        return float(np.sort(confidence)[-int(np.ceil(round(COVERAGE * len(confidence), 9)))])
 
     return add_confidence(judged).groupby(KEYS).confidence.agg(limit)
 
