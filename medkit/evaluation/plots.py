@@ -24,17 +24,15 @@ def plot_accuracies(
 def plot_steps(steps: pd.DataFrame, label: str) -> Figure:
     """Difference and interval of each step; light bars: differences too small to detect, boxes: the step's margin."""
     fig, ax = plt.subplots(figsize=(SIZE[0], 0.8 + 0.42 * len(steps)))
-    for y, row in enumerate(steps.itertuples()):
-        colour, first = VARIANTS[row.variant].colour, y == 0
-        ax.plot([-row.mde, row.mde], [y, y], color="0.85", lw=9, solid_capstyle="butt",
-                label="too small to detect here" if first else "")  # fmt: skip
-        ax.plot([-row.margin, row.margin], [y, y], color="0.6", lw=9, alpha=0.5, solid_capstyle="butt",
-                label="within the margin" if first else "")  # fmt: skip
-        ax.plot([row.ci_low, row.ci_high], [y, y], color=colour, lw=2.5)
-        ax.plot(row.difference, y, "o", color=colour, ms=7)
+    y, colours = range(len(steps)), [VARIANTS[name].colour for name in steps.variant]
+    ax.barh(y, 2 * steps.mde, 0.3, -steps.mde, color="0.85", label="too small to detect here")
+    ax.barh(y, 2 * steps.margin, 0.3, -steps.margin, color="0.6", alpha=0.5, label="within the margin")
+    ax.hlines(y, steps.ci_low, steps.ci_high, colours, lw=2.5)
+    ax.scatter(steps.difference, y, 49, colours, zorder=3)
     names = [f"{VARIANTS[row.baseline].label} → {VARIANTS[row.variant].label}" for row in steps.itertuples()]
-    ax.set_yticks(range(len(steps)), names)
+    ax.set_yticks(y, names)
     ax.axvline(0, color="0.4", lw=1)
+    ax.use_sticky_edges = False  # the bars end inside the frame
     ax.invert_yaxis()
     ax.set(xlabel=label, title="What each step changed")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=9)
