@@ -118,14 +118,11 @@ def ratios(rows: list[dict]) -> Iterator[dict]:
 
 
 def from_manifests(manifests: dict[str, dict]) -> Iterator[dict]:
-    """Rows `duration_s/<stage>` of every finished stage, and `signal_bytes_per_token` of the teacher cache."""
+    """Rows `duration_s/<stage>` of every finished stage."""
     for stage, manifest in manifests.items():
         if manifest:
             where = {"stage": stage, "file": "manifest.json"}
             yield result_row(f"duration_s/{stage}", "", manifest["duration_s"], unit="s", **where)
-            if "signal_bytes_per_token" in manifest["facts"]:
-                per_token = manifest["facts"]["signal_bytes_per_token"]
-                yield result_row("signal_bytes_per_token", "teacher", per_token, unit="bytes", **where)
 
 
 def write_results(folder: Path, rows: list[dict], facts: dict) -> Path:
