@@ -150,10 +150,11 @@ def status(
     from medkit import runner
 
     table, changed = Table("stage", "state", "took"), []
-    for stage in runner.status(params_of(run, params, overrides), run):
-        table.add_row(stage.name, stage.state, "–" if stage.duration_s is None else f"{stage.duration_s:.0f} s")
+    for name, state in runner.status(params_of(run, params, overrides), run).items():
+        stage = Stage(run, name)
+        table.add_row(name, state, f"{stage.manifest()['duration_s']:.0f} s" if stage.manifest() else "–")
         if verify:
-            changed += [f"{stage.name}/{name}" for name in Stage(run, stage.name).changed_files()]
+            changed += [f"{name}/{file}" for file in stage.changed_files()]
     console.print(table)
     if changed:
         raise StageError(f"run {run!r}: not as they were written: {', '.join(changed)}; `run --from` makes them again")

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
@@ -57,13 +56,6 @@ class RunError(MedkitError):
     """A run that did not finish; the message names the notebook, the cell and the last line of the error."""
 
 
-@dataclass(frozen=True)
-class StageStatus:
-    name: str
-    state: str  # `done`, `stale` (made from other code, params or inputs), `damaged` (a file is lost) or `missing`
-    duration_s: float | None
-
-
 def notebooks() -> list[Path]:
     """The notebook of every stage, in order. Raises RunError where medkit is installed without them."""
     paths = [ROOT / "notebooks" / f"{name}.ipynb" for name in STAGES]
@@ -103,14 +95,13 @@ def fingerprints(params: Params) -> dict[str, str]:
     return chain
 
 
-def status(params: Params, run: str) -> list[StageStatus]:
-    """What each stage of a run is worth under these params."""
-    stages = [(Stage(run, name), wanted) for name, wanted in fingerprints(params).items()]
-    return [StageStatus(s.name, _state(s, wanted), s.manifest().get("duration_s")) for s, wanted in stages]
+def status(params: Params, run: str) -> dict[str, str]:
+    """Stage → what it is worth under these params: `done`, `stale`, `damaged` or `missing`."""
+    return {name: _state(Stage(run, name), wanted) for name, wanted in fingerprints(params).items()}
 
 
 def _state(stage: Stage, wanted: str) -> str:
-    """A state of `StageStatus`, for a stage and its wanted fingerprint."""
+    """`damaged`: a file is lost; `stale`: made from other code, params or inputs than the wanted fingerprint's."""
     manifest = stage.manifest()
     if not manifest:
         return "missing"

@@ -291,4 +291,4 @@ def test_a_signal_ends_a_notebook_and_its_kernel(make_notebooks, tmp_path, monke
         time.sleep(0.1)
     assert not psutil.pid_exists(int(begun.read_text()))
     assert nbformat.read(run_dir("r") / "notebooks" / "01_data.ipynb", as_version=4).cells
-    assert runner.status(runner.load_params(ROOT / "params" / "smoke.yaml"), "r")[0].state == "missing"
+    assert runner.status(runner.load_params(ROOT / "params" / "smoke.yaml"), "r")["01_data"] == "missing"

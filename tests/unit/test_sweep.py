@@ -46,7 +46,7 @@ def test_runs_share_what_does_not_depend_on_the_grid(executed):
     weights = {run: run_dir(run) / "02_distillation" / "model" / "model.safetensors" for run in points}
     assert len({os.stat(path).st_ino for path in weights.values()}) == 1  # on the disk once
     for run, point in points.items():
-        states = {status.state for status in runner.status(load_params(SMOKE, point), run)}
+        states = {*runner.status(load_params(SMOKE, point), run).values()}
         assert states == {"done"} and (run_dir(run) / "notebooks" / "02_distillation.ipynb").is_file()
         assert Stage(run, "02_distillation").manifest()["run"] == run
     executed.clear()
