@@ -114,13 +114,8 @@ def _by_question(answers: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.n
     """
     if answers.duplicated(["id", column]).any():
         raise EvaluationError("a question has two answers of a variant: compare one order of the options at a time")
-    rows, ids = pd.factorize(answers.id, sort=True)
-    columns, names = pd.factorize(answers[column])
-    right = np.full((len(ids), len(names)), np.nan)
-    right[rows, columns] = answers.correct
-    groups = np.empty(len(ids), object)
-    groups[rows] = answers.group
-    return pd.DataFrame(right, ids, names), groups
+    right = answers.pivot(index="id", columns=column, values="correct").astype(float)
+    return right, answers.groupby("id").group.first().to_numpy()
 
 
 def chance(questions: pd.DataFrame) -> float:
