@@ -45,11 +45,9 @@ def safe_shares(predictions: pd.DataFrame, questions: pd.DataFrame, confidence: 
     a model would get that always finds the shorter answer likelier. option_text sums log-probabilities and so favours
     short answers; option_text_norm takes their mean per token.
     """
-    judged = judge(predictions, questions)
-    of_id = questions.set_index("id")
-    options, answer = of_id.options.map(list), of_id.answer
-    shorter = pd.Series({i: len(options[i][answer[i]]) < len(options[i][1 - answer[i]]) for i in of_id.index})
-    judged = judged.assign(category=judged.id.map(of_id.subject), shorter=judged.id.map(shorter))
+    judged, category = judge(predictions, questions), questions.set_index("id").subject
+    shorter = {q.id: len(q.options[q.answer]) < len(q.options[1 - q.answer]) for q in questions.itertuples()}
+    judged = judged.assign(category=judged.id.map(category), shorter=judged.id.map(shorter))
     both = pd.concat([judged.assign(category="all"), judged])
     table = measure_accuracy(both.assign(source=both.category), confidence)
     table = table.rename(columns={"source": "category", "accuracy": "value"})
