@@ -5,7 +5,6 @@ A figure is saved as svg and png with the table it was drawn from beside it, so 
 
 from pathlib import Path
 
-import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
@@ -20,18 +19,16 @@ SIZE = (7.5, 4.2)
 
 def set_style() -> None:
     """Seaborn's whitegrid at this package's size; identical input gives an identical svg."""
-    sns.set_theme(style="whitegrid", context="notebook")
-    mpl.rcParams.update(
-        {
-            "figure.figsize": SIZE,
-            "svg.hashsalt": "medkit",
-            "figure.dpi": 100,
-            "axes.titlelocation": "left",
-            "axes.titlesize": 11,
-            "axes.labelsize": 10,
-            "legend.frameon": False,
-        }
-    )
+    settings = {
+        "figure.figsize": SIZE,
+        "svg.hashsalt": "medkit",
+        "figure.dpi": 100,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 11,
+        "axes.labelsize": 10,
+        "legend.frameon": False,
+    }
+    sns.set_theme(style="whitegrid", context="notebook", rc=settings)
 
 
 def save_figure(figure: Figure, folder: Path, name: str, table: pd.DataFrame) -> None:
