@@ -16,14 +16,10 @@ from medkit.quantization.gguf_tokenizer import ExportError
 from medkit.stage import MedkitError
 
 
-class PreflightError(MedkitError):
-    """A profile that its files or its models do not allow; the message names the key and the cure."""
-
-
 def check_profile(params: Params) -> list[str]:
     """What is not checked, a sentence each: sources that are not downloaded yet, and a missing GPU.
 
-    Raises the MedkitError that a notebook would raise, or a PreflightError in place of a traceback.
+    Raises the MedkitError that a notebook would raise, or one in place of its traceback.
     """
     models = [params.models.teacher, *([] if params.models.student == "pruned_teacher" else [params.models.student])]
     model_sources = {"models.embedder": params.models.embedder}
@@ -65,7 +61,7 @@ def _check_models(params: Params, models: list[ModelParams]) -> list:
     teacher, *given_student = (modeling.load_skeleton(model, params.models) for model in models)
     depth = len(teacher.get_decoder().layers)
     if not given_student and section.num_layers > depth:
-        raise PreflightError(f"distillation.num_layers is {section.num_layers}, the teacher has {depth} layers")
+        raise MedkitError(f"distillation.num_layers is {section.num_layers}, the teacher has {depth} layers")
     student = given_student[0] if given_student else modeling.load_skeleton(models[0], params.models)
     if not given_student:
         # which block goes is not known yet; without the first one, windows of attention are most out of step
@@ -76,7 +72,7 @@ def _check_models(params: Params, models: list[ModelParams]) -> list:
         _check_lengths(params, name, model)
         layers = len(model.get_decoder().layers)
         if wrong := [pair for pair in section.hidden_layers if pair[number] > layers]:
-            raise PreflightError(f"distillation.hidden_layers {wrong[0]}: the {name} has {layers} layers")
+            raise MedkitError(f"distillation.hidden_layers {wrong[0]}: the {name} has {layers} layers")
     for tokenizer in tokenizers:
         _check_template(tokenizer)
     _check_quantization(params, student, tokenizers[1])
@@ -84,7 +80,7 @@ def _check_models(params: Params, models: list[ModelParams]) -> list:
 
 
 def _check_lengths(params: Params, name: str, model) -> None:
-    """Raise PreflightError if the longest prompt leaves no room for its answer, or if `top_k` is too large."""
+    """Raise MedkitError if the longest prompt leaves no room for its answer, or if `top_k` is too large."""
     config, section, prompt = model.config.get_text_config(), params.inference, params.data.max_prompt_tokens
     rationales = params.distillation.rationales
     answer = max(section.max_new_tokens, rationales.max_new_tokens if rationales else 0)
@@ -94,11 +90,11 @@ def _check_lengths(params: Params, name: str, model) -> None:
     for limit, tokens in limits.items():
         needed = prompt + (new if "positions" in limit else section.bench.long_new_tokens)
         if needed > tokens:
-            raise PreflightError(
+            raise MedkitError(
                 f"data.max_prompt_tokens is {prompt}; with its answer that is {needed} tokens, {limit} allow {tokens}"
             )
     if params.distillation.top_k > config.vocab_size:
-        raise PreflightError(f"distillation.top_k is {params.distillation.top_k}, the {name} has {config.vocab_size}")
+        raise MedkitError(f"distillation.top_k is {params.distillation.top_k}, the {name} has {config.vocab_size}")
 
 
 def _check_template(tokenizer) -> None:
@@ -111,13 +107,13 @@ def _check_template(tokenizer) -> None:
         for letter in prompts.LETTERS:
             letter_forms(tokenizer, letter)
     except ValueError as error:
-        raise PreflightError(f"inference.shuffle asks by letter, but {error}") from error
+        raise MedkitError(f"inference.shuffle asks by letter, but {error}") from error
 
 
 def _check_quantization(params: Params, student, tokenizer) -> None:
     section, shapes = params.quantization, quantization.weight_shapes(student)
     if not any(name.endswith("up_proj") for name in shapes):
-        raise PreflightError(f"{student.config.model_type}: only decoders with gated MLPs can be quantized here")
+        raise MedkitError(f"{student.config.model_type}: only decoders with gated MLPs can be quantized here")
     for plan in (quantization.nf4_plan(shapes), quantization.paper_plan(shapes)):
         quantization.check_plan(plan, student)
     choices = quantization.list_choices(student, section.double_quant)
@@ -126,7 +122,7 @@ def _check_quantization(params: Params, student, tokenizer) -> None:
     try:
         quantization.check_budget(choices, int(section.plan.share * bf16_bytes) - norms)
     except MedkitError as error:
-        raise PreflightError(f"quantization.plan.share is {section.plan.share}: {error}") from error
+        raise MedkitError(f"quantization.plan.share is {section.plan.share}: {error}") from error
     quantization.estimate_plan(student.config, quantization.nf4_plan(shapes), section.plan.batch, section.plan.context)
     for name in ("edge", "edge_small"):
         if getattr(section, name):

@@ -52,15 +52,11 @@ ENVIRONMENT = {
 }
 
 
-class RunError(MedkitError):
-    """A run that did not finish; the message names the notebook, the cell and the last line of the error."""
-
-
 def notebooks() -> list[Path]:
-    """The notebook of every stage, in order. Raises RunError where medkit is installed without them."""
+    """The notebook of every stage, in order. Raises MedkitError where medkit is installed without them."""
     paths = [ROOT / "notebooks" / f"{name}.ipynb" for name in STAGES]
     if not paths[0].is_file():
-        raise RunError(
+        raise MedkitError(
             f"no notebooks in {ROOT / 'notebooks'}: medkit was installed without them; clone its repository and call "
             f"`make run` there, or install the clone with `pip install --editable .`"
         )
@@ -123,13 +119,14 @@ def run_all(
     `first` reruns that stage and all after it; nothing after `last` runs. A stage that another run, named in `reuse`,
     made with the same fingerprint is taken from there. The same command after a crash or kill goes on where it stopped.
     The checked params are stored in the run's folder. With $MEDKIT_STORE, finished stages are fetched from there first,
-    and sent there (`run_store`). Raises RunError for a notebook that fails and an unknown stage, and the errors of
-    `lock_run` and `run_store`; a stage that cannot be sent stops the run only at its end.
+    and sent there (`run_store`). Raises MedkitError for an unknown stage and for a notebook that fails (it names the
+    cell and the last line of the error), and the errors of `lock_run` and `run_store`; a stage that cannot be sent
+    stops the run only at its end.
     """
     params = load_params(params_file, overrides)
     for stage in (first, last):
         if stage is not None and stage not in STAGES:
-            raise RunError(f"no stage {stage!r}; the stages are {STAGES}")
+            raise MedkitError(f"no stage {stage!r}; the stages are {STAGES}")
     parameters = {"params_file": str(Path(params_file).resolve()), "run": run, "overrides": overrides or {}}
     with lock_run(run):
         save_run_params(params, run)
@@ -224,7 +221,7 @@ def _print(line: str) -> None:
 def _execute(notebook: Path, executed: Path, stage: Stage, fingerprint: str, parameters: dict) -> None:
     declared = set(papermill.inspect_notebook(str(notebook)))
     if declared != PARAMETERS:  # papermill itself only warns
-        raise RunError(
+        raise MedkitError(
             f"{notebook.name}: the parameters cell must declare {sorted(PARAMETERS)}, it has {sorted(declared)}"
         )
     executed.parent.mkdir(parents=True, exist_ok=True)
@@ -247,11 +244,11 @@ def _execute(notebook: Path, executed: Path, stage: Stage, fingerprint: str, par
     except PapermillExecutionError as error:
         # an assertion has no message of its own: then the line that failed says most
         lines = (str(error.evalue).strip() or error.source.strip()).splitlines()
-        raise RunError(
+        raise MedkitError(
             f"{notebook.name}, cell {error.exec_count}: {error.ename}: {lines[-1]} (whole notebook: {executed})"
         ) from error
     except DeadKernelError as error:
-        raise RunError(
+        raise MedkitError(
             f"{notebook.name}: its kernel died, most often for want of memory; close other programs or choose a "
             f"smaller profile, then run the same command again (whole notebook: {executed})"
         ) from error
@@ -259,4 +256,4 @@ def _execute(notebook: Path, executed: Path, stage: Stage, fingerprint: str, par
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
     if not stage.is_whole():
-        raise RunError(f"{notebook.name} ended without committing its stage")
+        raise MedkitError(f"{notebook.name} ended without committing its stage")

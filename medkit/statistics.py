@@ -19,10 +19,6 @@ RESAMPLES = 2000
 CELLS_AT_ONCE = 4_000_000  # counts held at a time: bounds memory, changes no result
 
 
-class StatisticsError(MedkitError):
-    """Numbers that no interval or test can be computed from."""
-
-
 def wilson(successes: int, n: int, confidence: float) -> tuple[float, float]:
     """Wilson score interval of a proportion; keeps its coverage at small n and near 0 and 1."""
     low, high = proportion_confint(successes, n, alpha=1 - confidence, method="wilson")
@@ -33,11 +29,11 @@ def resample_groups(groups: Sequence, resamples: int = RESAMPLES, seed: int = 0)
     """How often each row occurs in bootstrap resamples of whole groups: int16 chunks of (some resamples, rows).
 
     As many groups are drawn, with replacement, as there are. The same groups and seed give the same resamples. Raises
-    StatisticsError for a row without a group.
+    MedkitError for a row without a group.
     """
     codes = pd.factorize(np.asarray(groups))[0]
     if not len(codes) or codes.min() < 0:
-        raise StatisticsError(f"{len(codes)} rows, {(codes < 0).sum()} of them in no group: every row needs a group")
+        raise MedkitError(f"{len(codes)} rows, {(codes < 0).sum()} of them in no group: every row needs a group")
     count = codes.max() + 1
     draw, at_once = np.random.default_rng(seed), max(1, CELLS_AT_ONCE // len(codes))
     for start in range(0, resamples, at_once):
@@ -115,7 +111,7 @@ def paired_difference(
     """
     ours, theirs = np.asarray(ours, bool), np.asarray(theirs, bool)
     if ours.shape != theirs.shape or not len(ours):
-        raise StatisticsError(f"paired answers must be of the same questions: {len(ours)} and {len(theirs)}")
+        raise MedkitError(f"paired answers must be of the same questions: {len(ours)} and {len(theirs)}")
     n, gained, lost = len(ours), int((ours & ~theirs).sum()), int((~ours & theirs).sum())
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     centre, spread = up - down, up + down - (up - down) ** 2

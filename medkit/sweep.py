@@ -14,14 +14,10 @@ from medkit.runner import fingerprints, run_all
 from medkit.stage import STAGES, MedkitError, run_dir
 
 
-class SweepError(MedkitError):
-    """A sweep that cannot be started, or a job that failed; the message names it and the cure."""
-
-
 def name_points(name: str, grid: Mapping[str, Sequence]) -> dict[str, dict]:
     """Run → its overrides, for every combination of the grid's values; the first value of each key comes first.
 
-    A run is named after the last parts of the keys: sweep_rank-4_seed-0. Raises SweepError if two have one name.
+    A run is named after the last parts of the keys: sweep_rank-4_seed-0. Raises MedkitError if two have one name.
     """
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     names = [
@@ -29,7 +25,7 @@ def name_points(name: str, grid: Mapping[str, Sequence]) -> dict[str, dict]:
         for point in points
     ]
     if len(set(names)) < len(names):
-        raise SweepError(f"--grid: {[*grid]} give several runs the same name; vary one of these keys at a time")
+        raise MedkitError(f"--grid: {[*grid]} give several runs the same name; vary one of these keys at a time")
     return dict(zip(names, points, strict=True))
 
 
@@ -40,7 +36,7 @@ def run_sweep(
 
     `reuse` names other runs that may hold a stage already. `jobs` None runs here, one after the other; else it holds
     settings of submitit, such as {"cluster": "slurm", "slurm_partition": "gpu", "gpus_per_node": 1}, and the jobs' logs
-    lie in the sweep's folder. Raises the error of a run that failed here, and SweepError for failed jobs, after all of
+    lie in the sweep's folder. Raises the error of a run that failed here, and MedkitError for failed jobs, after all of
     their stage have ended.
     """
     wanted = {run: fingerprints(load_params(params_file, point)) for run, point in points.items()}
@@ -54,7 +50,7 @@ def run_sweep(
         failed = {run: error for run, wait in waits.items() if (error := wait())}
         if failed:
             first = next(iter(failed))
-            raise SweepError(f"{stage}: {len(failed)} of {len(waits)} runs failed, {first}: {failed[first]}")
+            raise MedkitError(f"{stage}: {len(failed)} of {len(waits)} runs failed, {first}: {failed[first]}")
 
 
 def _run_here(*args) -> Callable[[], None]:
@@ -67,7 +63,7 @@ def _make_submit(folder: Path, settings: Mapping) -> Callable[..., Callable[[], 
     try:
         import submitit
     except ImportError as error:
-        raise SweepError("--job needs submitit: pip install submitit") from error
+        raise MedkitError("--job needs submitit: pip install submitit") from error
     settings = dict(settings)
     executor = submitit.AutoExecutor(folder, cluster=settings.pop("cluster", "slurm"))
     executor.update_parameters(**({"timeout_min": 24 * 60} | settings))

@@ -24,10 +24,6 @@ STEP_COLUMNS = [
 ]
 
 
-class EvaluationError(MedkitError):
-    """Predictions that cannot be judged or compared."""
-
-
 def judge(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
     """One row per variant, scoring and question: choice, whether it is right, and the question's `clean` and `group`.
 
@@ -40,7 +36,7 @@ def judge(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.DataFrame:
     columns = questions[["id", "source", "options", "answer", "clean", "group"]]
     table = predictions.merge(columns, on="id", validate="many_to_one")
     if len(table) < len(predictions):
-        raise EvaluationError(f"{len(predictions) - len(table)} predictions are for questions this run does not have")
+        raise MedkitError(f"{len(predictions) - len(table)} predictions are for questions this run does not have")
     if "kind" in questions:
         table = table[~table.id.isin(questions.id[questions.kind.isin(templates.WRITTEN)])]
     table["answer_tokens"] = table.answer_tokens if "answer_tokens" in table else None
@@ -69,7 +65,7 @@ def _choose(table: pd.DataFrame, per_token: bool = False) -> pd.DataFrame:
     lengths = table.logprobs.map(len).to_numpy(int)
     if (lengths != table.options.map(len)).any():
         wrong = table[lengths != table.options.map(len)].iloc[0]
-        raise EvaluationError(
+        raise MedkitError(
             f"question {wrong.id} has {len(wrong.options)} options, its {wrong.scoring} prediction by {wrong.variant} "
             f"{len(wrong.logprobs)} log-probabilities; predict again"
         )
@@ -113,7 +109,7 @@ def _by_question(answers: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.n
     Rows are in the order of the ids, so that resampling does not depend on the order of the answers.
     """
     if answers.duplicated(["id", column]).any():
-        raise EvaluationError("a question has two answers of a variant: compare one order of the options at a time")
+        raise MedkitError("a question has two answers of a variant: compare one order of the options at a time")
     right = answers.pivot(index="id", columns=column, values="correct").astype(float)
     return right, answers.groupby("id").group.first().to_numpy()
 
@@ -153,7 +149,7 @@ def compare_steps(
             low, high = mean_intervals(np.column_stack(differences), groups, confidence, imagined=(-1, 1))
             tables.append(pd.DataFrame(rows).assign(ci_low_clustered=low, ci_high_clustered=high))
     if not tables:
-        raise EvaluationError(f"no step of the method has both of its variants among {sorted(set(judged.variant))}")
+        raise MedkitError(f"no step of the method has both of its variants among {sorted(set(judged.variant))}")
     table = pd.concat(tables, ignore_index=True)
     margins = table.variant.map(margin) if isinstance(margin, Mapping) else margin
     table = verdicts(table, confidence, margins)

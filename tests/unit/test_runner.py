@@ -15,8 +15,8 @@ import yaml
 
 from medkit import code_digest, preflight, reporting, runner
 from medkit.params import ParamsError, load_params, load_run_params
-from medkit.runner import RunError, fingerprints, run_all
-from medkit.stage import ROOT, STAGES, Stage, StageError, lock_run, outputs_root, run_dir
+from medkit.runner import fingerprints, run_all
+from medkit.stage import ROOT, STAGES, MedkitError, Stage, StageError, lock_run, outputs_root, run_dir
 
 pytestmark = pytest.mark.usefixtures("outputs")
 SMOKE = ROOT / "params" / "smoke.yaml"
@@ -135,7 +135,7 @@ def test_medkit_without_notebooks_says_how_to_get_them(tmp_path, monkeypatch):
     """What `pip install .` leaves in site-packages."""
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     for call in (lambda: run_all(SMOKE, "r"), lambda: runner.status(load_params(SMOKE), "r")):
-        with pytest.raises(RunError, match=r"no notebooks in .*clone its repository.*--editable"):
+        with pytest.raises(MedkitError, match=r"no notebooks in .*clone its repository.*--editable"):
             call()
 
 
@@ -190,7 +190,7 @@ def test_a_full_disk_at_the_executed_notebook_and_one_that_commits_nothing_are_o
     with pytest.raises(StageError, match=r"notebooks/01_data\.ipynb.*No space left.*free space"):
         run_all(SMOKE, "r")
     monkeypatch.setattr(runner.papermill, "execute_notebook", lambda *_, **__: None)
-    with pytest.raises(RunError, match=r"01_data\.ipynb.*commit"):
+    with pytest.raises(MedkitError, match=r"01_data\.ipynb.*commit"):
         run_all(SMOKE, "r")
 
 
@@ -203,7 +203,7 @@ def test_another_parameters_cell_is_refused(executed, source):
         cell.source = source
 
     edit_notebook(runner.notebooks()[0], change)
-    with pytest.raises(RunError, match=r"01_data\.ipynb.*parameters.*overrides"):
+    with pytest.raises(MedkitError, match=r"01_data\.ipynb.*parameters.*overrides"):
         run_all(SMOKE, "r")
     assert executed == []
 
@@ -236,7 +236,7 @@ def test_a_failing_notebook_is_named_with_its_cell_and_last_line(make_notebooks)
     good = ["from medkit.stage import Stage", bar, "Stage(run, '01_good').commit(seen=[params_file, overrides])"]
     bad = ["x = 1", "raise ValueError('first line\\nwhat is wrong')"]
     make_notebooks({"01_good": good, "02_bad": bad, "03_never": ["x = 1"]})
-    with pytest.raises(RunError) as error:
+    with pytest.raises(MedkitError) as error:
         run_all(SMOKE, "r", {"lora.adapter.rank": 4})
     message = str(error.value)
     kept = run_dir("r") / "notebooks" / "02_bad.ipynb"
@@ -260,7 +260,7 @@ def test_a_failing_notebook_is_named_with_its_cell_and_last_line(make_notebooks)
 def test_a_kernel_that_dies_is_a_failed_run(make_notebooks):
     """Out of memory kills the kernel, not the runner: no error in any cell to read."""
     make_notebooks({"01_dead": ["import os, signal", "os.kill(os.getpid(), signal.SIGKILL)"]})
-    with pytest.raises(RunError, match=r"01_dead\.ipynb"):
+    with pytest.raises(MedkitError, match=r"01_dead\.ipynb"):
         run_all(SMOKE, "r")
 
 

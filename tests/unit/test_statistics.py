@@ -16,7 +16,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from medkit import statistics
-from medkit.statistics import StatisticsError
+from medkit.stage import MedkitError
 
 ALPHA = 0.05
 
@@ -87,7 +87,7 @@ def test_the_interval_covers_the_true_difference(up, down):
 
 @pytest.mark.parametrize(("ours", "theirs"), [([True] * 3, [True] * 4), ([], [])], ids=["lengths", "nothing"])
 def test_answers_to_other_questions_cannot_be_paired(ours, theirs):
-    with pytest.raises(StatisticsError, match="same questions"):
+    with pytest.raises(MedkitError, match="same questions"):
         statistics.paired_difference(ours, theirs, 0.95, 0.8)
 
 
@@ -142,7 +142,7 @@ def test_resamples_draw_whole_groups(monkeypatch):
 
 @pytest.mark.parametrize("groups", [[], ["a", None]])
 def test_a_row_without_a_group_is_an_error(groups):
-    with pytest.raises(StatisticsError, match="needs a group"):
+    with pytest.raises(MedkitError, match="needs a group"):
         list(statistics.resample_groups(groups))
 
 

@@ -10,8 +10,8 @@ import pytest
 from medkit import runner, sweep
 from medkit.params import load_params
 from medkit.reporting import compare_runs, sweeps
-from medkit.stage import FINGERPRINT, ROOT, STAGES, Stage, run_dir
-from medkit.sweep import SweepError, name_points, run_sweep
+from medkit.stage import FINGERPRINT, ROOT, STAGES, MedkitError, Stage, run_dir
+from medkit.sweep import name_points, run_sweep
 
 SMOKE = ROOT / "params" / "smoke.yaml"
 GRID = {"lora.adapter.rank": [4, 8], "evaluation.margin": [0.05, 0.1]}
@@ -68,7 +68,7 @@ def test_a_stage_is_taken_only_if_it_is_whole_and_made_the_same_way(executed):
 
 @pytest.mark.parametrize("grid", [{"a.rank": [1], "b.x": [2, 2]}, {"b.x": ["a b", "a/b"]}])
 def test_runs_of_one_name_are_refused(grid):
-    with pytest.raises(SweepError, match="the same name"):
+    with pytest.raises(MedkitError, match="the same name"):
         name_points("s", grid)
 
 
@@ -77,7 +77,7 @@ def test_a_job_that_fails_is_one_sentence_with_its_log(outputs, tmp_path, monkey
     monkeypatch.setattr(sweep, "load_params", lambda path, point: None)
     points = name_points("s", {"seed": [0]})
     sentence = r"01_data: 1 of 1 runs failed, s_seed-0: .*no such params file.*log: "
-    with pytest.raises(SweepError, match=sentence) as error:
+    with pytest.raises(MedkitError, match=sentence) as error:
         run_sweep(tmp_path / "no.yaml", "s", points, jobs={"cluster": "local", "timeout_min": 1})
     assert Path(str(error.value).partition("log: ")[2].rstrip(")")).is_file()
 

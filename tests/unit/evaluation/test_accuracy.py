@@ -10,7 +10,7 @@ from scipy.special import log_softmax
 
 from medkit import statistics
 from medkit.evaluation import accuracy
-from medkit.evaluation.accuracy import EvaluationError
+from medkit.stage import MedkitError
 
 
 def prediction(variant, id, scoring, logprobs=(), answer_tokens=(), text="", template="text"):
@@ -43,10 +43,10 @@ def test_the_choice_is_the_likeliest_option_and_probabilities_are_the_softmax(qu
 
 def test_predictions_that_do_not_fit_the_questions_are_an_error(questions):
     rows = [prediction("lora", "q1", "letter", [-1.0, -2.0, -3.0]), prediction("nf4", "q0", "letter", [-1.0] * 3)]
-    with pytest.raises(EvaluationError, match=r"q0 has 4 options, its letter prediction by nf4 3 log-probabilities"):
+    with pytest.raises(MedkitError, match=r"q0 has 4 options, its letter prediction by nf4 3 log-probabilities"):
         accuracy.judge(pd.DataFrame(rows), questions)
     rows = [prediction("lora", id, "generated", text="zinc") for id in ("q0", "q9")]
-    with pytest.raises(EvaluationError, match="1 predictions"):
+    with pytest.raises(MedkitError, match="1 predictions"):
         accuracy.judge(pd.DataFrame(rows), questions)
 
 
@@ -128,7 +128,7 @@ def test_steps_whose_variants_are_there_are_compared_each_with_its_margin(judged
     steps = [("nf4", "base", "Is it?"), ("edge", "base", "Is this?")]
     table = accuracy.compare_steps(judged, 0.95, 0.8, 0.05, steps)
     assert set(zip(table.variant, table.baseline, table.question, strict=True)) == {("nf4", "base", "Is it?")}
-    with pytest.raises(EvaluationError, match="no step"):
+    with pytest.raises(MedkitError, match="no step"):
         accuracy.compare_steps(judged, 0.95, 0.8, 0.05, steps[1:])
     table, one = (compare(judged, 0.95, 0.8, m) for m in ({**dict.fromkeys(RATES, 0.2), "teacher": 0.4}, 0.4))
     assert table.margin.to_list() == [0.4 if variant == "teacher" else 0.2 for variant in table.variant]
@@ -136,7 +136,7 @@ def test_steps_whose_variants_are_there_are_compared_each_with_its_margin(judged
 
 
 def test_two_answers_of_one_variant_to_one_question_are_not_averaged(judged):
-    with pytest.raises(EvaluationError, match="two answers of a variant"):
+    with pytest.raises(MedkitError, match="two answers of a variant"):
         compare(pd.concat([judged, judged]), 0.95, 0.8, 0.05)
 
 
