@@ -44,33 +44,25 @@ def variants_table(results: pd.DataFrame, columns: Sequence[tuple[str, str, str,
     `columns`: (heading, result, number format, factor on the numbers). A result like `accuracy/*` gives one column for
     each source, with n in its heading. Columns without rows are left out.
     """
-    present = {}
+    heads, cells, order = [], {}, {name: place for place, name in enumerate(VARIANTS)}
     for heading, name, style, factor in columns:
         many = name.endswith("*")
         rows = results[results.result.str.startswith(name[:-1]) if many else results.result == name]
         for result, group in rows.groupby("result", sort=False):
-            head = f"{heading.format(result.split('/')[1])}<br>n = {group.n.max():.0f}" if many else heading
-            present[head] = (group.drop_duplicates("variant").set_index("variant"), style, factor)
-    names = dict.fromkeys(variant for rows, *_ in present.values() for variant in rows.index)
-    order = {name: place for place, name in enumerate(VARIANTS)}
-    table = []
-    for variant in sorted(names, key=lambda name: order.get(name, -1)):  # baselines first
-        cells = [label(variant)]
-        for rows, style, factor in present.values():
-            if variant not in rows.index:
-                cells.append("–")
-                continue
-            row = rows.loc[variant]
-            value, *interval = [f"{x * factor:{style}}" for x in row[["value", "ci_low", "ci_high"]].dropna()]
-            cell = f"{value} [{', '.join(interval)}]" if interval else value
-            cell += f", n = {row.n:.0f}" if row.n < rows.n.max() else ""
-            if row.get("at_chance") is True:
-                cell += ", at chance"
-            elif interval and row.ci_high < (row.get("chance") or 0):
-                cell += ", below chance"
-            cells.append(cell)
-        table.append(cells)
-    return markdown(["variant", *present], table)
+            heads.append(f"{heading.format(result.split('/')[1])}<br>n = {group.n.max():.0f}" if many else heading)
+            group = group.drop_duplicates("variant")
+            for row in group.to_dict("records"):
+                numbers = [row[name] for name in ("value", "ci_low", "ci_high") if pd.notna(row[name])]
+                value, *interval = [f"{number * factor:{style}}" for number in numbers]
+                cell = f"{value} [{', '.join(interval)}]" if interval else value
+                cell += f", n = {row['n']:.0f}" if row["n"] < group.n.max() else ""
+                if row.get("at_chance") is True:
+                    cell += ", at chance"
+                elif interval and row["ci_high"] < (row.get("chance") or 0):
+                    cell += ", below chance"
+                cells.setdefault(row["variant"], {})[heads[-1]] = cell
+    variants = sorted(cells, key=lambda name: order.get(name, -1))  # baselines first
+    return markdown(["variant", *heads], [[label(v), *(cells[v].get(h, "–") for h in heads)] for v in variants])
 
 
 def steps_table(results: pd.DataFrame, source: str, scoring: str, name: str = "accuracy_delta") -> str:
