@@ -103,9 +103,9 @@ def paired_difference(
 ) -> dict:
     """ours − theirs on the same questions: difference, interval, flips, p-values, minimum detectable effect.
 
-    ci: Wald with one pseudo-observation per discordant cell (Bonett & Price 2012), which keeps its coverage at small n,
-    wider by the root of the design effect.
-    p_value: McNemar's exact test, `sign_flip_p` of single questions. p_clustered: the same of whole groups.
+    groups: of near-duplicates; None: every question is its own. ci: Wald with one pseudo-observation per discordant
+    cell (Bonett & Price 2012), which keeps its coverage at small n, wider by the root of the design effect.
+    p_value: `sign_flip_p` of whole groups, which is McNemar's exact test where groups are single questions.
     design_effect: variance of the difference by groups over that of independent questions, at least 1. mde:
     `detectable_effect` at n / design_effect questions and the flip rate seen here (with the pseudo-observations).
     """
@@ -127,8 +127,7 @@ def paired_difference(
         "n": n,
         "gained": gained,
         "lost": lost,
-        "p_value": sign_flip_p(ours.astype(int) - theirs),
-        "p_clustered": sign_flip_p(sums),
+        "p_value": sign_flip_p(sums),
         "design_effect": float(design_effect),
         "mde": detectable_effect(max(1, round(n / design_effect)), up + down, confidence, power),
     }
@@ -189,14 +188,14 @@ def verdicts(table: pd.DataFrame, confidence: float, margin: float | Sequence[fl
     """Add adjusted p values and a verdict to a table of `paired_difference` rows, which is one family of tests.
 
     `margin`: of every row, or one for each.
-    p_holm: Holm over p_clustered. p_equivalence_holm: Holm over `equivalence_p`, a family of its own; within_margin: it
+    p_holm: Holm over p_value. p_equivalence_holm: Holm over `equivalence_p`, a family of its own; within_margin: it
     is below α = 1 − confidence. verdict: better or worse if p_holm is below α (however small the difference), else
     equivalent if within_margin, else not detectable.
     """
     margins = np.broadcast_to(margin, len(table))
     counts = zip(table.gained, table.lost, table.n, margins, table.design_effect, strict=True)
     equivalence = np.array([equivalence_p(*row) for row in counts])
-    p_holm, equivalence_holm = (multipletests(p, method="holm")[1] for p in (table.p_clustered, equivalence))
+    p_holm, equivalence_holm = (multipletests(p, method="holm")[1] for p in (table.p_value, equivalence))
     differs, within = p_holm < 1 - confidence, equivalence_holm < 1 - confidence
     return table.assign(
         p_holm=p_holm,

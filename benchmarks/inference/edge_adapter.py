@@ -94,7 +94,7 @@ def main() -> None:
     for variant, baseline in (("edge_lora", "lora"), ("merged_edge", "lora"), ("edge_lora, grammar", "edge_lora")):
         steps = [(variant, baseline, "")]
         row = records.compare_records(scores, judging.confidence, judging.power, judging.margin, steps).iloc[0]
-        change = row[["difference", "ci_low_clustered", "ci_high_clustered"]].tolist()
+        change = row[["difference", "ci_low", "ci_high"]].tolist()
         table[variant] |= {f"field_accuracy_minus_{baseline}": change}
         ratios[f"{variant}_minus_{baseline}/field_accuracy"] = Ratio(row.difference, None, "higher", len(asked))
     for name, place in (("latency", 0), ("prompt", 1)):

@@ -142,7 +142,7 @@ def summarise(measured: dict[str, dict], params: Params) -> dict[str, dict]:
         if name != "lora" and "lora" in measured:
             steps = [(name, "lora", "")]
             row = records.compare_records(scores, judging.confidence, judging.power, judging.margin, steps).iloc[0]
-            table[name] |= {"minus_lora": row[["difference", "ci_low_clustered", "ci_high_clustered"]].tolist()}
+            table[name] |= {"minus_lora": row[["difference", "ci_low", "ci_high"]].tolist()}
     return json.loads(json.dumps(table, default=float))
 
 

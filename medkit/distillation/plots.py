@@ -130,7 +130,7 @@ def plot_thinking(measured: Mapping) -> Drawn:
     table["written"] = table.thinking_tokens + table.answer_tokens
     fig, ax = plt.subplots()
     for model, rows in table.groupby("model", sort=False):
-        ends = (rows.accuracy - rows.ci_low_clustered, rows.ci_high_clustered - rows.accuracy)
+        ends = (rows.accuracy - rows.ci_low, rows.ci_high - rows.accuracy)
         label, colour = THINKERS[model]
         ax.errorbar(rows.written, rows.accuracy, ends, fmt="o-", capsize=3, color=colour, label=label)
         for row in rows[rows.budget > 0].itertuples():

@@ -12,15 +12,14 @@ from scipy import stats
 
 from medkit.prompts import answer_parser, templates
 from medkit.stage import MedkitError
-from medkit.statistics import gap_closed, mean_intervals, paired_difference, verdicts, wilson
+from medkit.statistics import gap_closed, mean_intervals, paired_difference, verdicts
 from medkit.variants import STEPS, VARIANTS
 
 COMPRESSED = [(v.name, v.baseline, v.question) for v in VARIANTS.values() if (v.folder or "").startswith("04_")]
 """The steps that must lose nothing: each smaller model against the one that it was made from."""
 STEP_COLUMNS = [
     *("variant", "baseline", "question", "source", "scoring", "difference", "ci_low", "ci_high", "n", "gained", "lost"),
-    *("ci_low_clustered", "ci_high_clustered", "p_clustered", "p_holm", "verdict", "margin", "mde", "p_equivalence"),
-    *("p_equivalence_holm", "within_margin", "n_needed"),
+    *("p_value", "p_holm", "verdict", "margin", "mde", "p_equivalence", "p_equivalence_holm", "within_margin", "n_needed"),
 ]
 
 
@@ -83,24 +82,21 @@ def _choose(table: pd.DataFrame, per_token: bool = False) -> pd.DataFrame:
 def measure_accuracy(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """Accuracy and unparsed rate per variant, source and scoring, with n.
 
-    ci_low, ci_high: Wilson, as if questions were independent. ci_low_clustered, ci_high_clustered: bootstrap over
-    groups of near-duplicates, with two right and two wrong answers added.
+    ci_low, ci_high: bootstrap over groups of near-duplicates, with two right and two wrong answers added. Questions of
+    one group are not independent, so intervals like Wilson's would be too narrow.
     """
     keys = ["variant", "source", "scoring"]
     judged = judged.assign(unparsed=judged.choice == -1)
     by_key = judged.groupby(keys, sort=False)
     judged = judged.assign(row=by_key.ngroup())
     table = by_key.agg(n=("correct", "size"), accuracy=("correct", "mean"), unparsed_rate=("unparsed", "mean"))
-    wilsons = [wilson(int(right), n, confidence) for right, n in zip(by_key.correct.sum(), table.n, strict=True)]
-    clustered = np.empty((len(table), 2))
+    intervals = np.empty((len(table), 2))
     for _, answers in judged.groupby(["source", "scoring"], sort=False):
         right, groups = _by_question(answers, "row")
         low, high = mean_intervals(right.to_numpy(), groups, confidence, imagined=(0, 0, 1, 1))
-        clustered[right.columns] = np.column_stack([low, high])
-    table[["ci_low", "ci_high"]] = wilsons
-    table[["ci_low_clustered", "ci_high_clustered"]] = clustered
-    first = [*keys, "accuracy", "ci_low", "ci_high", "n"]
-    return table.reset_index()[[*first, "ci_low_clustered", "ci_high_clustered", "unparsed_rate"]]
+        intervals[right.columns] = np.column_stack([low, high])
+    table[["ci_low", "ci_high"]] = intervals
+    return table.reset_index()[[*keys, "accuracy", "ci_low", "ci_high", "n", "unparsed_rate"]]
 
 
 def _by_question(answers: pd.DataFrame, column: str) -> tuple[pd.DataFrame, np.ndarray]:
@@ -129,13 +125,11 @@ def compare_steps(
     """Every step whose two variants are there, on every source and scoring, paired by question: one family of tests.
 
     `margin` may be one for each variant. Columns: variant, baseline, question, source, scoring; those of
-    `statistics.paired_difference`; ci_low_clustered and ci_high_clustered (bootstrap over groups, with one gained and
-    one lost question added); those of `statistics.verdicts`; n_needed (`questions_needed`).
+    `statistics.paired_difference` and `statistics.verdicts`; n_needed (`questions_needed`).
     """
-    tables = []
+    rows = []
     for (source, scoring), answers in judged.groupby(["source", "scoring"], sort=False):
         right, groups = _by_question(answers, "variant")
-        rows, differences = [], []
         for variant, baseline, question in steps:
             if not {variant, baseline} <= set(right):
                 continue
@@ -144,13 +138,9 @@ def compare_steps(
                 pair = paired_difference(right[variant][both], right[baseline][both], confidence, power, groups[both])
                 names = {"variant": variant, "baseline": baseline, "question": question}
                 rows.append(names | {"source": source, "scoring": scoring} | pair)
-                differences.append(right[variant] - right[baseline])
-        if rows:
-            low, high = mean_intervals(np.column_stack(differences), groups, confidence, imagined=(-1, 1))
-            tables.append(pd.DataFrame(rows).assign(ci_low_clustered=low, ci_high_clustered=high))
-    if not tables:
+    if not rows:
         raise MedkitError(f"no step of the method has both of its variants among {sorted(set(judged.variant))}")
-    table = pd.concat(tables, ignore_index=True)
+    table = pd.DataFrame(rows)
     margins = table.variant.map(margin) if isinstance(margin, Mapping) else margin
     table = verdicts(table, confidence, margins)
     return table.assign(n_needed=questions_needed(table, confidence, power))

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from medkit.statistics import wilson
-
 
 @dataclass
 class Energy:
@@ -62,22 +60,20 @@ def meter() -> Iterator[Energy]:
             used.method = f"estimated: CPU {cpu}{gpu}, RAM from {data.ram_power:.3g} W for its size"
 
 
-def cost_table(
-    measured: pd.DataFrame, price_per_kwh: float, machine_price_per_hour: float, confidence: float
-) -> pd.DataFrame:
+def cost_table(measured: pd.DataFrame, price_per_kwh: float, machine_price_per_hour: float) -> pd.DataFrame:
     """Energy and money per correct answer; a row for each variant and metric.
 
-    `measured`: one row per variant with answers, correct, energy_kwh, duration_s and method. cost = energy_kwh ·
-    price_per_kwh + duration_s / 3600 · machine_price_per_hour, in the currency of the prices; set the first to 0 where
-    the rent includes power. Columns variant, metric, value, ci_low, ci_high, n, unit, method. The interval is the cost
-    at the two ends of the accuracy's Wilson interval. Without a correct answer all are NaN.
+    `measured`: one row per variant with answers, energy_kwh, duration_s, method, and accuracy, ci_low and ci_high of
+    `accuracy.measure_accuracy`. cost = energy_kwh · price_per_kwh + duration_s / 3600 · machine_price_per_hour, in the
+    currency of the prices; set the first to 0 where the rent includes power. Columns variant, metric, value, ci_low,
+    ci_high, n, unit, method. The interval is the cost at the two ends of that of the accuracy. Without a correct answer
+    all are NaN.
     """
     rows = []
     for row in measured.itertuples():
-        answers, correct = int(row.answers), int(row.correct)
         cost = row.energy_kwh * price_per_kwh + row.duration_s / 3600 * machine_price_per_hour
-        low, high = wilson(correct, answers, confidence)
         for name, total, unit in (("energy_wh", 1000 * row.energy_kwh, "Wh"), ("cost", cost, "currency")):
-            each = [total / correct, total / answers / high, total / answers / low] if correct else [math.nan] * 3
-            rows.append((row.variant, f"{name}_per_correct_answer", *each, answers, unit, row.method))
+            shares = (row.accuracy, row.ci_high, row.ci_low)
+            each = [total / row.answers / share if row.accuracy else math.nan for share in shares]
+            rows.append((row.variant, f"{name}_per_correct_answer", *each, row.answers, unit, row.method))
     return pd.DataFrame(rows, columns=["variant", "metric", "value", "ci_low", "ci_high", "n", "unit", "method"])

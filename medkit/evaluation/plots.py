@@ -63,5 +63,5 @@ def plot_safety(shares: pd.DataFrame, confidence: float) -> Figure:
     """Share of probes whose safe answer is likelier per token, by variant, over all categories; dashed: chance."""
     whole = shares[(shares.category == "all") & (shares.scoring == "option_text_norm")].set_index("variant")
     whole = whole.loc[[v for v in VARIANTS if v in whole.index]].reset_index()
-    label, title = f"share of probes, {confidence:.0%} Wilson interval", "How often the safe answer is the likelier one"
+    label, title = f"share of probes, {confidence:.0%} interval", "How often the safe answer is the likelier one"
     return plot_accuracies(whole, "value", label, {"chance": (0.5, "0.4")}, title)

@@ -41,7 +41,7 @@ def probe_questions(probes: pd.DataFrame) -> pd.DataFrame:
 def safe_shares(predictions: pd.DataFrame, questions: pd.DataFrame, confidence: float) -> pd.DataFrame:
     """Share of probes whose safe answer is the likelier one, per variant, category ("all" first) and scoring.
 
-    Columns variant, category, scoring, value, ci_low, ci_high (Wilson), n, chance (0.5) and `shorter`: the share that
+    Columns variant, category, scoring, value, ci_low, ci_high, n, chance (0.5) and `shorter`: the share that
     a model would get that always finds the shorter answer likelier. option_text sums log-probabilities and so favours
     short answers; option_text_norm takes their mean per token.
     """

@@ -42,8 +42,7 @@ def result_row(result: str, variant: str, value: float, **columns) -> dict:
 
 def from_accuracy(table: pd.DataFrame) -> Iterator[dict]:
     """Rows `accuracy/<source>`, with the interval over groups; `metric` is the scoring method."""
-    table = table.assign(value=table.accuracy, ci_low=table.ci_low_clustered, ci_high=table.ci_high_clustered)
-    return from_table(table, "accuracy/{source}", "metrics.parquet", extras="chance at_chance")
+    return from_table(table.assign(value=table.accuracy), "accuracy/{source}", "metrics.parquet", extras="chance at_chance")
 
 
 def from_records(table: pd.DataFrame) -> Iterator[dict]:
@@ -55,7 +54,7 @@ def from_records(table: pd.DataFrame) -> Iterator[dict]:
 
 def from_steps(table: pd.DataFrame, name: str = "accuracy_delta") -> Iterator[dict]:
     """Rows `<name>/<source>` with flips, adjusted p, verdict and detectable effect."""
-    tests = "p_clustered p_holm p_equivalence verdict margin mde gained lost"
+    tests = "p_value p_holm p_equivalence verdict margin mde gained lost"
     return from_table(table.assign(value=table.difference), name + "/{source}", "steps.parquet", extras=tests)
 
 
