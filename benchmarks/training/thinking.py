@@ -27,7 +27,7 @@ from medkit import data, distillation, evaluation, inference, lora, modeling, so
 from medkit.data.icd10_questions import read_icd_concepts
 from medkit.distillation.answers import answer_rows, collect_answers, weights_of
 from medkit.modeling.batches import Example
-from medkit.modeling.train_once import find_record, forget_record, key_of, load_for_training, train_once, write_record
+from medkit.modeling.train_once import find_record, key_of, load_for_training, recorded, train_once
 from medkit.params import Params, load_params
 from medkit.prompts import templates
 from medkit.stage import ROOT, Stage
@@ -157,11 +157,10 @@ def ask(stage: Stage, params: Params, name: str, budget: int, questions: pd.Data
     key = key_of([budget, limit], [weights_of(stage.dir / name), questions.id.tolist()], inference.predict)
     tokenizer = modeling.load_tokenizer(stage.dir / name)
     if find_record(path, key) is None:
-        forget_record(path)
         model = modeling.load_model(stage.dir / name, params.models)
         asked, sizes = questions.assign(scoring="generated"), (params.inference.batch_tokens, limit)
-        stage.write_table(path.name, inference.predict(model, tokenizer, asked, *sizes, budget or None))
-        write_record(path, key)
+        with recorded(path, key):
+            stage.write_table(path.name, inference.predict(model, tokenizer, asked, *sizes, budget or None))
     marks = templates.thinking_of(tokenizer)
     table = pd.read_parquet(path)
     thoughts = [text.removeprefix(marks.opening).partition(marks.closing)[0] if budget else "" for text in table.text]

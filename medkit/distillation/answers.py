@@ -16,7 +16,7 @@ from accelerate import PartialState
 from medkit.modeling import loading
 from medkit.modeling.batches import Example
 from medkit.modeling.engine import WRITE_TOKENS, Engine, write
-from medkit.modeling.train_once import find_record, forget_record, key_of, write_record
+from medkit.modeling.train_once import find_record, key_of, recorded
 from medkit.params import Params, ServerParams
 from medkit.prompts import answer_parser, templates
 from medkit.stage import MedkitError, StageError, atomic_path, sha256_of
@@ -62,9 +62,8 @@ def collect_answers(
                 parts.append(write_answers(engine, tokenizer, questions.iloc[start : start + at_once], *limits))
                 with atomic_path(unfinished) as scratch:
                     pd.concat(parts, ignore_index=True).to_parquet(scratch)
-        forget_record(path)
-        unfinished.replace(path)
-        write_record(path, key)
+        with recorded(path, key):
+            unfinished.replace(path)
     PartialState().wait_for_everyone()
     return pd.read_parquet(path)
 

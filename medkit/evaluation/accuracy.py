@@ -19,7 +19,8 @@ COMPRESSED = [(v.name, v.baseline, v.question) for v in VARIANTS.values() if (v.
 """The steps that must lose nothing: each smaller model against the one that it was made from."""
 STEP_COLUMNS = [
     *("variant", "baseline", "question", "source", "scoring", "difference", "ci_low", "ci_high", "n", "gained", "lost"),
-    *("p_value", "p_holm", "verdict", "margin", "mde", "p_equivalence", "p_equivalence_holm", "within_margin", "n_needed"),
+    *("p_value", "p_holm", "verdict", "margin", "mde", "p_equivalence", "p_equivalence_holm", "within_margin"),
+    "n_needed",
 ]
 
 

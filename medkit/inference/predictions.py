@@ -11,7 +11,7 @@ from medkit.inference.torch_engine import TorchEngine
 from medkit.modeling.batches import letter_forms
 from medkit.modeling.engine import WRITE_TOKENS, write
 from medkit.modeling.option_scoring import Item, score_options
-from medkit.modeling.train_once import find_record, forget_record, key_of, write_record
+from medkit.modeling.train_once import find_record, key_of, recorded
 from medkit.params import Params
 from medkit.prompts import templates
 from medkit.stage import FINGERPRINT, STAGES, MedkitError, Stage, atomic_path
@@ -95,12 +95,10 @@ def answers_once(
     folder = stage.path(f"checkpoints/{variant}")
     if find_record(folder, key) is None:
         tables = ask()
-        forget_record(folder)
-        with atomic_path(folder) as scratch:
+        with recorded(folder, key), atomic_path(folder) as scratch:
             scratch.mkdir()
             for name, table in tables.items():
                 table.to_parquet(scratch / f"{name}.parquet", index=False)
-        write_record(folder, key)
     return {path.stem: pd.read_parquet(path) for path in folder.glob("*.parquet")}
 
 

@@ -54,15 +54,16 @@ def find_record(path: Path, key: str | None) -> dict | None:
     return broadcast_object_list([facts])[0]
 
 
-def write_record(path: Path, key: str, **facts) -> None:
-    """Record that `path` was made under this key. Call it in the main process, after `path` is written."""
+@contextmanager
+def recorded(path: Path, key: str, **facts) -> Iterator[None]:
+    """Around the writing of `path`, in the main process: record that it was made under this key.
+
+    The old record is removed first: after a kill between the two it would vouch for the new files.
+    """
+    _record_path(path).unlink(missing_ok=True)
+    yield
     record = {"key": key, "sizes": _file_sizes(path), "facts": facts}
     write_text(_record_path(path), json.dumps(record, indent=1) + "\n")
-
-
-def forget_record(path: Path) -> None:
-    """Call it before `path` is written anew: killed between the two, the old record would vouch for the new files."""
-    _record_path(path).unlink(missing_ok=True)
 
 
 def _record_path(path: Path) -> Path:
@@ -130,11 +131,11 @@ def train_once(
         log = trainer.train(model, examples, section, loss, checkpoints / key / kind, seed, **options)
     if is_main:
         stage.reopen()
-        forget_record(folder)
-        save_adapter(model, folder, half) if isinstance(model, PeftModel) else loading.save_model(
-            model, tokenizer, folder
-        )
-        write_record(folder, key, log=log.to_dict("records"))
+        with recorded(folder, key, log=log.to_dict("records")):
+            if isinstance(model, PeftModel):
+                save_adapter(model, folder, half)
+            else:
+                loading.save_model(model, tokenizer, folder)
     PartialState().wait_for_everyone()
     return log
 

@@ -42,7 +42,8 @@ def result_row(result: str, variant: str, value: float, **columns) -> dict:
 
 def from_accuracy(table: pd.DataFrame) -> Iterator[dict]:
     """Rows `accuracy/<source>`, with the interval over groups; `metric` is the scoring method."""
-    return from_table(table.assign(value=table.accuracy), "accuracy/{source}", "metrics.parquet", extras="chance at_chance")
+    table = table.assign(value=table.accuracy)
+    return from_table(table, "accuracy/{source}", "metrics.parquet", extras="chance at_chance")
 
 
 def from_records(table: pd.DataFrame) -> Iterator[dict]:

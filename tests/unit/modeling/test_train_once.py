@@ -118,7 +118,7 @@ def test_the_key_covers_the_source_of_the_loss_and_the_library_versions(monkeypa
 def test_killed_before_the_record_the_old_one_does_not_vouch_for_new_weights(trainings, train, monkeypatch):
     first, _ = train(learning_rate=1e-3)
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(train_once, "write_record", lambda *_, **__: 1 / 0)
+        patch.setattr(train_once, "write_text", lambda *_, **__: 1 / 0)
         train(learning_rate=1e-2)
     assert_same_weights(train(learning_rate=1e-3)[0], first)
     assert len(trainings) == 3
