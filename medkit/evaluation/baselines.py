@@ -71,11 +71,11 @@ def count_bytes(model: Pipeline) -> int:
 
 NUMBERS = {"one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
 DURATION = re.compile(rf"\b(\d+|{'|'.join(NUMBERS)}) ((?:day|week|month|year)s?)\b")
-RELATIVE = re.compile(r"\b(?:my|the family, my) (?:\w+)\b.*\b(?:has|had|got|is|at|with|reacts|cannot)\b")
+RELATIVE = re.compile(r"\b(?:my|the family, my) (?:\w+)\b.*\b(?:has|had|got|gets|is|at|with|reacts|cannot)\b")
 OTHER_TIME = re.compile(r"\b(?:worse|worst|stopped|visit|trip|slept|last)\b")
 STOPPED = re.compile(
-    r"\b(?:stop(?:ped)?|before that|no longer|replaced|used to|off|did not help|ended|my old|finished|quit|past|"
-    r"gave up)\b"
+    r"\b(?:stop(?:ped)?|before that|no longer|replaced|used to(?! be)|off|did not help|ended|my old|finished|quit|past|"
+    r"gave up|no more|any more|dropped|history|until|earlier|crossed out|not now)\b"
 )
 TOPICS = {
     "age": r"\bage\b|\bold\b",
@@ -87,10 +87,13 @@ COMPLAINT = re.compile(
     r"\b(?:i have had|have|had|having|because of|problem is|about some|it is my|it is|my(?! problem)|the(?! past)|got|"
     r"came for|with|was|some) ([a-z ]+?)(?= for\b| ago| began| is killing| now|[.,]|$)"
 )
-DRUG = re.compile(r"(?:^|\b(?:take|of|on|me|is|yes,|just|present|use|my|only) )([a-z]{5,})\b")
-NO_DRUG = {"doctor", "every", "about", "after", "daily", "taking", "nothing", "there", "which"}
-ALLERGY = re.compile(r"(?:\b(?:to|from|with|after|avoid|stand) |^yes, )(?:the )?([a-z ]+?)(?= i\b|[.,;]|$)")
-DENIED = re.compile(r"\b(?:no|not|none|never|without)\b")
+DRUG = re.compile(r"(?:^|\b(?:take|of|on|me|is|are|yes,|forgot,|just|present|use|my|only|said|wrote) )([a-z]{5,})\b")
+NO_DRUG = {"doctor", "every", "about", "after", "daily", "taking", "nothing", "there", "which", "since", "tablets"}
+ALLERGY = re.compile(
+    r"(?:\b(?:to(?! stay)|from|with|after|avoid|stand) |^yes, (?!i\b|to\b)|^(?=[a-z ]+ makes))(?:the )?"
+    r"([a-z ]+?)(?= i\b| makes\b|[.,;]|$)"
+)
+DENIED = re.compile(r"\b(?:no|(?<!could )not|none|never|without|nothing)\b")
 WOMAN = re.compile(r"\b(?:mrs|ms|ma'am|woman|(?:grand)?mother)\b")
 MAN = re.compile(r"\b(?:mr|sir|man|(?:grand)?father)\b")
 
@@ -151,14 +154,16 @@ def _first(pattern: re.Pattern, text: str) -> str | None:
 def _denied(question: str, answer: str) -> str | None:
     """The symptom of the question that the answer denies."""
     asked = re.sub(
-        r"^.*?\b(?:any|some|have|about|and|is there|did|also|come with it)\b (?:any |you have )?", "", question
-    )
-    asked = re.sub(r"(?: as well| too| come with it|, too)?[?.]$", "", asked).replace(",", "")
-    symptoms = re.split(r" or (?:maybe )?| and ", asked)
+        r"^.*?\b(?:any|some|have|about|and|is there|is it|is|are|did|also|come with it)\b "
+        r"(?:any |you (?:have|had|notice) )?", "", question
+    )  # fmt: skip
+    asked = re.sub(r"(?: as well| too| come with it|, too| a problem|, both)?[?.]$", "", asked)
+    symptoms = re.split(r",? or (?:maybe )?| and |, ", asked)
     if len(symptoms) == 1:
         return symptoms[0] if DENIED.search(answer) else None
     for symptom in symptoms:
         name = re.escape(symptom)
-        if re.search(rf"\b(?:no|never|without|not have|not had|no to) (?:any )?{name}|{name}, (?:no|never)[.]", answer):
+        denied = rf"\b(?:no|never|without|not|not have|not had|no to|not from) (?:any )?{name}"
+        if re.search(rf"{denied}|{name},? (?:no|never|does not|not)(?=[.,]| at all)", answer):
             return symptom
     return None
