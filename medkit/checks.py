@@ -180,7 +180,7 @@ TRUTHS = {
     ],
     "5.4": lambda check, lengths: [_padding(lengths), _padding(np.sort(lengths))],
     "5.6": lambda check, **given: _medprompt(**given),
-    "6.1": lambda check, **row: check.table("06_evaluation/metrics", **row)[["ci_low", "ci_high"]].iloc[0].tolist(),
+    "6.1": lambda check, right: statistics.wilson(right.sum(), len(right), 0.95),
     "6.2": lambda check, values, counts: [
         values.mean(), *np.quantile(counts @ values / counts.sum(1), [0.025, 0.975])
     ],
