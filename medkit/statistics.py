@@ -64,15 +64,15 @@ def mean_intervals(
     return np.minimum(low, mean), np.maximum(high, mean)
 
 
-def median_interval(values: Sequence[float], confidence: float) -> tuple[float, float, float]:
-    """Median of repeated timings and its bootstrap percentile interval; of one timing, the interval is its value."""
-    values = np.asarray(values, float)
-    if len(values) < 2 or np.ptp(values) == 0:
-        return float(np.median(values)), float(values.min()), float(values.max())
-    low, high = stats.bootstrap(
-        (values,), np.median, confidence_level=confidence, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return float(np.median(values)), float(low), float(high)
+def share_interval(holds: Sequence[bool], groups: Sequence, confidence: float) -> tuple[float, float]:
+    """`mean_intervals` of one proportion."""
+    low, high = mean_intervals(np.asarray(holds, float)[:, None], groups, confidence, imagined=(0, 0, 1, 1))
+    return float(low[0]), float(high[0])
+
+
+def median_and_range(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median, least and greatest of repeated timings: too few are taken for an interval."""
+    return float(np.median(values)), float(np.min(values)), float(np.max(values))
 
 
 def gap_closed(

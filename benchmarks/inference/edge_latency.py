@@ -60,7 +60,9 @@ def main() -> None:
         for kind in args.formats:
             path = gguf_export.export_gguf(model, tokenizer, scratch / kind / "student.gguf", kind)
             sizes[kind] = path.stat().st_size
-            engines[kind] = stack.enter_context(llama_engine(path, threads=args.threads))
+            engines[kind] = stack.enter_context(
+                llama_engine(path, threads=args.threads, options={"cache_prompt": False})
+            )
             same_file = AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
             )

@@ -126,7 +126,8 @@ def compare_steps(
     """Every step whose two variants are there, on every source and scoring, paired by question: one family of tests.
 
     `margin` may be one for each variant. Columns: variant, baseline, question, source, scoring; those of
-    `statistics.paired_difference` and `statistics.verdicts`; n_needed (`questions_needed`).
+    `statistics.paired_difference` and `statistics.verdicts`; n_needed (`questions_needed`). Two variants that get
+    nothing right are equal, but not shown to be equivalent.
     """
     rows = []
     for (source, scoring), answers in judged.groupby(["source", "scoring"], sort=False):
@@ -138,12 +139,15 @@ def compare_steps(
             if both.any():
                 pair = paired_difference(right[variant][both], right[baseline][both], confidence, power, groups[both])
                 names = {"variant": variant, "baseline": baseline, "question": question}
-                rows.append(names | {"source": source, "scoring": scoring} | pair)
+                names |= {"source": source, "scoring": scoring}
+                rows.append(names | pair | {"right": right[[variant, baseline]][both].to_numpy().sum()})
     if not rows:
         raise MedkitError(f"no step of the method has both of its variants among {sorted(set(judged.variant))}")
     table = pd.DataFrame(rows)
     margins = table.variant.map(margin) if isinstance(margin, Mapping) else margin
     table = verdicts(table, confidence, margins)
+    table.loc[table.right == 0, ["within_margin", "verdict"]] = False, "not detectable"
+    table = table.drop(columns="right")
     return table.assign(n_needed=questions_needed(table, confidence, power))
 
 

@@ -62,12 +62,12 @@ def risk_coverage(confidence: Sequence[float], correct: Sequence[bool]) -> pd.Da
 def reliability(judged: pd.DataFrame, confidence: float, bins: int = 10) -> pd.DataFrame:
     """The reliability diagram's table: the bins of the ECE, least confident first, empty ones left out.
 
-    Columns variant, source, scoring, bin (1 …), mean_confidence, value (accuracy), ci_low, ci_high (Wilson), n.
+    Columns variant, source, scoring, bin (1 …), mean_confidence, value (accuracy), ci_low, ci_high (over groups), n.
     """
     rows = []
     for key, table in add_confidence(judged).groupby(KEYS, sort=False):
         for number, part in table.groupby(1 + find_bins(table.confidence, bins)):
-            interval = statistics.wilson(int(part.correct.sum()), len(part), confidence)
+            interval = statistics.share_interval(part.correct, part.group, confidence)
             rows.append((*key, number, part.confidence.mean(), part.correct.mean(), *interval, len(part)))
     return pd.DataFrame(rows, columns=[*KEYS, "bin", "mean_confidence", "value", "ci_low", "ci_high", "n"])
 
@@ -98,8 +98,8 @@ def measure_calibration(
     that count, of accuracy_at_80 those given. Intervals are percentiles over resamples of whole near-duplicate groups
     (`judged.group`), with bins and order of the answers as measured. ece: from 2·value − the upper percentile, since a
     resample adds its own bias to the value's; from 0 if a calibrated model would show as much, so that ci_low > 0 says
-    that a miscalibration was detected. accuracy_at_80: Wilson's, of the answers given; aurc: Wilson's of the error rate
-    if all answers are right or wrong.
+    that a miscalibration was detected. accuracy_at_80: of the answers given; aurc: that of the error rate if all
+    answers are right or wrong.
     """
     rows = []
     for key, table in add_confidence(judged).groupby(KEYS, sort=False):
@@ -131,8 +131,8 @@ def _measure(table: pd.DataFrame, confidence: float, bins: int, resamples: int, 
     low[0] = 0 if value[0] <= np.quantile(calibrated, tails[1]) else max(0, 2 * value[0] - high[0])
     errors = int((~correct).sum())
     if errors in (0, n):
-        low[2], high[2] = statistics.wilson(errors, n, confidence)
-    at_coverage = statistics.wilson(value[3] * given, given, confidence)
+        low[2], high[2] = statistics.share_interval(~correct, answers.group, confidence)
+    at_coverage = statistics.share_interval(1 - wrong[:given], answers.group[:given], confidence)
     low, high = np.minimum([*low, at_coverage[0]], value), np.maximum([*high, at_coverage[1]], value)
     metrics = zip(("ece", "brier", "aurc", "accuracy_at_80"), value, low, high, (n, n, n, given), strict=True)
     return [(*row, calibrated.mean() if row[0] == "ece" else np.nan) for row in metrics]

@@ -36,14 +36,14 @@ def measure_perplexity(predictions: pd.DataFrame, questions: pd.DataFrame, confi
     for source, part in table.groupby("source", sort=False):
         nats, tokens, size = (part.pivot(index="id", columns="variant", values=v) for v in ("nats", "tokens", "bytes"))
         groups = part.groupby("id").group.first()
-        rates = ratio_of_sums(nats, tokens, groups, confidence, is_share=False).set_index("variant")
+        rates = ratio_of_sums(nats, tokens, groups, confidence).set_index("variant")
         rates = rates.assign(source=source, tokens=tokens.sum(), bits_per_byte=nats.sum() / np.log(2) / size.sum())
         rates[INTERVAL] = np.exp(rates[INTERVAL])
         pairs = {name: VARIANTS[name].baseline for name in nats if VARIANTS[name].baseline in nats}
         if pairs:
             changes = pd.DataFrame({v: (nats[v] - nats[b]).where(tokens[v] == tokens[b]) for v, b in pairs.items()})
             tokens = tokens[list(pairs)].where(changes.notna())
-            ratios = ratio_of_sums(changes, tokens, groups, confidence, is_share=False).set_index("variant")
+            ratios = ratio_of_sums(changes, tokens, groups, confidence).set_index("variant")
             rates[["ratio", "ratio_low", "ratio_high"]] = np.exp(ratios[INTERVAL])
             rates["baseline"] = pd.Series(pairs).where(ratios.value.notna())
         tables.append(rates.reset_index().reindex(columns=COLUMNS))

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from medkit.data.consultations import NUMBERS
 from medkit.evaluation.accuracy import STEP_COLUMNS, compare_steps, judge
 from medkit.prompts import answer_parser, templates
-from medkit.statistics import mean_intervals, resample_groups
+from medkit.statistics import resample_groups, share_interval
 from medkit.variants import STEPS
 
 # metric → the columns whose sums over the fields of all records are divided
@@ -26,6 +27,10 @@ METRICS = {
     "missing": ("missing", "required"),
     "tokens": ("tokens", "fields"),
 }
+ENDS = ["ci_low", "ci_high"]
+OF_WHOLE_RECORDS = ("exact", "valid")  # 0 or 1 for each record
+CONVERTED = ("sex", "sx", "band", "days", "g")  # fields whose value need not stand in the dialogue as it is
+SPELLED = {word: str(number) for number, word in enumerate(NUMBERS) if number}
 SCORE_COLUMNS = [
     *("variant", "source", "id", "group", "valid", "exact", "tokens", "field", "gold", "answer", "required", "given"),
     *("correct", "missing", "invented"),
@@ -39,7 +44,8 @@ def score_records(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.Data
     predictions: rows of `inference.predict` with a column `variant`. questions: the table of notebook 01; the first
     option is the true record. Columns: variant, source, id, group, field, gold and answer (text, or None);
     `required` (gold has a value), `given` (the answer has one), `correct` (both are equal, or both have none),
-    `missing` (required, not given), `invented` (given, but gold has no value, or it is wrong and not in the dialogue);
+    `missing` (required, not given), `invented` (given, but gold has no value, or it is wrong and not in the dialogue; a
+    wrong value of CONVERTED is not invented);
     and of the whole record `valid` (it has the form), `exact` (all fields correct) and `tokens` (of the answer).
     """
     truths = questions[questions.kind.isin(list(templates.FORMS))]
@@ -52,7 +58,7 @@ def score_records(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.Data
         tokens = row.get("answer_tokens")
         whole = {name: row[name] for name in ("variant", "source", "id", "group")} | {"valid": record is not None}
         fields = [
-            {"field": name} | _judge(value, answer.get(name), record is not None, row["question"])
+            {"field": name} | _judge(name, value, answer.get(name), record is not None, row["question"])
             for name, value in gold.items()
         ]
         whole |= {"exact": all(field["correct"] for field in fields)}
@@ -61,8 +67,9 @@ def score_records(predictions: pd.DataFrame, questions: pd.DataFrame) -> pd.Data
     return pd.DataFrame(rows, columns=SCORE_COLUMNS).astype({"tokens": float})
 
 
-def _judge(gold, answer, valid: bool, dialogue: str) -> dict:
+def _judge(field: str, gold, answer, valid: bool, dialogue: str) -> dict:
     correct, required, given = valid and same_value(gold, answer), gold is not None, answer is not None
+    copied = field not in CONVERTED
     return {
         "gold": None if gold is None else str(gold),
         "answer": None if answer is None else str(answer),
@@ -70,7 +77,7 @@ def _judge(gold, answer, valid: bool, dialogue: str) -> dict:
         "given": given,
         "correct": correct,
         "missing": required and not given,
-        "invented": given and not correct and (not required or not occurs_in(answer, dialogue)),
+        "invented": given and not correct and (not required or (copied and not occurs_in(answer, dialogue))),
     }
 
 
@@ -91,10 +98,15 @@ def _number(value) -> float | None:
 
 
 def occurs_in(value, text: str) -> bool:
-    """Whether the value stands in the text as whole words; a number as digits."""
+    """Whether the value stands in the text as whole words. "six" and "6", "milligrams" and "mg" are the same word."""
     number = _number(value)
-    words = answer_parser.normalise(str(value) if number is None else f"{number:g}")
-    return bool(re.search(rf"(?<![\w.]){re.escape(words)}(?!\w|\.\d)", answer_parser.normalise(text)))
+    words = _plain(str(value) if number is None else f"{number:g}")
+    return bool(re.search(rf"(?<![\w.]){re.escape(words)}(?!\w|\.\d)", _plain(text)))
+
+
+def _plain(text: str) -> str:
+    words = answer_parser.normalise(text).replace("milligrams", "mg")
+    return re.sub("|".join(rf"\b{word}\b" for word in SPELLED), lambda match: SPELLED[match[0]], words)
 
 
 def measure_records(scores: pd.DataFrame, confidence: float) -> pd.DataFrame:
@@ -102,8 +114,9 @@ def measure_records(scores: pd.DataFrame, confidence: float) -> pd.DataFrame:
 
     field_f1: 2 · (right values) / (values given + values required), over all records. field_accuracy: share of fields
     that are correct, empty ones included. exact, valid: shares of records. invented: share of the given values.
-    missing: share of the required ones. tokens: mean per record. The intervals are a bootstrap over groups of records;
-    with two perfect and two failed records added, so that none has width 0. NaN where nothing is to be divided by.
+    missing: share of the required ones. tokens: mean per record. The intervals are a bootstrap over groups of records.
+    Two perfect and two failed records are added for the shares of whole records, and wherever an interval has width 0:
+    an F1 varies too little from record to record for them. NaN where nothing is to be divided by.
     """
     right = scores.correct & scores.given
     counts = scores.assign(fields=1, found_twice=2 * right, given_and_required=1 * scores.given + scores.required)
@@ -113,21 +126,26 @@ def measure_records(scores: pd.DataFrame, confidence: float) -> pd.DataFrame:
         groups = part.groupby("id").group.first()
         for metric, names in METRICS.items():
             above, below = (records[name].unstack("variant").loc[groups.index] for name in names)
-            rates = ratio_of_sums(above, below, groups, confidence, metric != "tokens")
+            rates, wide = (ratio_of_sums(above, below, groups, confidence, imagined) for imagined in (False, True))
+            flat = (rates.ci_low == rates.ci_high) & (metric != "tokens")
+            rates[ENDS] = rates[ENDS].mask(flat | (metric in OF_WHOLE_RECORDS), wide[ENDS])
             tables.append(rates.assign(source=source, metric=metric))
     order = ["variant", "source", "metric", "value", "ci_low", "ci_high", "n"]
     return pd.concat(tables, ignore_index=True)[order] if tables else pd.DataFrame(columns=order)
 
 
 def ratio_of_sums(
-    above: pd.DataFrame, below: pd.DataFrame, groups: pd.Series, confidence: float, is_share: bool
+    above: pd.DataFrame, below: pd.DataFrame, groups: pd.Series, confidence: float, imagined: bool = False
 ) -> pd.DataFrame:
-    """Sum of `above` over sum of `below`, (records, variants) each, with percentile intervals."""
+    """Sum of `above` over sum of `below`, (records, variants) each, with percentile intervals.
+
+    imagined: two records at 0 and two at 1, of mean weight, are added for the interval.
+    """
     n, names = above.notna().sum(), list(above)
     above, below, codes = above.fillna(0).to_numpy(), below.fillna(0).to_numpy(), pd.factorize(groups)[0]
     with np.errstate(invalid="ignore"):
         value = above.sum(0) / below.sum(0)
-        if is_share:
+        if imagined:
             mean = np.tile(below.mean(0), (4, 1))
             above, below = np.vstack([above, mean * [[0], [0], [1], [1]]]), np.vstack([below, mean])
             codes = np.append(codes, codes.max() + 1 + np.arange(4))
@@ -174,13 +192,14 @@ def score_dialogues(
     share of records that have the form. grounded: share of the given values that stand in the dialogue. sections: a
     field → the section header that a doctor wrote about it; `<field>_in_section` is the share of dialogues with that
     header where the value stands in the section's text, or where there is no value and the text says "no" or "none".
+    Values of CONVERTED are not asked for.
     """
     rows = []
     for row in answers[["variant", "id", "text"]].merge(dialogues, on="id").itertuples():
         record = answer_parser.parse_record(row.text, templates.FORMS[kind])
         values = {} if record is None else record.model_dump(mode="json", by_alias=True)
         rows.append((row.variant, row.id, "valid", record is not None))
-        given = [value for value in values.values() if value is not None]
+        given = [value for field, value in values.items() if value is not None and field not in CONVERTED]
         rows += [(row.variant, row.id, "grounded", occurs_in(value, row.dialogue)) for value in given]
         for field, header in sections.items():
             if row.section_header == header:
@@ -189,7 +208,6 @@ def score_dialogues(
                 rows.append((row.variant, row.id, f"{field}_in_section", agrees))
     table, results = pd.DataFrame(rows, columns=["variant", "id", "metric", "holds"]), []
     for (variant, metric), part in table.groupby(["variant", "metric"], sort=False):
-        holds = part.holds.to_numpy(float)[:, None]
-        low, high = mean_intervals(holds, part.id, confidence, imagined=(0, 0, 1, 1))
-        results.append((variant, metric, holds.mean(), low[0], high[0], len(part)))
+        interval = share_interval(part.holds, part.id, confidence)
+        results.append((variant, metric, part.holds.mean(), *interval, len(part)))
     return pd.DataFrame(results, columns=["variant", "metric", "value", "ci_low", "ci_high", "n"])

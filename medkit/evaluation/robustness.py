@@ -4,13 +4,13 @@ import numpy as np
 import pandas as pd
 
 from medkit.prompts.templates import LETTERS
-from medkit.statistics import wilson
+from medkit.statistics import share_interval
 
 KEYS = ["variant", "source", "scoring"]
 
 
 def shuffle_consistency(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
-    """Share of questions answered with the same option under every order, with Wilson's interval.
+    """Share of questions answered with the same option under every order, with an interval over groups.
 
     `by_chance`: the share expected of a model that does not read the options and picks letters as often as this one
     does. `accuracy`: mean over the orders; `orders`: the most that a question had. Answers that name no option (−1) are
@@ -26,7 +26,7 @@ def shuffle_consistency(judged: pd.DataFrame, confidence: float) -> pd.DataFrame
         letter_of = [np.argsort(np.stack(orders.tolist()), axis=1) for _, orders in questions.order]
         by_chance = np.mean([frequency[letter].prod(axis=0).sum() for letter in letter_of])
         more = {"by_chance": by_chance, "accuracy": questions.correct.mean().mean(), "orders": questions.size().max()}
-        rows.append(dict(zip(KEYS, key, strict=True)) | _share(same, confidence) | more)
+        rows.append(dict(zip(KEYS, key, strict=True)) | _share(same, questions.group.first(), confidence) | more)
     return pd.DataFrame(rows)
 
 
@@ -42,11 +42,15 @@ def letter_bias(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
     rows = []
     for key, group in table.groupby(KEYS, sort=False):
         for letter, part in group.groupby("letter"):
-            row = {"letter": letter, **_share(part.correct, confidence), "chosen": (group.chosen == letter).mean()}
+            row = {
+                "letter": letter,
+                **_share(part.correct, part.group, confidence),
+                "chosen": (group.chosen == letter).mean(),
+            }
             rows.append(dict(zip(KEYS, key, strict=True)) | row)
     return pd.DataFrame(rows)
 
 
-def _share(flags: pd.Series, confidence: float) -> dict:
-    low, high = wilson(int(flags.sum()), len(flags), confidence)
+def _share(flags: pd.Series, groups: pd.Series, confidence: float) -> dict:
+    low, high = share_interval(flags, groups, confidence)
     return {"value": float(flags.mean()), "ci_low": low, "ci_high": high, "n": len(flags)}

@@ -36,9 +36,12 @@ def load_variant(run: str, folder: str, params: Params) -> nn.Module:
 def edge_engine(run: str, edge_file: str, server: ServerParams | None) -> AbstractContextManager[ServerEngine]:
     """An engine on the run's edge file: on `server`, or (None) on llama.cpp's own server, which ends with the block.
 
-    Raises EngineError if the server cannot be reached or its key is not in the environment.
+    llama.cpp keeps nothing of an earlier prompt, so that each time to first token is of a whole prompt. Raises
+    EngineError if the server cannot be reached or its key is not in the environment.
     """
-    return closing(_connect(server, "inference.server")) if server else llama_engine(run_dir(run) / edge_file)
+    if server:
+        return closing(_connect(server, "inference.server"))
+    return llama_engine(run_dir(run) / edge_file, options={"cache_prompt": False})
 
 
 def make_engine(model: nn.Module | ServerParams, pad_token_id: int, **settings) -> TorchEngine | ServerEngine:

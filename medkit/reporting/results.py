@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from medkit.stage import DISCLAIMER, StageError, provenance, reading, write_text
-from medkit.statistics import median_interval
+from medkit.statistics import median_and_range
 from medkit.variants import FINAL, VARIANTS
 
 COLUMNS = ["result", "variant", "metric", "value", "ci_low", "ci_high", "n", "unit", "baseline", "stage", "file"]
@@ -81,17 +81,18 @@ def from_drift(table: pd.DataFrame) -> Iterator[dict]:
             yield result_row(name, row["variant"], row[name], n=row["positions"], unit=unit, **where)
 
 
-def from_bench(bench: pd.DataFrame, confidence: float) -> Iterator[dict]:
+def from_bench(bench: pd.DataFrame) -> Iterator[dict]:
     """Rows `ttft_s`, `latency_s_per_token` (single requests) and `throughput_tokens_per_s/<workload>`.
 
-    Values are medians over the repeats. `metric` is the engine, or how requests were scheduled.
+    Values are medians over the repeats, `ci_low` and `ci_high` the least and the greatest. `metric` is the engine, or
+    how requests were scheduled.
     """
     for (variant, workload, engine), repeats in bench.groupby(["variant", "workload", "engine"], sort=False):
         lengths = repeats[["prompt_tokens", "output_tokens", "requests"]].iloc[0]
         where = {"metric": engine, "n": len(repeats), "stage": "05_inference", "file": "bench.parquet", **lengths}
         single = workload == "single"
         for column in ("ttft_s", "latency_s_per_token") if single else ("throughput_tokens_per_s",):
-            value, low, high = median_interval(repeats[column], confidence)
+            value, low, high = median_and_range(repeats[column])
             name, unit = (column, "s") if single else (f"{column}/{workload}", "tokens/s")
             yield result_row(name, variant, value, ci_low=low, ci_high=high, unit=unit, **where)
 

@@ -301,12 +301,3 @@ def test_groups_widen_the_interval_of_a_gap_and_no_gap_has_no_share():
     assert grouped["gap_high"] - grouped["gap_low"] > 2 * (single["gap_high"] - single["gap_low"])
     none = statistics.gap_closed(low, high, low, np.arange(600), 0.95)
     assert none["gap"] == 0 and all(np.isnan(none[name]) for name in ("share", "ci_low", "ci_high"))
-
-
-@pytest.mark.parametrize("values", [[0.3], [0.3] * 5, [3.0, 1.0], [5.0, 1.0, 2.0, 9.0, 4.0], list(range(30))])
-def test_the_median_lies_in_its_interval_and_that_in_the_range(values):
-    median, low, high = statistics.median_interval(values, 0.95)
-    assert min(values) <= low <= median <= high <= max(values)
-    assert median == np.median(values)
-    narrow = statistics.median_interval(values, 0.5)
-    assert low <= narrow[1] and narrow[2] <= high

@@ -8,6 +8,7 @@ import pytest
 from medkit.data import consultations
 from medkit.data.consultations import NUMBERS, make_consultations, phrases_of, read_drug_names
 from medkit.data.raw_questions import POOL_SHARES, DataError, rejection_reason
+from medkit.evaluation.records import CONVERTED, occurs_in
 from medkit.prompts import answer_parser
 from medkit.prompts.templates import FORMS
 
@@ -42,6 +43,12 @@ def test_every_value_of_the_first_form_can_be_read():
             for words in (r"Mrs|Ms|ma'am|woman|mother|grandmother", r"Mr|sir|man|father|grandfather")
         )
         assert bool(woman) == (gold["sex"] == "female") and bool(man) == (gold["sex"] == "male"), row
+
+
+def test_only_converted_values_may_be_absent_from_the_dialogue():
+    for row in (row for kind in FORMS for row in make(kind)):
+        for field, value in json.loads(row["options"][0]).items():
+            assert value is None or field in CONVERTED or occurs_in(value, row["question"]), (field, row)
 
 
 def test_the_second_form_says_the_same_in_other_units():

@@ -136,6 +136,12 @@ def test_steps_whose_variants_are_there_are_compared_each_with_its_margin(judged
     assert table.p_equivalence[table.variant == "teacher"].equals(one.p_equivalence[one.variant == "teacher"])
 
 
+def test_two_variants_that_know_nothing_are_not_equivalent(judged):
+    table = compare(judged.assign(correct=False), 0.95, 0.8, 0.5)
+    assert (table.difference == 0).all() and not table.within_margin.any()
+    assert set(table.verdict) == {"not detectable"} and compare(judged, 0.95, 0.8, 0.9).within_margin.all()
+
+
 def test_two_answers_of_one_variant_to_one_question_are_not_averaged(judged):
     with pytest.raises(MedkitError, match="two answers of a variant"):
         compare(pd.concat([judged, judged]), 0.95, 0.8, 0.05)

@@ -7,7 +7,14 @@ import pandas as pd
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from medkit.evaluation.records import compare_records, measure_records, score_dialogues, score_questions, score_records
+from medkit.evaluation.records import (
+    compare_records,
+    measure_records,
+    occurs_in,
+    score_dialogues,
+    score_questions,
+    score_records,
+)
 from medkit.prompts import templates
 
 
@@ -97,6 +104,21 @@ def test_intervals_hold_the_value_have_a_width_and_are_those_of_the_binomial():
     assert (table.ci_low < table.ci_high).all() and set(table.n) == {200}
     exact = table.set_index(["variant", "metric"]).loc[("nf4", "exact")]
     assert exact.ci_high - exact.ci_low == pytest.approx(2 * 1.96 * np.sqrt(0.7 * 0.3 / 200), rel=0.35)
+
+
+def test_the_interval_of_an_f1_is_not_pulled_towards_one_half():
+    table = measure_records(many({"lora": 0.7}, n=100), 0.95).set_index("metric")
+    for metric in ("field_f1", "missing"):
+        row = table.loc[metric]
+        assert 0.6 < (row.ci_high - row.value) / (row.value - row.ci_low) < 1.6, metric
+
+
+@pytest.mark.parametrize(
+    ("value", "text", "found"),
+    [("6 days", "It began six days ago", True), ("6 days", "sixteen days", False), ("200 mg", "200 milligrams", True)],
+)
+def test_a_number_may_be_spelled_out(value, text, found):
+    assert occurs_in(value, text) == found
 
 
 def test_a_rate_of_few_values_keeps_the_width_of_its_interval():

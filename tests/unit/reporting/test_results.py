@@ -21,7 +21,7 @@ def rows():
              for repeat in range(3)]  # fmt: skip
     columns = ["variant", "workload", "engine", "repeat", "ttft_s", "latency_s_per_token", "throughput_tokens_per_s"]
     bench = pd.DataFrame(times, columns=columns).assign(prompt_tokens=120, output_tokens=64, requests=4)
-    found = [*results.from_ledger(ledger), *results.from_bench(bench, 0.95)]
+    found = [*results.from_ledger(ledger), *results.from_bench(bench)]
     manifests = {"01_data": {"duration_s": 3.0}, "02_distillation": {"duration_s": 60.5}, "03_lora": {}}
     return [*found, *results.ratios(found), *results.from_manifests(manifests)]
 
