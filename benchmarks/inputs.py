@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from benchmarks.record import RESULTS
 from medkit.data import splits
 from medkit.modeling import loading
 from medkit.params import Params, load_params
-from medkit.stage import ROOT
+from medkit.stage import ROOT, count_cores
 
 STUDENT = Path("02_distillation") / "student_kd"
 
@@ -25,7 +24,7 @@ def make_parser(description: str, repeats: int = 5) -> ArgumentParser:
     parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
     parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
     parser.add_argument("--repeats", type=int, default=repeats, help="timed passes of each contender, after a warm-up")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=count_cores())
     parser.add_argument("--output", type=Path, default=RESULTS)
     return parser
 

@@ -8,14 +8,14 @@ import json
 import os
 import platform
 import re
-import subprocess
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from medkit.stage import library_versions, provenance
 
 RESULTS = Path(__file__).parent / "results"
 RAW = Path(__file__).parents[1] / "outputs" / "benchmarks"
@@ -45,25 +45,9 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def git_commit() -> str | None:
-    """The commit being measured, `-dirty` if edited; outside a checkout, the variable GIT_COMMIT."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT")
-    return run.stdout.strip()
-
-
 def versions(*packages: str) -> dict[str, str | None]:
     """Installed version of every package named; None if it is absent."""
-    installed = {}
-    for package in packages:
-        try:
-            installed[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            installed[package] = None
-    return {"python": platform.python_version()} | installed
+    return {"python": platform.python_version()} | library_versions(packages)
 
 
 def result_path(name: str, directory: Path = RESULTS) -> Path:
@@ -88,7 +72,7 @@ def write(
         "name": name,
         "device": device_name(),
         "date": datetime.now(UTC).date().isoformat(),
-        "git_commit": git_commit(),
+        "git_commit": provenance()["git_commit"] or os.environ.get("GIT_COMMIT"),  # outside a checkout
         "setup": setup,
         "ratios": {what: asdict(ratio) for what, ratio in ratios.items()},
         "raw": raw,

@@ -21,7 +21,7 @@ from papermill.exceptions import PapermillExecutionError
 
 from medkit import run_store, sources
 from medkit.code_digest import digest_code
-from medkit.params import OWN, Params, digest, load_params, save_run_params
+from medkit.params import OWN, RUN_PARAMS, Params, digest, load_params, save_run_params
 from medkit.stage import (
     FINGERPRINT,
     MANIFEST,
@@ -37,6 +37,7 @@ from medkit.stage import (
     sha256_of,
     write_errors,
 )
+from medkit.variants import ADAPTER, VARIANTS, list_variants
 
 PARAMETERS = {"params_file", "run", "overrides"}
 # threads wait a short time actively before they sleep, and freed memory stays with the process: 1.4 times as fast on
@@ -72,15 +73,10 @@ def source_digest(notebook: Path) -> str:
 def fingerprints(params: Params) -> dict[str, str]:
     """The wanted fingerprint of every stage.
 
-    A section belongs to the notebook of the same name (`lora` to 03_lora); every other key is shared by all. A user's
-    own table counts by its content: wheels are pinned by their sha256, a file is not.
+    A section belongs to the notebook of the same name (`lora` to 03_lora); every other key is shared by all. What lies
+    at a local path counts by its content: wheels are pinned by their sha256, a file is not.
     """
-    values = params.model_dump()
-    for name, dataset in params.data.datasets.items():
-        if dataset.origin.kind in OWN and isinstance(dataset.origin.path, str):
-            path = sources.fetch(dataset.origin)
-            files = {str(file.relative_to(path)): sha256_of(file) for file in path.rglob("*") if file.is_file()}
-            values["data"]["datasets"][name]["content"] = files if path.is_dir() else sha256_of(path)
+    values = _with_contents(params.model_dump())
     sections = {name: name.split("_", 1)[1] for name in STAGES}
     shared = {key: value for key, value in values.items() if key not in sections.values()}
     upstream = digest([shared, library_versions()])
@@ -89,6 +85,20 @@ def fingerprints(params: Params) -> dict[str, str]:
         upstream = digest([upstream, source_digest(notebook), values.get(sections[notebook.stem])])
         chain[notebook.stem] = upstream
     return chain
+
+
+def _with_contents(value):
+    """Settings in which every local path has the sha256 of its file, or of each file in its folder, beside it."""
+    if isinstance(value, list):
+        return [_with_contents(part) for part in value]
+    if not isinstance(value, dict):
+        return value
+    value = {key: _with_contents(part) for key, part in value.items()}
+    if value.get("kind") in ("local", *OWN) and isinstance(value["path"], str):
+        path = Path(value["path"])
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()] or [path] * path.is_file()
+        value["content"] = {str(file.relative_to(path)): sha256_of(file) for file in files}
+    return value
 
 
 def status(params: Params, run: str) -> dict[str, str]:
@@ -127,13 +137,14 @@ def run_all(
     for stage in (first, last):
         if stage is not None and stage not in STAGES:
             raise MedkitError(f"no stage {stage!r}; the stages are {STAGES}")
-    parameters = {"params_file": str(Path(params_file).resolve()), "run": run, "overrides": overrides or {}}
+    # the run's own copy of the profile: the file that the user named may be edited while the run goes on
+    parameters = {"params_file": str(run_dir(run) / RUN_PARAMS), "run": run, "overrides": {}}
     with lock_run(run):
         save_run_params(params, run)
         wanted, last = fingerprints(params), last or STAGES[-1]
         _fetch_stages(run, wanted, first, last)
         _send(run, wanted)  # a store that cannot be written is told before anything is computed
-        ran = _run_stages(wanted, parameters, first, last, reuse)
+        ran = _run_stages(params, wanted, parameters, first, last, reuse)
         _send(run, wanted)
         return ran
 
@@ -160,8 +171,21 @@ def _remove_report(stage: Stage) -> None:
         (run_dir(stage.run) / "report.html").unlink(missing_ok=True)
 
 
+def _remove_unwanted(stage: Stage, params: Params) -> None:
+    """Remove the models of an earlier run of the stage that these params no longer make, such as an edge file."""
+    made = list_variants(params)
+    for name, variant in VARIANTS.items():
+        if name in made or not (variant.folder or "").startswith(stage.name):
+            continue
+        path = run_dir(stage.run) / variant.folder
+        if path.name == ADAPTER:
+            path.unlink(missing_ok=True)
+        else:  # a file stands in a folder of its own
+            shutil.rmtree(path.parent if path.suffix else path, ignore_errors=True)
+
+
 def _run_stages(
-    wanted: dict[str, str], parameters: dict, first: str | None, last: str, reuse: Sequence[str]
+    params: Params, wanted: dict[str, str], parameters: dict, first: str | None, last: str, reuse: Sequence[str]
 ) -> list[str]:
     ran: list[str] = []
     for number, notebook in enumerate(notebooks()[: STAGES.index(last) + 1], start=1):
@@ -175,6 +199,7 @@ def _run_stages(
                 continue
         stage.reopen()
         _remove_report(stage)
+        _remove_unwanted(stage, params)
         _print(f"{title} …")
         executed = run_dir(stage.run) / "notebooks" / notebook.name
         with write_errors(executed, executed.parent):

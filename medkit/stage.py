@@ -285,10 +285,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def library_versions() -> dict[str, str | None]:
+def library_versions(names: Sequence[str] = VERSIONED) -> dict[str, str | None]:
     """Installed version of every library that computes; None for an optional one that is absent."""
     installed = {}
-    for name in VERSIONED:
+    for name in names:
         try:
             installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -297,16 +297,21 @@ def library_versions() -> dict[str, str | None]:
 
 
 def provenance() -> dict:
-    """Where and with what something was made: date, device, versions, git commit."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    """Where and with what something was made: date, device, versions, git commit (`-dirty` if files were edited)."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     git = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "git_commit": git or None,
         "device": device_name(),
         "python": platform.python_version(),
-        "versions": library_versions(),
+        "versions": library_versions((*VERSIONED, "xllamacpp")),
     }
+
+
+def count_cores() -> int:
+    """The processor cores that this process may use: under Slurm or taskset fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
 
 
 def device_name() -> str:
@@ -316,4 +321,4 @@ def device_name() -> str:
         return torch.cuda.get_device_name(0)
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"model name\s*: (.+)", info)
-    return f"{model.group(1) if model else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    return f"{model.group(1) if model else platform.processor() or platform.machine()}, {count_cores()} cores"

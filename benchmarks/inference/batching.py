@@ -81,12 +81,19 @@ def main() -> None:
             "llama.cpp edge file": args.run / "04_quantization" / "edge" / "student.gguf",
         }
         settings = {"slots": BATCH, "threads": args.threads}
-        edge = {name: stack.enter_context(llama_engine(path, **settings)) for name, path in files.items()}
+
+        def in_llama(**options) -> dict:
+            return {
+                name: stack.enter_context(llama_engine(path, **settings, options=options))
+                for name, path in files.items()
+            }
+
+        edge, keeping = in_llama(cache_prompt=False), in_llama(cache_prompt=True)
         by_batch = {f"static by {BATCH}": InBatches(engines["static"], BATCH)}
         contenders = {
             "skewed": engines | by_batch | edge,
             "equal": engines | by_batch | edge,
-            "shared_prefix": {"continuous": engines["continuous"], "not shared": unshared} | edge,
+            "shared_prefix": {"continuous": engines["continuous"], "not shared": unshared} | keeping,
         }
         speeds, agreements = {}, {}
         for part, requests in parts.items():

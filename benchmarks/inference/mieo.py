@@ -159,7 +159,7 @@ def main() -> None:
             "llama.cpp, eager": in_llama(whole, flash_attn_type=0),
             "llama.cpp, batched": in_llama(whole, SLOTS),
             "llama.cpp, prefix": in_llama(whole, cache_prompt=True),
-            "llama.cpp, 4 bits": in_llama(args.run / "04_quantization" / "edge" / "student.gguf"),
+            "llama.cpp, 4 bits": in_llama(args.run / "04_quantization" / "edge_small" / "student.gguf"),
         }
         ratios, same = time_parts(engines, requests, args.repeats)
         people = pd.read_parquet(args.run / "01_data" / "open_questions.parquet")

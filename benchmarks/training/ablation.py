@@ -25,8 +25,9 @@ from benchmarks.inputs import make_parser
 from benchmarks.record import versions, write
 from medkit import distillation, evaluation, inference, modeling
 from medkit.data import splits
+from medkit.modeling.train_once import find_record, key_of, recorded
 from medkit.params import Params, digest, load_params
-from medkit.stage import Stage, atomic_path, run_dir
+from medkit.stage import MANIFEST, Stage, atomic_path, run_dir, sha256_of
 from medkit.statistics import mean_intervals
 
 SETUPS = {  # name → labelled and private rows of the headline task; None: the run's own rows of all tasks
@@ -71,9 +72,15 @@ def open_setup(name: str, setup: str, params: Params, questions: pd.DataFrame, r
     for part in ("base", "teacher"):
         if part == "teacher" and "weak" in setup:
             distillation.correct_teacher(stage, params, distillation.teacher_rows(questions))
-        elif not (stage.dir / part).is_dir():
-            shutil.copytree(run / "02_distillation" / part, stage.path(part))
+        elif find_record(stage.dir / part, run_key(run)) is None:
+            with recorded(stage.dir / part, run_key(run)), atomic_path(stage.dir / part) as scratch:
+                shutil.copytree(run / "02_distillation" / part, scratch)
     return stage
+
+
+def run_key(run: Path) -> str:
+    """Digest of the rows and the models of a run."""
+    return digest([sha256_of(run / stage / MANIFEST) for stage in ("01_data", "02_distillation")])
 
 
 def with_changes(params: Params, changes: dict) -> Params:
@@ -167,14 +174,15 @@ def main() -> None:
     for kind, count in HELD.items():
         private = questions[(questions.kind == kind) & (questions.split == "private")]
         questions.loc[private.sample(count, random_state=params.seed).index, "split"] = "held"
-    settings = digest([params.model_dump(mode="json"), str(args.run.resolve())])
+    code = distillation.train_student, distillation.student_rows, evaluation.score_questions, inference.predict
+    settings = params.model_dump(mode="json"), run_key(args.run)
     cells = []
     for setup in args.setup or SETUPS:
         rows = take_rows(questions, params.evaluation.headline_source, SETUPS[setup], params.seed)
         stage = open_setup(args.name, setup, params, rows, args.run)
         for seed in args.seeds:
             for part in PARTS if SETUPS[setup] is None else DIALS:
-                path = cells_folder / f"{digest([settings, setup, part, seed])}.json"
+                path = cells_folder / f"{key_of(settings, [setup, PARTS[part], seed], *code)}.json"
                 if not path.is_file():
                     seeded = params.model_copy(update={"seed": seed})
                     cell = train_and_score(part, stage, seeded, rows, params)

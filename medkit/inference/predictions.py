@@ -88,12 +88,13 @@ def answers_once(
     """The tables that `ask` returns for a variant, by name; what a killed notebook had asked is read back.
 
     They stand in the stage's folder `checkpoints`. The key is of the params, of all files of the earlier stages, and of
-    the notebook where the runner gives that.
+    the notebook, which the runner gives. Without a runner nothing is read back: a person may have edited the cells.
     """
     inputs = [Stage(stage.run, name).manifest().get("sha256") for name in STAGES if name < stage.name]
-    key = key_of(params.model_dump(mode="json"), [*inputs, os.environ.get(FINGERPRINT)], predict)
+    fingerprint = os.environ.get(FINGERPRINT)
+    key = key_of(params.model_dump(mode="json"), [*inputs, fingerprint], predict)
     folder = stage.path(f"checkpoints/{variant}")
-    if find_record(folder, key) is None:
+    if not fingerprint or find_record(folder, key) is None:
         tables = ask()
         with recorded(folder, key), atomic_path(folder) as scratch:
             scratch.mkdir()

@@ -62,7 +62,7 @@ def serve(run: str, host: str = "127.0.0.1", port: int = 8000, api_key: str | No
     """
     if host not in LOOPBACK and not api_key:
         raise MedkitError(f"--host {host} can be reached by other machines: set an API key in MEDKIT_API_KEY")
-    with open_router(run, api_key, **options) as router:
+    with open_router(run, api_key and api_key.strip(), **options) as router:
         uvicorn.run(router, host=host, port=port, log_level="warning", server_header=False)
 
 
@@ -96,7 +96,7 @@ def open_router(
     """
     tasks, control, settings = None, [], {}
     if upstream:
-        server = nullcontext(ServerAddress(upstream.rstrip("/"), upstream_key or "none"))
+        server = nullcontext(ServerAddress(upstream.rstrip("/"), (upstream_key or "none").strip()))
     else:
         stage, _, file = VARIANTS["edge"].folder.partition("/")
         if file not in Stage(run, stage).manifest().get("files", [file]):
@@ -178,7 +178,7 @@ def make_router(
         except httpx.HTTPStatusError as error:  # an option was refused
             return error_response(error.response.status_code, error.response.text, "invalid_request_error")
         except httpx.RequestError as error:
-            return error_response(502, f"the model's server does not answer: {error!r}", "server_error")
+            return error_response(502, f"the model's server does not answer: {type(error).__name__}", "server_error")
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             return error_response(502, f"the model's server does not answer with a chat: {error!r}", "server_error")
 

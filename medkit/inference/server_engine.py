@@ -5,7 +5,6 @@ Prompts are sent as token ids, so no server puts a chat template of its own arou
 """
 
 import json
-import os
 import secrets
 import subprocess
 import sys
@@ -15,20 +14,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
+import httpx
 import numpy as np
 import openai
 
 from medkit.inference import llama_process
 from medkit.modeling.engine import EngineError, Generation, Request
 from medkit.quantization.gguf_export import check_manifest
+from medkit.stage import count_cores
 
 # in a request to llama.cpp's server; a request that says nothing would go on from what an adapter has read before it
 ADAPTER_ON, ADAPTER_OFF = ({"lora": [{"id": 0, "scale": scale}]} for scale in (1.0, 0.0))
 AT_ONCE = 256  # requests in flight; the server decides how many of them it works on
 # vLLM's names, then llama.cpp's: return token ids
 RETURN_IDS = {"return_token_ids": True, "return_tokens": True, "verbose": True}
+
+# drawn from the whole vocabulary, as in `TorchEngine`: servers have defaults of their own
+WHOLE = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 class ServerAddress(NamedTuple):
@@ -60,7 +64,7 @@ def llama_server(
         check_manifest(file)
     address_key = secrets.token_urlsafe(16)
     settings = {"path": str(path), "slots": slots, "context_tokens": context_tokens}
-    settings |= {"threads": threads or os.cpu_count(), "api_key": address_key}
+    settings |= {"threads": threads or count_cores(), "api_key": address_key}
     settings |= {"adapter": adapter and str(adapter), "options": dict(options or {})}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -72,10 +76,14 @@ def llama_server(
             process.stdin.flush()
             address = process.stdout.readline().strip()
             if not address:
-                log.seek(0)
-                reason = (log.read().strip().splitlines() or ["no message"])[-1]
-                raise EngineError(f"llama.cpp cannot serve {path}: {reason}; export the file again")
-            yield ServerAddress(f"{address}/v1", address_key)
+                raise EngineError(f"llama.cpp cannot serve {path}: {_last_line(log)}; export the file again")
+            try:
+                yield ServerAddress(f"{address}/v1", address_key)
+            except EngineError as error:
+                if process.poll() is None:
+                    raise
+                reason = f"{_last_line(log)}, exit code {process.returncode}"
+                raise EngineError(f"llama.cpp ended while it served {path} ({reason}): is memory enough?") from error
         finally:
             process.stdin.close()
             try:
@@ -84,6 +92,11 @@ def llama_server(
                 process.kill()
                 process.wait()
             process.stdout.close()
+
+
+def _last_line(log: IO[str]) -> str:
+    log.seek(0)
+    return (log.read().strip().splitlines() or ["no message"])[-1]
 
 
 class ServerEngine:
@@ -126,7 +139,7 @@ class ServerEngine:
         self._client.close()
 
     def _create(self, request: Request, **settings):
-        extra = {"ignore_eos": not request.end_ids, "stop_token_ids": list(request.end_ids), **RETURN_IDS}
+        extra = {"ignore_eos": not request.end_ids, "stop_token_ids": list(request.end_ids)} | RETURN_IDS | WHOLE
         return self._client.completions.create(
             model=self._model, prompt=list(request.prompt_ids), max_tokens=request.max_new_tokens,
             temperature=self._temperature, extra_body=extra, **settings,
@@ -178,9 +191,10 @@ class ServerEngine:
         try:
             yield
         except openai.APIConnectionError as error:
-            raise EngineError(
-                f"{self._url} cannot be reached ({error.__cause__ or error}): start the server"
-            ) from error
+            # an error of the protocol may hold the header with the key
+            leaks = isinstance(error.__cause__, httpx.ProtocolError)
+            reason = type(error.__cause__).__name__ if leaks else error.__cause__ or error
+            raise EngineError(f"{self._url} cannot be reached ({reason}): start the server") from error
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise EngineError(f"{self._url} refuses the API key ({error.status_code}): give the right one") from error
         except openai.APIStatusError as error:

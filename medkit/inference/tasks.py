@@ -73,7 +73,8 @@ def recognise(message: str, tasks: Sequence[Task]) -> tuple[Task, dict] | None:
     listed = [m[2].rstrip() for m in options] if is_list else []
     asked = message[: options[0].start()].strip() if is_list else message.strip()
     row = {"context": "", "options": listed, "listed": bool(listed)}
-    if (task := of_kind.get("icd_chapter")) and (icd := _ICD.fullmatch(asked)):
+    # a long text is no diagnosis, and would hold the pattern up for minutes
+    if (task := of_kind.get("icd_chapter")) and len(asked) <= 400 and (icd := _ICD.fullmatch(asked)):
         question = f"Which ICD-10-CM chapter lists “{icd['diagnosis']}”?"
         return task, row | {"question": question, "options": listed or task.options}
     turns = list(_TURN.finditer(message))

@@ -53,7 +53,7 @@ def make_engine(model: nn.Module | ServerParams, pad_token_id: int, **settings) 
 
 def read_key(server: ServerParams, key: str) -> str | None:
     """The server's API key. Raises EngineError, which names the params by `key`, if it is not in the environment."""
-    api_key = os.environ.get(server.api_key_env) if server.api_key_env else None
+    api_key = os.environ.get(server.api_key_env, "").strip() if server.api_key_env else None
     if server.api_key_env and not api_key:
         raise EngineError(f"{key}: the API key is read from {server.api_key_env}, which is not set; export it")
     return api_key

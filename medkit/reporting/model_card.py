@@ -51,12 +51,12 @@ def build_card(results: pd.DataFrame, facts: Mapping) -> ModelCard:
 
 def _front_matter(results: pd.DataFrame, facts: Mapping) -> ModelCardData:
     source = facts["params"]["models"]["teacher"]["source"]
-    of_hub = "repo" in source  # then its licence is not known here
+    of_wheel = source["kind"] == "wheel"  # of other sources the licence is not known here
     rows = results[results.result.str.startswith("accuracy/") & (results.metric == facts["headline_scoring"])]
     return ModelCardData(
         language="en",
-        license="other" if of_hub else "apache-2.0",
-        license_name="that-of-the-base-model" if of_hub else None,
+        license="apache-2.0" if of_wheel else "other",
+        license_name=None if of_wheel else "that-of-the-base-model",
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=source.get("repo"),

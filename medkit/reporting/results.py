@@ -126,10 +126,16 @@ def from_manifests(manifests: dict[str, dict]) -> Iterator[dict]:
             yield result_row(f"duration_s/{stage}", "", manifest["duration_s"], unit="s", **where)
 
 
-def write_results(folder: Path, rows: list[dict], facts: dict) -> Path:
-    """Write `results.json` into a run's folder: `facts`, where and when, and the rows. Returns its path."""
-    device = {key: value for key, value in provenance().items() if key in ("date", "device", "git_commit", "versions")}
-    content = {**facts, **device, "disclaimer": DISCLAIMER, "results": rows}
+def write_results(folder: Path, rows: list[dict], facts: dict, manifests: dict[str, dict]) -> Path:
+    """Write `results.json` into a run's folder: `facts`, where and when, and the rows. Returns its path.
+
+    manifests: of the stages before. The device is theirs, and `commits` says which code made which stage.
+    """
+    made = {key: value for key, value in provenance().items() if key in ("date", "device", "git_commit", "versions")}
+    whole = {stage: manifest for stage, manifest in manifests.items() if manifest}
+    made["device"] = ", ".join(dict.fromkeys(one["device"] for one in whole.values())) or made["device"]
+    made["commits"] = {stage: one["git_commit"] for stage, one in whole.items()}
+    content = {**facts, **made, "disclaimer": DISCLAIMER, "results": rows}
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     return write_text(folder / "results.json", text + "\n")
 

@@ -57,7 +57,7 @@ def test_manifest_says_where_and_with_what(monkeypatch):
     manifest = committed().manifest()
     assert set(manifest["versions"]) >= {"torch", "transformers", "numpy"}
     assert manifest["disclaimer"] == module.DISCLAIMER
-    assert manifest["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}", manifest["git_commit"])
+    assert manifest["git_commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", manifest["git_commit"])
     assert manifest["device"] and manifest["duration_s"] >= 0
     assert manifest["sources"]["owner/model@main"] == "0" * 40
     assert manifest["fingerprint"] is None, "run by hand"
