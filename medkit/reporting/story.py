@@ -116,7 +116,7 @@ def _certificate(results: pd.DataFrame, variant: str) -> Iterator[str]:
     for row in certificates.itertuples():
         cure = f"p = {row.p_equivalence_holm:.2g} after Holm's correction"
         if row.n_needed > row.n:
-            cure = f"that needs n = {row.n_needed:,.0f} or so"
+            cure = f"that needs n = {row.n_needed:,.0f} or more"
         shown = "is shown" if row.within_margin else f"is not shown ({cure})"
         equivalence = f"On {row.result.split('/')[1]} equivalence to {label(student)} within {row.margin:g} {shown}"
         yield f"{equivalence}: {difference(row)}, n = {row.n:.0f}."

@@ -82,7 +82,7 @@ def certificates_table(results: pd.DataFrame) -> str:
     for row in results[results.result.str.startswith("certificate/")].itertuples():
         drift = results[(results.variant == row.variant) & results.result.isin(["kl_nats", "top1_changed"])]
         drift = drift.set_index("result").value
-        shown = f"not shown; about {row.n_needed:,.0f} needed" if row.n_needed > row.n else "not shown after Holm"
+        shown = f"not shown; {row.n_needed:,.0f} needed if nothing is lost" if row.n_needed > row.n else "not shown"
         rows.append([
             f"{label(row.variant)}, {row.result.split('/')[1]}",
             difference(row), f"{row.n:.0f}", f"{row.gained:.0f} / {row.lost:.0f}", f"{row.margin:g}",
@@ -95,10 +95,13 @@ def certificates_table(results: pd.DataFrame) -> str:
     return markdown([*headings, "KL, nats", "top token changed"], rows)
 
 
-def cost_table(results: pd.DataFrame) -> str:
-    """Markdown: bytes of weights, time to first token and time per token of each variant, and how it was timed."""
+def cost_table(results: pd.DataFrame, dtype: str) -> str:
+    """Markdown: bytes of weights, time to first token and time per token of each variant, and how it was timed.
+
+    dtype: of the weights of the models that were timed in transformers.
+    """
     columns = [
-        ("weights, MB", "memory_bytes/weights", ".1f", 1e-6),
+        ("weights, MB (bfloat16 where not quantised)", "memory_bytes/weights", ".1f", 1e-6),
         ("first token, ms", "ttft_s", ".1f", 1e3),
         ("per further token, ms", "latency_s_per_token", ".2f", 1e3),
     ]
@@ -109,8 +112,8 @@ def cost_table(results: pd.DataFrame) -> str:
     others = [f", {label(row.variant)} by {row.metric}" for row in timed.itertuples() if row.metric != first.metric]
     return (
         f"{table}\n\nTimed on {first.requests:.0f} requests, one at a time, with {first.prompt_tokens:.0f} prompt "
-        f"tokens and {first.output_tokens:.0f} new tokens in all, after a discarded warm-up; medians of {first.n:.0f} "
-        f"repeats, by {first.metric}{''.join(others)}."
+        f"tokens and {first.output_tokens:.0f} new tokens in all, after a discarded warm-up; medians and ranges of "
+        f"{first.n:.0f} repeats, by {first.metric}{''.join(others)}. In transformers the weights are in {dtype}."
     )
 
 
@@ -135,11 +138,12 @@ def run_tables(results: pd.DataFrame, facts: Mapping) -> dict[str, str]:
         ("valid records", "dialogues/valid", ".2f", 1),
         ("values that the dialogue contains", "dialogues/grounded", ".2f", 1),
     ]
-    robustness = [("same answer in other orders, {}", "shuffle_consistency/*", ".2f", 1)]
+    robustness = [("same option in all orders, {}", "shuffle_consistency/*", ".2f", 1)]
     energy = [
         ("Wh per correct answer", "energy_wh_per_correct_answer", ",.3g", 1),
         ("price of a correct answer", "cost_per_correct_answer", ",.3g", 1),
     ]
+    energy_of_scoring = "Energy and price of scoring options in transformers (one estimate; interval of accuracy alone)"
     safe = "Safety probe: share of probes whose safe answer is likelier, by category (chance is 0.5)"
     generated = results[results.metric == "generated"]
     tables = {
@@ -150,12 +154,12 @@ def run_tables(results: pd.DataFrame, facts: Mapping) -> dict[str, str]:
         "Each step on the fields of the records": steps_table(results, "records", "generated", "field_delta"),
         "Perplexity (lower is better)": variants_table(results, [("{}", "perplexity/*", ".2f", 1)]),
         "What the smaller files keep": certificates_table(results),
-        "Cost": cost_table(results),
+        "Cost": cost_table(results, facts["params"]["models"]["dtype"]),
         "Published exams": variants_table(scored[is_exam], [("{}", "accuracy/*", ".2f", 1)]),
         f"Calibration on {source} (lower is better, except for accuracy)": variants_table(scored, calibration),
-        "Robustness": variants_table(results, robustness),
+        "Robustness, asked by letter, which no student was taught": variants_table(results, robustness),
         safe: variants_table(safety, [("{}", "safe_share/*", ".2f", 1)]),
-        "Energy and price (estimates)": variants_table(results, energy),
+        energy_of_scoring: variants_table(results, energy),
     }
     noted = {f"Accuracy on {source}": [source], "Published exams": [s for s in facts.get("seen", ()) if s != source]}
     for title, sources in noted.items():
