@@ -248,7 +248,8 @@ class RationaleParams(Section):
 
 
 class DistillationParams(Section):
-    correction: AdapterParams  # LoRA of the teacher correction (arXiv 2408.11796)
+    correction: AdapterParams | None
+    """LoRA of the teacher correction (arXiv 2408.11796); null: all weights of the teacher learn."""
     correction_train: TrainParams
     top_k: PositiveInt  # Teacher log-probabilities kept per position; the rest of the mass goes to one tail bucket
     shard_examples: PositiveInt  # Examples per file of the teacher cache: what a killed capture can lose

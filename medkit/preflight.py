@@ -66,7 +66,8 @@ def _check_models(params: Params, models: list[ModelParams]) -> list:
     if not given_student:
         # which block goes is not known yet; without the first one, windows of attention are most out of step
         student = modeling.keep_layers(student, range(depth - section.num_layers, depth))
-    lora.check_targets(teacher, section.correction)
+    if section.correction:
+        lora.check_targets(teacher, section.correction)
     lora.check_targets(student, params.lora.adapter)
     for number, (name, model) in enumerate({"student": student, "teacher": teacher}.items()):
         _check_lengths(params, name, model)

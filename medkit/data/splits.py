@@ -153,10 +153,15 @@ def take_splits(questions: pd.DataFrame, datasets: dict[str, DatasetParams], see
 def _take_groups(rows: pd.DataFrame, count: int, seed: int, spread: bool = False) -> pd.DataFrame:
     """`count` rows of as many groups, drawn at random, as hold so many; fewer rows if there are fewer.
 
-    With `spread` of one group each, if a quarter of the groups is enough for that: sixty labels from twenty ICD
-    categories would teach less than sixty from sixty.
+    With `spread` of one group each, if a quarter of the groups is enough for that, and of the subjects in turn: sixty
+    labels from twenty ICD categories would teach less than sixty from sixty, and a chapter without a label is never
+    answered.
     """
-    last_row = rows.groupby("group").size().sample(frac=1, random_state=seed).cumsum()
+    sizes = rows.groupby("group").size().sample(frac=1, random_state=seed)
+    if spread:
+        subjects = rows.groupby("group").subject.first()[sizes.index]
+        sizes = sizes.iloc[subjects.groupby(subjects).cumcount().argsort(kind="stable")]
+    last_row = sizes.cumsum()
     groups = int((last_row < count).sum()) + 1 if count else 0
     if spread:
         groups = max(groups, min(count, len(last_row) // 4))

@@ -61,19 +61,20 @@ def teacher_rows(questions: pd.DataFrame) -> pd.DataFrame:
 
 
 def correct_teacher(stage: Stage, params: Params, rows: pd.DataFrame) -> tuple[nn.Module, pd.DataFrame]:
-    """The teacher after a LoRA fine-tune on these rows, merged, and the log (teacher correction, arXiv 2408.11796).
+    """The teacher after fine-tuning on these rows, and the log (teacher correction, arXiv 2408.11796).
 
-    rows: `teacher_rows`. Writes `teacher_adapter/` and `teacher/`.
+    With LoRA the adapter is merged. rows: `teacher_rows`. Writes `teacher/`, and with LoRA `teacher_adapter/`.
     """
     section, train, source = params.distillation, params.distillation.correction_train, params.models.teacher
     folder = loading.local_folder(source)
     tokenizer = load_tokenizers(params)[0]
     examples = batches.encode_questions(tokenizer, rows)
-    teacher = load_for_training(folder, params.models, source.keep_layers, adapter=True)
-    teacher = adapters.attach(teacher, section.correction, params.seed)
-    loss = trainer.cross_entropy
-    log = train_once(stage, "teacher_adapter", teacher, tokenizer, examples, train, loss, params.seed)
-    if PartialState().is_main_process:
+    adapter = section.correction
+    name = "teacher_adapter" if adapter else "teacher"
+    teacher = load_for_training(folder, params.models, source.keep_layers, adapter=adapter is not None)
+    teacher = adapters.attach(teacher, adapter, params.seed) if adapter else teacher
+    log = train_once(stage, name, teacher, tokenizer, examples, train, trainer.cross_entropy, params.seed)
+    if adapter and PartialState().is_main_process:
         teacher = adapters.merge(teacher)
         loading.save_model(teacher, tokenizer, stage.path("teacher"))
     return teacher, log

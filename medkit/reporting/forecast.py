@@ -116,9 +116,12 @@ def _training(params: Params, teacher: _Model, student: _Model) -> Iterator[Part
     section, batch_tokens = params.distillation, params.inference.batch_tokens
     known, transfer = _rows(params, "private", "labelled"), _rows(params, "transfer")
     tokens = _tokens(known)
-    hours = teacher.train_hours(tokens, section.correction_train, frozen=True)
+    by_lora = section.correction is not None
+    hours = teacher.train_hours(tokens, section.correction_train, frozen=by_lora)
     model_bytes = teacher.weights * teacher.bytes_each
-    yield Part("teacher: LoRA", tokens * section.correction_train.epochs, hours, model_bytes, model_bytes)
+    trained_bytes = model_bytes if by_lora else teacher.weights * TRAINED_BYTES
+    what = "teacher: LoRA" if by_lora else "teacher: all weights"
+    yield Part(what, tokens * section.correction_train.epochs, hours, model_bytes, trained_bytes)
     hours = sum(teacher.write_hours(TOKENS[s][0], TOKENS[s][1], n, batch_tokens) for s, n in transfer.items() if n)
     yield Part("teacher: answers of the transfer rows", _tokens(transfer), hours, 0, model_bytes)
     seen = _rows(params, "labelled", "transfer")

@@ -128,10 +128,16 @@ def test_no_group_is_in_two_splits(groups, seed):
     assert table.groupby("group").split.nunique().max() == 1
 
 
-def test_labels_come_from_as_many_groups_as_there_are_labels_and_a_leak_does_not_go_out():
+@pytest.mark.parametrize("seed", range(4))
+def test_labels_come_from_as_many_groups_as_there_are_labels_and_from_every_subject(seed):
     questions = pooled(one_train=200).assign(group=[f"g{i // 4}" for i in range(200)])
-    table = take_splits(questions, {"one": wanted(100, 10)}, seed=0)
-    assert table[table.split == "labelled"].group.is_unique
+    questions["subject"] = [f"rare{i // 4}" if i < 28 else "common" for i in range(200)]
+    table = take_splits(questions, {"one": wanted(100, 10)}, seed)
+    labelled = table[table.split == "labelled"]
+    assert labelled.group.is_unique and labelled.subject.nunique() == 8
+
+
+def test_a_leak_does_not_go_out():
     leaking = pooled(two_train=3, one_test=3).assign(group="g")
     with pytest.raises(DataError, match="test and in another"):
         take_splits(leaking, {"one": wanted(test=1), "two": wanted(private=1)}, seed=0)

@@ -116,14 +116,17 @@ def trained(monkeypatch):
     return trained
 
 
-def test_the_command_corrects_the_teacher_on_private_and_labelled_rows(stage, load, tokenizer, questions):
-    params = load()
+@pytest.mark.parametrize("by_lora", [True, False])
+def test_the_command_corrects_the_teacher_on_private_and_labelled_rows(stage, load, tokenizer, questions, by_lora):
+    params = load() if by_lora else load(correction=None)
     stages.train_stage("teacher", "toy", params)
-    folder = loading.local_folder(params.models.teacher)
-    adapted = adapters.attach(loading.load_model(folder, params.models), params.distillation.correction, params.seed)
+    adapted = loading.load_model(loading.local_folder(params.models.teacher), params.models)
+    if by_lora:
+        adapted = adapters.attach(adapted, params.distillation.correction, params.seed)
     examples, section = batches.encode_questions(tokenizer, questions[:7]), params.distillation.correction_train
     trainer.train(adapted, examples, section, trainer.cross_entropy, stage.path("by_hand"), params.seed)
-    assert_same_weights(loading.load_model(stage.dir / "teacher", params.models), adapters.merge(adapted))
+    expected = adapters.merge(adapted) if by_lora else adapted
+    assert_same_weights(loading.load_model(stage.dir / "teacher", params.models), expected)
 
 
 def test_students_see_as_many_examples_and_no_transfer_label(stage, load, questions, capture, monkeypatch, tokenizer):
