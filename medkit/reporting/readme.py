@@ -20,8 +20,8 @@ from medkit.variants import FINAL
 
 RESULTS = ROOT / "docs" / "results" / "tiny.json"
 FIGURE = ROOT / "docs" / "figures" / "accuracy.png"
-FACTS = ("run", "headline_source", "headline_scoring", "chance", "date", "git_commit", "device", "versions",
-         "seen")  # fmt: skip
+FACTS = ("run", "headline_source", "headline_scoring", "chance", "date", "git_commit", "commits", "device", "dtype",
+         "versions", "seen")  # fmt: skip
 ANY_SCORING = ["memory_bytes", "memory_ratio", "latency_ratio", "ttft_s", "latency_s_per_token", "shuffle_consistency",
                "energy_wh_per_correct_answer", "cost_per_correct_answer", "field_f1", "exact", "invented",
                "missing", "dialogues", "field_delta", "certificate", "gap_closed", "kl_nats", "top1_changed",

@@ -95,11 +95,8 @@ def certificates_table(results: pd.DataFrame) -> str:
     return markdown([*headings, "KL, nats", "top token changed"], rows)
 
 
-def cost_table(results: pd.DataFrame, dtype: str) -> str:
-    """Markdown: bytes of weights, time to first token and time per token of each variant, and how it was timed.
-
-    dtype: of the weights of the models that were timed in transformers.
-    """
+def cost_table(results: pd.DataFrame, facts: Mapping) -> str:
+    """Markdown: bytes of weights, time to first token and time per token of each variant, and how it was timed."""
     columns = [
         ("weights, MB (bfloat16 where not quantised)", "memory_bytes/weights", ".1f", 1e-6),
         ("first token, ms", "ttft_s", ".1f", 1e3),
@@ -109,11 +106,12 @@ def cost_table(results: pd.DataFrame, dtype: str) -> str:
     if timed.empty:
         return table
     first = timed.iloc[0]
+    stored = f" In transformers the weights are in {facts['dtype']}." if "dtype" in facts else ""
     others = [f", {label(row.variant)} by {row.metric}" for row in timed.itertuples() if row.metric != first.metric]
     return (
         f"{table}\n\nTimed on {first.requests:.0f} requests, one at a time, with {first.prompt_tokens:.0f} prompt "
         f"tokens and {first.output_tokens:.0f} new tokens in all, after a discarded warm-up; medians and ranges of "
-        f"{first.n:.0f} repeats, by {first.metric}{''.join(others)}. In transformers the weights are in {dtype}."
+        f"{first.n:.0f} repeats, by {first.metric}{''.join(others)}.{stored}"
     )
 
 
@@ -154,7 +152,7 @@ def run_tables(results: pd.DataFrame, facts: Mapping) -> dict[str, str]:
         "Each step on the fields of the records": steps_table(results, "records", "generated", "field_delta"),
         "Perplexity (lower is better)": variants_table(results, [("{}", "perplexity/*", ".2f", 1)]),
         "What the smaller files keep": certificates_table(results),
-        "Cost": cost_table(results, facts["params"]["models"]["dtype"]),
+        "Cost": cost_table(results, facts),
         "Published exams": variants_table(scored[is_exam], [("{}", "accuracy/*", ".2f", 1)]),
         f"Calibration on {source} (lower is better, except for accuracy)": variants_table(scored, calibration),
         "Robustness, asked by letter, which no student was taught": variants_table(results, robustness),
