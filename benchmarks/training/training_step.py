@@ -170,7 +170,7 @@ def gkd(args, accumulate: int = 1) -> None:
     student, teacher = (loading.load_model(folder / name, params.models) for name in ("base", "teacher"))
     student.train()
     clock = StepClock(student)
-    order = chain.from_iterable(samplers.EpochBatches([len(e.input_ids) for e in examples], args.batch, seed=0))
+    order = chain.from_iterable(samplers.EpochBatches(len(examples), args.batch, seed=0))
     rows = Dataset.from_list([{"input_ids": examples[i].input_ids, "labels": examples[i].loss_start} for i in order])
 
     def collate(features: list[dict]) -> dict:

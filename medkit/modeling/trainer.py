@@ -99,7 +99,7 @@ def train(
     if is_sharded() and not sharded:
         raise TrainingError("accelerate shards on GPUs only: use `accelerate launch` without the config file on CPUs")
     trainer.remove_callback(PrinterCallback)  # prints a line per step
-    batches = EpochBatches(lengths, section.batch_size, seed, difficulty)
+    batches = EpochBatches(len(examples), section.batch_size, seed, difficulty)
     trainer.loader, trainer.terms = EpochLoader(batches, collate_slices), {}
     model.train()
     with write_errors(checkpoints, checkpoints):
