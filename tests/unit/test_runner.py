@@ -55,6 +55,28 @@ def test_a_users_table_counts_by_its_content(tmp_path, monkeypatch):
     assert chain(overrides) == first
 
 
+def test_a_local_model_counts_by_its_content(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    overrides = {"models.teacher.source": {"kind": "local", "path": str(folder)}}
+    (folder / "model.safetensors").write_bytes(b"one")
+    first = chain(overrides)
+    (folder / "model.safetensors").write_bytes(b"two")
+    assert set(first.values()).isdisjoint(chain(overrides).values())
+
+
+def test_models_that_the_params_no_longer_make_are_removed_before_a_stage_runs(executed):
+    run_all(SMOKE, "r")
+    edge = run_dir("r") / "04_quantization" / "edge"
+    small = edge.with_name("edge_small")
+    for folder in (edge, small):
+        folder.mkdir()
+        (folder / "student.gguf").write_text("old")
+    run_all(SMOKE, "r", {"quantization.edge": None, "inference.claims": ["student_kd"]}, last="04_quantization")
+    listed = Stage("r", "04_quantization").manifest()["files"]
+    assert not edge.exists() and "edge/student.gguf" not in listed and "edge_small/student.gguf" in listed
+
+
 SECTIONS = [
     ({"models.dtype": "bfloat16"}, "01_data"),
     ({"distillation.temperature": 2.0}, "02_distillation"),
@@ -159,7 +181,8 @@ def test_notebooks_get_three_parameters_and_whole_paths_and_the_environment_is_g
     assert seen["MEDKIT_CACHE"] == str(tmp_path / "home" / "y")
     for name in STAGES:
         given = json.loads((run_dir("r") / name / "artifact.json").read_text())
-        assert given == {"params_file": str(SMOKE), "run": "r", "overrides": {"lora.adapter.rank": 4}}
+        assert given == {"params_file": str(run_dir("r") / "params.yaml"), "run": "r", "overrides": {}}
+    assert load_params(run_dir("r") / "params.yaml") == load_params(SMOKE, {"lora.adapter.rank": 4})
 
 
 def test_only_what_reads_a_change_runs_again_whatever_the_clock_says(executed, monkeypatch):
@@ -251,7 +274,7 @@ def test_a_failing_notebook_is_named_with_its_cell_and_last_line(make_notebooks)
     (shown,) = (c for c in nbformat.read(kept.with_stem("01_good"), as_version=4).cells if "step {i}" in c.source)
     assert [output.text for output in shown.outputs] == ["step 39/39"]
     done = Stage("r", "01_good").manifest()
-    assert done["facts"] == {"seen": [str(SMOKE), {"lora.adapter.rank": 4}]}
+    assert done["facts"] == {"seen": [str(run_dir("r") / "params.yaml"), {}]}
     assert done["fingerprint"]
     states = runner.status(load_params(SMOKE, {"lora.adapter.rank": 4}), "r")
     assert [*states.values()] == ["done", "missing", "missing"]

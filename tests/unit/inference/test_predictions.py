@@ -140,6 +140,7 @@ def test_what_could_not_be_read_back_is_not_asked(scorer, tokenizer, questions, 
 
 def test_what_a_killed_notebook_had_asked_is_read_back_until_something_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("MEDKIT_OUTPUTS", str(tmp_path))
+    monkeypatch.setenv("MEDKIT_FINGERPRINT", "of the cells")
     first, stage = Stage("toy", "01_data"), Stage("toy", "05_inference")
     tables = {
         "predictions": pd.DataFrame({"id": ["q0"], "logprobs": [[-1.0, -2.0]]}),
@@ -165,3 +166,7 @@ def test_what_a_killed_notebook_had_asked_is_read_back_until_something_changes(t
             assert again["predictions"].logprobs[0].tolist() == [-1.0, -2.0]
     answers(seed=5)
     assert len(asked) == len(changes) + 1
+    monkeypatch.delenv("MEDKIT_FINGERPRINT")  # a person runs the notebook, and may have edited it
+    for _ in range(2):
+        answers(seed=5)
+    assert len(asked) == len(changes) + 3

@@ -61,16 +61,18 @@ def test_manifests_of_finished_stages_alone(rows):
     assert durations == {"duration_s/01_data": 3.0, "duration_s/02_distillation": 60.5}
 
 
+MANIFESTS = {"01_data": {"device": "a GPU", "git_commit": "abc"}, "02_distillation": {}}
 FACTS = {"run": "toy", "headline_source": "exam", "headline_scoring": "option_text"}
 
 
 def test_results_come_back_as_they_were_written(rows, tmp_path):
-    path = results.write_results(tmp_path, rows, FACTS)
+    path = results.write_results(tmp_path, rows, FACTS, MANIFESTS)
     table, facts = results.load_results(path)
     assert json.loads(path.read_text())["results"] == rows
     assert len(table) == len(rows) and set(results.COLUMNS) <= set(table.columns)
     assert FACTS.items() <= facts.items() and facts["disclaimer"] == DISCLAIMER
-    assert {"date", "device", "git_commit", "versions"} <= set(facts)
+    assert {"date", "git_commit", "versions"} <= set(facts)
+    assert facts["device"] == "a GPU" and facts["commits"] == {"01_data": "abc"}
 
 
 def test_missing_or_damaged_results_are_one_sentence_with_a_cure(tmp_path):
@@ -82,7 +84,7 @@ def test_missing_or_damaged_results_are_one_sentence_with_a_cure(tmp_path):
 
 
 def test_an_infinite_number_is_refused_and_the_old_file_stays(rows, tmp_path):
-    before = results.write_results(tmp_path, rows, FACTS).read_text()
+    before = results.write_results(tmp_path, rows, FACTS, MANIFESTS).read_text()
     with pytest.raises(ValueError, match="JSON"):
-        results.write_results(tmp_path, [{**rows[0], "value": float("inf")}], FACTS)
+        results.write_results(tmp_path, [{**rows[0], "value": float("inf")}], FACTS, {})
     assert (tmp_path / "results.json").read_text() == before and len(list(tmp_path.iterdir())) == 1
