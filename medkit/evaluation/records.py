@@ -25,6 +25,7 @@ METRICS = {
     "valid": ("valid", "fields"),
     "invented": ("invented", "given"),
     "missing": ("missing", "required"),
+    "left_empty": ("left_empty", "empty"),
     "tokens": ("tokens", "fields"),
 }
 ENDS = ["ci_low", "ci_high"]
@@ -114,12 +115,14 @@ def measure_records(scores: pd.DataFrame, confidence: float) -> pd.DataFrame:
 
     field_f1: 2 · (right values) / (values given + values required), over all records. field_accuracy: share of fields
     that are correct, empty ones included. exact, valid: shares of records. invented: share of the given values.
-    missing: share of the required ones. tokens: mean per record. The intervals are a bootstrap over groups of records.
-    Two perfect and two failed records are added for the shares of whole records, and wherever an interval has width 0:
-    an F1 varies too little from record to record for them. NaN where nothing is to be divided by.
+    missing: share of the required ones. left_empty: share of the fields that should be empty and are, which F1 does not
+    count. tokens: mean per record. The intervals are a bootstrap over groups of records. Two perfect and two failed
+    records are added for the shares of whole records, and wherever an interval has width 0: an F1 varies too little
+    from record to record for them. NaN where nothing is to be divided by.
     """
     right = scores.correct & scores.given
     counts = scores.assign(fields=1, found_twice=2 * right, given_and_required=1 * scores.given + scores.required)
+    counts = counts.assign(empty=~scores.required, left_empty=scores.correct & ~scores.required)
     columns, tables = sorted({name for pair in METRICS.values() for name in pair}), []
     for source, part in counts.astype(dict.fromkeys(columns, float)).groupby("source", sort=False):
         records = part.groupby(["variant", "id"], sort=False)[columns].sum(min_count=1)

@@ -24,8 +24,8 @@ FACTS = ("run", "headline_source", "headline_scoring", "chance", "date", "git_co
          "versions", "seen")  # fmt: skip
 ANY_SCORING = ["memory_bytes", "memory_ratio", "latency_ratio", "ttft_s", "latency_s_per_token", "shuffle_consistency",
                "energy_wh_per_correct_answer", "cost_per_correct_answer", "field_f1", "exact", "invented",
-               "missing", "dialogues", "field_delta", "certificate", "gap_closed", "kl_nats", "top1_changed",
-               "duration_s"]  # fmt: skip
+               "missing", "left_empty", "dialogues", "field_delta", "certificate", "gap_closed", "kl_nats",
+               "top1_changed", "duration_s"]  # fmt: skip
 FINDINGS = ("student_ce", FINAL, "edge")
 LONG_S = 60  # the text before a cell that took longer says so
 TIME, TOOK = r"(?<=\| \*\*Time\*\* \| )[^;|]*(?=;| \|)", r"\n\n\*The code below took [^\n]*\*$"

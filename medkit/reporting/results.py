@@ -47,7 +47,7 @@ def from_accuracy(table: pd.DataFrame) -> Iterator[dict]:
 
 
 def from_records(table: pd.DataFrame) -> Iterator[dict]:
-    """Rows `<metric>/<source>` of the records: field_f1, exact, valid, invented, missing, tokens."""
+    """Rows `<metric>/<source>` of the records: field_f1, exact, valid, invented, missing, left_empty, tokens."""
     units = table.metric.map({"tokens": "tokens"}).fillna("fraction")
     table = table.assign(scoring="generated", unit=units)
     return from_table(table, "{metric}/{source}", "records.parquet")

@@ -125,6 +125,7 @@ def run_tables(results: pd.DataFrame, facts: Mapping) -> dict[str, str]:
         ("whole record right, {}", "exact/*", ".2f", 1),
         ("invented values, {}", "invented/*", ".3f", 1),
         ("missing values, {}", "missing/*", ".3f", 1),
+        ("empty fields left empty, {}", "left_empty/*", ".2f", 1),
     ]
     calibration = [
         ("expected calibration error", f"ece/{source}", ".3f", 1),
