@@ -42,7 +42,7 @@ def read_bandwidth(repeats: int) -> float:
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--compared", type=int, default=200, help="prompts whose answers are compared")
-    parser.add_argument("--formats", nargs="*", default=["F16", "Q8_0", "Q4_0"])
+    parser.add_argument("--formats", nargs="*", default=["F16", "Q8_0", "Q5_0", "Q4_0"])
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--new-tokens", type=int, default=32)
     args = parser.parse_args()

@@ -66,14 +66,14 @@ def cost_table(measured: pd.DataFrame, price_per_kwh: float, machine_price_per_h
     `measured`: one row per variant with answers, energy_kwh, duration_s, method, and accuracy, ci_low and ci_high of
     `accuracy.measure_accuracy`. cost = energy_kwh · price_per_kwh + duration_s / 3600 · machine_price_per_hour, in the
     currency of the prices; set the first to 0 where the rent includes power. Columns variant, metric, value, ci_low,
-    ci_high, n, unit, method. The interval is the cost at the two ends of that of the accuracy. Without a correct answer
-    all are NaN.
+    ci_high, n, unit, method. The interval is the cost at the two ends of that of the accuracy; NaN at an end of 0.
+    Without a correct answer all are NaN.
     """
     rows = []
     for row in measured.itertuples():
         cost = row.energy_kwh * price_per_kwh + row.duration_s / 3600 * machine_price_per_hour
         for name, total, unit in (("energy_wh", 1000 * row.energy_kwh, "Wh"), ("cost", cost, "currency")):
             shares = (row.accuracy, row.ci_high, row.ci_low)
-            each = [total / row.answers / share if row.accuracy else math.nan for share in shares]
+            each = [total / row.answers / share if share and row.accuracy else math.nan for share in shares]
             rows.append((row.variant, f"{name}_per_correct_answer", *each, row.answers, unit, row.method))
     return pd.DataFrame(rows, columns=["variant", "metric", "value", "ci_low", "ci_high", "n", "unit", "method"])

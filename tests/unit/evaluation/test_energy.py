@@ -21,6 +21,8 @@ def test_a_case_worked_by_hand_with_the_interval_of_the_accuracy():
     assert table.value.to_dict() == pytest.approx(by_hand)
     energy_row = table.loc["energy_wh_per_correct_answer"]
     assert (energy_row.ci_low, energy_row.ci_high) == pytest.approx((4 / 200 / 0.32, 4 / 200 / 0.2))
+    no_end = energy.cost_table(pd.DataFrame([row | {"ci_low": 0.0}]), **PRICES)
+    assert no_end.ci_high.isna().all() and no_end.ci_low.notna().all()
     none = energy.cost_table(pd.DataFrame([row | {"accuracy": 0.0, "ci_low": 0.0}]), **PRICES)
     assert none[["value", "ci_low", "ci_high"]].isna().all(axis=None)
 
