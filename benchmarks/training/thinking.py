@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 
 from benchmarks.record import RESULTS, Ratio, versions, write
-from medkit import data, distillation, evaluation, inference, lora, modeling, sources
+from medkit import data, distillation, evaluation, inference, modeling, sources
 from medkit.data.icd10_questions import read_icd_concepts
 from medkit.distillation.answers import answer_rows, collect_answers, weights_of
 from medkit.modeling.batches import Example
@@ -117,11 +117,9 @@ def train_teacher(stage: Stage, params: Params, questions: pd.DataFrame, hierarc
     tokenizer = make_tokenizer(folder)
     valid, private = (data.training_rows(questions, split) for split in ("valid", "private"))
     examples = encode(tokenizer, private, private.question.map(hierarchy.path_of))
-    teacher = load_for_training(folder, params.models, source.keep_layers, adapter=True)
-    teacher = lora.attach(teacher, section.correction, params.seed)
+    teacher = load_for_training(folder, params.models, source.keep_layers)
     loss, train = modeling.cross_entropy, section.correction_train
-    log = train_once(stage, "teacher_adapter", teacher, tokenizer, examples, train, loss, params.seed)
-    modeling.save_model(lora.merge(teacher), tokenizer, stage.path("teacher"))
+    log = train_once(stage, "teacher", teacher, tokenizer, examples, train, loss, params.seed)
     base = modeling.load_model(folder, params.models, source.keep_layers)
     some = encode(tokenizer, valid, valid.question.map(hierarchy.path_of))[: section.calibration_examples]
     removed = len(base.get_decoder().layers) - section.num_layers
