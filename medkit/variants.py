@@ -6,7 +6,7 @@ A new variant is one row of `VARIANTS`.
 
 from typing import NamedTuple
 
-FINAL = "student_kd"  # the student that is adapted, compressed and shipped
+FINAL = "student_kd"  # the student that is adapted, compressed and exported
 REASONERS = ("student_seq", "student_seq_kd")  # students that learn to give reasons before the answer
 ADAPTER = "adapter.gguf"  # beside the edge file: notebook 03's adapter, which llama.cpp adds to it on request
 TASKS = ".tasks.json"  # beside an edge file: what it was taught, how it did in the test; written by notebook 06
@@ -18,7 +18,7 @@ class Variant(NamedTuple):
     colour: str  # Of the palettes of Okabe and Ito and of Tol, which colour-blind readers can tell apart
     folder: str | None
     """Below the run's folder; empty for the teacher as it was downloaded, None for what is no language model."""
-    baseline: str | None  # The variant that this one is made from
+    baseline: str | None  # The variant that this one is compared with
     question: str | None  # What the comparison with the baseline answers
 
 
@@ -70,13 +70,12 @@ STEPS = [
     *((v.name, v.baseline, v.question) for v in VARIANTS.values() if v.baseline),
     ("teacher", "student_ce", "Does the teacher know what the labels do not say?"),
     ("student_kd", "student_hard", "Are soft answers better than hard ones?"),
-    ("student_ce", "tfidf", "With the same labels, is the student better than a table of words?"),
-    ("student_kd", "tfidf", "Is the distilled student better than a table of words?"),
-    ("student_kd", "regex", "Is the distilled student better than regular expressions?"),
     ("edge", "student_ce", "Is the edge file better than labels alone?"),
     ("edge", "teacher_base", "Is the edge file better than the teacher as downloaded?"),
     ("plan", "nf4", "Does our plan keep more than the library's NF4?"),
-]
+    *((v, b, "Is it better than a baseline without a language model?")
+      for v in ("teacher", "student_ce", FINAL, "edge", "edge_small") for b in ("tfidf", "regex")),
+]  # fmt: skip
 
 
 def list_variants(params) -> dict[str, Variant]:

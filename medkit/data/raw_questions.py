@@ -191,7 +191,7 @@ def rejection_reason(record: dict) -> str | None:
     if len(options) > len(LETTERS):
         return f"more than {len(LETTERS)} options"
     if len(set(options)) < len(options):
-        return "two options alike"
+        return "two equal options"
     if answer == -1 and record["pool"] != "transfer":
         of_chat = "no response to the user's last turn: only rows of pool transfer may be without"
         return of_chat if record["kind"] == INSTRUCTION else "no answer"

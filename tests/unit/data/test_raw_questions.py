@@ -91,7 +91,7 @@ REASONS = [
     ({"question": ""}, "empty question"), ({"question": 5}, "question is not text"),
     ({"context": ["a"]}, "context is not text"), ({"options": ["a"]}, "fewer than two options"),
     ({"options": list("abcdefghijk")}, "more than 10 options"), ({"options": ["a", ""]}, "empty option"),
-    ({"options": ["a", "b", "a"]}, "two options alike"), ({"options": "a or b"}, "options are not a list"),
+    ({"options": ["a", "b", "a"]}, "two equal options"), ({"options": "a or b"}, "options are not a list"),
     ({"options": None}, "options are not a list"), ({"options": ["a", None]}, "an option is not text or a number"),
     ({"answer": 2}, "answer is none of the options"), ({"answer": None}, "answer is none of the options"),
     ({"answer": -1}, "no answer"), ({"answer": -1, "pool": None}, "no answer"),

@@ -213,7 +213,7 @@ def test_a_row_that_is_refused_is_counted_with_its_number_and_reason(tmp_path):
     with pytest.warns(UserWarning, match="2 of 3 rows are rejected"):
         questions, rejected = load_own(CASES / "zero_width.jsonl")
     assert (list(questions.question), list(questions.answer)) == (["What is it?"], [0])
-    assert rejected[["reason", "rows"]].values.tolist() == [["empty question", "1"], ["two options alike", "2"]]
+    assert rejected[["reason", "rows"]].values.tolist() == [["empty question", "1"], ["two equal options", "2"]]
     good = {"question": "good?", "options": ["a", "b"], "answer": "A", "subject": float("nan")}
     rows = [*(json.loads(line) for line in (CASES / "conflict.jsonl").open()), good]
     rows += [{**good, "question": "twice?", "options": ["b", "a"]}, {**good, "question": "twice?"}]
