@@ -13,9 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from medkit.stage import library_versions, provenance
+from medkit.stage import device_name, library_versions, provenance
 
 RESULTS = Path(__file__).parent / "results"
 RAW = Path(__file__).parents[1] / "outputs" / "benchmarks"
@@ -29,16 +27,6 @@ class Ratio:
     goal: float | None
     better: Literal["higher", "lower"]
     repeats: int
-
-
-def device_name() -> str:
-    """The accelerator's name if there is one, else the processor's."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return model.group(1) if model else platform.machine()
 
 
 def slug(name: str) -> str:

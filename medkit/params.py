@@ -259,9 +259,9 @@ class DistillationParams(Section):
     """What is compared. `tokens`: the same token ids, for one vocabulary; `spans`: spans of bytes, for two tokenizers.
     Terms other than the forward KL need `tokens`."""
     temperature: PositiveFloat
-    ce_weight: float
+    ce_weight: NonNegativeFloat
     """λ1 of the loss λ1·CE + λ2·T²·divergence + λ3·hidden + λ4·entity; a term of weight 0 is not computed."""
-    kl_weight: float  # λ2, for any divergence
+    kl_weight: NonNegativeFloat  # λ2, for any divergence
     divergence: Literal["forward_kl", "reverse_kl", "jsd"]
     jsd_beta: Inside  # Of `jsd`: the teacher's share in the mixture
     hidden_weight: NonNegativeFloat
@@ -281,6 +281,8 @@ class DistillationParams(Section):
 
     @model_validator(mode="after")
     def _terms_can_be_computed(self) -> Self:
+        if not self.ce_weight + self.kl_weight + self.hidden_weight + self.entity_weight:
+            raise ValueError("ce_weight: all terms of the loss have weight 0; give one of them a weight above 0")
         if self.hidden_weight and not self.hidden_layers:
             raise ValueError("hidden_layers: hidden_weight is not 0, so name at least one pair of layers")
         if "student_seq_kd" in self.students and self.rationales is None:

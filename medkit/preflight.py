@@ -31,7 +31,12 @@ def check_profile(params: Params) -> list[str]:
     for source in (model_sources | data_sources).values():
         if source.kind in ("local", *OWN) and isinstance(source.path, str):
             sources.fetch(source)
-    _check_servers(params)
+    rationales = params.distillation.rationales
+    servers = {"inference.server": params.inference.server}
+    servers["distillation.rationales.server"] = rationales and rationales.server
+    for key, server in servers.items():
+        if server:
+            inference.read_key(server, key)
     tokenizers = []
     if not {"models.teacher", "models.student"} & {*away}:
         tokenizers = _check_models(params, models)
@@ -43,16 +48,6 @@ def check_profile(params: Params) -> list[str]:
     else:
         modeling.pick_device(params.models.device)
     return notes
-
-
-def _check_servers(params: Params) -> None:
-    rationales = params.distillation.rationales
-    for key, server in {
-        "inference.server": params.inference.server,
-        "distillation.rationales.server": rationales and rationales.server,
-    }.items():
-        if server:
-            inference.read_key(server, key)
 
 
 def _check_models(params: Params, models: list[ModelParams]) -> list:
@@ -125,14 +120,12 @@ def _check_quantization(params: Params, student, tokenizer) -> None:
     except MedkitError as error:
         raise MedkitError(f"quantization.plan.share is {section.plan.share}: {error}") from error
     quantization.estimate_plan(student.config, quantization.nf4_plan(shapes), section.plan.batch, section.plan.context)
-    for name in ("edge", "edge_small"):
-        if getattr(section, name):
-            try:
-                quantization.check_export(student, tokenizer)
-            except ExportError as error:
-                raise ExportError(
-                    f"quantization.{name}: {error}; or set it to null, then no file is written"
-                ) from error
+    if asked := [f"quantization.{name}" for name in ("edge", "edge_small") if getattr(section, name)]:
+        try:
+            quantization.check_export(student, tokenizer)
+        except ExportError as error:
+            named = " and ".join(asked)
+            raise ExportError(f"{named}: {error}; or set them to null, then no file is written") from error
 
 
 def _check_data(params: Params, tokenizers: list, away: set[str]) -> None:

@@ -40,7 +40,12 @@ from medkit.stage import (
 )
 from medkit.variants import ADAPTER, VARIANTS, list_variants
 
-PARAMETERS = {"params_file", "run", "overrides"}
+# settings of later sections on which a notebook's results depend; what only its printed intervals depend on is left out
+READS_ALSO = {
+    "02_distillation": [("inference", "max_new_tokens"), ("inference", "max_thinking_tokens")],
+    "03_lora": [("quantization", "double_quant"), ("evaluation", "headline_source")],
+    "05_inference": [("evaluation", "headline_source")],
+}
 # threads wait a short time actively before they sleep, and freed memory stays with the process: 1.4 times as fast on
 # two idle cores, and no collapse on busy ones (docs/log). Warnings that no reader of a notebook can act on stay out.
 ENVIRONMENT = {
@@ -74,8 +79,9 @@ def source_digest(notebook: Path) -> str:
 def fingerprints(params: Params) -> dict[str, str]:
     """The wanted fingerprint of every stage.
 
-    A section belongs to the notebook of the same name (`lora` to 03_lora); every other key is shared by all. What lies
-    at a local path counts by its content: wheels are pinned by their sha256, a file is not.
+    A section belongs to the notebook of the same name (`lora` to 03_lora), but for keys that an earlier notebook reads
+    too (READS_ALSO); every other key is shared by all. What lies at a local path counts by its content: wheels are
+    pinned by their sha256, a file is not.
     """
     values = _with_contents(params.model_dump())
     sections = {name: name.split("_", 1)[1] for name in STAGES}
@@ -83,7 +89,8 @@ def fingerprints(params: Params) -> dict[str, str]:
     upstream = digest([shared, library_versions()])
     chain = {}
     for notebook in notebooks():
-        upstream = digest([upstream, source_digest(notebook), values.get(sections[notebook.stem])])
+        also = [values[section][key] for section, key in READS_ALSO.get(notebook.stem, ())]
+        upstream = digest([upstream, source_digest(notebook), values.get(sections[notebook.stem]), also])
         chain[notebook.stem] = upstream
     return chain
 
@@ -255,11 +262,6 @@ def _print(line: str) -> None:
 
 
 def _execute(notebook: Path, executed: Path, stage: Stage, fingerprint: str, parameters: dict) -> None:
-    declared = set(papermill.inspect_notebook(str(notebook)))
-    if declared != PARAMETERS:  # papermill itself only warns
-        raise MedkitError(
-            f"{notebook.name}: the parameters cell must declare {sorted(PARAMETERS)}, it has {sorted(declared)}"
-        )
     executed.parent.mkdir(parents=True, exist_ok=True)
     # a kernel starts in the folder of its notebook: relative paths would mean another folder there
     folders = {"MEDKIT_OUTPUTS": str(outputs_root()), "MEDKIT_CACHE": str(sources.cache_root())}

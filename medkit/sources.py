@@ -212,15 +212,14 @@ def _fetch_hub(hub: Hub) -> Path:
 
     recorded = _hub_ref(hub)
     try:
-        folder = Path(
-            snapshot_download(
+        with write_errors(recorded, cache_root()):  # a full disk is no missing network
+            folder = snapshot_download(
                 repo_id=hub.repo,
                 repo_type=hub.type,
                 revision=recorded.read_text().strip() if recorded.is_file() else hub.revision,
                 cache_dir=cache_root() / "hub",
                 ignore_patterns=["*.bin", "*.pth", "*.pt", "*.py", "original/*"],  # safetensors only, no code
             )
-        )
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise SourceError(f"{hub.repo}@{hub.revision}: not on the hub; correct repo or revision") from error
     except (HfHubHTTPError, OSError) as error:  # LocalEntryNotFoundError is an OSError
@@ -228,5 +227,5 @@ def _fetch_hub(hub: Hub) -> Path:
             f"{hub.repo}@{hub.revision}: not cached and the hub cannot be reached; run once where it can, or use a "
             f"`wheel` or `local` source"
         ) from error
-    FETCHED[f"{hub.repo}@{hub.revision}"] = folder.name  # the hub names a snapshot's folder after its commit
-    return folder
+    FETCHED[f"{hub.repo}@{hub.revision}"] = Path(folder).name  # the hub names a snapshot's folder after its commit
+    return Path(folder)

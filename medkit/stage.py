@@ -287,13 +287,8 @@ def sha256_of(path: Path) -> str:
 
 def library_versions(names: Sequence[str] = VERSIONED) -> dict[str, str | None]:
     """Installed version of every library that computes; None for an optional one that is absent."""
-    installed = {}
-    for name in names:
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            installed[name] = None
-    return installed
+    found = {name: importlib.metadata.distributions(name=name) for name in names}
+    return {name: next((one.version for one in each), None) for name, each in found.items()}
 
 
 def provenance() -> dict:

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 from scipy import optimize, stats
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
 
 from medkit.stage import MedkitError
 
@@ -21,8 +20,7 @@ CELLS_AT_ONCE = 4_000_000  # counts held at a time: bounds memory, changes no re
 
 def wilson(successes: int, n: int, confidence: float) -> tuple[float, float]:
     """Wilson score interval of a proportion; keeps its coverage at small n and near 0 and 1."""
-    low, high = proportion_confint(successes, n, alpha=1 - confidence, method="wilson")
-    return (0.0 if successes == 0 else low), (1.0 if successes == n else high)  # exact, without rounding errors
+    return tuple(stats.binomtest(int(successes), n).proportion_ci(confidence, "wilson"))
 
 
 def resample_groups(groups: Sequence, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
@@ -31,9 +29,7 @@ def resample_groups(groups: Sequence, resamples: int = RESAMPLES, seed: int = 0)
     As many groups are drawn, with replacement, as there are. The same groups and seed give the same resamples. Raises
     MedkitError for a row without a group.
     """
-    codes = pd.factorize(np.asarray(groups))[0]
-    if not len(codes) or codes.min() < 0:
-        raise MedkitError(f"{len(codes)} rows, {(codes < 0).sum()} of them in no group: every row needs a group")
+    codes = _group_numbers(groups)
     count = codes.max() + 1
     draw, at_once = np.random.default_rng(seed), max(1, CELLS_AT_ONCE // len(codes))
     for start in range(0, resamples, at_once):
@@ -41,6 +37,13 @@ def resample_groups(groups: Sequence, resamples: int = RESAMPLES, seed: int = 0)
         cells = draw.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
         drawn = np.bincount(cells.ravel(), minlength=size * count).reshape(size, count).astype(np.int16)
         yield drawn[:, codes]
+
+
+def _group_numbers(groups: Sequence) -> np.ndarray:
+    codes = pd.factorize(np.asarray(groups))[0]
+    if not len(codes) or codes.min() < 0:
+        raise MedkitError(f"{len(codes)} rows, {(codes < 0).sum()} of them in no group: every row needs a group")
+    return codes
 
 
 def mean_intervals(
@@ -52,7 +55,7 @@ def mean_intervals(
     added to every column, each as a group of its own, so that no interval has width 0: (0, 0, 1, 1) for a proportion
     (Agresti & Coull 1998), (−1, 1) for a difference of pairs (Bonett & Price 2012). The interval includes the mean.
     """
-    values, codes = np.asarray(values, float), pd.factorize(np.asarray(groups))[0]
+    values, codes = np.asarray(values, float), _group_numbers(groups)
     mean, extra = np.nanmean(values, axis=0), np.asarray(imagined, float)
     values = np.vstack([values, np.repeat(extra[:, None], values.shape[1], axis=1)])
     codes = np.append(codes, codes.max() + 1 + np.arange(len(extra)))
@@ -115,7 +118,7 @@ def paired_difference(
     n, gained, lost = len(ours), int((ours & ~theirs).sum()), int((~ours & theirs).sum())
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     centre, spread = up - down, up + down - (up - down) ** 2
-    codes = np.arange(n) if groups is None else pd.factorize(np.asarray(groups))[0]
+    codes = np.arange(n) if groups is None else _group_numbers(groups)
     sums, sizes = np.bincount(codes, ours.astype(float) - theirs), np.bincount(codes)
     by_group = np.sum((sums - centre * sizes) ** 2) + (1 - centre) ** 2 + (1 + centre) ** 2
     design_effect = max(1.0, by_group / ((n + 2) * spread))

@@ -13,7 +13,8 @@ FACTS = {
     "versions": {"torch": "9.8.7"},
     "params": {
         "seed": 0, "lora": {"adapter": {"rank": 16}}, "evaluation": {"confidence": 0.95, "margin": 0.05},
-        "models": {"teacher": {"source": {"kind": "wheel", "package": "llm-toy", "version": "0.3.7"}}},
+        "models": {"teacher": {"source": {"kind": "wheel", "package": "llm-toy", "version": "0.3.7"}},
+                   "student": "pruned_teacher"},
         "data": {"datasets": {"medqa": {"private": 3, "labelled": 0, "transfer": 17, "valid": 2, "test": 41}}},
     },
 }  # fmt: skip

@@ -156,7 +156,7 @@ def cached(args) -> None:
         clock.losses.append(total.item())
         return total, terms
 
-    add_extras = teacher_cache.TeacherCache(args.cache, KEY).batch
+    add_extras = teacher_cache.TeacherCache(args.cache, KEY, examples).batch
     checkpoints = args.cache.with_name(args.contender)
     training.train(student, examples, section, loss, checkpoints, 0, add_extras)
 

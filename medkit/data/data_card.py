@@ -4,14 +4,16 @@ import pandas as pd
 
 from medkit.stage import DISCLAIMER
 
-LICENCES = {"icd": "public domain (CMS); wheel: MIT", "medmcqa": "Apache-2.0"}  # as the sources published them
-LICENCES |= dict.fromkeys(("medqa", "pubmedqa", "mmlu"), "MIT")
+# as the sources published them
+LICENCES = {"icd_chapter": "public domain (CMS); wheel: MIT", "medmcqa": "Apache-2.0"}
+LICENCES |= dict.fromkeys(("medqa", "pubmedqa", "pubmedqa_a", "mmlu"), "MIT")
+LICENCES |= dict.fromkeys(("records", "records_b"), "made by medkit; names of drugs and allergies: Apache-2.0")
 NEARLY_ALL = 0.9
 
 
 def licence_of(source: str) -> str:
-    """The licence of a source by the first part of its name; medkit does not know the licence of a user's own file."""
-    return LICENCES.get(source.split("_")[0], "not known to medkit: ask whoever made the file")
+    """The licence of a source by its name; medkit does not know the licence of a user's own file."""
+    return LICENCES.get(source, "not known to medkit: ask whoever made the file")
 
 
 def seen_notes(table: pd.DataFrame) -> dict[str, str]:

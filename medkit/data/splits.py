@@ -82,7 +82,9 @@ def _make_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> I
         raise DataError(f"{name}: consultations have no end; write numbers in data.datasets.{name}, not `all`")
     if name == "icd_chapter":
         concepts = icd10_questions.read_icd_concepts(path)
-        count = -1 if "all" in wanted else 40 + max(int(n / POOL_SHARES[pool]) for pool, n in counts.items())
+        count = (
+            -1 if "all" in wanted else 40 + max((int(n / POOL_SHARES[pool]) for pool, n in counts.items()), default=0)
+        )
         return icd10_questions.make_icd_questions(concepts, count, seed)
     return consultations.make_consultations(consultations.read_drug_names(path), MADE[name], counts, seed)
 
@@ -128,7 +130,10 @@ def take_splits(questions: pd.DataFrame, datasets: dict[str, DatasetParams], see
         pools = {pool: rows[rows.pool == pool] for pool in get_args(Pool)}
         if pools["valid"].empty and dataset.valid != "all":
             pools["valid"] = _take_groups(pools["train"], dataset.valid, seed)
-        left = pools["train"][~pools["train"].group.isin(pools["valid"].group)]
+        if dataset.transfer:  # rows of a group have places of their own: it goes to the first of valid and transfer
+            pools["transfer"] = pools["transfer"][~pools["transfer"].group.isin(pools["valid"].group)]
+        others = [*pools["valid"].group, *(pools["transfer"].group if dataset.transfer else ())]
+        left = pools["train"][~pools["train"].group.isin(others)]
         for split in ("test", "valid", "labelled", "transfer", "private"):
             wanted, pool = getattr(dataset, split), pools.get(split, left)
             taken = pool if wanted == "all" else pool.head(wanted)

@@ -159,7 +159,9 @@ def train_student(
         key = teacher_key(stage, teacher_tokenizer)
         if name == "student_seq_kd":
             _capture_rationales(stage, params, by_teacher, key)
-        cache = TeacherCache(_part(stage, "teacher_cache" if name == "student_kd" else RATIONALE_CACHE), key)
+        cache = TeacherCache(
+            _part(stage, "teacher_cache" if name == "student_kd" else RATIONALE_CACHE), key, by_teacher
+        )
         loss, options["add_extras"] = distillation_loss(params, by_teacher, unique, numbers, cache)
         if name == "student_kd" and section.order == "progressive":
             densities = entities.mark_entities(tokenizer, unique).densities()
@@ -205,7 +207,7 @@ def distillation_loss(
         parts = [cross_tokenizer.AlignedCache(cache, examples, teacher_examples, aligner)]
     else:
         loss = losses.DistillationLoss.from_params(section)
-        parts = [cache, entities.mark_entities(tokenizer, examples)]
+        parts = [cache, *([entities.mark_entities(tokenizer, examples)] if section.entity_weight else [])]
 
     def add_extras(places: list[int]) -> dict:
         extras = [part.batch([numbers[place] for place in places]) for part in parts]

@@ -59,7 +59,7 @@ def capture_teacher(
     vocab_size = index["vocab_size"] if teacher is None else teacher.config.get_text_config().vocab_size
     settings = {
         "key": key,
-        "examples": digest([(e.input_ids, e.loss_start) for e in examples]),
+        "examples": digest_examples(examples),
         "top_k": min(top_k, vocab_size),
         "vocab_size": vocab_size,
         "hidden_layers": list(hidden_layers),
@@ -85,7 +85,11 @@ def capture_teacher(
             save_file(_pack(arrays, [e.num_predicted for e in part], vocab_size), scratch)
         checksums[path.name] = sha256_of(path)  # after the shard: if killed between the two, the shard does not count
         write_text(folder / INDEX, json.dumps({**settings, "sha256": checksums}, indent=1))
-    return TeacherCache(folder, key)
+    return TeacherCache(folder, key, examples)
+
+
+def digest_examples(examples: Sequence[Example]) -> str:
+    return digest([(e.input_ids, e.loss_start) for e in examples])
 
 
 def _run_model(
@@ -146,17 +150,19 @@ def unpack_ids(packed: np.ndarray, k: int, vocab_size: int) -> np.ndarray:
 class TeacherCache:
     """Reader of a teacher cache by example number, in any order.
 
-    Raises CacheError for a cache of another teacher, template or tokenizer than `key`, and for missing or damaged
-    shards: now, and not in the middle of a training.
+    Raises CacheError for a cache of another teacher, template or tokenizer than `key`, for one of other examples, and
+    for missing or damaged shards: now, and not in the middle of a training.
     """
 
-    def __init__(self, folder: Path, key: str):
+    def __init__(self, folder: Path, key: str, examples: Sequence[Example]):
         self.index = read_index(folder)
         if self.index.get("key") != key:
             raise CacheError(
                 f"{folder}: the cache has key {self.index.get('key')!r}, this run needs {key!r}; capture the teacher "
                 f"again with this teacher, template and tokenizer"
             )
+        if self.index["examples"] != digest_examples(examples):
+            raise CacheError(f"{folder}: the cache is of other rows than these; capture the teacher again")
         count = -(-self.index["num_examples"] // self.index["shard_examples"])
         self.shards = [folder / SHARD.format(number) for number in range(count)]
         for path in self.shards:

@@ -21,24 +21,25 @@ def predict_baselines(training: pd.DataFrame, questions: pd.DataFrame) -> tuple[
 
     training, questions: rows with `question`, `options` and `answer` (an index into `options`). An answer is a class,
     so the options must come from one list, as the chapters of ICD-10-CM do and those of an exam do not. Returns rows
-    like those of `inference.predict`: variant, id, scoring (`option_text`) and `logprobs`, one per option, in nats. An
-    option that no training row had as its answer has half of the smallest probability.
+    like those of `inference.predict`: variant, id, scoring (`option_text`), `logprobs`, one per option, in nats, and
+    `answer_tokens`, all 1. An option that no training row had as its answer has half of the smallest probability.
     """
     answers = [options[answer] for options, answer in zip(training.options, training.answer, strict=True)]
-    model = fit_tfidf(training.question.tolist(), answers)
     classes, counts = np.unique(answers, return_counts=True)
-    probabilities = {
-        "majority": np.tile(counts / counts.sum(), (len(questions), 1)),
-        "tfidf": model.predict_proba(questions.question.tolist()),
-    }
+    probabilities = {"majority": np.tile(counts / counts.sum(), (len(questions), 1))}
+    sizes = {"majority": counts.nbytes}
+    if len(classes) > 1:  # else there is nothing to tell apart
+        model = fit_tfidf(training.question.tolist(), answers)
+        probabilities["tfidf"] = model.predict_proba(questions.question.tolist())
+        sizes["tfidf"] = count_bytes(model)
     rows = []
     for name, table in probabilities.items():
         least = table[table > 0].min() / 2
         for id, options, row in zip(questions.id, questions.options, table, strict=True):
             of_class = dict(zip(classes, row, strict=True))
             logprobs = np.log([of_class.get(option, least) for option in options])
-            rows.append({"variant": name, "id": id, "scoring": "option_text", "logprobs": logprobs})
-    return pd.DataFrame(rows), {"majority": counts.nbytes, "tfidf": count_bytes(model)}
+            rows.append({"variant": name, "id": id, "logprobs": logprobs})
+    return _as_predictions(pd.DataFrame(rows)), sizes
 
 
 def predict_by_rule(questions: pd.DataFrame) -> pd.DataFrame:
@@ -48,7 +49,12 @@ def predict_by_rule(questions: pd.DataFrame) -> pd.DataFrame:
         "longest": [[float(len(option)) for option in options] for options in questions.options],
     }
     tables = (pd.DataFrame({"variant": name, "id": questions.id, "logprobs": rows}) for name, rows in choices.items())
-    return pd.concat(tables, ignore_index=True).assign(scoring="option_text")
+    return _as_predictions(pd.concat(tables, ignore_index=True))
+
+
+def _as_predictions(scores: pd.DataFrame) -> pd.DataFrame:
+    """An option counts as one token, so that its sum and its mean per token are the same."""
+    return scores.assign(scoring="option_text", answer_tokens=scores.logprobs.map(lambda each: [1] * len(each)))
 
 
 def fit_tfidf(texts: list[str], answers: list[str]) -> Pipeline:

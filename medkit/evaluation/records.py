@@ -101,7 +101,7 @@ def _number(value) -> float | None:
 def occurs_in(value, text: str) -> bool:
     """Whether the value stands in the text as whole words. "six" and "6", "milligrams" and "mg" are the same word."""
     number = _number(value)
-    words = _plain(str(value) if number is None else f"{number:g}")
+    words = _plain(str(value) if number is None else f"{number:.15g}")
     return bool(re.search(rf"(?<![\w.]){re.escape(words)}(?!\w|\.\d)", _plain(text)))
 
 

@@ -27,7 +27,9 @@ def rows_for(variant: str, asked: pd.DataFrame, exams: pd.DataFrame, claims: Seq
     if variant in REASONERS:
         reasoned = (rows.scoring == "generated") & ~rows.kind.isin(templates.WRITTEN)
         rows = rows.assign(template=pd.Series(templates.RATIONALE.name, rows.index).where(reasoned))
-    return pd.concat([rows, exams]) if variant in (START, FINAL) else rows
+    if variant in (START, FINAL):  # an exam may be among the questions too
+        rows = pd.concat([rows, exams]).drop_duplicates(["id", "scoring"])
+    return rows
 
 
 def dialogue_rows(dialogues: pd.DataFrame, count: int | str) -> pd.DataFrame:

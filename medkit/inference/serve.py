@@ -60,9 +60,10 @@ def serve(run: str, host: str = "127.0.0.1", port: int = 8000, api_key: str | No
 
     Raises MedkitError for an address that other machines can reach without an API key.
     """
+    api_key = (api_key or "").strip() or None
     if host not in LOOPBACK and not api_key:
         raise MedkitError(f"--host {host} can be reached by other machines: set an API key in MEDKIT_API_KEY")
-    with open_router(run, api_key and api_key.strip(), **options) as router:
+    with open_router(run, api_key, **options) as router:
         uvicorn.run(router, host=host, port=port, log_level="warning", server_header=False)
 
 
@@ -189,17 +190,9 @@ def make_router(
     about = "The model behind this server is not one of medkit's files." if tasks is None else describe(tasks)
     page = PAGE.read_text().replace("DISCLAIMER", html.escape(DISCLAIMER)).replace("ABOUT", html.escape(about))
     shown = HTMLResponse(page, headers={"content-security-policy": PAGE_POLICY})
-    return Starlette(
-        routes=[
-            Route("/", lambda request: shown, methods=["GET"]),
-            Route("/{path:path}", route, methods=["GET", "POST"]),
-        ],
-        middleware=checks,
-        lifespan=lifespan,
-        exception_handlers={
-            405: lambda request, error: error_response(405, "use GET or POST", "invalid_request_error")
-        },
-    )
+    routes = [Route("/", lambda request: shown), Route("/{path:path}", route, methods=["GET", "POST"])]
+    refuse = {405: lambda request, error: error_response(405, "use GET or POST", "invalid_request_error")}
+    return Starlette(routes=routes, middleware=checks, lifespan=lifespan, exception_handlers=refuse)
 
 
 async def read_body(request: Request) -> bytes | None:
@@ -238,15 +231,20 @@ async def choose(client: httpx.AsyncClient, plan: Plan, known_ids: dict) -> Plan
 
 def write_answer(plan: Plan) -> Response:
     """The plan's text as a chat answer, or as a stream of one chunk."""
-    many = plan.chat.get("n") if type(plan.chat.get("n")) is int else 1
     kind, part = ("chat.completion.chunk", "delta") if plan.chat.get("stream") else ("chat.completion", "message")
     turn = {part: {"role": "assistant", "content": plan.first}, "finish_reason": "stop", "logprobs": None}
-    choices = [{"index": i, **turn} for i in range(many if many in range(1, 17) else 1)]
+    choices = [{"index": i, **turn} for i in range(count_answers(plan))]
     answer = in_openai_shape(plan, f"chatcmpl-{secrets.token_hex(8)}", kind, choices)
     if plan.chat.get("stream"):
         return Response(f"data: {json.dumps(answer)}\n\ndata: [DONE]\n\n", 200, headers_of(plan), "text/event-stream")
     usage = dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), 0)
     return as_json(answer | {"usage": usage}, 200, headers_of(plan))
+
+
+def count_answers(plan: Plan) -> int:
+    """How many answers a chat wants (`n`)."""
+    many = plan.chat.get("n")
+    return many if type(many) is int and many in range(1, 17) else 1
 
 
 def in_openai_shape(plan: Plan, name: str, kind: str, choices: list[dict]) -> dict:
@@ -269,8 +267,9 @@ async def pass_on(answer: httpx.Response, plan: Plan) -> Response:
         async def chunks():
             async with aclosing(answer):
                 if is_chat:
-                    delta = {"index": 0, "delta": {"role": "assistant", "content": first}, "finish_reason": None}
-                    chunk = in_openai_shape(plan, "medkit", "chat.completion.chunk", [delta])
+                    turn = {"delta": {"role": "assistant", "content": first}, "finish_reason": None}
+                    deltas = [{"index": i, **turn} for i in range(count_answers(plan))]
+                    chunk = in_openai_shape(plan, "medkit", "chat.completion.chunk", deltas)
                     yield f"data: {json.dumps(chunk)}\n\n".encode()
                 async for chunk in answer.aiter_raw():
                     yield chunk

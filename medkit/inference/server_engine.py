@@ -16,7 +16,6 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
-import httpx
 import numpy as np
 import openai
 
@@ -28,6 +27,7 @@ from medkit.stage import count_cores
 # in a request to llama.cpp's server; a request that says nothing would go on from what an adapter has read before it
 ADAPTER_ON, ADAPTER_OFF = ({"lora": [{"id": 0, "scale": scale}]} for scale in (1.0, 0.0))
 AT_ONCE = 256  # requests in flight; the server decides how many of them it works on
+ANSWER_S = 3600.0  # with one slot and a large file on a CPU the last of them waits for all others
 # vLLM's names, then llama.cpp's: return token ids
 RETURN_IDS = {"return_token_ids": True, "return_tokens": True, "verbose": True}
 
@@ -113,7 +113,8 @@ class ServerEngine:
 
     def __init__(self, url: str, model: str | None = None, api_key: str | None = None, temperature: float = 0.0):
         self._url, self._temperature = url, temperature
-        self._client = openai.OpenAI(base_url=url, api_key=api_key or "none", timeout=120.0, max_retries=4)
+        timeout = openai.Timeout(ANSWER_S, connect=10.0)
+        self._client = openai.OpenAI(base_url=url, api_key=api_key or "none", timeout=timeout, max_retries=4)
         with self._explain():
             listed = self._client.with_options(timeout=10.0, max_retries=0).models.list()
             owners = {str(model.id): str(model.owned_by) for model in listed}
@@ -191,9 +192,9 @@ class ServerEngine:
         try:
             yield
         except openai.APIConnectionError as error:
-            # an error of the protocol may hold the header with the key
-            leaks = isinstance(error.__cause__, httpx.ProtocolError)
-            reason = type(error.__cause__).__name__ if leaks else error.__cause__ or error
+            # an error of the protocol may hold the header with the key; its class is of the library that openai brings
+            kinds = {kind.__name__ for kind in type(error.__cause__).__mro__}
+            reason = type(error.__cause__).__name__ if "LocalProtocolError" in kinds else error.__cause__ or error
             raise EngineError(f"{self._url} cannot be reached ({reason}): start the server") from error
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise EngineError(f"{self._url} refuses the API key ({error.status_code}): give the right one") from error

@@ -5,16 +5,24 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 
-THOUGHTS = (  # how a thought opens and closes; a chat template may have opened it in the prompt
+# how a thought opens and closes, and the text that closes it where the pattern allows several; a chat template may have
+# opened it in the prompt
+THOUGHTS = (
     *((f"<{name}>", f"</{name}>") for name in ("think", "thinking", "thought", "reasoning")),
     (r"\[THINK\]", r"\[/THINK\]"),  # Magistral
-    (r"(?m:^)(?:#+ ?|\*\*)Thinking\b", r"(?m:^)(?:#+ ?|\*\*)Final Response\b[:*]*"),  # HuatuoGPT-o1
+    (
+        r"(?m:^)(?:#+ ?|\*\*)Thinking\b",
+        r"(?m:^)(?:#+ ?|\*\*)Final Response\b[:*]*",
+        "## Final Response",
+    ),  # HuatuoGPT-o1
     (r"<\|channel\|>(?:analysis|commentary)\b", r"<\|channel\|>final<\|message\|>"),  # gpt-oss
     (r"\Aanalysis(?=\w)", "assistantfinal"),  # the same, where the tokenizer left its special tokens out
     ("<unused94>(?:thought)?", "<unused95>"),  # MedGemma
     (r"<\|begin_of_thought\|>", r"<\|end_of_thought\|>"),  # OpenThinker
 )
-_PAIRS = "|".join(f"(?P<open{i}>{opening})|(?P<close{i}>{closing})" for i, (opening, closing) in enumerate(THOUGHTS))
+_PAIRS = "|".join(
+    f"(?P<open{i}>{opening})|(?P<close{i}>{closing})" for i, (opening, closing, *_) in enumerate(THOUGHTS)
+)
 _MARK = re.compile(rf"{_PAIRS}|<answer>|<\|begin_of_solution\|>", re.IGNORECASE)
 _SAID = re.compile(
     r"</answer>|<\|(?:eot_id|eom_id|im_end|end|return|endoftext|end_of_text|end_of_solution)\|>"
@@ -59,11 +67,12 @@ def find_thinking(tokenizer, template: str) -> Thinking:
         on, off = (f"{{% set enable_thinking = {v} %}}{template}" * has_switch or template for v in ("true", "false"))
         turns, options = [{"role": "user", "content": "?"}], {"tokenize": False, "add_generation_prompt": True}
         prompt, closed = (tokenizer.apply_chat_template(turns, chat_template=t, **options) for t in (on, off))
-        for opens, closes in THOUGHTS:
+        for opens, closes, *text in THOUGHTS:
             opened = re.search(rf"{opens}\s*\Z", prompt)
             empty = re.search(rf"({opens}\n?)(\s*{closes}\s*)\Z", closed)
             if opened:
-                closing = empty[2] if empty else "\n" + re.sub(r"\\(.)", r"\1", closes) + "\n\n"
+                [closing_text] = text or [re.sub(r"\\(.)", r"\1", closes)]
+                closing = empty[2] if empty else f"\n{closing_text}\n\n"
                 return Thinking(on, off if empty else on + _literal(closing), opened[0], closing)
             if empty and has_switch:
                 return Thinking(on + _literal(empty[1]), off, empty[1], empty[2])

@@ -98,11 +98,12 @@ def estimate_presets(config: PreTrainedConfig, batch: int, context: int) -> list
 
 
 def estimate_plan(
-    config: PreTrainedConfig, plan: Plan, batch: int, context: int, shapes: list[Weight] | None = None
-) -> Estimate:
+    config: PreTrainedConfig, plan: Plan, batch: int, context: int, shapes: list[Weight] | None = None,
+    double_quant: bool = True,
+) -> Estimate:  # fmt: skip
     """The memory of one plan. `shapes` saves time if they are known."""
     shapes = shapes or model_shapes(config)
-    table = plan_bytes(shapes, plan.schemes, BF16_BYTES).set_index("component")
+    table = plan_bytes(shapes, plan.schemes, BF16_BYTES, double_quant).set_index("component")
     scales = int(table.bytes.get("quantization state", 0))
     weights = int(table.bytes.sum()) - scales
     bits = 8 * (weights + scales) / int(table.weights.sum())

@@ -96,8 +96,8 @@ def _questions(params: Params, counts: Mapping[str, Mapping[str, int | str]]) ->
     for scoring, sources in counts.items():
         for source, n in sources.items():
             n = _count(source, "test", params.data.datasets[source].test if n == "all" else n)
-            rows += [(scoring, source, MADE.get(source, "choice"))] * n
-    return pd.DataFrame(rows, columns=["scoring", "source", "kind"])
+            rows += [(f"{source}:{i}", scoring, source, MADE.get(source, "choice")) for i in range(n)]
+    return pd.DataFrame(rows, columns=["id", "scoring", "source", "kind"])
 
 
 def _tokens(counts: Mapping[str, float], answers: bool = True) -> float:

@@ -50,7 +50,8 @@ def build_card(results: pd.DataFrame, facts: Mapping) -> ModelCard:
 
 
 def _front_matter(results: pd.DataFrame, facts: Mapping) -> ModelCardData:
-    source = facts["params"]["models"]["teacher"]["source"]
+    models = facts["params"]["models"]
+    source = models["teacher" if models["student"] == "pruned_teacher" else "student"]["source"]
     of_wheel = source["kind"] == "wheel"  # of other sources the licence is not known here
     rows = results[results.result.str.startswith("accuracy/") & (results.metric == facts["headline_scoring"])]
     return ModelCardData(

@@ -190,14 +190,14 @@ def test_a_teacher_as_its_own_student_has_no_divergence(stage, load, rows, captu
     cache, examples = capture(params), batches.encode_questions(tokenizer, rows)
     loss, add_extras = stages.distillation_loss(params, examples, examples, [*range(10), 1, 3], cache)
     extras = add_extras([1, 11])
-    assert {"teacher_ids", "teacher_logprobs", "entity", "entity_weights"} <= set(extras)
+    assert {"teacher_ids", "teacher_logprobs"} <= set(extras)
     model = loading.load_model(folders / "teacher", params.models)
     with torch.no_grad():
         _, terms = loss(batches.predict(model, batches.collate([examples[1], examples[3]], 0)), extras)
     assert terms["forward_kl"].abs() < 0.02
     loading.save_model(make_llama(seed=9), tokenizer, stage.path("teacher"))  # another teacher
     with pytest.raises(CacheError, match="capture the teacher again"):
-        TeacherCache(stage.dir / "teacher_cache", stages.teacher_key(stage, tokenizer))
+        TeacherCache(stage.dir / "teacher_cache", stages.teacher_key(stage, tokenizer), examples)
 
 
 def test_two_vocabularies_are_refused_before_any_training(stage, load, trained):

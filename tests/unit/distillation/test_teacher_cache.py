@@ -112,7 +112,7 @@ def test_a_damaged_shard_is_named_and_a_second_capture_mends_it(teacher, make_ex
     for damaged in (content[:-100], one_bit, None):
         path.write_bytes(damaged) if damaged else path.unlink()
         with pytest.raises(CacheError, match=r"00001\.safetensors is missing or damaged; run the capture again"):
-            TeacherCache(tmp_path, KEY)
+            TeacherCache(tmp_path, KEY, examples)
         capture(teacher, examples, tmp_path)
         assert path.read_bytes() == content
     assert others.items() <= times(tmp_path).items()
@@ -165,16 +165,19 @@ def test_other_settings_start_the_cache_again_and_leave_other_files_alone(teache
         assert cache.example(number)["teacher_ids"].shape == (example.num_predicted, 8)
 
 
-def test_a_cache_of_another_teacher_is_refused(teacher, make_examples, tmp_path):
+def test_a_cache_of_another_teacher_or_of_other_rows_is_refused(teacher, make_examples, tmp_path):
+    examples = make_examples(2)
     with pytest.raises(CacheError, match="the cache has key None"):
-        TeacherCache(tmp_path, KEY)
-    index = capture(teacher, make_examples(2), tmp_path).index
+        TeacherCache(tmp_path, KEY, examples)
+    index = capture(teacher, examples, tmp_path).index
     with pytest.raises(CacheError, match=r"teacher 1.*needs 'teacher 2'; capture the teacher again"):
-        TeacherCache(tmp_path, "teacher 2")
+        TeacherCache(tmp_path, "teacher 2", examples)
+    with pytest.raises(CacheError, match="of other rows than these; capture the teacher again"):
+        TeacherCache(tmp_path, KEY, examples[::-1])
     (tmp_path / "index.json").write_bytes(b"{\xff")
     with pytest.raises(CacheError, match="capture the teacher again"):
-        TeacherCache(tmp_path, KEY)
-    assert capture(teacher, make_examples(2), tmp_path).index == index
+        TeacherCache(tmp_path, KEY, examples)
+    assert capture(teacher, examples, tmp_path).index == index
 
 
 @pytest.mark.parametrize("shift", [0, 1], ids=["in order", "one example late"])

@@ -30,9 +30,9 @@ def test_the_card_of_a_file_is_whole_and_its_index_has_each_accuracy_with_its_in
         assert metric["args"]["ci_low"] < metric["value"] < metric["args"]["ci_high"] and metric["args"]["n"]
 
 
-def test_a_hub_teacher_brings_its_own_licence(toy_results):
+def test_a_hub_student_brings_its_own_name_and_licence(toy_results):
     results, facts = toy_results
-    hub = {"models": {"teacher": {"source": {"kind": "hub", "repo": "a/b", "revision": "c"}}}}
+    hub = {"models": {**facts["params"]["models"], "student": {"source": {"kind": "hub", "repo": "a/b"}}}}
     card = str(model_card.build_card(results, {**facts, "params": facts["params"] | hub}))
     head = yaml.safe_load(card.split("---")[1])
     assert (head["base_model"], head["license"]) == ("a/b", "other")
