@@ -84,7 +84,8 @@ def round_model(model, examples, layers: str, embeddings: str, way: str, steps: 
     if way == "searched":
 
         def round_weight(name, weight, hessian):
-            blocks = gguf_blocks.round_to_blocks(weight, kinds[name], torch.diag(hessian.diagonal()))
+            importance = None if hessian is None else torch.diag(hessian.diagonal())
+            blocks = gguf_blocks.round_to_blocks(weight, kinds[name], importance)
             return blocks, blocks.decode()
 
         blocks = gptq.calibrate(model, kinds, examples, round_weight)

@@ -1,12 +1,13 @@
 """What distillation gives, when, and by which of its parts: on a finished run, with one or more seeds.
 
-When, on the headline task alone: more labels must shrink what the teacher adds, and a weaker teacher (fewer private
-rows) must remove it. Parts, on all tasks of the run: soft or hard answers, KL without CE, hidden states, whole
-entities, and the order from easy to hard. All students of a setup start from the same layers and see as many examples
-in as many steps. A student is scored on rows that no student learns from: the validation rows, and some private rows of
-the teacher, set aside before any setup takes labels from them. The score is right options, with the four of a question
-and with all that the task has, and the field F1 of records. A seed draws the order of the rows, nothing else. Each cell
-(setup, student, seed) is kept in outputs/<name>: a killed ablation goes on.
+When, on the headline task alone: does what the teacher adds shrink with more labels, and is it gone if the teacher
+learned the student's labels alone, in as many steps as the run's teacher? Parts, on all tasks of the run: soft or hard
+answers, KL without CE, hidden states, whole entities, and the order from easy to hard. All students of a setup start
+from the same layers and see as many examples in as many steps. A student is scored on rows that no student learns from:
+the validation rows, and some groups of the teacher's private rows, set aside before any setup takes labels from the
+others. The score is right options, with the four of a question and with all that the task has, and the field F1 of
+records. A seed draws the order of the rows, nothing else. Each cell (setup, student, seed) is kept in outputs/<name>: a
+killed ablation goes on.
 """
 
 import json
@@ -35,7 +36,7 @@ SETUPS = {  # name → labelled and private rows of the headline task; None: the
     "32 labels": (32, None),
     "128 labels": (128, None),
     "512 labels": (512, None),
-    "128 labels, weak teacher": (128, 128),
+    "128 labels, teacher of the same labels": (128, 0),
 }
 ALL_LAYERS = "last layer of the student and of the teacher"
 PARTS = {  # student → its name in the package, and what it changes in the section `distillation`
@@ -58,20 +59,21 @@ def take_rows(questions: pd.DataFrame, headline: str, counts: tuple | None, seed
     (labelled, private), table = counts, questions[questions.source == headline]
     known = table[table.split.isin(["labelled", "private"])]
     known = known.sample(frac=1, random_state=seed).sort_values("split", kind="stable")  # the labelled ones first
-    few, rest = known.head(labelled), known.iloc[labelled:]
+    few, rest = known.head(labelled).assign(split="labelled"), known.iloc[labelled:].assign(split="private")
     others = table[table.split.isin(["transfer", "valid", "held"])]
-    return pd.concat(
-        [few.assign(split="labelled"), rest.head(private or len(rest)).assign(split="private"), others],
-        ignore_index=True,
-    )
+    return pd.concat([few, rest if private is None else rest.head(private), others], ignore_index=True)
 
 
 def open_setup(name: str, setup: str, params: Params, questions: pd.DataFrame, run: Path) -> Stage:
-    """A folder for the setup's models, with the run's base, and its teacher or one that this setup's rows corrected."""
+    """A folder for the setup's models, with the run's base, and its teacher or one that learned this setup's labels."""
     stage = Stage(f"{name}_{setup.replace(' ', '_').replace(',', '')}", "02_distillation")
     for part in ("base", "teacher"):
-        if part == "teacher" and "weak" in setup:
-            distillation.correct_teacher(stage, params, distillation.teacher_rows(questions))
+        if part == "teacher" and "same labels" in setup:
+            rows = distillation.teacher_rows(questions)
+            taught = pd.read_parquet(run / "01_data" / "questions.parquet")
+            epochs = len(distillation.teacher_rows(taught)) / len(rows)
+            train = params.distillation.correction_train.model_copy(update={"epochs": epochs})
+            distillation.correct_teacher(stage, with_changes(params, {"correction_train": train}), rows)
         elif find_record(stage.dir / part, run_key(run)) is None:
             with recorded(stage.dir / part, run_key(run)), atomic_path(stage.dir / part) as scratch:
                 shutil.copytree(run / "02_distillation" / part, scratch)
@@ -171,9 +173,11 @@ def main() -> None:
     cells_folder.mkdir(parents=True, exist_ok=True)
     questions = pd.read_parquet(args.run / "01_data" / "questions.parquet")
     questions = questions[questions.split != "test"]
-    for kind, count in HELD.items():
+    for kind, count in HELD.items():  # whole groups: no label may share a category with a question that is asked
         private = questions[(questions.kind == kind) & (questions.split == "private")]
-        questions.loc[private.sample(count, random_state=params.seed).index, "split"] = "held"
+        groups = private.groupby("group").size().sample(frac=1, random_state=params.seed)
+        held = groups.index[groups.cumsum() <= count]
+        questions.loc[private.index[private.group.isin(held)], "split"] = "held"
     code = distillation.train_student, distillation.student_rows, evaluation.score_questions, inference.predict
     settings = params.model_dump(mode="json"), run_key(args.run)
     cells = []

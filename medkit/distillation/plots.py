@@ -142,7 +142,7 @@ def plot_thinking(measured: Mapping) -> Drawn:
 
 
 def plot_gains(measured: Mapping) -> Drawn:
-    """What distillation adds to labels alone, with its interval: a point for each number of labels, and a weak teacher.
+    """What distillation adds to labels alone, with its interval: a point for each number of labels and kind of teacher.
 
     measured: the committed result of benchmarks/training/ablation.py whose name is `ablation_dials`.
     """
