@@ -7,18 +7,8 @@ from medkit.evaluation.records import ratio_of_sums
 from medkit.variants import VARIANTS
 
 INTERVAL = ["value", "ci_low", "ci_high"]
-COLUMNS = [
-    "variant",
-    "source",
-    *INTERVAL,
-    "n",
-    "tokens",
-    "bits_per_byte",
-    "baseline",
-    "ratio",
-    "ratio_low",
-    "ratio_high",
-]
+COLUMNS = ["variant", "source", *INTERVAL, "n", "tokens", "bits_per_byte"]
+COLUMNS += ["baseline", "ratio", "ratio_low", "ratio_high"]
 
 
 def measure_perplexity(predictions: pd.DataFrame, questions: pd.DataFrame, confidence: float) -> pd.DataFrame:

@@ -42,12 +42,8 @@ def letter_bias(judged: pd.DataFrame, confidence: float) -> pd.DataFrame:
     rows = []
     for key, group in table.groupby(KEYS, sort=False):
         for letter, part in group.groupby("letter"):
-            row = {
-                "letter": letter,
-                **_share(part.correct, part.group, confidence),
-                "chosen": (group.chosen == letter).mean(),
-            }
-            rows.append(dict(zip(KEYS, key, strict=True)) | row)
+            row = {"letter": letter, **_share(part.correct, part.group, confidence)}
+            rows.append(dict(zip(KEYS, key, strict=True)) | row | {"chosen": (group.chosen == letter).mean()})
     return pd.DataFrame(rows)
 
 

@@ -102,13 +102,9 @@ def _last_line(log: IO[str]) -> str:
 class ServerEngine:
     """An engine (`modeling.engine.Engine`) over the model `model` of the server at `url`, which ends in /v1.
 
-    Greedy, unless `temperature` is above 0.
-
-    `model` None takes the first model that the server lists. The server must return token ids, as llama.cpp and vLLM
-    do. While no end token is wanted, vLLM writes on after one and llama.cpp writes none. A busy server is asked again,
-    a few times.
-
-    Raises EngineError if the server cannot be reached, refuses the key, or has no such model.
+    `model` None takes the first one listed. Greedy, unless `temperature` is above 0. The server must return token ids,
+    as llama.cpp and vLLM do; where no end token is wanted, vLLM writes on after one and llama.cpp writes none. Raises
+    EngineError if it cannot be reached, refuses the key, or has no such model.
     """
 
     def __init__(self, url: str, model: str | None = None, api_key: str | None = None, temperature: float = 0.0):

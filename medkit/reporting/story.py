@@ -84,7 +84,7 @@ def tell_story(results: pd.DataFrame, facts: Mapping, variants: Sequence[str] = 
     """
     sizes, sentences = megabytes(results), []
     tasks = {"accuracy": rows_of(results, headline(facts), facts)}
-    tasks["F1 of the record fields"] = rows_of(results, RECORDS, facts)
+    tasks["F1 of records"] = rows_of(results, RECORDS, facts)
     for variant in [v for v in variants if any(v in rows.index for rows in tasks.values())]:
         numbers = [f"{sizes[variant]:.3g} MB"] if variant in sizes else []
         for task, rows in tasks.items():
@@ -113,18 +113,21 @@ def _certificate(results: pd.DataFrame, variant: str) -> Iterator[str]:
     certificates = results[results.result.str.startswith("certificate/") & (results.variant == variant)]
     if len(certificates) and {variant, student} <= set(sizes):
         yield f"It has {sizes[variant] / sizes[student]:.0%} of the bytes of {label(student)} in bf16."
+    tasks = []
     for row in certificates.itertuples():
         cure = f"p = {row.p_equivalence_holm:.2g} after Holm's correction"
         if row.n_needed > row.n:
             cure = f"that needs n = {row.n_needed:,.0f} or more"
-        shown = "is shown" if row.within_margin else f"is not shown ({cure})"
-        equivalence = f"On {row.result.split('/')[1]} equivalence to {label(student)} within {row.margin:g} {shown}"
-        yield f"{equivalence}: {difference(row)}, n = {row.n:.0f}."
+        shown = "shown" if row.within_margin else f"not shown ({cure})"
+        tasks.append(f"{shown} on {row.result.split('/')[1]}, {difference(row)}, {_count(row)}")
+    if tasks:
+        yield f"Equivalence to {label(student)} within {row.margin:g}: {'; '.join(tasks)}."
 
 
 def _gain(results: pd.DataFrame, facts: Mapping) -> Iterator[str]:
-    """What the distilled student has over labels alone."""
-    for row in _step(results, f"accuracy_delta/{facts['headline_source']}", facts, FINAL, "student_ce"):
+    """What the distilled student has over labels alone, and over the student of the teacher's answers as text."""
+    result = f"accuracy_delta/{facts['headline_source']}"
+    for row in _step(results, result, facts, FINAL, "student_ce"):
         yield f"Against labels alone: {difference(row)} in accuracy, n = {row.n:.0f}, {row.verdict}."
         closed = [
             f"{gap.value:.0%} [{gap.ci_low:.0%}, {gap.ci_high:.0%}] on {gap.result.split('/')[1]}"
@@ -132,6 +135,8 @@ def _gain(results: pd.DataFrame, facts: Mapping) -> Iterator[str]:
         ]
         if closed:
             yield f"Of the gap to the teacher it closes {' and '.join(closed)}."
+    for row in _step(results, result, facts, FINAL, "student_hard"):
+        yield f"Against the teacher's answers as text: {difference(row)} in accuracy, {row.verdict}."
 
 
 def _over_baselines(results: pd.DataFrame, facts: Mapping, variant: str) -> Iterator[str]:
@@ -142,4 +147,10 @@ def _over_baselines(results: pd.DataFrame, facts: Mapping, variant: str) -> Iter
     ):
         for row in _step(results, result, facts, variant, baseline):
             verb = {"better": "beats", "worse": "is worse than"}.get(row.verdict, "is not shown to beat")
-            yield f"It {verb} {label(baseline)}: {difference(row)} in {measure}, n = {row.n:.0f}."
+            yield f"It {verb} {label(baseline)}: {difference(row)} in {measure}, {_count(row)}."
+
+
+def _count(row) -> str:
+    """The n of a comparison: of questions, or of the fields of records."""
+    is_of_fields = row.result.startswith("field_delta") or "/records" in row.result
+    return f"n = {row.n:.0f}" + " fields" * is_of_fields
