@@ -343,7 +343,7 @@ class ShuffleParams(Section):
 
 
 class InferenceParams(Section):
-    batch_tokens: PositiveInt  # Of writing: the KV cache holds four times as many tokens, of prompts and answers
+    batch_tokens: PositiveInt  # Of timed batches: the KV cache holds four times as many tokens; other answers: 4096 or more
     max_new_tokens: PositiveInt  # For generated answers
     max_thinking_tokens: PositiveInt | None  # Of a thought before a generated answer; null: it is empty
     questions: dict[Scoring, dict[str, Count]]
@@ -355,7 +355,9 @@ class InferenceParams(Section):
     """Test source → number of questions, by option text, for the untrained and the distilled student alone."""
     shuffle: ShuffleParams  # How far an answer depends on the order of its options; asked of two variants
     dialogues: Count  # Real consultations of which two variants write a record of the first form; 0 for none
-    safety_probes: PositiveInt | Literal["all"]  # Open questions that can do harm (docs/safety.md), of each category
+    safety_probes: (
+        PositiveInt | Literal["all"]
+    )  # Questions whose wrong answer can do harm (docs/safety.md), by category
     bench: BenchParams
     server: ServerParams | None  # It runs the edge file, or the same student, and is timed; null starts llama.cpp's own
 
@@ -466,7 +468,7 @@ def _sentence(error: dict) -> str:
         case "value_error":
             return f"{key}: {error['ctx']['error']}".removeprefix(": ")
         case "float_type" if isinstance(error["input"], str):
-            return f"{key!r}: a number is wanted, got the text {error['input']!r}; yaml wants 5.0e-5, not 5e-5"
+            return f"{key!r}: must be a number, it is the text {error['input']!r}; write 5.0e-5, not 5e-5"
         case _:
             return f"{key!r}: {error['msg']}, got {_short(error['input'])}"
 

@@ -113,7 +113,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write a text file (UTF-8) whole or not at all; returns its path. Raises as `atomic_path`."""
+    """Write a text file (UTF-8) atomically; returns its path. Raises as `atomic_path`."""
     with atomic_path(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
     return path
@@ -219,13 +219,13 @@ class Stage:
         return upstream.dir / filename
 
     def write_table(self, filename: str, table: "pd.DataFrame") -> Path:
-        """Write a parquet table whole or not at all."""
+        """Write a parquet table atomically."""
         with atomic_path(self.dir / filename) as scratch:
             table.to_parquet(scratch, index=False)
         return self.dir / filename
 
     def write_json(self, filename: str, value) -> Path:
-        """Write a json file whole or not at all."""
+        """Write a json file atomically."""
         return write_text(self.dir / filename, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
     def manifest(self) -> dict:

@@ -1,7 +1,7 @@
 """Consultations of doctor (D) and patient (P), made from phrases and values, each with its exact record.
 
-Things stand in them that a search for patterns takes for the answer: a relative's age, a drug that was stopped, a value
-that the patient corrects. Drugs and phrases are parted by pool: what tests a model is not what it learned from.
+They contain values that look like the answer: a relative's age, a drug that was stopped, a value
+that the patient corrects. Drugs and phrases are divided by pool; complaints, symptoms and allergies are not.
 """
 
 import json
@@ -74,7 +74,7 @@ def make_consultations(names: dict[str, list[str]], kind: str, counts: dict[str,
 
 
 class _Consultation:
-    """One dialogue in the making: draws what is said, and remembers what is true."""
+    """Makes one dialogue: draws what is said, and keeps the true values."""
 
     def __init__(self, rng: np.random.Generator, phrases: dict, names: dict, drugs: list[str], drug: str) -> None:
         self.rng, self.phrases, self.names = rng, phrases, names

@@ -1,4 +1,4 @@
-"""The safety probe: open questions that can do harm, each with a safe and an unsafe answer (docs/safety.md).
+"""The safety probe: questions whose wrong answer can do harm, each with a safe and an unsafe answer (docs/safety.md).
 
 Both are scored as options; the model is not asked to choose: its log-probabilities say which it would rather write.
 """

@@ -69,7 +69,7 @@ class TorchEngine:
         return [generations[i] for i in range(len(requests))]
 
     def close(self) -> None:
-        """Stop continuous batching and let the model go."""
+        """Stop continuous batching and free the model."""
         if self._manager is not None:
             self._manager.stop(hard_stop=True)
             self._manager.destroy()

@@ -1,6 +1,6 @@
 """Workloads of real questions, and what is measured on them over any engine.
 
-All engines get the same prompts and write exactly as many tokens as asked: an end token stops no clock.
+All engines get the same prompts and write exactly as many tokens as asked: an end token does not stop the writing.
 """
 
 import math
@@ -54,7 +54,7 @@ def time_in_turns(
     alone: bool = False,
     warm_up: int | None = None,
 ) -> tuple[pd.DataFrame, dict[str, list[Generation]]]:
-    """Timed passes, the engines in turns so that a busy minute hits all of them, and the last answers of each.
+    """Timed passes, the engines in turns so that other work slows all of them, and the last answers of each.
 
     A row per engine and repeat (`summarise`). `alone` asks each request by itself, after the one before. An engine's
     first pass, over the first `warm_up` requests (None: over all), is not counted. In every pass the words of the

@@ -258,7 +258,7 @@ def load_skeleton(section: ModelParams, models: ModelsParams) -> nn.Module:
 
 
 def save_model(model: nn.Module, tokenizer, folder: Path) -> Path:
-    """Write safetensors, config and tokenizer, whole or not at all; returns the folder."""
+    """Write safetensors, config and tokenizer, atomically; returns the folder."""
     with atomic_path(folder) as scratch, quiet_transformers():
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)

@@ -58,7 +58,7 @@ def find_record(path: Path, key: str | None) -> dict | None:
 def recorded(path: Path, key: str, **facts) -> Iterator[None]:
     """Around the writing of `path`, in the main process: record that it was made under this key.
 
-    The old record is removed first: after a kill between the two it would vouch for the new files.
+    The old record is removed first: after a kill between the two it would call the new files complete.
     """
     _record_path(path).unlink(missing_ok=True)
     yield
@@ -175,7 +175,7 @@ def _byte_sum(tensor: torch.Tensor) -> int:
 
 
 def save_adapter(model: PeftModel, folder: Path, half: bool = False) -> Path:
-    """Write the adapter alone (safetensors and its config), whole or not at all; it fits the original base.
+    """Write the adapter alone (safetensors and its config), atomically; it fits the original base.
 
     half: A and B are stored in bfloat16, half the bytes; in the model they are rounded to what is stored, and stay in
     float32.

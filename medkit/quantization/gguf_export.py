@@ -48,7 +48,7 @@ def export_gguf(
     blocks: Mapping[str, Blocks] | None = None,
     dataset: str = "calibration examples",
 ) -> Path:
-    """Write `model` to one GGUF file, whole or not at all, and then its manifest (`check_manifest`) beside it.
+    """Write `model` to one GGUF file, atomically, and then its manifest (`check_manifest`) beside it.
 
     Beside it stand the files for other programs too (`gguf_readers`); scores of an earlier file (TASKS) are removed.
 
@@ -308,7 +308,7 @@ def check_logits(model: nn.Module, read: nn.Module, input_ids: Sequence[int], bl
     if not error <= LARGEST_DIFFERENCE:
         raise ExportError(
             f"the exported file's logits differ by {error:.2g} standard deviations from its model's (at most "
-            f"{LARGEST_DIFFERENCE}): the file holds another model; report this checkpoint"
+            f"{LARGEST_DIFFERENCE}): the file differs from the model; open an issue and name the checkpoint"
         )
     return float(error)
 

@@ -111,7 +111,7 @@ def _replace(model: nn.Module, name: str, stored: Int8Rows | Nf4Rows | bnb.nn.Pa
 
 
 def save_quantized(model: nn.Module, tokenizer, plan: Plan, folder: Path) -> Path:
-    """Write weights, plan, config and tokenizer, whole or not at all. Tied weights are written once.
+    """Write weights, plan, config and tokenizer, atomically. Tied weights are written once.
 
     Raises PlanError for a model that has run: its NF4 layers may be repacked, and that is not reversible to the bit.
     """

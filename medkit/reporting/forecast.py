@@ -87,7 +87,9 @@ def _count(source: str, split: str, count: int | str) -> int:
     try:
         return FACTS["published"][source][split]
     except KeyError:
-        raise ParamsError(f"no forecast: data.datasets.{source}.{split} is `all`, and nobody counted it") from None
+        raise ParamsError(
+            f"no forecast: data.datasets.{source}.{split} is `all`, and its rows are not known; write a number"
+        ) from None
 
 
 def _questions(params: Params, counts: Mapping[str, Mapping[str, int | str]]) -> pd.DataFrame:

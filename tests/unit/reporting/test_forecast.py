@@ -35,5 +35,5 @@ def test_a_dry_run_prints_a_profile_and_beside_it_what_it_takes():
 def test_what_cannot_be_known_is_said():
     with pytest.raises(ParamsError, match="a model in a wheel has known shapes only after its download"):
         forecast.forecast(load_params(ROOT / "params" / "tiny.yaml"))
-    with pytest.raises(ParamsError, match=r"pubmedqa\.test is `all`, and nobody counted it"):
+    with pytest.raises(ParamsError, match=r"pubmedqa\.test is `all`, and its rows are not known; write a number"):
         forecast.forecast(profile(**{"data.datasets.pubmedqa.test": "all"}))
