@@ -343,7 +343,7 @@ class ShuffleParams(Section):
 
 
 class InferenceParams(Section):
-    batch_tokens: PositiveInt  # Of timed batches: the KV cache holds four times as many tokens; other answers: 4096 or more
+    batch_tokens: PositiveInt  # Of timed batches, whose KV cache holds four times as many; others: 4096 or more
     max_new_tokens: PositiveInt  # For generated answers
     max_thinking_tokens: PositiveInt | None  # Of a thought before a generated answer; null: it is empty
     questions: dict[Scoring, dict[str, Count]]
