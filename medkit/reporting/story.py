@@ -96,6 +96,7 @@ def tell_story(results: pd.DataFrame, facts: Mapping, variants: Sequence[str] = 
             *_certificate(results, variant),
             *(_gain(results, facts) if variant == FINAL else ()),
             *(_over_baselines(results, facts, variant) if VARIANTS[variant].baseline != FINAL else ()),
+            *_on_dialogues(results, variant),
         ]
         sentences.append(" ".join(parts))
     return sentences + [note for source, note in facts.get("seen", {}).items() if source == facts["headline_source"]]
@@ -111,9 +112,10 @@ def _certificate(results: pd.DataFrame, variant: str) -> Iterator[str]:
     """The share of the student's bytes that a smaller file has, and on which tasks equivalence to it was shown."""
     sizes, student = megabytes(results), VARIANTS[variant].baseline
     certificates = results[results.result.str.startswith("certificate/") & (results.variant == variant)]
+    name, tasks = label(student), []
     if len(certificates) and {variant, student} <= set(sizes):
-        yield f"It has {sizes[variant] / sizes[student]:.0%} of the bytes of {label(student)} in bf16."
-    tasks = []
+        yield f"It has {sizes[variant] / sizes[student]:.0%} of the bytes of {name} in bf16."
+        name = "it"
     for row in certificates.itertuples():
         cure = f"p = {row.p_equivalence_holm:.2g} after Holm's correction"
         if row.n_needed > row.n:
@@ -121,7 +123,7 @@ def _certificate(results: pd.DataFrame, variant: str) -> Iterator[str]:
         shown = "shown" if row.within_margin else f"not shown ({cure})"
         tasks.append(f"{shown} on {row.result.split('/')[1]}, {difference(row)}, {_count(row)}")
     if tasks:
-        yield f"Equivalence to {label(student)} within {row.margin:g}: {'; '.join(tasks)}."
+        yield f"Equivalence to {name} within {row.margin:g}: {'; '.join(tasks)}."
 
 
 def _gain(results: pd.DataFrame, facts: Mapping) -> Iterator[str]:
@@ -148,6 +150,17 @@ def _over_baselines(results: pd.DataFrame, facts: Mapping, variant: str) -> Iter
         for row in _step(results, result, facts, variant, baseline):
             verb = {"better": "beats", "worse": "is worse than"}.get(row.verdict, "is not shown to beat")
             yield f"It {verb} {label(baseline)}: {difference(row)} in {measure}, {_count(row)}."
+
+
+def _on_dialogues(results: pd.DataFrame, variant: str) -> Iterator[str]:
+    """What a variant writes of real dialogues, for which it was not taught."""
+    of_variant = results[results.variant == variant].set_index("result")
+    if {"dialogues/valid", "dialogues/grounded"} <= set(of_variant.index):
+        valid, grounded = (of_variant.loc[f"dialogues/{name}"] for name in ("valid", "grounded"))
+        yield (
+            f"Of real dialogues {valid.value:.0%} of its records are valid, and the dialogue contains "
+            f"{grounded.value:.0%} [{grounded.ci_low:.0%}, {grounded.ci_high:.0%}] of their values."
+        )
 
 
 def _count(row) -> str:
