@@ -58,6 +58,12 @@ def duration() -> str:
     return f"This run took {seconds / 60:.0f} minutes on {facts['device']}." if seconds else ""
 
 
+def size_of_student() -> str:
+    """One sentence: how much smaller than its teacher the student of the committed run is."""
+    sizes = story.megabytes(load_results(RESULTS)[0])
+    return f"The student has {sizes[FINAL] / sizes['teacher']:.0%} of the teacher's weights."
+
+
 def forecasts() -> str:
     """One sentence: what the profiles that were not run take on their device, by `forecast`."""
     hours = {name: add_up(forecast(load_params(ROOT / "params" / f"{name}.yaml"))).hours for name in ("gpu", "paper")}
