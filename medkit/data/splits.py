@@ -18,6 +18,7 @@ from medkit.params import SPLITS, DatasetParams, digest
 
 MADE = {"icd_chapter": "icd_chapter", "records": "record", "records_b": "record_b"}  # dataset → kind of question
 SECOND_FORM = "record_b"
+MORE_DIAGNOSES = 3  # times as many diagnoses are made as are asked for, so that each split has most of its categories
 COLUMNS = ["id", "source", "split", "group", "kind", "question", "context", "options", "answer", "subject"]
 
 
@@ -73,7 +74,7 @@ def _read_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> I
 
 
 def _make_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> Iterator[dict]:
-    """Records of a dataset that is made, a quarter more than the splits need: they are drawn by group."""
+    """Records of a dataset that is made, more than the splits need: they are drawn from as many groups as possible."""
     wanted = [getattr(dataset, split) for split in SPLITS]
     if "all" not in wanted:
         needs = {"train": sum(wanted[:3]), "valid": dataset.valid, "test": dataset.test}
@@ -82,9 +83,8 @@ def _make_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> I
         raise DataError(f"{name}: consultations have no end; write numbers in data.datasets.{name}, not `all`")
     if name == "icd_chapter":
         concepts = icd10_questions.read_icd_concepts(path)
-        count = (
-            -1 if "all" in wanted else 40 + max((int(n / POOL_SHARES[pool]) for pool, n in counts.items()), default=0)
-        )
+        needed = 0 if "all" in wanted else max((int(n / POOL_SHARES[pool]) for pool, n in counts.items()), default=0)
+        count = -1 if "all" in wanted else 40 + MORE_DIAGNOSES * needed
         return icd10_questions.make_icd_questions(concepts, count, seed)
     return consultations.make_consultations(consultations.read_drug_names(path), MADE[name], counts, seed)
 
@@ -120,9 +120,10 @@ def assign_pools(questions: pd.DataFrame, seed: int) -> pd.DataFrame:
 def take_splits(questions: pd.DataFrame, datasets: dict[str, DatasetParams], seed: int) -> pd.DataFrame:
     """Draw each dataset's number of questions per split from its pools; returns the final table (COLUMNS).
 
-    The pool `train` serves three splits, and valid too where a source has no pool for it: no group is in two of them.
-    `transfer` begins with the rows that have no published answer; `all` means these alone. Raises DataError if too few
-    questions are left for a split.
+    A split has rows of as many groups as possible: those of one group are answered alike. The pool `train` serves three
+    splits, and valid too where a source has no pool for it: no group is in two of them. `transfer` and `private` get
+    groups in proportion to their rows. `transfer` begins with the rows that have no published answer; `all` means these
+    alone. Raises DataError if too few questions are left for a split.
     """
     drawn = []
     for name, dataset in datasets.items():
@@ -130,17 +131,20 @@ def take_splits(questions: pd.DataFrame, datasets: dict[str, DatasetParams], see
         pools = {pool: rows[rows.pool == pool] for pool in get_args(Pool)}
         if pools["valid"].empty and dataset.valid != "all":
             pools["valid"] = _take_groups(pools["train"], dataset.valid, seed)
-        if dataset.transfer:  # rows of a group have places of their own: it goes to the first of valid and transfer
-            pools["transfer"] = pools["transfer"][~pools["transfer"].group.isin(pools["valid"].group)]
-        others = [*pools["valid"].group, *(pools["transfer"].group if dataset.transfer else ())]
-        left = pools["train"][~pools["train"].group.isin(others)]
+        # rows of a group can have official places of their own: what valid draws is not drawn again
+        drawn_of = {"test": _by_turns(pools["test"], dataset.test), "valid": _by_turns(pools["valid"], dataset.valid)}
+        without_valid = pools["transfer"][~pools["transfer"].group.isin(drawn_of["valid"].group)]
+        drawn_of["transfer"] = _by_turns(without_valid, dataset.transfer)
+        known = [*pools["valid"].group, *drawn_of["transfer"].group]
+        left = pools["train"][~pools["train"].group.isin(known)]
         for split in ("test", "valid", "labelled", "transfer", "private"):
-            wanted, pool = getattr(dataset, split), pools.get(split, left)
-            taken = pool if wanted == "all" else pool.head(wanted)
+            wanted = getattr(dataset, split)
+            taken = drawn_of.get(split, left)
             if wanted != "all" and split in ("labelled", "private"):
-                taken = _take_groups(left, wanted, seed, spread=split == "labelled")
+                taken = _take_groups(left, wanted, seed, 0.25 if split == "labelled" else 1.0, split == "labelled")
             elif wanted != "all" and split == "transfer":
-                taken = pd.concat([taken, _take_groups(left, wanted - len(taken), seed)])
+                missing, private = wanted - len(taken), len(left) if dataset.private == "all" else dataset.private
+                taken = pd.concat([taken, _take_groups(left, missing, seed, missing / max(1, missing + private))])
             if wanted != "all" and wanted > len(taken):
                 raise DataError(
                     f"{name}: {wanted} questions asked for {split}, {len(taken)} are there; "
@@ -155,23 +159,27 @@ def take_splits(questions: pd.DataFrame, datasets: dict[str, DatasetParams], see
     return table
 
 
-def _take_groups(rows: pd.DataFrame, count: int, seed: int, spread: bool = False) -> pd.DataFrame:
-    """`count` rows of as many groups, drawn at random, as hold so many; fewer rows if there are fewer.
+def _take_groups(
+    rows: pd.DataFrame, count: int, seed: int, share: float = 0.0, by_subject: bool = False
+) -> pd.DataFrame:
+    """`count` rows of random groups: as many groups as hold so many rows, and at least a `share` of all.
 
-    With `spread` of one group each, if a quarter of the groups is enough for that, and of the subjects in turn: sixty
-    labels from twenty ICD categories would teach less than sixty from sixty, and a chapter without a label is never
-    answered.
+    Fewer rows if there are fewer; no more groups than rows. Sixty rows of twenty ICD categories would teach less than
+    sixty of sixty. `by_subject`: groups of the subjects in turn, since a chapter without a label is never answered.
     """
     sizes = rows.groupby("group").size().sample(frac=1, random_state=seed)
-    if spread:
+    if by_subject:
         subjects = rows.groupby("group").subject.first()[sizes.index]
         sizes = sizes.iloc[subjects.groupby(subjects).cumcount().argsort(kind="stable")]
     last_row = sizes.cumsum()
     groups = int((last_row < count).sum()) + 1 if count else 0
-    if spread:
-        groups = max(groups, min(count, len(last_row) // 4))
-    rows = rows[rows.group.isin(last_row.index[:groups])]
-    return rows.iloc[rows.groupby("group").cumcount().argsort(kind="stable")].head(count)
+    groups = max(groups, min(count, int(share * len(last_row))))
+    return _by_turns(rows[rows.group.isin(last_row.index[:groups])], count)
+
+
+def _by_turns(rows: pd.DataFrame, count: int | str) -> pd.DataFrame:
+    """The first `count` rows, or "all", where each group gives its first row before any gives its second."""
+    return rows if count == "all" else rows.iloc[rows.groupby("group").cumcount().argsort(kind="stable")].head(count)
 
 
 def training_rows(questions: pd.DataFrame, split: str, second_form: bool = False) -> pd.DataFrame:
