@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from medkit.stage import device_name, library_versions, provenance
+from medkit import stage
+from medkit.stage import library_versions, provenance
 
 RESULTS = Path(__file__).parent / "results"
 RAW = Path(__file__).parents[1] / "outputs" / "benchmarks"
@@ -27,6 +28,11 @@ class Ratio:
     goal: float | None
     better: Literal["higher", "lower"]
     repeats: int
+
+
+def device_name() -> str:
+    """The accelerator's or the processor's name; how many cores it has is no part of a result's name."""
+    return re.sub(r", \d+ cores$", "", stage.device_name())
 
 
 def slug(name: str) -> str:

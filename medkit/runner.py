@@ -1,8 +1,9 @@
 """Run the notebooks in order with papermill, and know which of them are already done.
 
 A stage is done if and only if its manifest is whole and its fingerprint is the wanted one. The fingerprint covers the
-stages before it, the notebook's code cells, the definitions of medkit that they reach, its own params section, the
-shared keys and the versions of the libraries that compute. Prose, docstrings and comments rerun nothing.
+stages before it, the notebook's code cells, the definitions of medkit that they reach, its own params section, what it
+reads of later ones, the shared keys and the versions of the libraries that compute. Prose, docstrings and comments
+rerun nothing.
 """
 
 import json
@@ -42,7 +43,7 @@ from medkit.variants import ADAPTER, VARIANTS, list_variants
 
 # settings of later sections on which a notebook's results depend; what only its printed intervals depend on is left out
 READS_ALSO = {
-    "02_distillation": [("inference", "max_new_tokens"), ("inference", "max_thinking_tokens")],
+    "02_distillation": [("inference", key) for key in ("batch_tokens", "max_new_tokens", "max_thinking_tokens")],
     "03_lora": [("quantization", "double_quant"), ("evaluation", "headline_source")],
     "05_inference": [("evaluation", "headline_source")],
 }

@@ -71,8 +71,9 @@ def open_setup(name: str, setup: str, params: Params, questions: pd.DataFrame, r
         if part == "teacher" and "same labels" in setup:
             rows = distillation.teacher_rows(questions)
             taught = pd.read_parquet(run / "01_data" / "questions.parquet")
-            epochs = len(distillation.teacher_rows(taught)) / len(rows)
-            train = params.distillation.correction_train.model_copy(update={"epochs": epochs})
+            train = params.distillation.correction_train
+            epochs = train.epochs * len(distillation.teacher_rows(taught)) / len(rows)
+            train = train.model_copy(update={"epochs": epochs})
             distillation.correct_teacher(stage, with_changes(params, {"correction_train": train}), rows)
         elif find_record(stage.dir / part, run_key(run)) is None:
             with recorded(stage.dir / part, run_key(run)), atomic_path(stage.dir / part) as scratch:

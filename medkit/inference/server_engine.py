@@ -27,7 +27,7 @@ from medkit.stage import count_cores
 # in a request to llama.cpp's server; a request that says nothing would go on from what an adapter has read before it
 ADAPTER_ON, ADAPTER_OFF = ({"lora": [{"id": 0, "scale": scale}]} for scale in (1.0, 0.0))
 AT_ONCE = 256  # requests in flight; the server decides how many of them it works on
-ANSWER_S = 3600.0  # with one slot and a large file on a CPU the last of them waits for all others
+ANSWER_S = 1800.0  # with one slot and a large file on a CPU the last of them waits for all others
 # vLLM's names, then llama.cpp's: return token ids
 RETURN_IDS = {"return_token_ids": True, "return_tokens": True, "verbose": True}
 
@@ -110,7 +110,7 @@ class ServerEngine:
     def __init__(self, url: str, model: str | None = None, api_key: str | None = None, temperature: float = 0.0):
         self._url, self._temperature = url, temperature
         timeout = openai.Timeout(ANSWER_S, connect=10.0)
-        self._client = openai.OpenAI(base_url=url, api_key=api_key or "none", timeout=timeout, max_retries=4)
+        self._client = openai.OpenAI(base_url=url, api_key=api_key or "none", timeout=timeout, max_retries=2)
         with self._explain():
             listed = self._client.with_options(timeout=10.0, max_retries=0).models.list()
             owners = {str(model.id): str(model.owned_by) for model in listed}

@@ -3,7 +3,7 @@
 LoRA (arXiv 2106.09685): W' = W + s·B·A with s = alpha / rank. A (rank, in) starts at random and B (out, rank) at zero,
 so an untrained adapter changes nothing. Variants:
 
-- `rslora` (arXiv 2312.03732): s = alpha / √rank, so a higher rank does not learn more slowly.
+- `rslora` (arXiv 2312.03732): s = alpha / √rank; a step of gradient descent is the same at every rank.
 - `dora` (arXiv 2402.09353): W' = m · (W + s·B·A) / ‖W + s·B·A‖, norms by row; m (out) is learned and starts as ‖W‖.
 """
 

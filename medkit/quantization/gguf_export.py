@@ -298,7 +298,7 @@ def check_logits(model: nn.Module, read: nn.Module, input_ids: Sequence[int], bl
     """How far the logits of a file that was read back are from those of its model with the weights of `blocks`.
 
     The largest difference at any position and token, divided by the standard deviation of the logits. Raises
-    ExportError above LARGEST_DIFFERENCE: the file holds another model.
+    ExportError above LARGEST_DIFFERENCE: the file differs from the model.
     """
     ids = torch.tensor([list(input_ids)], device=model.device)
     weights = {f"{name}.weight": b.decode().to(model.device, model.dtype) for name, b in blocks.items()}

@@ -1,6 +1,7 @@
 """The run in one figure: how good a model is at both tasks, against the megabytes of its weights; and in sentences.
 
-Everything is read from the rows of `results.json`: README, notebook 06 and the report page show the same.
+Everything is read from the rows of `results.json`. README and the report page show the same; notebook 06 shows what it
+has measured so far.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -190,7 +190,10 @@ def test_a_teacher_as_its_own_student_has_no_divergence(stage, load, rows, captu
     cache, examples = capture(params), batches.encode_questions(tokenizer, rows)
     loss, add_extras = stages.distillation_loss(params, examples, examples, [*range(10), 1, 3], cache)
     extras = add_extras([1, 11])
-    assert {"teacher_ids", "teacher_logprobs"} <= set(extras)
+    assert {"teacher_ids", "teacher_logprobs"} <= set(extras) and "entity" not in extras
+    with_entities = load(entity_weight=1.0)
+    _, add_more = stages.distillation_loss(with_entities, examples, examples, [*range(10), 1, 3], cache)
+    assert {"entity", "entity_weights"} <= set(add_more([1, 11]))
     model = loading.load_model(folders / "teacher", params.models)
     with torch.no_grad():
         _, terms = loss(batches.predict(model, batches.collate([examples[1], examples[3]], 0)), extras)

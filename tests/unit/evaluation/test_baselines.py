@@ -31,6 +31,8 @@ def test_words_are_found_and_the_majority_is_the_most_frequent_answer():
     strange = {"id": "q", "question": "disorder of an ear", "options": ["nobody's", "Diseases of the ear"], "answer": 1}
     predictions, sizes = baselines.predict_baselines(training, pd.concat([test, pd.DataFrame([strange])]))
     assert sizes["tfidf"] > sizes["majority"] > 0
+    assert (predictions.answer_tokens.map(sum) == predictions.logprobs.map(len)).all(), "by sum and by mean the same"
+    assert set(baselines.predict_baselines(training.head(1), test)[1]) == {"majority"}, "one class tells nothing apart"
     for variant, rows in predictions.groupby("variant"):
         assert list(rows.id) == [*test.id, "q"]
         *logprobs, (never, once) = rows.logprobs

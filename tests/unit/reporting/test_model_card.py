@@ -2,11 +2,14 @@
 
 import re
 
+import pytest
 import yaml
 from huggingface_hub.repocard import metadata_load
 
 from medkit.reporting import model_card, tables
 from medkit.stage import DISCLAIMER
+
+HUB = {"source": {"kind": "hub", "repo": "a/b"}}
 
 
 def test_the_card_of_a_file_is_whole_and_its_index_has_each_accuracy_with_its_interval(toy_results, make_run, tmp_path):
@@ -30,9 +33,10 @@ def test_the_card_of_a_file_is_whole_and_its_index_has_each_accuracy_with_its_in
         assert metric["args"]["ci_low"] < metric["value"] < metric["args"]["ci_high"] and metric["args"]["n"]
 
 
-def test_a_hub_student_brings_its_own_name_and_licence(toy_results):
+@pytest.mark.parametrize("sides", [{"student": HUB}, {"teacher": HUB, "student": "pruned_teacher"}], ids=str)
+def test_a_student_of_the_hub_brings_its_own_name_and_licence(toy_results, sides):
     results, facts = toy_results
-    hub = {"models": {**facts["params"]["models"], "student": {"source": {"kind": "hub", "repo": "a/b"}}}}
+    hub = {"models": facts["params"]["models"] | sides}
     card = str(model_card.build_card(results, {**facts, "params": facts["params"] | hub}))
     head = yaml.safe_load(card.split("---")[1])
     assert (head["base_model"], head["license"]) == ("a/b", "other")
