@@ -252,18 +252,15 @@ def test_a_failing_notebook_is_named_with_its_cell_and_last_line(make_notebooks)
     message = str(error.value)
     kept = run_dir("r") / "notebooks" / "02_bad.ipynb"
     assert all(part in message for part in ("02_bad.ipynb", "ValueError", "what is wrong", str(kept)))
-    assert "first line" not in message
-    assert "\n" not in message
+    assert "first line" not in message and "\n" not in message
     # the cell it names is the one of the kept copy that failed
     (failed,) = (c for c in nbformat.read(kept, as_version=4).cells if "raise ValueError" in c.source)
-    assert f"cell {failed.execution_count}:" in message
-    assert failed.outputs[-1].output_type == "error"
+    assert f"cell {failed.execution_count}:" in message and failed.outputs[-1].output_type == "error"
     # a progress bar leaves one line in the executed copy, not one per step
     (shown,) = (c for c in nbformat.read(kept.with_stem("01_good"), as_version=4).cells if "step {i}" in c.source)
     assert [output.text for output in shown.outputs] == ["step 39/39"]
     done = Stage("r", "01_good").manifest()
-    assert done["facts"] == {"seen": [str(run_dir("r") / "params.yaml"), {}]}
-    assert done["fingerprint"]
+    assert done["facts"] == {"seen": [str(run_dir("r") / "params.yaml"), {}]} and done["fingerprint"]
     states = runner.status(load_params(SMOKE, {"lora.adapter.rank": 4}), "r")
     assert [*states.values()] == ["done", "missing", "missing"]
 
@@ -280,8 +277,7 @@ def test_dry_run_prints_the_profile_with_its_overrides_and_runs_nothing(command,
     code, out, err = command("run", "--params", str(SMOKE), "--dry-run", *override)
     assert (code, err) == (0, "a note\n")
     assert yaml.safe_load(out) == load_params(SMOKE, {"data.datasets.mmlu.test": 77}).model_dump(mode="json")
-    assert executed == []
-    assert not outputs.exists()
+    assert executed == [] and not outputs.exists()
 
 
 WRONG = [
@@ -307,8 +303,7 @@ def test_a_whole_run_says_where_things_are(command, monkeypatch, executed, outpu
         reporting, "write_report", lambda folder: (made.append(folder), (folder / "report.html").write_text("made"))
     )
     code, out, err = command(*arguments)
-    assert code == 0
-    assert all(name in err for name in STAGES)
+    assert code == 0 and all(name in err for name in STAGES)
     assert all(str(outputs / "r" / name) in out for name in ("results.json", "report.html"))
     code, out, _ = command(*arguments)
     assert (code, "up to date" in out) == (0, True)

@@ -39,9 +39,7 @@ def test_the_sentences_say_what_was_and_what_was_not_shown(toy_results):
     results, facts = toy_results
     sentences = {text.split("**")[1]: text for text in story.tell_story(results, facts)}
     edge, student = sentences["edge file"], sentences[tables.label("student_kd")]
-    missed = (
-        "Equivalence to it within 0.02: not shown (that needs n = 1,234 or more) on icd_chapter, -0.008"
-    )
+    missed = "within 0.02: not shown (that needs n = 1,234 or more) on icd_chapter, -0.008"
     assert missed in edge and "28% of the bytes of distilled student" in edge
     assert "is not shown to beat TF-IDF" in student and "TF-IDF" not in edge
     assert "Of the gap to the teacher it closes 66% [56%, 76%] on " in student
