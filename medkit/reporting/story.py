@@ -150,7 +150,7 @@ def _over_baselines(results: pd.DataFrame, facts: Mapping, variant: str) -> Iter
     ):
         for row in _step(results, result, facts, variant, baseline):
             verb = {"better": "beats", "worse": "is worse than"}.get(row.verdict, "is not shown to beat")
-            yield f"It {verb} {label(baseline)}: {difference(row)} in {measure}, {_count(row)}."
+            yield f"It {verb} {label(baseline)}: {difference(row)} in {measure}, n = {row.n:.0f}."
 
 
 def _on_dialogues(results: pd.DataFrame, variant: str) -> Iterator[str]:
@@ -159,12 +159,11 @@ def _on_dialogues(results: pd.DataFrame, variant: str) -> Iterator[str]:
     if {"dialogues/valid", "dialogues/grounded"} <= set(of_variant.index):
         valid, grounded = (of_variant.loc[f"dialogues/{name}"] for name in ("valid", "grounded"))
         yield (
-            f"Of real dialogues {valid.value:.0%} of its records are valid, and the dialogue contains "
-            f"{grounded.value:.0%} [{grounded.ci_low:.0%}, {grounded.ci_high:.0%}] of their values."
+            f"Of its records of real dialogues {valid.value:.0%} are valid; "
+            f"{grounded.value:.0%} [{grounded.ci_low:.0%}, {grounded.ci_high:.0%}] of their values are in the dialogue."
         )
 
 
 def _count(row) -> str:
-    """The n of a comparison: of questions, or of the fields of records."""
-    is_of_fields = row.result.startswith("field_delta") or "/records" in row.result
-    return f"n = {row.n:.0f}" + " fields" * is_of_fields
+    """The n of a certificate: of questions, or of the fields of records."""
+    return f"n = {row.n:.0f}" + " fields" * ("/records" in row.result)
