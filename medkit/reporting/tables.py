@@ -149,7 +149,7 @@ def run_tables(results: pd.DataFrame, facts: Mapping) -> dict[str, str]:
         f"Accuracy on {source}": variants_table(scored[~is_exam], [("accuracy", f"accuracy/{source}", ".2f", 1)]),
         "Records": variants_table(generated, records),
         "Records of real dialogues (MTS-Dialog), which nothing was learned from": variants_table(results, dialogues),
-        f"Each step against the variant it starts from, on {source}": steps_table(results, source, scoring),
+        f"Each variant against its baseline, on {source}": steps_table(results, source, scoring),
         "Each step on the fields of the records": steps_table(results, "records", "generated", "field_delta"),
         "Perplexity (lower is better)": variants_table(results, [("{}", "perplexity/*", ".2f", 1)]),
         "What the smaller files keep": certificates_table(results),
