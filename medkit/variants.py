@@ -28,7 +28,7 @@ VARIANTS = {
         Variant("first", "first option", "#dddddd", None, None, None),
         Variant("longest", "longest option", "#bbbbbb", None, None, None),
         Variant("majority", "most frequent answer", "#cccccc", None, None, None),
-        Variant("tfidf", "TF-IDF + logistic regression", "#777733", None, None, None),
+        Variant("tfidf", "TF-IDF + logistic regression", "#808022", None, None, None),
         Variant("regex", "regular expressions", "#b8a04a", None, None, None),
         Variant("teacher_base", "teacher, as downloaded", "#999999", "", None, None),
         Variant("teacher", "teacher", "#0072b2", "02_distillation/teacher", "teacher_base",
