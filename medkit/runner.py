@@ -41,6 +41,7 @@ from medkit.stage import (
 )
 from medkit.variants import ADAPTER, VARIANTS, list_variants
 
+PARAMETERS = {"params_file", "run", "overrides"}
 # settings of later sections on which a notebook's results depend; what only its printed intervals depend on is left out
 READS_ALSO = {
     "02_distillation": [("inference", key) for key in ("batch_tokens", "max_new_tokens", "max_thinking_tokens")],
@@ -263,6 +264,11 @@ def _print(line: str) -> None:
 
 
 def _execute(notebook: Path, executed: Path, stage: Stage, fingerprint: str, parameters: dict) -> None:
+    declared = set(papermill.inspect_notebook(str(notebook)))
+    if declared != PARAMETERS:  # papermill itself only warns
+        raise MedkitError(
+            f"{notebook.name}: the parameters cell must declare {sorted(PARAMETERS)}, it has {sorted(declared)}"
+        )
     executed.parent.mkdir(parents=True, exist_ok=True)
     # a kernel starts in the folder of its notebook: relative paths would mean another folder there
     folders = {"MEDKIT_OUTPUTS": str(outputs_root()), "MEDKIT_CACHE": str(sources.cache_root())}

@@ -219,6 +219,20 @@ def test_a_full_disk_at_the_executed_notebook_and_one_that_commits_nothing_are_o
         run_all(SMOKE, "r")
 
 
+@pytest.mark.parametrize("source", ['run = "r"', 'params_file = "x"\nrun = "r"\noverrides = {}\nrank = 4'])
+def test_another_parameters_cell_is_refused(executed, source):
+    """papermill only warns of a parameter that a notebook does not have, and goes on without it."""
+
+    def change(cells):
+        (cell,) = (cell for cell in cells if "parameters" in cell.metadata.get("tags", []))
+        cell.source = source
+
+    edit_notebook(runner.notebooks()[0], change)
+    with pytest.raises(MedkitError, match=r"01_data\.ipynb.*parameters.*overrides"):
+        run_all(SMOKE, "r")
+    assert executed == []
+
+
 def test_a_run_that_another_process_works_on_is_refused(executed):
     forked = multiprocessing.get_context("fork")
     held = forked.Event()
