@@ -29,13 +29,6 @@ def make_parser(description: str, repeats: int = 5) -> ArgumentParser:
     return parser
 
 
-def add_workload(parser: ArgumentParser, requests: int, longest: int) -> None:
-    """The options of a workload whose answers have log-normal lengths (`workloads.skewed`)."""
-    parser.add_argument("--requests", type=int, default=requests)
-    parser.add_argument("--median", type=int, default=16, help="tokens of the middle answer")
-    parser.add_argument("--longest", type=int, default=longest, help="tokens of the longest answer")
-
-
 def load_student(args: Namespace) -> tuple[object, nn.Module, Params]:
     """The distilled student of a run: its tokenizer, the model on the params' device, and the params."""
     torch.set_num_threads(args.threads)

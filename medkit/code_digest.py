@@ -123,9 +123,10 @@ def _named_in(nodes: list[ast.AST], imports: dict[str, Symbol]) -> set[Symbol]:
 
 
 def _files_beside(module: str, nodes: list[ast.AST]) -> Iterator[str]:
-    """Contents of the files that a definition names by `with_name`, such as a table of labels."""
-    for node in nodes:
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and Path(node.value).suffix in BESIDE:
-            path = _path(module).with_name(Path(node.value).name)
+    """Contents of the files that a definition names, such as a table of labels: by `with_name`, or by `with_suffix`."""
+    for name in (node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)):
+        if name in BESIDE or Path(name).suffix in BESIDE:
+            own = _path(module)
+            path = own.with_suffix(name) if name in BESIDE else own.with_name(Path(name).name)
             if path.is_file():
                 yield path.read_text()

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from sklearn.feature_extraction.text import CountVectorizer
 
-from benchmarks.inputs import STUDENT, add_workload, load_student, make_parser, read_rows
+from benchmarks.inputs import STUDENT, load_student, make_parser, read_rows
 from benchmarks.record import Ratio, versions, write
 from medkit import modeling, prompts, quantization, sources
 from medkit.data import problem_types
@@ -123,7 +123,9 @@ def similar_answers(
 
 def main() -> None:
     parser = make_parser(__doc__)
-    add_workload(parser, requests=16, longest=96)
+    parser.add_argument("--requests", type=int, default=16, help="their answers have log-normal lengths")
+    parser.add_argument("--median", type=int, default=16, help="tokens of the middle answer")
+    parser.add_argument("--longest", type=int, default=96, help="tokens of the longest answer")
     parser.add_argument("--open", type=int, default=4, help="patients' questions of each problem type")
     args = parser.parse_args()
 

@@ -1,7 +1,7 @@
 """Consultations of doctor (D) and patient (P), made from phrases and values, each with its exact record.
 
-They contain values that look like the answer: a relative's age, a drug that was stopped, a value
-that the patient corrects. Drugs and phrases are divided by pool; complaints, symptoms and allergies are not.
+They contain values that look like the answer: a relative's age, a drug that was stopped, a value that the patient
+corrects. Drugs and phrases are divided by pool; complaints, symptoms and allergies are not.
 """
 
 import json

@@ -120,10 +120,10 @@ def assign_pools(questions: pd.DataFrame, seed: int) -> pd.DataFrame:
 def take_splits(questions: pd.DataFrame, datasets: dict[str, DatasetParams], seed: int) -> pd.DataFrame:
     """Draw each dataset's number of questions per split from its pools; returns the final table (COLUMNS).
 
-    A split has rows of as many groups as possible: those of one group are answered alike. The pool `train` serves three
-    splits, and valid too where a source has no pool for it: no group is in two of them. `transfer` and `private` get
-    groups in proportion to their rows. `transfer` begins with the rows that have no published answer; `all` means these
-    alone. Raises DataError if too few questions are left for a split.
+    A split has rows of as many groups of its pool as possible: those of one group are answered alike. The pool `train`
+    serves three splits, and valid too where a source has no pool for it (of as few groups as hold its rows): no group
+    is in two of them. `transfer` and `private` get groups in proportion to their rows. `transfer` begins with the rows
+    that have no published answer; `all` means these alone. Raises DataError if too few questions are left for a split.
     """
     drawn = []
     for name, dataset in datasets.items():

@@ -59,7 +59,7 @@ def capture_teacher(
     vocab_size = index["vocab_size"] if teacher is None else teacher.config.get_text_config().vocab_size
     settings = {
         "key": key,
-        "examples": digest_examples(examples),
+        "examples": _digest_examples(examples),
         "top_k": min(top_k, vocab_size),
         "vocab_size": vocab_size,
         "hidden_layers": list(hidden_layers),
@@ -88,7 +88,7 @@ def capture_teacher(
     return TeacherCache(folder, key, examples)
 
 
-def digest_examples(examples: Sequence[Example]) -> str:
+def _digest_examples(examples: Sequence[Example]) -> str:
     return digest([(e.input_ids, e.loss_start) for e in examples])
 
 
@@ -161,7 +161,7 @@ class TeacherCache:
                 f"{folder}: the cache has key {self.index.get('key')!r}, this run needs {key!r}; capture the teacher "
                 f"again with this teacher, template and tokenizer"
             )
-        if self.index["examples"] != digest_examples(examples):
+        if self.index["examples"] != _digest_examples(examples):
             raise CacheError(f"{folder}: the cache is of other rows than these; capture the teacher again")
         count = -(-self.index["num_examples"] // self.index["shard_examples"])
         self.shards = [folder / SHARD.format(number) for number in range(count)]

@@ -41,7 +41,7 @@ class PaperClaim(NamedTuple):
     contenders: Sequence[str] = ()
 
 
-CLAIMS = {c["id"]: PaperClaim(**c) for c in yaml.safe_load(Path(__file__).with_name("paper_claims.yaml").read_text())}
+CLAIMS = {c["id"]: PaperClaim(**c) for c in yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())}
 
 
 class Ours(NamedTuple):

@@ -51,17 +51,12 @@ def findings() -> str:
     return "\n".join(f"- {sentence}" for sentence in story.tell_story(results, without_notes, FINDINGS))
 
 
-def duration() -> str:
-    """One sentence: how long the committed run took, without notebook 06. Empty if its results do not tell."""
+def size_and_duration() -> str:
+    """Two sentences: how small the student of the committed run is, and how long the run took, without notebook 06."""
     results, facts = load_results(RESULTS)
-    seconds = results[results.result.str.startswith("duration_s/")].value.sum()
-    return f"This run took {seconds / 60:.0f} minutes on {facts['device']}." if seconds else ""
-
-
-def size_of_student() -> str:
-    """One sentence: how much smaller than its teacher the student of the committed run is."""
-    sizes = story.megabytes(load_results(RESULTS)[0])
-    return f"The student has {sizes[FINAL] / sizes['teacher']:.0%} of the teacher's weights."
+    sizes, seconds = story.megabytes(results), results[results.result.str.startswith("duration_s/")].value.sum()
+    size = f"The student has {sizes[FINAL] / sizes['teacher']:.0%} of the teacher's weights."
+    return f"{size} This run took {seconds / 60:.0f} minutes on {facts['device']}."
 
 
 def forecasts() -> str:

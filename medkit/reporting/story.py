@@ -124,7 +124,7 @@ def _certificate(results: pd.DataFrame, variant: str) -> Iterator[str]:
         shown = "shown" if row.within_margin else f"not shown ({cure})"
         tasks.append(f"{shown} on {row.result.split('/')[1]}, {difference(row)}, {_count(row)}")
     if tasks:
-        yield f"Equivalence to {name} within {row.margin:g}: {'; '.join(tasks)}."
+        yield f"Equivalence to {name} within {certificates.margin.iloc[0]:g}: {'; '.join(tasks)}."
 
 
 def _gain(results: pd.DataFrame, facts: Mapping) -> Iterator[str]:

@@ -31,14 +31,16 @@ class Test:
     "tables.py": """
 from pathlib import Path
 LABELS = Path(__file__).with_name("labels.csv")
+LEVELS = Path(__file__).with_suffix(".yaml")
 FORMAT = "plain"
 
 def read_labels():
     return LABELS.read_text()
 
 def write(table):
-    return table, FORMAT
+    return table, FORMAT, LEVELS.read_text()
 """,
+    "tables.yaml": "level: 1",
     "labels.csv": "a,b\n",
     "lora/__init__.py": '''
 """The room of LoRA."""
@@ -120,6 +122,7 @@ TRAIN = "from medkit import lora\nlora.train(1)"
         # files beside a module count for the definition that names them
         (LABELS, ("labels.csv", "a,b", "a,c"), True),
         (WRITE, ("labels.csv", "a,b", "a,c"), False),
+        (WRITE, ("tables.yaml", "1", "2"), True),
         # an index passes names on; a function hides the file of its name
         (ATTACH, ("lora/adapters.py", "RANK = 16", "RANK = 8"), True),
         (MERGE, ("lora/adapters.py", "RANK = 16", "RANK = 8"), False),
