@@ -85,7 +85,7 @@ def gap_closed(
 
     low, middle, high (rows,): scores of the three models on the same rows. The intervals are percentile bootstraps over
     whole groups. Returns gap, gap_low, gap_high, share, ci_low, ci_high and n. If the interval of the gap includes
-    zero, there is no gap to close, and share and its interval are NaN.
+    zero, no gap is shown, and share and its interval are NaN.
     """
     scores = np.array([low, middle, high], float)  # (3, rows)
     means = np.vstack([drawn @ scores.T / drawn.sum(1, keepdims=True) for drawn in resample_groups(groups)])

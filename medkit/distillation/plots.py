@@ -117,7 +117,7 @@ def plot_closing(scores: Mapping[str, pd.DataFrame], confidence: float) -> tuple
         closed = gap_closed(*(by_id[name] for name in ("student_ce", "student_kd", "teacher")), groups, confidence)
         shares.append({"source": task, **closed})
         share = f"{closed['share']:.0%} [{closed['ci_low']:.0%}, {closed['ci_high']:.0%}] of the gap closed"
-        ax.set_title("no gap to close" if np.isnan(closed["share"]) else share, loc="left")
+        ax.set_title("no gap shown" if np.isnan(closed["share"]) else share, loc="left")
     return fig, pd.concat(means, ignore_index=True), pd.DataFrame(shares)
 
 

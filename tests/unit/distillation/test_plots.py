@@ -23,4 +23,4 @@ def test_means_and_shares_are_by_task_and_the_order_of_the_questions_does_not_ma
     pd.testing.assert_frame_equal(again.sort_values("source", ignore_index=True), shares)
     scores["teacher"] = scores["student_ce"].assign(variant="teacher")
     fig, *_ = plots.plot_closing(scores, 0.95)
-    assert {ax.get_title(loc="left") for ax in fig.axes} == {"no gap to close"}
+    assert {ax.get_title(loc="left") for ax in fig.axes} == {"no gap shown"}
