@@ -2,7 +2,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 PARAMS ?= params/tiny.yaml
-RUN ?= tiny
+RUN ?= $(basename $(notdir $(PARAMS)))
 export GOMP_SPINCOUNT = 20000
 export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
@@ -17,6 +17,8 @@ help:  ## list the targets
 .venv/done: pyproject.toml requirements.lock
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	# torch's build for GPUs pins libraries of CUDA that its build for CPUs does not have: nothing to do for the latter
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint requirements.lock torch
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 

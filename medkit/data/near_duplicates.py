@@ -32,6 +32,14 @@ def group_near_duplicates(texts: pd.Series) -> np.ndarray:
     return _components(rare, np.diff(holds.indptr), np.minimum)[copy_of]
 
 
+def join_groupings(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Group number per row (N,): rows that are together in one of two groupings, directly or through others."""
+    size = first.max(initial=-1) + 1
+    edges = (np.ones(len(first), bool), (first, size + second))
+    graph = coo_matrix(edges, shape=(size + second.max(initial=-1) + 1,) * 2)
+    return connected_components(graph, directed=False)[1][first]
+
+
 def grouping_texts(questions: pd.DataFrame) -> pd.Series:
     """The text by which questions are compared: the question and its options in one order, since copies shuffle them.
 

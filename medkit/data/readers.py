@@ -11,7 +11,7 @@ import io
 import json
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -88,6 +88,13 @@ def _read_csv(path: Path) -> list[dict]:
 
 # --- the data wheel ------------------------------------------------------------------------------------------------
 
+FILE_READERS: dict[str, Callable[[Path], Iterable[dict]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_jsonl,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": lambda path: parquet.read_table(path).to_pylist(),
+}
 YES_NO_MAYBE = ["yes", "no", "maybe"]
 
 
@@ -125,6 +132,7 @@ READERS: dict[str, Callable[[Path], Iterator[dict]]] = {
 # names of a pair's place and text, so that the place sorts first: of bigbio, ARC and OpenBookQA, and others
 PAIRS = [{"key", "value"}, {"label", "text"}, {"key", "text"}, {"id", "text"}, {"letter", "text"}, {"aid", "atext"}]
 SPLIT_NAMES = dict.fromkeys(("valid", "validation", "dev"), "valid") | {n: n for n in ("train", "test", "transfer")}
+NAMED = "table:"  # begins the name of a group that a file names
 MANY_ANSWERS = 20  # with four options, 20 answers without any 0 are a chance of 0.3 %
 
 
@@ -141,7 +149,7 @@ def _place(row: dict, columns: TableColumns | InstructionColumns, pool: str | No
     """The pool of a row, which its own split decides if it has one, and its group; None if it has none."""
     split, group = (_value(row.get(column)) if column else None for column in (columns.split, columns.group))
     pool = pool if split in (None, "") else SPLIT_NAMES.get(str(split).strip().lower(), split)
-    return pool, None if group in (None, "") else f"table:{group}"
+    return pool, NAMED + clean_text(str(group)).casefold() if group not in (None, "") else None
 
 
 def _value(value):
@@ -223,26 +231,41 @@ def _turns_of(row: dict, columns: InstructionColumns):
 
 
 def _read_rows(path: Path, table: Table | Instructions) -> list[dict]:
-    """The rows of a file, or of all splits of a dataset folder. Raises DataError if no row has a declared column."""
-    match path.suffix:
-        case _ if path.is_dir():
-            splits = _load_splits(table.kind, path, table.path.subset if isinstance(table.path, Hub) else "")
-            rows = [{"split": name, **row} for name, part in splits.items() for row in part]
-        case ".jsonl" | ".json":
-            rows = list(_read_jsonl(path))
-        case ".csv" | ".tsv":
-            rows = _read_csv(path)
-        case ".parquet":
-            with reading(path, DataError, "write it again", "not a whole parquet file"):
-                rows = parquet.read_table(path).to_pylist()
-        case ending:
-            raise DataError(f"{path}: a table is .jsonl, .csv or .parquet, not {ending or 'one without ending'!r}")
+    """The rows of a file, of all files of a folder, or of all splits of a dataset of the hub.
+
+    A row without a column `split` gets the hub's split, or that of a file such as `test.csv` in a folder. Raises
+    DataError if no row has a declared column, and for a folder without a table.
+    """
+    if isinstance(table.path, Hub):
+        splits = _load_splits(table.kind, path, table.path.subset)
+        rows = [{"split": name, **row} for name, part in splits.items() for row in part]
+    elif path.is_dir():
+        inside = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in FILE_READERS)
+        files = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        if not files:
+            raise DataError(f"{path}: no {', '.join(FILE_READERS)} file in this folder; correct `path`")
+        rows = [{"split": SPLIT_NAMES.get(_split_of(file), ""), **row} for file in files for row in _read_file(file)]
+    else:
+        rows = _read_file(path)
     names = table.columns.model_dump().values()
     declared = {column for name in names for column in ([name] if isinstance(name, str) else name) if column}
     missing = declared - {column for row in rows for column in row}
     if rows and missing:
         raise DataError(f"{path}: no column {sorted(missing)}; correct `columns`, the file has {sorted(rows[0])}")
     return rows
+
+
+def _split_of(file: Path) -> str:
+    """`train` of train.csv and of train-00000-of-00001.parquet."""
+    return file.stem.partition("-")[0].lower()
+
+
+def _read_file(path: Path) -> list[dict]:
+    if path.suffix.lower() not in FILE_READERS:
+        known, ending = ", ".join(FILE_READERS), path.suffix or "one without ending"
+        raise DataError(f"{path}: a table is a file of {known}, not {ending!r}")
+    with reading(path, DataError, "write it again, or allow that it is read"):
+        return list(FILE_READERS[path.suffix.lower()](path))
 
 
 def _load_splits(name: str, folder: Path, subset: str) -> dict:

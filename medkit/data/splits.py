@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from medkit.data import consultations, icd10_questions, readers
-from medkit.data.near_duplicates import group_near_duplicates, grouping_texts
+from medkit.data.near_duplicates import group_near_duplicates, grouping_texts, join_groupings
 from medkit.data.raw_questions import POOL_SHARES, DataError, Pool, count_rejected, pool_of_group, rejection_reason
 from medkit.params import SPLITS, DatasetParams, digest
 
@@ -92,15 +92,20 @@ def _make_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> I
 def assign_pools(questions: pd.DataFrame, seed: int) -> pd.DataFrame:
     """Give every question a group and the pool (train, valid, test or transfer) that its whole group belongs to.
 
+    A group that a user's own file names (readers.NAMED) is joined with the near-duplicates of its rows.
+
     A group with an official test question is a test group: members without an official place may be tested too,
     members with another official place are dropped, because they would leak. A group with other official members is a
     training group. A group without an official place goes to a pool by a seeded hash of its name, in every source the
     same. Returns the table with `group` and `pool`.
     """
-    questions, free = questions.copy(), questions.group.isna()
+    questions = questions.copy()
+    named = questions.group.fillna("").str.startswith(readers.NAMED)
+    free = questions.group.isna() | named
     # Near-duplicates are grouped over all sources together. A group is named by its smallest id, so that a question's
     # pool does not depend on which other sources are there.
-    labels = group_near_duplicates(grouping_texts(questions[free]))
+    names = questions.group[free].where(named[free], "row:" + questions.id[free])
+    labels = join_groupings(group_near_duplicates(grouping_texts(questions[free])), pd.factorize(names)[0])
     questions.loc[free, "group"] = "text:" + questions.id[free].groupby(labels).transform("min")
     official = questions.pool.where(questions.pool.notna(), "")
     test_groups = set(questions.group[official == "test"])

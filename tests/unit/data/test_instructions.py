@@ -63,12 +63,12 @@ def test_every_file_and_a_dataset_folder_hold_the_same_samples(write, tmp_path, 
     pairs = [{"q": "Is 37 °C", "more": "a fever?", "a": "No.", "as": "You are a nurse."}]
     pairs += [{"q": "What is gout?", "more": "", "a": "Crystals in a joint.", "as": ""}]
     monkeypatch.setenv("MEDKIT_CACHE", str(tmp_path / "cache"))
-    for name, row in zip(("train", "test"), pairs, strict=True):
+    for name, row in zip(("test", "train"), pairs, strict=True):
         (tmp_path / "folder").mkdir(exist_ok=True)
         (tmp_path / "folder" / f"{name}.jsonl").write_text(json.dumps(row))
     columns = {"prompt": ["q", "more"], "response": "a", "system": "as", "split": "split"}
     found, _ = load(tmp_path / "folder", columns)
-    assert found.pool.tolist() == ["train", "test"]
+    assert found.pool.tolist() == ["test", "train"]
     assert found.id[1] == table.id[0] and found.id[0] not in set(table.id)  # it is of the content, wherever that is
     assert found.question[0] == "Is 37 °C\n\na fever?" and found.context[0] == table.context[4]
 
@@ -146,7 +146,7 @@ def test_a_conversation_and_its_near_duplicates_stand_on_one_side(write):
     assert knee.group.nunique() == 1 and len(knee) == 3  # one greeting is the same row
     assert table.group.nunique() == 41 and table.pool.nunique() > 1
     declared = splits.assign_pools(load(write(chats), {"messages": "chat", "group": "patient"})[0], seed=0)
-    assert declared.groupby("group").pool.nunique().max() == 1 and declared.group.nunique() == 42
+    assert declared.groupby("group").pool.nunique().max() == 1 and declared.group.nunique() == 41  # joined
 
 
 def test_contamination_reads_what_the_user_said_in_the_whole_chat(write):

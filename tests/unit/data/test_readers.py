@@ -228,7 +228,7 @@ def test_a_row_that_is_refused_is_counted_with_its_number_and_reason(tmp_path):
 
 def test_a_tables_own_groups_and_splits_are_kept(tmp_path):
     good, places = {"options": ["a", "b"], "answer": "A"}, ["Train", "test", "dev", "held out", None]
-    of_drugs = enumerate(zip(["x", "x", "y", 7, None], places, strict=True))
+    of_drugs = enumerate(zip(["x", " X ", "y", 7, None], places, strict=True))
     rows = [{**good, "question": f"{n}?", "drug": drug, "split": split} for n, (drug, split) in of_drugs]
     questions, rejected = load_own(write_jsonl(tmp_path / "m.jsonl", rows), group="drug", split="split")
     assert questions[["group", "pool"]].fillna("").values.tolist() == [
@@ -238,6 +238,23 @@ def test_a_tables_own_groups_and_splits_are_kept(tmp_path):
     path = write_jsonl(tmp_path / "n.jsonl", [json.dumps(rows[0] | {"drug": "\ud800"}), *rows[1:3]])
     _, rejected = load_own(path, group="drug")
     assert rejected.reason[0].startswith("broken characters")
+
+
+def test_a_folder_of_files_loses_no_row(tmp_path):
+    """Names that a library would take for splits, two formats, an option that reads "None", hidden copies."""
+    for name in ("more", ".copies", "empty"):
+        (tmp_path / name).mkdir()
+    text = "q,a,b,answer\n{0} one?,None,NA,A\n{0} two?,x,y,B\n"
+    for name in ("cardiology_test.csv", "drugs.CSV", "test.csv", ".copies/drugs.csv"):
+        (tmp_path / name).write_text(text.format(name))
+    write_jsonl(tmp_path / "more" / "train-00000-of-00001.jsonl", [{"q": "?", "a": "x", "b": "y", "answer": "A"}])
+    rows = list(readers.read_table(tmp_path, table(options=["a", "b"], pool=None, split="split")))
+    assert [(row["question"], row["pool"]) for row in rows if "one?" not in row["question"]] == [
+        ("cardiology_test.csv two?", None), ("drugs.CSV two?", None), ("?", "train"), ("test.csv two?", "test")
+    ]  # fmt: skip
+    assert {tuple(row["options"]) for row in rows if "one?" in row["question"]} == {("None", "NA")}
+    with pytest.raises(DataError, match=r"empty: no \.jsonl.* in this folder"):
+        list(readers.read_table(tmp_path / "empty", table()))
 
 
 def test_letters_are_labels_if_a_row_shows_it_beyond_doubt(tmp_path):

@@ -28,7 +28,7 @@ ROW = st.tuples(
     st.sampled_from(["", " once", " more once"]),
     st.sampled_from([None, "train", "test", "transfer"]),
     st.sampled_from(["one", "two"]),
-    st.sampled_from([None, None, "icd:A00", "icd:B11"]),
+    st.sampled_from([None, None, "icd:A00", "icd:B11", "table:p1", "table:p2"]),
     st.sampled_from(["choice", "abstract"]),
 )
 
@@ -60,7 +60,24 @@ def test_pools_never_leak(rows, seed):
 
     dropped = before[~before.id.isin(after.id)]  # what has another official place, and only near a test question
     assert set(dropped.pool) <= {"train", "transfer"}
-    assert set(dropped.group.dropna()) <= set(after.group[after.pool == "test"])
+    icd = dropped.group[dropped.group.fillna("").str.startswith("icd:")]
+    assert set(icd) <= set(after.group[after.pool == "test"])
+    named = before.set_index("id").group.reindex(after.id).to_numpy()
+    for name in ("table:p1", "table:p2"):
+        assert after.group[named == name].nunique() <= 1
+
+
+def test_a_group_that_a_file_names_is_joined_with_the_near_duplicates_of_its_rows():
+    """A chain: near-duplicate, same patient, near-duplicate; another patient with another question stays apart."""
+    rows = [
+        (STEMS[0], "", None, "one", "table:p1", "choice"),
+        (STEMS[0], " once", None, "one", "table:p2", "choice"),
+        (STEMS[1], "", None, "one", "table:p2", "choice"),
+        (STEMS[1], " once", None, "two", None, "choice"),
+        (STEMS[2], "", None, "one", "table:p3", "choice"),
+    ]
+    groups = assign_pools(pooled_input(rows), 0).set_index("id").group
+    assert groups["q0"] == groups["q1"] == groups["q2"] == groups["q3"] != groups["q4"]
 
 
 def test_another_seed_gives_other_pools_of_about_the_same_size():
