@@ -194,7 +194,7 @@ class DatasetParams(Section):
 
 class DataParams(Section):
     max_prompt_tokens: PositiveInt  # Longer questions are dropped, and counted; an instruction with its response
-    datasets: dict[str, DatasetParams]
+    datasets: dict[Annotated[str, Field(pattern=r"^\w[\w.-]*$")], DatasetParams]
     open_questions: Source | None
     """What consumers ask, without options or answers: a folder laid out like the data wheel's; null for none."""
     dialogues: Source | None
@@ -222,7 +222,7 @@ class AdapterParams(Section):
     rank: PositiveInt
     alpha: PositiveFloat  # The update is scaled by alpha / rank, with rslora by alpha / √rank
     dropout: Fraction
-    target_modules: list[str]  # Names of the linear layers that get an adapter, e.g. q_proj; every one must exist
+    target_modules: Annotated[list[str], Field(min_length=1)]  # Names of the linear layers that get an adapter, e.g. q_proj; every one must exist
 
 
 class ServerParams(Section):
@@ -369,13 +369,13 @@ class EvaluationParams(Section):
     headline_scoring: Literal["option_text", "option_text_norm"]
     """How it is read: the highest summed log-probability, or the highest mean per token. Fixed before testing."""
     margin: Inside  # Differences in accuracy smaller than this count as none, where a test can show that they are
-    margins: dict[str, Inside]  # Variant → a margin of its own, fixed before testing
+    margins: dict[Literal[tuple(VARIANTS)], Inside]  # Variant → a margin of its own, fixed before testing
     price_per_kwh: NonNegativeFloat  # Of electricity, in the currency of your choice
     price_per_machine_hour: NonNegativeFloat  # Rent of the machine, or its price over its hours of life
 
 
 class Params(Section):
-    seed: NonNegativeInt
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # numpy takes no more
     models: ModelsParams
     data: DataParams
     distillation: DistillationParams
@@ -401,8 +401,9 @@ class Params(Section):
                     raise ValueError(f"{key}.{name}: instructions, and only they, belong into questions.perplexity")
         forms = {n for n, d in self.data.datasets.items() if n.startswith("records") and d.origin.kind not in OWN}
         headline = self.evaluation.headline_source
-        if headline in forms or headline not in self.inference.questions.get("option_text", ()):
-            raise ValueError(f"evaluation.headline_source: {headline!r} must be in inference.questions.option_text")
+        if headline in forms or not self.inference.questions.get("option_text", {}).get(headline):
+            asked_for = "must be in inference.questions.option_text, with a number above 0"
+            raise ValueError(f"evaluation.headline_source: {headline!r} {asked_for}")
         if records := forms & self.inference.shuffle.questions.keys():
             raise ValueError(f"inference.shuffle.questions: a record has no options, leave out {sorted(records)}")
         made = list_variants(self)
@@ -488,8 +489,8 @@ def digest(value) -> str:
 
 
 def _read_mapping(path: Path) -> dict:
-    if not path.is_file():
-        beside = sorted(p.name for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    if not os.path.isfile(path):  # False in a folder that may not be read, where pathlib raises an error
+        beside = sorted(p.name for p in path.parent.glob("*.yaml")) if os.path.isdir(path.parent) else []
         raise ParamsError(f"{path}: no such params file; there are {beside or 'none in that folder'}")
     with reading(path, ParamsError, "correct it", "not valid yaml"):
         raw = StrictLoader(path.read_text(encoding="utf-8")).get_single_data()

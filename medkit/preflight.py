@@ -80,11 +80,12 @@ def _check_lengths(params: Params, name: str, model) -> None:
     config, section, prompt = model.config.get_text_config(), params.inference, params.data.max_prompt_tokens
     rationales = params.distillation.rationales
     answer = max(section.max_new_tokens, rationales.max_new_tokens if rationales else 0)
-    new = max(answer + (section.max_thinking_tokens or 0), section.bench.long_new_tokens)
+    timed = max(section.bench.new_tokens, section.bench.long_new_tokens)
+    new = max(answer + (section.max_thinking_tokens or 0), timed)
     limits = {f"the positions of the {name}": config.max_position_embeddings}
     limits["inference.batch_tokens"] = CACHE_FACTOR * section.batch_tokens - 64  # a page of the cache may be half empty
     for limit, tokens in limits.items():
-        needed = prompt + (new if "positions" in limit else section.bench.long_new_tokens)
+        needed = prompt + (new if "positions" in limit else timed)
         if needed > tokens:
             raise MedkitError(
                 f"data.max_prompt_tokens is {prompt}; with its answer that is {needed} tokens, {limit} allow {tokens}"

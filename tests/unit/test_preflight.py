@@ -121,7 +121,7 @@ def test_the_documented_example_is_accepted(check, tmp_path):
     text = (ROOT / "docs" / "own_data.md").read_text()
     changes, more = (yaml.safe_load(block.split("```")[0]) for block in text.split("```yaml\n")[1:3])
     header, example = text.split("```csv\n")[1].split("```")[0].strip().splitlines()
-    rows = [example.replace("metformin", f"drug{n}").replace("organ", f"organ of the {n}th kind") for n in range(120)]
+    rows = [example.replace("metformin", f"drug{n}").replace("organ", f"organ of the {n}th kind") for n in range(200)]
     changes["data"]["datasets"]["mine"]["origin"]["path"] = str(tmp_path / "mine.csv")
     (tmp_path / "mine.csv").write_text("\n".join([header, *rows]))
     chat = text.split("```json\n")[1].split("```")[0]
