@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from medkit.params import Params, ParamsError, StrictLoader, load_params, load_run_params
+from medkit.params import RUN_PARAMS, Params, ParamsError, StrictLoader, load_params, load_run_params
 from medkit.stage import (
     DISCLAIMER,
     ROOT,
@@ -54,6 +55,8 @@ def parse_overrides(pairs: list[str] | None, option: str = "--set") -> dict:
         key, equals, value = pair.partition("=")
         if not equals or not key:
             raise ParamsError(f"{option} {pair!r}: write KEY=VALUE, e.g. {option} lora.adapter.rank=4")
+        if key in overrides:
+            raise ParamsError(f"{option} {pair!r}: {key} is there twice; give it once")
         with reading(f"{option} {pair!r}", ParamsError, "quote it", f"the value of {key!r} is not valid yaml"):
             overrides[key] = StrictLoader(value).get_single_data()
     return overrides
@@ -67,8 +70,12 @@ def params_of(run: str, params_file: Path | None, overrides: list[str] | None) -
 
 @app.command()
 def run(
-    params: ParamsFile = ROOT / "params" / "tiny.yaml",
-    run: RunName = "tiny",
+    params: Annotated[
+        Path | None, typer.Option("--params", help="Profile; without it the run's own, of a new run params/tiny.yaml")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Name of the folder below outputs/; without it the profile's name")
+    ] = None,
     first: Annotated[str | None, typer.Option("--from", help="Rerun from this stage on, e.g. 03_lora")] = None,
     last: Annotated[str | None, typer.Option("--until", help="Stop after this stage, e.g. 02_distillation")] = None,
     reuse: ReusedRuns = None,
@@ -82,9 +89,13 @@ def run(
 
     With MEDKIT_STORE=s3://bucket/prefix (any URL of fsspec) finished stages are fetched from there, and sent there.
     """
-    changes = parse_overrides(overrides)
-    profile, notes = load_params(params, changes), []
-    if dry_run or not Stage(run, "01_data").is_whole():  # nothing has run yet
+    run, changes = run or (params.stem if params else "tiny"), parse_overrides(overrides)
+    own = run_dir(run) / RUN_PARAMS
+    params = params or (own if own.is_file() else ROOT / "params" / "tiny.yaml")
+    profile, notes, started_with = load_params(params, changes), [], None
+    with suppress(ParamsError):  # no such run yet, or by a version with other keys
+        started_with = load_run_params(run)
+    if dry_run or started_with != profile:  # a run that goes on was checked
         from medkit import preflight
 
         notes = preflight.check_profile(profile)
@@ -95,7 +106,10 @@ def run(
         if profile.models.device == "cuda":
             from medkit.reporting.forecast import forecast_table
 
-            typer.echo(forecast_table(profile), err=True)  # standard output stays a profile
+            try:
+                typer.echo(forecast_table(profile), err=True)  # standard output stays a profile
+            except ParamsError as error:  # the profile may be good all the same
+                typer.echo(str(error), err=True)
         return
     from medkit import reporting, run_store
     from medkit.runner import run_all
@@ -133,7 +147,8 @@ def sweep(
 
     listed = [re.sub("=(.*)", r"=[\1]", pair, count=1) for pair in grid]
     points = name_points(name, parse_overrides(listed, "--grid"))
-    preflight.check_profile(load_params(params, next(iter(points.values()))))
+    for point in points.values():
+        preflight.check_profile(load_params(params, point))
     run_sweep(params, name, points, reuse or (), None if jobs is None else parse_overrides(jobs, "--job"))
     typer.echo(write_sweep(name, points))
     console.print(f"written: {run_dir(name)}")
@@ -157,7 +172,9 @@ def status(
             changed += [f"{name}/{file}" for file in stage.changed_files()]
     console.print(table)
     if changed:
-        raise StageError(f"run {run!r}: not as they were written: {', '.join(changed)}; `run --from` makes them again")
+        raise StageError(
+            f"run {run!r}: not as they were written: {', '.join(changed)}; `run --run {run} --from` makes them again"
+        )
 
 
 @app.command()
@@ -271,10 +288,10 @@ def chat(
     from medkit.inference import serve as serving
 
     console.print(f"{DISCLAIMER} An empty line sends, Ctrl-D ends.")
-    with serving.open_chat(run, upstream, upstream_key) as answer, suppress(EOFError):
-        while True:
-            if message := "\n".join(iter(input, "")):
-                typer.echo(f"{answer(message)}\n")
+    with serving.open_chat(run, upstream, upstream_key) as answer:
+        for blank, lines in groupby(sys.stdin, lambda line: not line.strip()):
+            if not blank:
+                typer.echo(f"{answer(''.join(lines).strip())}\n")
 
 
 @app.command()

@@ -222,7 +222,9 @@ class AdapterParams(Section):
     rank: PositiveInt
     alpha: PositiveFloat  # The update is scaled by alpha / rank, with rslora by alpha / √rank
     dropout: Fraction
-    target_modules: Annotated[list[str], Field(min_length=1)]  # Names of the linear layers that get an adapter, e.g. q_proj; every one must exist
+    target_modules: Annotated[
+        list[str], Field(min_length=1)
+    ]  # Names of the linear layers that get an adapter, e.g. q_proj; every one must exist
 
 
 class ServerParams(Section):

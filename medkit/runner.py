@@ -108,6 +108,7 @@ def _with_contents(value):
         path = Path(value["path"])
         files = [file for file in sorted(path.rglob("*")) if file.is_file()] or [path] * path.is_file()
         stats = {file: file.stat() for file in files}
+        value["path"] = path.suffix  # the same files in another folder are the same data
         value["content"] = {
             str(file.relative_to(path)): _digest_of(file, stat.st_size, stat.st_mtime_ns)
             for file, stat in stats.items()
@@ -159,6 +160,9 @@ def run_all(
             raise MedkitError(f"no stage {stage!r}; the stages are {STAGES}")
     # the run's own copy of the profile: the file that the user named may be edited while the run goes on
     parameters = {"params_file": str(run_dir(run) / RUN_PARAMS), "run": run, "overrides": {}}
+    for name in reuse:
+        if not run_dir(name).is_dir():
+            _print(f"--reuse {name!r}: no such run in {outputs_root()}, nothing is taken from it")
     with lock_run(run):
         save_run_params(params, run)
         wanted, last = fingerprints(params), last or STAGES[-1]

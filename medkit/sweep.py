@@ -11,14 +11,17 @@ from pathlib import Path
 
 from medkit.params import load_params
 from medkit.runner import fingerprints, run_all
-from medkit.stage import STAGES, MedkitError, run_dir
+from medkit.stage import STAGES, MedkitError, reading, run_dir
 
 
 def name_points(name: str, grid: Mapping[str, Sequence]) -> dict[str, dict]:
     """Run → its overrides, for every combination of the grid's values; the first value of each key comes first.
 
-    A run is named after the last parts of the keys: sweep_rank-4_seed-0. Raises MedkitError if two have one name.
+    A run is named after the last parts of the keys: sweep_rank-4_seed-0. Raises MedkitError if two have one name, and
+    for a key without values.
     """
+    if empty := [key for key, values in grid.items() if not values]:
+        raise MedkitError(f"--grid {empty[0]}=: no value; write --grid {empty[0]}=V1,V2")
     points = [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
     names = [
         "_".join([name, *(re.sub(r"[^\w.-]+", "-", f"{key.split('.')[-1]}-{v}") for key, v in point.items())])
@@ -65,8 +68,9 @@ def _make_submit(folder: Path, settings: Mapping) -> Callable[..., Callable[[], 
     except ImportError as error:
         raise MedkitError("--job needs submitit: pip install submitit") from error
     settings = dict(settings)
-    executor = submitit.AutoExecutor(folder, cluster=settings.pop("cluster", "slurm"))
-    executor.update_parameters(**({"timeout_min": 24 * 60} | settings))
+    with reading("--job", MedkitError, "correct it, or leave --job out to run here", "submitit refuses these settings"):
+        executor = submitit.AutoExecutor(folder, cluster=settings.pop("cluster", "slurm"))
+        executor.update_parameters(**({"timeout_min": 24 * 60} | settings))
 
     def submit(*args) -> Callable[[], str | None]:
         job = executor.submit(run_all, *args)

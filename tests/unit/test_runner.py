@@ -330,6 +330,19 @@ def test_a_whole_run_says_where_things_are(command, monkeypatch, executed, outpu
     assert (code, out.count("missing")) == (0, 6)
 
 
+def test_a_run_goes_on_with_its_own_profile_and_a_change_is_checked(command, monkeypatch, executed, outputs):
+    """`--params mine.yaml` makes the run `mine`; `--run mine` alone never puts another profile in its place."""
+    checked = []
+    monkeypatch.setattr(preflight, "check_profile", lambda params: checked.append(params.lora.adapter.rank) or [])
+    monkeypatch.setattr(reporting, "write_report", lambda folder: (folder / "report.html").write_text(""))
+    rank = load_params(SMOKE).lora.adapter.rank
+    assert command("run", "--params", str(SMOKE))[0] == 0 and executed == STAGES
+    assert "up to date" in command("run", "--run", "smoke")[1] and checked == [rank]
+    command("run", "--run", "smoke", "--set", f"lora.adapter.rank={2 * rank}")
+    assert executed[6:] == STAGES[2:] and checked == [rank, 2 * rank]
+    assert {path.name for path in outputs.iterdir()} == {"smoke"}
+
+
 def test_train_takes_the_params_of_its_run(command, monkeypatch, executed):
     from medkit.lora import adapters
 

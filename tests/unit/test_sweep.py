@@ -72,6 +72,19 @@ def test_runs_of_one_name_are_refused(grid):
         name_points("s", grid)
 
 
+def test_a_key_without_values_is_refused():
+    with pytest.raises(MedkitError, match="--grid seed=: no value"):
+        name_points("s", {"lora.adapter.rank": [4], "seed": []})
+
+
+@pytest.mark.parametrize("settings", [{"slurm_partion": "x"}, {"cluster": "nonsense"}, {"timeout_min": "long"}])
+def test_settings_that_submitit_refuses_are_one_sentence(outputs, monkeypatch, settings):
+    monkeypatch.setattr(sweep, "fingerprints", lambda params: dict.fromkeys(STAGES, "x"))
+    monkeypatch.setattr(sweep, "load_params", lambda path, point: None)
+    with pytest.raises(MedkitError, match=r"--job: submitit refuses.*correct it"):
+        run_sweep(SMOKE, "s", name_points("s", {"seed": [0]}), jobs={"cluster": "local"} | settings)
+
+
 def test_a_job_that_fails_is_one_sentence_with_its_log(outputs, tmp_path, monkeypatch):
     monkeypatch.setattr(sweep, "fingerprints", lambda params: dict.fromkeys(STAGES, "x"))
     monkeypatch.setattr(sweep, "load_params", lambda path, point: None)
