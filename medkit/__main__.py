@@ -32,6 +32,7 @@ from medkit.stage import (
     outputs_root,
     reading,
     run_dir,
+    write_errors,
 )
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -303,7 +304,8 @@ def doctor() -> None:
     from medkit.sources import cache_root
 
     for folder in (cache_root(), outputs_root()):
-        folder.mkdir(parents=True, exist_ok=True)
+        with write_errors(folder / "any file"):
+            folder.mkdir(parents=True, exist_ok=True)
     device = pick_device("auto")
     memory_gb, disk_gb = psutil.virtual_memory().available / 1e9, shutil.disk_usage(cache_root()).free / 1e9
     filled = sorted(p.name for p in cache_root().glob("*/*") if p.suffix != ".lock")

@@ -135,7 +135,7 @@ class TableColumns(Section):
 
 
 class Table(Section):
-    """Questions of your own, with their columns declared. The name is free."""
+    """Questions of your own, with their columns declared, in any name that medkit gives to no dataset."""
 
     kind: Literal["table"]
     path: LocalPath | Hub  # A file or a dataset folder, or a dataset of the hub

@@ -231,20 +231,19 @@ class Stage:
     def manifest(self) -> dict:
         """The stage's manifest, `{}` while it is not complete (or if the manifest itself was damaged)."""
         try:
-            return json.loads((self.dir / MANIFEST).read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
+            manifest = json.loads((self.dir / MANIFEST).read_text())
+        except (FileNotFoundError, ValueError):  # bytes that are no text are a ValueError too
             return {}
+        return manifest if isinstance(manifest, dict) else {}
 
     def commit(self, also: Sequence[Path] = (), **facts) -> dict:
         """Close the stage: record every file with size and sha256, provenance, and `facts`. Returns the manifest.
 
         `also` are files of the stage that lie outside its folder, such as the run's results.
         """
-        files = {
-            str(p.relative_to(self.dir)): p.stat().st_size
-            for p in sorted(self.dir.rglob("*"))
-            if p.is_file() and p != self.dir / MANIFEST and ".part" not in {q.suffix for q in (p, *p.parents)}
-        }
+        inside = [p.relative_to(self.dir) for p in sorted(self.dir.rglob("*")) if p.is_file()]
+        whole = [p for p in inside if p != Path(MANIFEST) and not any(part.endswith(".part") for part in p.parts)]
+        files = {str(p): (self.dir / p).stat().st_size for p in whole}
         files |= {os.path.relpath(p, self.dir): p.stat().st_size for p in also}
         manifest = {
             "stage": self.name,

@@ -68,7 +68,7 @@ def _read_jsonl(path: Path) -> Iterator[dict]:
 
 def _read_csv(path: Path) -> list[dict]:
     """The rows of a csv file whose first line names the columns; an empty cell is None, all others are text."""
-    text = _read_text(path)
+    text = re.sub(r"\Asep=.\r?\n", "", _read_text(path))  # Excel's note of its separator
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     separator = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)

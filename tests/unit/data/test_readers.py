@@ -247,6 +247,7 @@ def test_a_folder_of_files_loses_no_row(tmp_path):
     text = "q,a,b,answer\n{0} one?,None,NA,A\n{0} two?,x,y,B\n"
     for name in ("cardiology_test.csv", "drugs.CSV", "test.csv", ".copies/drugs.csv"):
         (tmp_path / name).write_text(text.format(name))
+    (tmp_path / "drugs.CSV").write_text("sep=;\r\n" + text.format("drugs.CSV").replace(",", ";"))  # as Excel does
     write_jsonl(tmp_path / "more" / "train-00000-of-00001.jsonl", [{"q": "?", "a": "x", "b": "y", "answer": "A"}])
     rows = list(readers.read_table(tmp_path, table(options=["a", "b"], pool=None, split="split")))
     assert [(row["question"], row["pool"]) for row in rows if "one?" not in row["question"]] == [

