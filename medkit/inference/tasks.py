@@ -67,7 +67,8 @@ def recognise(message: str, tasks: Sequence[Task]) -> tuple[Task, dict] | None:
 
     A question of the ICD chapter is put into the words of training; without options it gets all of them.
     """
-    of_kind = {task.kind: task for task in tasks}
+    # of several of a kind, the one that withholds most answers: a message does not say of which source it is
+    of_kind = {task.kind: task for task in sorted(tasks, key=lambda task: task.least_confidence or 0.0)}
     options = list(OPTION.finditer(message))
     is_list = len(options) > 1 and [m[1] for m in options] == list(LETTERS[: len(options)])
     listed = [m[2].rstrip() for m in options] if is_list else []
