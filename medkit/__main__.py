@@ -112,9 +112,10 @@ def run(
             except ParamsError as error:  # the profile may be good all the same
                 typer.echo(str(error), err=True)
         return
-    from medkit import reporting, run_store
+    from medkit import modeling, reporting, run_store
     from medkit.runner import run_all
 
+    modeling.pick_device(profile.models.device)  # its notebooks run here
     ran = run_all(params, run, changes, first, last, reuse or ())
     console.print(f"{len(ran)} stages ran" if ran else "everything up to date")
     if last not in (None, STAGES[-1]):
@@ -274,7 +275,8 @@ def serve(
     """Answer people and OpenAI's clients with the edge file of a run, until Ctrl-C."""
     from medkit.inference import serve as serving
 
-    console.print(f"http://{host}:{port} for a person, http://{host}:{port}/v1 for OpenAI's clients · {DISCLAIMER}")
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    console.print(f"{url} for a person, {url}/v1 for OpenAI's clients · {DISCLAIMER}")
     options = {"upstream": upstream, "upstream_key": upstream_key, "slots": slots, "context_tokens": context}
     serving.serve(run, host, port, api_key, **options)
 

@@ -337,6 +337,14 @@ class BenchParams(Section):
     """The longest answer of the skewed workload, whose lengths are log-normal with a median of `new_tokens`."""
     repeats: PositiveInt  # Timed passes after one discarded warm-up; medians are reported
 
+    @model_validator(mode="after")
+    def _longest_is_longest(self) -> Self:
+        if self.long_new_tokens < self.new_tokens:
+            raise ValueError(
+                f"long_new_tokens is {self.long_new_tokens}, below new_tokens, {self.new_tokens}; raise it"
+            )
+        return self
+
 
 class ShuffleParams(Section):
     questions: Annotated[dict[str, Count], Field(min_length=1)]
@@ -514,12 +522,14 @@ class StrictLoader(yaml.SafeLoader):
 
 def _override(raw: dict, dotted: str, value, path: Path) -> None:
     *parents, leaf = dotted.split(".")
-    node = raw
+    node = raw  # of which no part is shared with another: several keys may name one mapping by an alias of yaml
     for key in [*parents, leaf]:
         if not isinstance(node, dict) or key not in node:
             known = sorted(map(str, node)) if isinstance(node, dict) else []
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {known}"
             raise ParamsError(f"{path}: override {dotted!r}: no such parameter {key!r}{hint}")
+        if isinstance(node[key], dict):
+            node[key] = dict(node[key])
         parent, node = node, node[key]
     parent[leaf] = value

@@ -45,8 +45,6 @@ def check_profile(params: Params) -> list[str]:
     notes += _check_data(params, tokenizers, {name.removeprefix("data.datasets.") for name in away})
     if params.models.device == "cuda" and not torch.cuda.is_available():
         notes.append("models.device is cuda, and this machine has no CUDA device")
-    else:
-        modeling.pick_device(params.models.device)
     return notes
 
 
@@ -80,7 +78,7 @@ def _check_lengths(params: Params, name: str, model) -> None:
     config, section, prompt = model.config.get_text_config(), params.inference, params.data.max_prompt_tokens
     rationales = params.distillation.rationales
     answer = max(section.max_new_tokens, rationales.max_new_tokens if rationales else 0)
-    timed = max(section.bench.new_tokens, section.bench.long_new_tokens)
+    timed = section.bench.long_new_tokens
     new = max(answer + (section.max_thinking_tokens or 0), timed)
     limits = {f"the positions of the {name}": config.max_position_embeddings}
     limits["inference.batch_tokens"] = CACHE_FACTOR * section.batch_tokens - 64  # a page of the cache may be half empty

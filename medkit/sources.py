@@ -177,7 +177,7 @@ def _open_zip(archive: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _extract(archive: Path, prefix: str) -> Path:
-    """Members of the archive as files in the cache, their folders kept below `prefix`; compared with it on every use."""
+    """Members of the archive as files in the cache, their folders kept below `prefix`, checked on every use."""
     names = members(archive, prefix)
     # a place of its own for every member: a file must not make the folder it lies in look complete
     target = cache_root() / "members" / archive.stem / digest(prefix)[:8] / PurePosixPath(prefix).name

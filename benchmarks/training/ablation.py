@@ -117,7 +117,7 @@ def train_and_score(part: str, stage: Stage, params: Params, questions: pd.DataF
         layers = distillation.DistillationLoss.from_params(section).teacher_layers
         distillation.capture_teacher(
             load, modeling.encode_questions(tokenizer, rows), stage.path("teacher_cache"), section.top_k,
-            section.shard_examples, distillation.teacher_key(stage, tokenizer), layers,
+            section.shard_examples, distillation.teacher_key(stage, params, tokenizer), layers,
         )  # fmt: skip
     model, log = distillation.train_student(name, stage, params, questions, inference.TorchEngine)
     trained_s = time.perf_counter() - began

@@ -47,9 +47,12 @@ def plot_places_and_subjects(table: pd.DataFrame, folder: Path) -> None:
     subjects = table[table.source == broadest].subject.value_counts()
     size = (1.6 * plotting.SIZE[0], 1.2 * plotting.SIZE[1])
     figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
-    places.plot.barh(stacked=True, ax=left, colormap="crest", width=0.7)
-    left.set(xlabel="share of test questions", ylabel="", title="Place of the right answer", xlim=(0, 1))
-    left.legend(title="", ncols=places.shape[1], loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    if places.empty:  # all are abstracts
+        left.set_axis_off()
+    else:
+        places.plot.barh(stacked=True, ax=left, colormap="crest", width=0.7)
+        left.set(xlabel="share of test questions", ylabel="", title="Place of the right answer", xlim=(0, 1))
+        left.legend(title="", ncols=places.shape[1], loc="upper center", bbox_to_anchor=(0.5, -0.12))
     subjects.head(15)[::-1].rename(lambda name: name[:40]).plot.barh(ax=right, color="#9ecae1", width=0.7)
     right.set(
         xlabel="questions", ylabel="", title=f"Subjects of {broadest} ({min(15, len(subjects))} of {len(subjects)})"

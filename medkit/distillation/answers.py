@@ -45,7 +45,7 @@ def collect_answers(
     that a run which was killed goes on behind them. Raises StageError without `make_engine`.
     """
     tokenizer, limits = loading.load_tokenizer(writer), (max_new_tokens, num_samples, template, max_thinking_tokens)
-    asked = [max_new_tokens, num_samples, template and template.hash, max_thinking_tokens]
+    asked = [max_new_tokens, num_samples, template and template.hash, max_thinking_tokens, params.models.dtype]
     asked += [temperature, params.seed, server and server.model] if temperature else []
     key = key_of(asked, [weights_of(writer), questions.id.tolist()], write_answers)
     if find_record(path, key) is None and PartialState().is_main_process:

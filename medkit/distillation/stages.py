@@ -56,8 +56,12 @@ def load_tokenizers(params: Params) -> tuple:
 
 def teacher_rows(questions: pd.DataFrame) -> pd.DataFrame:
     """The rows that correct the teacher: the private ones, which no student sees, and the labelled ones."""
-    present = [split for split in ("private", "labelled") if (questions.split == split).any()]
+    present = [split for split in ("private", "labelled") if _has_rows(questions, split)]
     return pd.concat([splits.training_rows(questions, split) for split in present], ignore_index=True)
+
+
+def _has_rows(questions: pd.DataFrame, split: str) -> bool:
+    return bool(((questions.split == split) & (questions.kind != splits.SECOND_FORM)).any())
 
 
 def correct_teacher(stage: Stage, params: Params, rows: pd.DataFrame) -> tuple[nn.Module, pd.DataFrame]:
@@ -80,10 +84,10 @@ def correct_teacher(stage: Stage, params: Params, rows: pd.DataFrame) -> tuple[n
     return teacher, log
 
 
-def teacher_key(stage: Stage, tokenizer) -> str:
-    """Digest of the teacher's weights, its tokenizer, the prompt template and the code of the capture."""
+def teacher_key(stage: Stage, params: Params, tokenizer) -> str:
+    """Digest of the teacher's weights, their dtype, its tokenizer, the prompt template and the code of the capture."""
     weights = answers.weights_of(_part(stage, "teacher"))
-    return key_of(templates.TEXT.hash, [weights, tokenizer.get_vocab()], capture_teacher)
+    return key_of([templates.TEXT.hash, params.models.dtype], [weights, tokenizer.get_vocab()], capture_teacher)
 
 
 def _part(stage: Stage, name: str) -> Path:
@@ -109,7 +113,7 @@ def student_rows(
     needed if they are not there.
     """
     labelled = splits.training_rows(questions, "labelled")
-    if name in ("student_ce", *REASONERS) or not (questions.split == "transfer").any():
+    if name in ("student_ce", *REASONERS) or not _has_rows(questions, "transfer"):
         return labelled
     if name == "student_ceiling":
         return pd.concat([labelled, splits.transfer_answers(questions)], ignore_index=True)
@@ -156,7 +160,7 @@ def train_student(
     if name in ("student_kd", "student_seq_kd"):
         teacher_tokenizer = load_tokenizers(params)[0]
         by_teacher = unique if section.alignment == "tokens" else encode(teacher_tokenizer)
-        key = teacher_key(stage, teacher_tokenizer)
+        key = teacher_key(stage, params, teacher_tokenizer)
         if name == "student_seq_kd":
             _capture_rationales(stage, params, by_teacher, key)
         cache = TeacherCache(

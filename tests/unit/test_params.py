@@ -41,6 +41,12 @@ def test_every_missing_and_unknown_key_is_named_at_once(tmp_path):
     assert "unknown key 'lora.adapter.rnak'" in message
 
 
+def test_an_override_changes_no_other_key_that_shares_a_mapping_by_an_alias():
+    params = load_params(ROOT / "params" / "tiny.yaml", {"data.datasets.mmlu.origin.version": "9"})
+    versions = {name: dataset.origin.version for name, dataset in params.data.datasets.items()}
+    assert versions.pop("mmlu") == "9" and "9" not in versions.values() and params.data.dialogues.version != "9"
+
+
 LAYERS = "distillation.hidden_layers"
 HIDDEN = {"distillation.hidden_weight": 0.5, LAYERS: [[2, 3]]}
 SERVER = {"base_url": "http://localhost:1/v1", "model": "m", "api_key_env": ""}
@@ -68,6 +74,7 @@ NO_TURNS = "columns: name `messages`, which hold all turns, or `prompt`"
         ({"inference.shuffle.questions": {"records": 2}}, "a record has no options, leave out ['records']"),
         ({"data.datasets.records_b.valid": 0}, "data.datasets.records_b.valid: the adapter needs rows"),
         ({f"data.datasets.{name}.labelled": 0 for name in ("icd_chapter", "records")}, "no row of 'labelled'"),
+        ({"inference.bench.long_new_tokens": 3}, "long_new_tokens is 3, below new_tokens"),
         ({"seed": 2**32}, "less than 4294967296"), ({"lora.adapter.target_modules": []}, "at least 1 item"),
         ({"evaluation.margins": {"edge_smal": 0.05}}, "evaluation.margins.edge_smal"),
         ({"data.datasets": {"a/b": RAW["data"]["datasets"]["icd_chapter"]}}, "data.datasets.a/b"),

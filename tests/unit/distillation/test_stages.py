@@ -91,7 +91,10 @@ def capture(stage, rows, folders, load, monkeypatch):
         model = loading.load_model(loading.local_folder(params.models.teacher), params.models)
         loading.save_model(model, teacher_tokenizer, stage.path("teacher"))
         monkeypatch.setattr(answers, "write_answers", the_liver)
-        key, examples = stages.teacher_key(stage, teacher_tokenizer), batches.encode_questions(teacher_tokenizer, rows)
+        key, examples = (
+            stages.teacher_key(stage, params, teacher_tokenizer),
+            batches.encode_questions(teacher_tokenizer, rows),
+        )
         layers = losses.DistillationLoss.from_params(params.distillation).teacher_layers
         return teacher_cache.capture_teacher(lambda: model, examples, stage.path("teacher_cache"), 300, 4, key, layers)
 
@@ -200,7 +203,7 @@ def test_a_teacher_as_its_own_student_has_no_divergence(stage, load, rows, captu
     assert terms["forward_kl"].abs() < 0.02
     loading.save_model(make_llama(seed=9), tokenizer, stage.path("teacher"))  # another teacher
     with pytest.raises(CacheError, match="capture the teacher again"):
-        TeacherCache(stage.dir / "teacher_cache", stages.teacher_key(stage, tokenizer), examples)
+        TeacherCache(stage.dir / "teacher_cache", stages.teacher_key(stage, params, tokenizer), examples)
 
 
 def test_two_vocabularies_are_refused_before_any_training(stage, load, trained):
