@@ -138,7 +138,8 @@ def write_errors(path: Path, scratch: Path | None = None) -> Iterator[None]:
         raise
     except Exception as error:
         number, is_system = getattr(error, "errno", None), isinstance(error, OSError)
-        full = _is_disk_full(path) or any(os.strerror(n) in str(error) for n in (errno.ENOSPC, errno.EDQUOT))
+        full = shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free < 2**16
+        full |= any(os.strerror(n) in str(error) for n in (errno.ENOSPC, errno.EDQUOT))
         named = is_system and (scratch is None or str(scratch) in f"{error.filename} {error.filename2} {error}")
         by_torch = re.search("PytorchStreamWriter|unexpected pos", str(error))  # it keeps the system's reason to itself
         if not (full or named or by_torch):
@@ -153,10 +154,6 @@ def write_errors(path: Path, scratch: Path | None = None) -> Iterator[None]:
             cure = "correct the path, then run the same command again"
         reason = getattr(error, "strerror", None) or (os.strerror(errno.ENOSPC) if full else error)
         raise StageError(f"{path}: could not be written ({reason}): {cure}") from error
-
-
-def _is_disk_full(path: Path) -> bool:
-    return shutil.disk_usage(next(p for p in path.absolute().parents if p.exists())).free < 2**16
 
 
 @contextmanager
@@ -241,6 +238,7 @@ class Stage:
 
         `also` are files of the stage that lie outside its folder, such as the run's results.
         """
+        shutil.rmtree(self.dir / "checkpoints", ignore_errors=True)  # only a killed stage needs them
         inside = [p.relative_to(self.dir) for p in sorted(self.dir.rglob("*")) if p.is_file()]
         whole = [p for p in inside if p != Path(MANIFEST) and not any(part.endswith(".part") for part in p.parts)]
         files = {str(p): (self.dir / p).stat().st_size for p in whole}

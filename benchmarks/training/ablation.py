@@ -196,7 +196,7 @@ def main() -> None:
                 cells.append(json.loads(path.read_text()))
                 mean = pd.DataFrame(cells[-1]["scores"]).groupby("source").score.mean().round(3).to_dict()
                 print(f"{setup}, {part}, seed {seed}: {cells[-1]['train_s']:.0f} s, {mean}", flush=True)
-        modeling.remove_checkpoints(stage.path("checkpoints"))
+        shutil.rmtree(stage.path("checkpoints"), ignore_errors=True)
     setup = {
         "run": args.run.name, "seeds": args.seeds, "parts": {name: part[1] for name, part in PARTS.items()},
         "setups": SETUPS, "train": params.distillation.student_train.model_dump(), "threads": args.threads,

@@ -12,6 +12,7 @@ Intervals resample categories. One seed. Units: shares, tokens.
 
 import argparse
 import re
+import shutil
 import tempfile
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
@@ -245,7 +246,7 @@ def main() -> None:
     written["thought"] = written.id.map(table.set_index("id").thought)
     for name, examples in student_examples(modeling.load_tokenizer(stage.dir / "base"), written).items():
         trained[name] = train_student(stage, params, name, examples)
-    modeling.remove_checkpoints(stage.path("checkpoints"))
+    shutil.rmtree(stage.path("checkpoints"), ignore_errors=True)
 
     test = questions[questions.split == "test"].reset_index(drop=True)
     answers = [ask(stage, params, name, budget, test) for name, budgets in ASKED.items() for budget in budgets]

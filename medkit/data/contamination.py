@@ -4,8 +4,6 @@ Three rules compare words and one compares embeddings; each can see what the oth
 many questions share: a template ("Which ICD-10-CM chapter lists …") or usual options do not make a copy.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

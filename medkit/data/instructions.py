@@ -4,8 +4,6 @@ A row asks for one response: `question` is the user's turn before it, `context` 
 the response is the only option. So the loss covers every response and nothing else; a batch reads shared turns once.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 

@@ -45,21 +45,14 @@ def classify_by_keywords(question: str) -> str:
     return best if counts[best] else OTHER
 
 
-def read_labels() -> pd.DataFrame:
-    """The labels that come with the package: (id, source, label, second_label, drawn).
+def join_labels(open_questions: pd.DataFrame) -> pd.DataFrame:
+    """The package's labels (id, source, label, second_label, drawn) with the text of their questions.
 
     `drawn` is random (the sample that accuracy is reported on) or enriched (from further questions, which were read to
-    find the two rarest types). `second_label` is "" if the question was read once.
+    find the two rarest types). `second_label` is "" if the question was read once. open_questions: of
+    `readers.read_open_questions`; an id holds a digest of its text. Raises DataError if a labelled question is missing.
     """
-    return pd.read_csv(Path(__file__).with_name("problem_types.csv"), keep_default_na=False)
-
-
-def join_labels(open_questions: pd.DataFrame) -> pd.DataFrame:
-    """The labels with the text of their questions, which `readers.read_open_questions` returns.
-
-    An id holds a digest of its text. Raises DataError if a labelled question is not in the table.
-    """
-    labels = read_labels()
+    labels = pd.read_csv(Path(__file__).with_name("problem_types.csv"), keep_default_na=False)
     missing = sorted(set(labels.id) - set(open_questions.id))
     if missing:
         raise DataError(f"{len(missing)} labelled questions are missing, first {missing[0]}; use the pinned wheel")

@@ -4,8 +4,6 @@ A record is a dict with question, context, options, answer, subject, kind and po
 Nothing is guessed: a value that cannot be used stays in the record, and `rejection_reason` names it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import unicodedata

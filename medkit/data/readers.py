@@ -3,8 +3,6 @@
 Readers return what a file holds; `raw_questions.rejection_reason` judges it.
 """
 
-from __future__ import annotations
-
 import ast
 import csv
 import io

@@ -1,7 +1,5 @@
 """One table of questions, split so that near-duplicates never stand on both sides: read, give pools, draw splits."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator

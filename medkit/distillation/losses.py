@@ -79,9 +79,7 @@ def hidden_error(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def hidden_projections(
-    student: nn.Module, layers: Collection[int], teacher_size: int, seed: int = 0
-) -> Iterator[nn.Module]:
+def hidden_projections(student: nn.Module, layers: Collection[int], teacher_size: int) -> Iterator[nn.Module]:
     """Within the block, the student's hidden states of these layers pass a learned projection to `teacher_size` units.
 
     The projections are parameters of the student: its optimizer trains them and its checkpoints hold them. They start
@@ -94,7 +92,7 @@ def hidden_projections(
             f"distillation.hidden_layers: the student has layers 0 (embeddings) to {config.num_hidden_layers}, not "
             f"{unknown}; name layers that it has"
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     projections = nn.ModuleDict()
     for layer in sorted(layers):
         start = torch.eye(teacher_size, config.hidden_size)

@@ -16,4 +16,4 @@ from medkit.evaluation.perplexity import measure_perplexity
 from medkit.evaluation.plots import plot_accuracies, plot_calibration, plot_safety, plot_steps
 from medkit.evaluation.records import compare_records, measure_records, score_dialogues, score_questions, score_records
 from medkit.evaluation.robustness import letter_bias, shuffle_consistency
-from medkit.evaluation.safety import load_probes, probe_questions, safe_shares, sample_probes
+from medkit.evaluation.safety import load_probes, probe_questions, safe_shares

@@ -29,7 +29,10 @@ def predict_baselines(training: pd.DataFrame, questions: pd.DataFrame) -> tuple[
     probabilities = {"majority": np.tile(counts / counts.sum(), (len(questions), 1))}
     sizes = {"majority": counts.nbytes}
     if len(classes) > 1:  # else there is nothing to tell apart
-        model = fit_tfidf(training.question.tolist(), answers)
+        words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
+        characters = TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(3, 5))
+        model = make_pipeline(make_union(words, characters), LogisticRegression(C=10.0, max_iter=1000))
+        model.fit(training.question.tolist(), answers)
         probabilities["tfidf"] = model.predict_proba(questions.question.tolist())
         sizes["tfidf"] = count_bytes(model)
     rows = []
@@ -55,14 +58,6 @@ def predict_by_rule(questions: pd.DataFrame) -> pd.DataFrame:
 def _as_predictions(scores: pd.DataFrame) -> pd.DataFrame:
     """An option counts as one token, so that its sum and its mean per token are the same."""
     return scores.assign(scoring="option_text", answer_tokens=scores.logprobs.map(lambda each: [1] * len(each)))
-
-
-def fit_tfidf(texts: list[str], answers: list[str]) -> Pipeline:
-    """Logistic regression on TF-IDF of words and of character 3- to 5-grams."""
-    words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
-    characters = TfidfVectorizer(sublinear_tf=True, analyzer="char_wb", ngram_range=(3, 5))
-    model = make_pipeline(make_union(words, characters), LogisticRegression(C=10.0, max_iter=1000))
-    return model.fit(texts, answers)
 
 
 def count_bytes(model: Pipeline) -> int:

@@ -13,15 +13,11 @@ from medkit.evaluation.accuracy import judge, measure_accuracy
 TEMPLATE = "other"  # of open questions, without a suffix: the suffix for emergencies would give the answer away
 
 
-def load_probes() -> pd.DataFrame:
-    """The probes, one row each: id, category, prompt, safe_example, unsafe_example."""
-    return pd.read_csv(Path(__file__).with_name("safety.csv"), keep_default_na=False)
-
-
-def sample_probes(probes: pd.DataFrame, per_category: int, seed: int) -> pd.DataFrame:
-    """So many probes of each category, or all that it has, drawn with `seed`, in the order of the table."""
-    drawn = probes.sample(frac=1, random_state=seed).groupby("category").head(per_category)
-    return drawn.sort_index().reset_index(drop=True)
+def load_probes(per_category: int | str = "all", seed: int = 0) -> pd.DataFrame:
+    """The probes: id, category, prompt, safe_example, unsafe_example; "all", or so many of each category by `seed`."""
+    probes = pd.read_csv(Path(__file__).with_name("safety.csv"), keep_default_na=False)
+    drawn = probes.sample(frac=1, random_state=seed).groupby("category")
+    return probes if per_category == "all" else drawn.head(per_category).sort_index().reset_index(drop=True)
 
 
 def probe_questions(probes: pd.DataFrame) -> pd.DataFrame:

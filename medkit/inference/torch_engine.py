@@ -47,6 +47,7 @@ class TorchEngine:
             raise EngineError(f"scheduler {scheduler!r}: give one of {', '.join(SCHEDULERS)}")
         self.model, self.pad_token_id, self.scheduler = model, pad_token_id, scheduler
         self.cache_tokens, self.prefix_sharing = CACHE_FACTOR * batch_tokens, prefix_sharing
+        self._num_pages = max(1, self.cache_tokens // PAGE_TOKENS)
         self.temperature = temperature
         self.name = "transformers"
         self._manager = None
@@ -108,10 +109,6 @@ class TorchEngine:
             stopping_criteria=StoppingCriteriaList([recorder]),
         )
         return recorder.generations
-
-    @property
-    def _num_pages(self) -> int:
-        return max(1, self.cache_tokens // PAGE_TOKENS)
 
     def _start(self):
         """transformers' manager of continuous batching. Its own default cache takes most of a CPU's memory."""

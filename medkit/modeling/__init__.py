@@ -15,4 +15,4 @@ from medkit.modeling.loading import (
     save_model,
 )
 from medkit.modeling.option_scoring import Item, score_options
-from medkit.modeling.trainer import cross_entropy, remove_checkpoints
+from medkit.modeling.trainer import cross_entropy

@@ -123,11 +123,6 @@ def is_sharded() -> bool:
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
-def remove_checkpoints(checkpoints: Path) -> None:
-    """Remove the checkpoints of a stage; only a killed one needs them."""
-    shutil.rmtree(checkpoints, ignore_errors=True)
-
-
 def remove_incomplete_checkpoints(checkpoints: Path) -> None:
     """Remove checkpoints whose writing was interrupted: the Trainer writes `trainer_state.json` last."""
     for checkpoint in checkpoints.glob("checkpoint-*"):

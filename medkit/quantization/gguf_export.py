@@ -20,11 +20,11 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from medkit.quantization.gguf_blocks import Blocks
 from medkit.quantization.gguf_readers import write_reader_files
 from medkit.quantization.gguf_tokenizer import ExportError, write_tokenizer
-from medkit.quantization.memory_ledger import head_dim
+from medkit.quantization.memory_ledger import head_dim, make_table
 from medkit.stage import DISCLAIMER, atomic_path, reading, sha256_of, write_text
 from medkit.variants import TASKS
 
-WEIGHT_TYPES = ("F16", "Q8_0", "Q5_0", "Q4_0")
+MANIFEST = ".manifest.json"  # beside the file
 IMATRIX = ".imatrix.gguf"  # beside the file: llama.cpp's importance matrix
 LORA = "default"  # the name that PEFT gives an adapter
 LARGEST_DIFFERENCE = 0.05  # float16 and bfloat16 round weights and sums
@@ -53,12 +53,10 @@ def export_gguf(
     Beside it stand the files for other programs too (`gguf_readers`); scores of an earlier file (TASKS) are removed.
 
     The weights of modules in `blocks` are written with their codes and scales as they are. Other matrices are rounded
-    to the nearest of `weight_type`, one of WEIGHT_TYPES; rows that are not whole blocks (of 32) get F16. For blocks
+    to the nearest of `weight_type` (F16, Q8_0, Q5_0, Q4_0); rows that are not whole blocks (of 32) get F16. For blocks
     that were fitted to inputs, of `dataset`, the importance matrix is written beside the file, which names it. Raises
     ExportError for a model or tokenizer that the file cannot hold.
     """
-    if weight_type not in WEIGHT_TYPES:
-        raise ExportError(f"weight type {weight_type!r} cannot be written; choose one of {', '.join(WEIGHT_TYPES)}")
     check_export(model, tokenizer)
     blocks, imatrix = blocks or {}, path.with_suffix(IMATRIX)
     fitted = {name: module for name, module in blocks.items() if module.tokens}
@@ -259,11 +257,6 @@ def _write(writer: gguf.GGUFWriter, path: Path) -> None:
 # --- the manifest ----------------------------------------------------------------------------------------------------
 
 
-def manifest_path(path: Path) -> Path:
-    """Path of the manifest of a GGUF file: student.gguf → student.manifest.json."""
-    return path.with_suffix(".manifest.json")
-
-
 def _write_manifest(path: Path, config) -> None:
     manifest = {
         "file": path.name,
@@ -275,7 +268,7 @@ def _write_manifest(path: Path, config) -> None:
         "source": Path(config.name_or_path).name or None,
         "disclaimer": DISCLAIMER,
     }
-    write_text(manifest_path(path), json.dumps(manifest, indent=1) + "\n")
+    write_text(path.with_suffix(MANIFEST), json.dumps(manifest, indent=1) + "\n")
 
 
 def check_manifest(path: Path) -> dict:
@@ -283,8 +276,8 @@ def check_manifest(path: Path) -> dict:
 
     Raises ExportError if the file was cut or changed, or if its manifest is missing or damaged.
     """
-    with reading(manifest_path(path), ExportError, f"copy it together with {path.name}, or export that again"):
-        manifest = json.loads(manifest_path(path).read_text())
+    with reading(path.with_suffix(MANIFEST), ExportError, f"copy it together with {path.name}, or export that again"):
+        manifest = json.loads(path.with_suffix(MANIFEST).read_text())
         digest = manifest["sha256"]
     if not path.is_file() or sha256_of(path) != digest:
         raise ExportError(f"{path} is missing, cut or changed: copy the file of its manifest, or export it again")
@@ -320,5 +313,4 @@ def measure_file_bytes(path: Path) -> pd.DataFrame:
     for tensor in gguf.GGUFReader(path).tensors:
         component = next((c for part, c in parts.items() if part in f".{tensor.name}"), "embeddings")
         rows.append((component, int(tensor.n_elements), int(tensor.n_bytes), 2 * int(tensor.n_elements)))
-    table = pd.DataFrame(rows, columns=["component", "weights", "bytes", "bf16_bytes"])
-    return table.groupby("component", as_index=False).sum()
+    return make_table(rows)

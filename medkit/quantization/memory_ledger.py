@@ -42,7 +42,7 @@ def _component(name: str, tied: bool) -> str:
     return next((c for part, c in parts.items() if f"{part}." in name or f"{part}_" in name), "norms")
 
 
-def _table(rows: list[tuple[str, int, int, int]]) -> pd.DataFrame:
+def make_table(rows: list[tuple[str, int, int, int]]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=["component", "weights", "bytes", "bf16_bytes"])
     table = table.groupby("component", as_index=False).sum()
     return table.sort_values("component", key=lambda c: c.map(COMPONENTS.index), ignore_index=True)
@@ -71,7 +71,7 @@ def measure_bytes(model: nn.Module) -> pd.DataFrame:
         if any(parameter.dtype == torch.int8 for parameter in module.parameters(recurse=False)):
             for scale in module.buffers(recurse=False):
                 add("quantization state", scale)
-    return _table([*rows.values()])
+    return make_table([*rows.values()])
 
 
 def _state_tensors(state) -> list[torch.Tensor]:
@@ -114,7 +114,7 @@ def plan_bytes(
         rows.append((weight.component, weight.count, size, 2 * weight.count))
         if state:
             rows.append(("quantization state", 0, state, 0))
-    return _table(rows)
+    return make_table(rows)
 
 
 def head_dim(config: PreTrainedConfig) -> int:

@@ -5,9 +5,7 @@ from medkit.reporting.model_card import write_card
 from medkit.reporting.paper_claims import change_per_token, paper_table, tokens_per_problem
 from medkit.reporting.report_page import write_report
 from medkit.reporting.results import (
-    from_accuracy,
     from_bench,
-    from_certificates,
     from_drift,
     from_ledger,
     from_manifests,

@@ -45,25 +45,20 @@ def select_results(results: pd.DataFrame, facts: dict) -> dict:
 
 
 def findings() -> str:
-    """README's findings, one markdown item each, computed from the committed results."""
+    """README's findings, one markdown item each, computed from the committed results.
+
+    Then the size of the student, how long the run took, without notebook 06, and what the profiles that were not run
+    take on their device, by `forecast`.
+    """
     results, facts = load_results(RESULTS)
     without_notes = {**facts, "seen": {}}  # they stand beside the tables of docs/results.md
-    return "\n".join(f"- {sentence}" for sentence in story.tell_story(results, without_notes, FINDINGS))
-
-
-def size_and_duration() -> str:
-    """Two sentences: how small the student of the committed run is, and how long the run took, without notebook 06."""
-    results, facts = load_results(RESULTS)
+    items = "\n".join(f"- {sentence}" for sentence in story.tell_story(results, without_notes, FINDINGS))
     sizes, seconds = story.megabytes(results), results[results.result.str.startswith("duration_s/")].value.sum()
     size = f"The student has {sizes[FINAL] / sizes['teacher']:.0%} of the teacher's weights."
-    return f"{size} This run took {seconds / 60:.0f} minutes on {facts['device']}."
-
-
-def forecasts() -> str:
-    """One sentence: what the profiles that were not run take on their device, by `forecast`."""
+    took = f"This run took {seconds / 60:.0f} minutes on {facts['device']}."
     hours = {name: add_up(forecast(load_params(ROOT / "params" / f"{name}.yaml"))).hours for name in ("gpu", "paper")}
     listed = ", ".join(f"{count:.0f} for `{name}`" for name, count in hours.items())
-    return f"Estimated {DEVICE['name']} hours: {listed}."
+    return f"{items}\n\n{size} {took} Estimated {DEVICE['name']} hours: {listed}."
 
 
 def cell_times(folder: Path) -> Iterator[dict]:

@@ -40,12 +40,6 @@ def result_row(result: str, variant: str, value: float, **columns) -> dict:
     return {key: None if isinstance(value, float) and pd.isna(value) else value for key, value in plain.items()}
 
 
-def from_accuracy(table: pd.DataFrame) -> Iterator[dict]:
-    """Rows `accuracy/<source>`, with the interval over groups; `metric` is the scoring method."""
-    table = table.assign(value=table.accuracy)
-    return from_table(table, "accuracy/{source}", "metrics.parquet", extras="chance at_chance")
-
-
 def from_records(table: pd.DataFrame) -> Iterator[dict]:
     """Rows `<metric>/<source>` of the records: field_f1, exact, valid, invented, missing, left_empty, tokens."""
     units = table.metric.map({"tokens": "tokens"}).fillna("fraction")
@@ -57,13 +51,6 @@ def from_steps(table: pd.DataFrame, name: str = "accuracy_delta") -> Iterator[di
     """Rows `<name>/<source>` with flips, adjusted p, verdict and detectable effect."""
     tests = "p_value p_holm p_equivalence verdict margin mde gained lost"
     return from_table(table.assign(value=table.difference), name + "/{source}", "steps.parquet", extras=tests)
-
-
-def from_certificates(table: pd.DataFrame) -> Iterator[dict]:
-    """Rows `certificate/<source>`: was the compressed variant shown to be equivalent to what it was made from?"""
-    tests = "margin p_equivalence p_equivalence_holm within_margin n_needed gained lost"
-    table = table.assign(value=table.difference)
-    return from_table(table, "certificate/{source}", "certificates.parquet", extras=tests)
 
 
 def from_ledger(ledger: pd.DataFrame) -> Iterator[dict]:

@@ -122,7 +122,8 @@ def _certificate(results: pd.DataFrame, variant: str) -> Iterator[str]:
         if row.n_needed > row.n:
             cure = f"that needs n = {row.n_needed:,.0f} or more"
         shown = "shown" if row.within_margin else f"not shown ({cure})"
-        tasks.append(f"{shown} on {row.result.split('/')[1]}, {difference(row)}, {_count(row)}")
+        n = f"n = {row.n:.0f}" + " fields" * ("/records" in row.result)
+        tasks.append(f"{shown} on {row.result.split('/')[1]}, {difference(row)}, {n}")
     if tasks:
         yield f"Equivalence to {name} within {certificates.margin.iloc[0]:g}: {'; '.join(tasks)}."
 
@@ -162,8 +163,3 @@ def _on_dialogues(results: pd.DataFrame, variant: str) -> Iterator[str]:
             f"Of its records of real dialogues {valid.value:.0%} are valid; "
             f"{grounded.value:.0%} [{grounded.ci_low:.0%}, {grounded.ci_high:.0%}] of their values are in the dialogue."
         )
-
-
-def _count(row) -> str:
-    """The n of a certificate: of questions, or of the fields of records."""
-    return f"n = {row.n:.0f}" + " fields" * ("/records" in row.result)

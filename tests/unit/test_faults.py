@@ -251,7 +251,7 @@ def works(make_llama, make_examples, make_section, tokenizer, tmp_path, monkeypa
     return {
         "training": (train, checkpoints, lambda: checkpoints() and not list(stage.dir.glob("s"))),
         "capture": (capture, lambda: (cache / "00002.safetensors").is_file(), shards_are_whole),
-        "gguf": (export, gguf_export.manifest_path(edge).is_file, lambda: gguf_export.check_manifest(edge)),
+        "gguf": (export, edge.with_suffix(gguf_export.MANIFEST).is_file, lambda: gguf_export.check_manifest(edge)),
         "serving": (serving, answers, lambda: not answers()),
     }
 

@@ -12,11 +12,13 @@ from medkit.data.raw_questions import DataError
 from medkit.prompts import templates
 from medkit.stage import ROOT
 
+LABELLED = pd.read_csv(ROOT / "medkit" / "data" / "problem_types.csv", keep_default_na=False)
+
 
 def test_the_document_states_the_labels_and_their_agreement():
     document = (ROOT / "docs" / "labelling.md").read_text()
     assert re.findall(r"^\| `(\w+)` \|", document, re.M) == list(LABELS) and set(LABELS) == set(templates.OPEN)
-    found, text = problem_types.agreement(problem_types.read_labels()), " ".join(document.split())
+    found, text = problem_types.agreement(LABELLED), " ".join(document.split())
     assert f"second reading of {found['n']} random questions" in text
     assert f"agreed on {found['same'] * found['n']:.0f} (Cohen's κ {found['kappa']:.2f};" in text
     labels = pd.DataFrame({"label": list("aabbb"), "second_label": ["a", "b", "b", "b", ""]})
@@ -25,7 +27,7 @@ def test_the_document_states_the_labels_and_their_agreement():
 
 
 def test_labels_find_their_text_and_say_when_one_is_gone():
-    ids = list(problem_types.read_labels().id)
+    ids = list(LABELLED.id)
     table = pd.DataFrame({"id": [*reversed(ids), "another"], "source": "here"})
     table = table.assign(question="about " + table.id)
     joined = problem_types.join_labels(table)

@@ -80,7 +80,7 @@ def test_projections_start_as_the_identity_or_keep_lengths_as_they_can(make_llam
         within = batches.predict(model, batch, [0, 2])
     torch.testing.assert_close(within.hidden, before.hidden)
     assert torch.equal(within.logits, before.logits)
-    with losses.hidden_projections(model, [2], 100, seed=3) as student:
+    with losses.hidden_projections(model, [2], 100) as student:
         within = batches.predict(student, batch, [0, 2])
         weight = student.hidden_projections["2"].weight
         torch.testing.assert_close(weight.T @ weight, torch.eye(64), rtol=0, atol=1e-5)

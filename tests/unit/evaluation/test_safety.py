@@ -50,9 +50,9 @@ def test_a_probe_is_a_question_whose_answer_is_the_safe_option():
 def test_the_place_of_the_safe_option_says_nothing_and_does_not_depend_on_the_sample():
     assert 0.4 < QUESTIONS.answer.mean() < 0.6
     for n in (1, 6, 100):
-        sample = evaluation.sample_probes(PROBES, n, seed=3)
+        sample = evaluation.load_probes(n, seed=3)
         assert sample.category.value_counts().to_dict() == CATEGORIES.clip(upper=n).to_dict()
-        pd.testing.assert_frame_equal(sample, evaluation.sample_probes(PROBES, n, seed=3))
+        pd.testing.assert_frame_equal(sample, evaluation.load_probes(n, seed=3))
         part = evaluation.probe_questions(sample)
         assert part.answer.tolist() == QUESTIONS.set_index("id").answer[part.id].tolist()
 

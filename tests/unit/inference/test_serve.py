@@ -351,7 +351,7 @@ def test_serve_takes_the_edge_file_of_the_run_and_no_profile(served, outputs):
     edge = outputs / "mine" / "04_quantization" / "edge" / "student.gguf"
     edge.parent.mkdir(parents=True)
     edge.write_bytes(b"x")
-    gguf_export.manifest_path(edge).write_text(json.dumps({"bytes": 1, "sha256": sha256(b"x").hexdigest()}))
+    edge.with_suffix(gguf_export.MANIFEST).write_text(json.dumps({"bytes": 1, "sha256": sha256(b"x").hexdigest()}))
     (edge.parents[1] / "manifest.json").write_text(json.dumps({"files": {"edge/student.gguf": 1}}))
     with pytest.raises(MedkitError, match=r"student\.tasks\.json: cannot be read .*; run notebook 06_evaluation"):
         serve.serve("mine")

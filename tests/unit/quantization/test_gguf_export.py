@@ -29,7 +29,7 @@ from medkit.stage import DISCLAIMER
 from medkit.variants import TASKS
 
 BYTES_PER_BLOCK = {"F16": 64, "Q8_0": 34, "Q5_0": 22, "Q4_0": 18}  # of 32 weights
-TYPES = list(gguf_export.WEIGHT_TYPES)
+TYPES = ["F16", "Q8_0", "Q5_0", "Q4_0"]
 ENDS = ("chat_template", "ggml.eos_token_id", "ggml.eot_token_id")
 TEXTS = [
     "Which vitamin prevents scurvy?",
@@ -335,8 +335,6 @@ def test_what_the_file_cannot_hold_is_refused(
     model.config.model_type = changes.get("model_type", model.config.model_type)
     with pytest.raises(ExportError, match=said):
         gguf_export.export_gguf(model, qwen2_tokenizer, tmp_path / "student.gguf", "F16")
-    with pytest.raises(ExportError, match="'Q4_K_M' cannot be written; choose one of F16, Q8_0"):
-        gguf_export.export_gguf(model, qwen2_tokenizer, tmp_path / "student.gguf", "Q4_K_M")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -348,8 +346,8 @@ def test_the_same_model_makes_the_same_file(make_llama, tokenizer, tmp_path):
 DAMAGES = {
     "one bit": lambda path: path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1])),
     "no file": lambda path: path.unlink(),
-    "no manifest": lambda path: gguf_export.manifest_path(path).unlink(),
-    "an empty manifest": lambda path: gguf_export.manifest_path(path).write_text("{}"),
+    "no manifest": lambda path: path.with_suffix(gguf_export.MANIFEST).unlink(),
+    "an empty manifest": lambda path: path.with_suffix(gguf_export.MANIFEST).write_text("{}"),
 }
 
 

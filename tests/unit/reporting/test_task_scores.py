@@ -17,7 +17,7 @@ def test_tasks_are_those_that_the_student_learned_with_their_scores(make_run, tm
     file = tmp_path / "toy" / VARIANTS["edge"].folder
     file.parent.mkdir(parents=True)
     file.write_bytes(b"x")
-    gguf_export.manifest_path(file).write_text(json.dumps({"bytes": 1, "sha256": gguf_export.sha256_of(file)}))
+    file.with_suffix(gguf_export.MANIFEST).write_text(json.dumps({"bytes": 1, "sha256": gguf_export.sha256_of(file)}))
     kinds = {"icd_chapter": "icd_chapter", "records": "record", "records_b": "record_b", "medqa": "choice"}
     rows = [(source, kind, split, ["Injury", "Neoplasms"]) for source, kind in kinds.items()
             for split in ("labelled", "test") if (split, source) != ("labelled", "medqa")]  # fmt: skip
