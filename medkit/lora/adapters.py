@@ -25,10 +25,6 @@ from medkit.params import AdapterParams, Params
 from medkit.stage import MedkitError, Stage
 
 
-class AdapterError(MedkitError):
-    """An adapter that does not fit its model; the message names the module."""
-
-
 @loading.quiet_transformers()
 def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
     """The model with a fresh adapter; only the adapter's weights require gradients. Raises as `check_targets`."""
@@ -47,15 +43,15 @@ def attach(model: nn.Module, section: AdapterParams, seed: int) -> PeftModel:
 
 
 def check_targets(model: nn.Module, section: AdapterParams) -> None:
-    """Raise AdapterError if a target is no linear layer, or tied to the embeddings, which merging would change too."""
+    """Raise MedkitError if a target is no linear layer, or tied to the embeddings, which merging would change too."""
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     known = {_last(name) for name in linear}
     if unknown := sorted(set(section.target_modules) - known):
-        raise AdapterError(f"target_modules {unknown} are no linear layers of this model; it has {sorted(known)}")
+        raise MedkitError(f"target_modules {unknown} are no linear layers of this model; it has {sorted(known)}")
     shared = getattr(model.get_input_embeddings(), "weight", None)
     tied = [name for name, module in linear.items() if module.weight is shared]
     if {_last(name) for name in tied} & set(section.target_modules):
-        raise AdapterError(f"target_modules {tied}: tied to the embeddings, which merging would change as well")
+        raise MedkitError(f"target_modules {tied}: tied to the embeddings, which merging would change as well")
 
 
 def adapter_rows(questions: pd.DataFrame, split: str) -> pd.DataFrame:

@@ -23,7 +23,7 @@ BATCH_TOKENS = 4096  # of a forward pass
 def embed_texts(folder: Path, texts: Sequence[str], device: str = "auto") -> np.ndarray:
     """Unit vectors (len(texts), hidden) in float32: the mean of the last hidden states over a text's tokens.
 
-    folder: encoder and tokenizer in transformers' format. Raises ModelError for a folder without safetensors, because a
+    folder: encoder and tokenizer in transformers' format. Raises MedkitError for a folder without safetensors, since a
     pickle can run any code.
     """
     options = {"dtype": torch.float32, "attn_implementation": "sdpa", "add_pooling_layer": False}

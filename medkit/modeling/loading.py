@@ -38,10 +38,6 @@ AGAIN = "copy or download the whole checkpoint again"
 MANY_LAYERS = 1000  # no model has more; transformers would build a damaged config's 2³¹, one by one
 
 
-class ModelError(MedkitError):
-    """A model that cannot be used as asked; the message names it and the cure."""
-
-
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Inside the block transformers shows errors only, and no progress bars; afterwards its settings are as before."""
@@ -64,9 +60,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def pick_device(requested: str) -> torch.device:
-    """The device to use: `auto` is CUDA if there is one. Raises ModelError if CUDA is requested and absent."""
+    """The device to use: `auto` is CUDA if there is one. Raises MedkitError if CUDA is requested and absent."""
     if requested == "cuda" and not torch.cuda.is_available():
-        raise ModelError("models.device is 'cuda', but torch finds no CUDA device; use 'auto' or 'cpu'")
+        raise MedkitError("models.device is 'cuda', but torch finds no CUDA device; use 'auto' or 'cpu'")
     return torch.device("cuda" if requested != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -102,7 +98,7 @@ def local_folder(section: ModelParams) -> Path:
     if path.is_file() and path.suffix == ".gguf":
         return _convert_gguf(path)
     if not (path / "config.json").is_file():
-        raise ModelError(f"{path}: no config.json; a model is a folder in transformers' format or a .gguf file")
+        raise MedkitError(f"{path}: no config.json; a model is a folder in transformers' format or a .gguf file")
     return path
 
 
@@ -112,7 +108,7 @@ def _convert_gguf(gguf: Path) -> Path:
     with sources.building(target) as scratch, quiet_transformers():
         if scratch is not None:
             read_weights(AutoModelForCausalLM, gguf, dtype=torch.float32).save_pretrained(scratch)
-            with reading(gguf, ModelError, AGAIN, "its tokenizer cannot be loaded"):
+            with reading(gguf, MedkitError, AGAIN, "its tokenizer cannot be loaded"):
                 AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(scratch)
     return target
 
@@ -121,7 +117,7 @@ def read_weights(auto_class, path: Path, other_heads: bool = False, **options) -
     """`auto_class.from_pretrained` of a folder or GGUF file, where every weight of the model comes from the file.
 
     `other_heads`: the file may hold more than the model, as an encoder's with a head for another task. Raises
-    ModelError for weights that are missing, unexpected, of another shape, or untied where the config says tied.
+    MedkitError for weights that are missing, unexpected, of another shape, or untied where the config says tied.
     """
     place, factors = {"pretrained_model_name_or_path": path, "use_safetensors": True}, None
     if path.suffix == ".gguf":
@@ -130,8 +126,8 @@ def read_weights(auto_class, path: Path, other_heads: bool = False, **options) -
         options |= {"quantization_config": GgufConfig(dequantize=True)}
     elif not any(path.glob("*.safetensors")):
         pickled = "only a pickle, which can run any code" if any(path.glob("*.bin")) else "no weights"
-        raise ModelError(f"{path}: {pickled}; give a folder with the model's weights as .safetensors")
-    with reading(path, ModelError, AGAIN, "cannot be loaded"), quiet_transformers():
+        raise MedkitError(f"{path}: {pickled}; give a folder with the model's weights as .safetensors")
+    with reading(path, MedkitError, AGAIN, "cannot be loaded"), quiet_transformers():
         # it is given on, because a GGUF file of 152,000 tokens takes ten seconds to be read
         config = AutoConfig.from_pretrained(**place, trust_remote_code=False)
         if factors:  # which transformers does not read
@@ -150,11 +146,11 @@ def read_weights(auto_class, path: Path, other_heads: bool = False, **options) -
         listed = ", ".join(f"{fault} {_first(names)}" for fault, names in faults.items() if names)
         prefix = next(filter(None, map(WRAPPER.search, sorted(report["unexpected_keys"]))), None)
         cure = f"strip {prefix[1]!r} from the tensors' names" if prefix else "give the model's own, whole checkpoint"
-        raise ModelError(f"{path}: the weights are not those of its config: {listed}; {cure}")
+        raise MedkitError(f"{path}: the weights are not those of its config: {listed}; {cure}")
     head = model.get_output_embeddings()
     tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if tied and head is not None and head.weight is not model.get_input_embeddings().weight:
-        raise ModelError(
+        raise MedkitError(
             f"{path}: tie_word_embeddings is true, but the head has weights of its own; write false in config.json"
         )
     return model
@@ -168,9 +164,9 @@ def _first(names: Collection[str]) -> str:
 def _check_gguf(path: Path) -> list[float] | None:
     """The file's factors of rotary frequencies.
 
-    Raises ModelError if it is damaged, a part of a model, or has settings that transformers would drop.
+    Raises MedkitError if it is damaged, a part of a model, or has settings that transformers would drop.
     """
-    with reading(path, ModelError, "copy or download it again", "not a whole GGUF file"):
+    with reading(path, MedkitError, "copy or download it again", "not a whole GGUF file"):
         reader = _WholeReader(path)
         parts = reader.get_field("split.count")
         is_part = parts and parts.contents() > 1
@@ -179,11 +175,11 @@ def _check_gguf(path: Path) -> list[float] | None:
         settings = {name: field.contents() for name, field in fields.items() if field}
         dropped = [f"{name} {value!r}" for name, value in settings.items() if value != NOT_READ[name]]
     if re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", path.name) or is_part:
-        raise ModelError(
+        raise MedkitError(
             f"{path}: one part of a split file; join its parts with llama.cpp's `llama-gguf-split --merge`"
         )
     if dropped:
-        raise ModelError(
+        raise MedkitError(
             f"{path}: {', '.join(dropped)}: transformers drops this and loads another model; give its folder with "
             f"safetensors in place of the file"
         )
@@ -201,15 +197,15 @@ class _WholeReader(GGUFReader):
 
 
 def load_tokenizer(folder: Path):
-    """The folder's tokenizer, with `end_token_ids` of its generation config. Raises ModelError without an end token."""
+    """The folder's tokenizer, with `end_token_ids` of its generation config; MedkitError without an end token."""
     ends = None
     fault = "no tokenizer can be loaded"
-    with reading(folder, ModelError, "copy its files beside the weights", fault), quiet_transformers():
+    with reading(folder, MedkitError, "copy its files beside the weights", fault), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if (folder / "generation_config.json").is_file():
             ends = GenerationConfig.from_pretrained(folder).eos_token_id
     if tokenizer.eos_token_id is None:
-        raise ModelError(f"{folder}: the tokenizer has no end token, so answers would never end; add `eos_token` to it")
+        raise MedkitError(f"{folder}: the tokenizer has no end token, so answers never end; add `eos_token` to it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.end_token_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
@@ -243,7 +239,7 @@ def _fits(folder: Path, device: torch.device) -> bool:
 def load_skeleton(section: ModelParams, models: ModelsParams) -> nn.Module:
     """The model without its weights: their names and shapes are checked as `load_model` does, none is read.
 
-    Raises ModelError, too, for what is not a dense decoder with plain weights.
+    Raises MedkitError, too, for what is not a dense decoder with plain weights.
     """
     options = {"dtype": getattr(torch, models.dtype), "device_map": "meta"}
     if models.attention in ("eager", "sdpa"):
@@ -253,7 +249,7 @@ def load_skeleton(section: ModelParams, models: ModelsParams) -> nn.Module:
     quantized = getattr(config, "quantization_config", None)
     if quantized or not layers or any(weight.dim() > 2 for weight in model.parameters()):
         what = "its weights are quantized" if quantized else f"{config.model_type!r} is no dense decoder"
-        raise ModelError(f"{folder}: {what}; choose a plain checkpoint of a model like Llama, Qwen3 or Gemma 3")
+        raise MedkitError(f"{folder}: {what}; choose a plain checkpoint of a model like Llama, Qwen3 or Gemma 3")
     return keep_layers(model, section.keep_layers)
 
 
@@ -276,7 +272,7 @@ def keep_layers(model: nn.Module, keep: Sequence[int]) -> nn.Module:
     if len(keep):
         layers = model.get_decoder().layers
         if min(keep) < 0 or max(keep) >= len(layers) or list(keep) != sorted(set(keep)):
-            raise ModelError(f"layers {list(keep)}: give each once, in order, within 0…{len(layers) - 1}")
+            raise MedkitError(f"layers {list(keep)}: give each once, in order, within 0…{len(layers) - 1}")
         model.get_decoder().layers = nn.ModuleList(layers[i] for i in keep)
         for number, layer in enumerate(model.get_decoder().layers):
             layer.self_attn.layer_idx = number  # by which it finds its part of the key-value cache

@@ -25,11 +25,6 @@ from medkit.modeling.samplers import EpochBatches, EpochLoader, share
 from medkit.params import TrainParams
 from medkit.stage import MedkitError, write_errors
 
-
-class TrainingError(MedkitError):
-    """A training that cannot start or go on; the message names the cause and the cure."""
-
-
 # A loss gets the model's output at the predicted positions of a slice, and the tensors that `add_extras` gave for it.
 # It returns the summed loss and its summed terms, among them `tokens` if it counts others than all predicted tokens.
 # An attribute `hidden_layers` names the layers whose hidden states it needs. A loss with settings is a dataclass.
@@ -62,12 +57,12 @@ def train(
 
     Under `accelerate launch` every process calls this with the same arguments and gets the same log. If the weights are
     sharded, the main process ends with whole weights on the CPU, and the others with their shards.
-    Raises TrainingError for no examples, for trainable weights that are not float32, and for a loss that is not finite.
+    Raises MedkitError for no examples, for trainable weights that are not float32, and for a loss that is not finite.
     """
     if not examples:
-        raise TrainingError("there are no training examples: raise `labelled` or `transfer` in data.datasets")
+        raise MedkitError("there are no training examples: raise `labelled` or `transfer` in data.datasets")
     if low := [name for name, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]:
-        raise TrainingError(
+        raise MedkitError(
             f"{low[0]} learns but is not float32, so small updates would be lost: load the model with "
             f"load_for_training, and set `bf16` for arithmetic in bfloat16"
         )
@@ -97,7 +92,7 @@ def train(
     trainer = _SliceTrainer(model, arguments, compute_loss_func=loss, callbacks=[Progress()])
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if is_sharded() and not sharded:
-        raise TrainingError("accelerate shards on GPUs only: use `accelerate launch` without the config file on CPUs")
+        raise MedkitError("accelerate shards on GPUs only: use `accelerate launch` without the config file on CPUs")
     trainer.remove_callback(PrinterCallback)  # prints a line per step
     batches = EpochBatches(len(examples), section.batch_size, seed, difficulty)
     trainer.loader, trainer.terms = EpochLoader(batches, collate_slices), {}
@@ -179,7 +174,7 @@ class _SliceTrainer(Trainer):
         mean = self.accelerator.reduce(total, "mean")
         if not torch.isfinite(mean):  # in all processes or in none, so that none waits for ever
             step = self.state.global_step + 1
-            raise TrainingError(f"the loss is {mean.item()} at step {step}: lower learning_rate, or check the rows")
+            raise MedkitError(f"the loss is {mean.item()} at step {step}: lower learning_rate, or check the rows")
         return total
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

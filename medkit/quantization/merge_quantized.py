@@ -17,17 +17,17 @@ from peft import PeftConfig
 from torch import nn
 
 from medkit.lora import adapters
-from medkit.lora.adapters import AdapterError
 from medkit.modeling.batches import Predictions, measure_drift
 from medkit.quantization.quantize import is_repacked
 from medkit.quantization.rowwise import dequantize_nf4, quantize_nf4
+from medkit.stage import MedkitError
 from medkit.statistics import mean_intervals
 
 
 def dequantize(model: nn.Module, targets: Collection[str] | None = None) -> dict[str, bnb.nn.Linear4bit]:
     """Replace NF4 layers by dense layers in place, and return the NF4 layers by name.
 
-    `targets` are the last parts of the names (None: all NF4 layers). Raises AdapterError for a layer that has run,
+    `targets` are the last parts of the names (None: all NF4 layers). Raises MedkitError for a layer that has run,
     because a forward pass may have rounded its scales.
     """
     layers = {
@@ -37,7 +37,7 @@ def dequantize(model: nn.Module, targets: Collection[str] | None = None) -> dict
     }
     for name, layer in layers.items():
         if is_repacked(layer.weight):
-            raise AdapterError(f"{name!r} was repacked by its first forward pass; load the quantized model again")
+            raise MedkitError(f"{name!r} was repacked by its first forward pass; load the quantized model again")
         weight = dequantize_nf4(layer.weight)
         dense = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         dense.weight, dense.bias = nn.Parameter(weight, requires_grad=False), layer.bias

@@ -23,10 +23,6 @@ Shapes = dict[str, tuple[int, int]]
 """module → (rows, columns) of its weight. An embedding has one row per token, a linear layer one row per output."""
 
 
-class PlanError(MedkitError):
-    """A plan that does not fit its model or its budget. The message names the module and the cure."""
-
-
 class Plan(Section):
     """The scheme of every module. To and from JSON: `model_dump_json`, `model_validate_json`."""
 
@@ -62,7 +58,7 @@ def budget_plan(choices: pd.DataFrame, budget_bytes: int, name: str = "plan") ->
     """The plan with the least summed KL that takes at most `budget_bytes`: an exact multiple-choice knapsack.
 
     `choices` has one row per module and possible scheme: `module`, `scheme`, `kl_nats` (when only this module is
-    quantized), `bytes`. Raises PlanError if even the smallest plan is too large.
+    quantized), `bytes`. Raises MedkitError if even the smallest plan is too large.
     """
     choices = choices.reset_index(drop=True)
     check_budget(choices, budget_bytes)
@@ -78,7 +74,7 @@ def budget_plan(choices: pd.DataFrame, budget_bytes: int, name: str = "plan") ->
             options={"mip_rel_gap": 0.0, "presolve": False},  # after a presolve HiGHS now and then prints a line
         )  # fmt: skip
         if solution.x is None:
-            raise PlanError(f"the solver found no plan of {budget_bytes} bytes: {solution.message}; change the budget")
+            raise MedkitError(f"no plan of {budget_bytes} bytes was found: {solution.message}; change the budget")
         chosen = choices[solution.x > 0.5]
         excess = int(chosen.bytes.sum()) - budget_bytes
         if excess <= 0:
@@ -90,7 +86,7 @@ def random_plan(choices: pd.DataFrame, budget_bytes: int, seed: int) -> Plan:
     """Random schemes that take at most `budget_bytes`, so near to it that no module's next larger scheme fits.
 
     Starts with the smallest scheme of each module; then random modules get a random larger scheme while one fits.
-    Raises PlanError as above.
+    Raises MedkitError as above.
     """
     check_budget(choices, budget_bytes)
     draw, chosen = random.Random(seed), choices.loc[choices.groupby("module", sort=False).bytes.idxmin()]
@@ -105,7 +101,7 @@ def random_plan(choices: pd.DataFrame, budget_bytes: int, seed: int) -> Plan:
 
 
 def check_budget(choices: pd.DataFrame, budget_bytes: int) -> None:
-    """Raise PlanError if the smallest scheme of every module is too large together."""
+    """Raise MedkitError if the smallest scheme of every module is too large together."""
     smallest = int(choices.groupby("module").bytes.min().sum())
     if smallest > budget_bytes:
-        raise PlanError(f"a budget of {budget_bytes} bytes: the smallest plan takes {smallest} bytes; raise the budget")
+        raise MedkitError(f"a budget of {budget_bytes} bytes: the smallest plan takes {smallest} bytes; raise it")

@@ -20,9 +20,9 @@ from medkit.modeling import loading
 from medkit.modeling.batches import Example
 from medkit.params import ModelsParams
 from medkit.quantization import memory_ledger, rowwise
-from medkit.quantization.plans import Plan, PlanError, Shapes, layer_of
+from medkit.quantization.plans import Plan, Shapes, layer_of
 from medkit.quantization.rowwise import Int8Rows, Nf4Rows, QuantizedEmbedding, QuantizedLinear
-from medkit.stage import atomic_path, reading
+from medkit.stage import MedkitError, atomic_path, reading
 
 PLAN, WEIGHTS = "plan.json", "quantized.safetensors"
 """The weights have their own file name, so that transformers refuses the folder instead of loading random weights."""
@@ -45,21 +45,21 @@ def is_plain(module: nn.Module) -> bool:
 
 
 def check_plan(plan: Plan, model: nn.Module) -> None:
-    """Raise PlanError unless the plan names exactly the model's modules, with schemes that each of them can have."""
+    """Raise MedkitError unless the plan names exactly the model's modules, with schemes that each of them can have."""
     shapes, where = weight_shapes(model), f"plan {plan.name!r}:"
     for name in sorted(set(plan.schemes) - set(shapes)):
-        raise PlanError(f"{where} the model has no weight {name!r} (a tied head is one with the embeddings); remove it")
+        raise MedkitError(f"{where} the model has no weight {name!r} (a tied head is the embeddings); remove it")
     for name in sorted(set(shapes) - set(plan.schemes)):
-        raise PlanError(f"{where} no scheme for {name!r}; add one, e.g. 'unquantized'")
+        raise MedkitError(f"{where} no scheme for {name!r}; add one, e.g. 'unquantized'")
     for name, scheme in plan.schemes.items():
         module = model.get_submodule(name)
         if scheme != "unquantized" and not is_plain(module):
-            raise PlanError(
+            raise MedkitError(
                 f"{where} {name!r} cannot be {scheme}: it is a {type(module).__name__}, not a plain linear layer or "
                 f"embedding; use 'unquantized', or the model from before it was quantized"
             )
         if scheme == "nf4" and not can_be_nf4(shapes[name]):
-            raise PlanError(
+            raise MedkitError(
                 f"{where} {name!r} cannot be nf4: its rows of {shapes[name][1]} weights are not whole blocks of "
                 f"{memory_ledger.NF4_BLOCK}; use 'int8' or 'unquantized'"
             )
@@ -70,7 +70,7 @@ def apply_plan(model: nn.Module, plan: Plan, double_quant: bool, calibration: Se
 
     With `calibration` (examples from training rows) NF4 is rounded by GPTQ: same format and bytes, smaller KL on
     similar questions. Without it, to the nearest level, as bitsandbytes does. Save the model before its first forward
-    pass: on CPUs with AVX512-BF16 that pass repacks NF4 layers. Raises PlanError, and changes nothing, if the plan
+    pass: on CPUs with AVX512-BF16 that pass repacks NF4 layers. Raises MedkitError, and changes nothing, if the plan
     does not fit the model.
     """
     check_plan(plan, model)
@@ -113,11 +113,11 @@ def _replace(model: nn.Module, name: str, stored: Int8Rows | Nf4Rows | bnb.nn.Pa
 def save_quantized(model: nn.Module, tokenizer, plan: Plan, folder: Path) -> Path:
     """Write weights, plan, config and tokenizer, atomically. Tied weights are written once.
 
-    Raises PlanError for a model that has run: its NF4 layers may be repacked, and that is not reversible to the bit.
+    Raises MedkitError for a model that has run: its NF4 layers may be repacked, and that is not reversible to the bit.
     """
     for name, weight in model.named_parameters():
         if is_repacked(weight):
-            raise PlanError(f"{name!r} was repacked by its first forward pass; save a model before it runs")
+            raise MedkitError(f"{name!r} was repacked by its first forward pass; save a model before it runs")
     head = _tied_head(model)
     tensors = {k: t.contiguous() for k, t in model.state_dict().items() if not (head and k.startswith(f"{head}."))}
     with atomic_path(folder) as scratch:
@@ -137,10 +137,10 @@ def is_repacked(weight: torch.Tensor) -> bool:
 def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
     """A model that `save_quantized` wrote, in eval mode on the params' device: the same logits, to the bit.
 
-    Unquantized weights and the arithmetic have the params' dtype. Raises PlanError if plan or weights are missing or
+    Unquantized weights and the arithmetic have the params' dtype. Raises MedkitError if plan or weights are missing or
     damaged, or if they do not belong together.
     """
-    with reading(folder / PLAN, PlanError, "give a whole folder that `save_quantized` wrote"):
+    with reading(folder / PLAN, MedkitError, "give a whole folder that `save_quantized` wrote"):
         plan = Plan.model_validate_json((folder / PLAN).read_bytes())
     device, dtype = loading.pick_device(params.device), getattr(torch, params.dtype)
     attention, _ = loading.pick_attention(params.attention, device, params.dtype)
@@ -149,12 +149,12 @@ def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.tie_weights()
     check_plan(plan, model)
-    with reading(folder / WEIGHTS, PlanError, "copy the whole folder again, or quantize the model again"):
+    with reading(folder / WEIGHTS, MedkitError, "copy the whole folder again, or quantize the model again"):
         tensors = load_file(folder / WEIGHTS, device=str(device))
     for name in [name for name, scheme in plan.schemes.items() if scheme != "unquantized"]:
         keys = [key for key in tensors if key.startswith(f"{name}.") and key != f"{name}.bias"]
         parts = {key.removeprefix(f"{name}."): tensors.pop(key) for key in keys}
-        with reading(f"{folder}: {name!r}", PlanError, "quantize the model again", f"not {plan.schemes[name]} there"):
+        with reading(f"{folder}: {name!r}", MedkitError, "quantize the model again", f"not {plan.schemes[name]} there"):
             if plan.schemes[name] == "int8":
                 stored = Int8Rows(parts["rows.codes"], parts["rows.scale"], dtype)
             elif layer_of(name) is None:
@@ -168,7 +168,7 @@ def load_quantized(folder: Path, params: ModelsParams) -> nn.Module:
         model.tie_weights()
     unread = [*unexpected, *(name for name, parameter in model.named_parameters() if parameter.is_meta)]
     if unread:
-        raise PlanError(f"{folder}: {unread[0]!r} is not both in {WEIGHTS} and in the model; quantize the model again")
+        raise MedkitError(f"{folder}: {unread[0]!r} is not in both {WEIGHTS} and model; quantize the model again")
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):  # rotary frequencies, computed with the model
             setattr(module, name, buffer.to(device))

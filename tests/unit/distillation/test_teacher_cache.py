@@ -11,9 +11,10 @@ from safetensors.numpy import load_file
 
 from medkit.distillation import teacher_cache
 from medkit.distillation.losses import DistillationLoss
-from medkit.distillation.teacher_cache import CacheError, TeacherCache, capture_teacher, top_k_logprobs
+from medkit.distillation.teacher_cache import TeacherCache, capture_teacher, top_k_logprobs
 from medkit.modeling import batches, trainer
 from medkit.modeling.batches import Example
+from medkit.stage import MedkitError
 
 VOCAB, KEY = 300, "teacher 1"
 
@@ -71,7 +72,7 @@ def test_values_that_the_files_cannot_hold_are_refused(make_llama, make_examples
     model = make_llama()
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(1e7)
-    with pytest.raises(CacheError, match=r"hidden_0.*largest fp16 number is 65504; remove this layer"):
+    with pytest.raises(MedkitError, match=r"hidden_0.*largest fp16 number is 65504; remove this layer"):
         capture(model, make_examples(2), tmp_path, hidden_layers=(0,))
 
 
@@ -111,7 +112,7 @@ def test_a_damaged_shard_is_named_and_a_second_capture_mends_it(teacher, make_ex
     one_bit = content[:99] + bytes([content[99] ^ 1]) + content[100:]
     for damaged in (content[:-100], one_bit, None):
         path.write_bytes(damaged) if damaged else path.unlink()
-        with pytest.raises(CacheError, match=r"00001\.safetensors is missing or damaged; run the capture again"):
+        with pytest.raises(MedkitError, match=r"00001\.safetensors is missing or damaged; run the capture again"):
             TeacherCache(tmp_path, KEY, examples)
         capture(teacher, examples, tmp_path)
         assert path.read_bytes() == content
@@ -167,15 +168,15 @@ def test_other_settings_start_the_cache_again_and_leave_other_files_alone(teache
 
 def test_a_cache_of_another_teacher_or_of_other_rows_is_refused(teacher, make_examples, tmp_path):
     examples = make_examples(2)
-    with pytest.raises(CacheError, match="the cache has key None"):
+    with pytest.raises(MedkitError, match="the cache has key None"):
         TeacherCache(tmp_path, KEY, examples)
     index = capture(teacher, examples, tmp_path).index
-    with pytest.raises(CacheError, match=r"teacher 1.*needs 'teacher 2'; capture the teacher again"):
+    with pytest.raises(MedkitError, match=r"teacher 1.*needs 'teacher 2'; capture the teacher again"):
         TeacherCache(tmp_path, "teacher 2", examples)
-    with pytest.raises(CacheError, match="of other rows than these; capture the teacher again"):
+    with pytest.raises(MedkitError, match="of other rows than these; capture the teacher again"):
         TeacherCache(tmp_path, KEY, examples[::-1])
     (tmp_path / "index.json").write_bytes(b"{\xff")
-    with pytest.raises(CacheError, match="capture the teacher again"):
+    with pytest.raises(MedkitError, match="capture the teacher again"):
         TeacherCache(tmp_path, KEY, examples)
     assert capture(teacher, examples, tmp_path).index == index
 

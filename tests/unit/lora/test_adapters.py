@@ -6,8 +6,8 @@ from safetensors.torch import load_file
 from toys import attach_adapter, logits
 
 from medkit.lora import adapters
-from medkit.lora.adapters import AdapterError
 from medkit.modeling import train_once
+from medkit.stage import MedkitError
 
 EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VARIANTS = ["lora", "rslora", "dora"]
@@ -43,9 +43,9 @@ def test_merging_is_the_formula(make_llama, variant, scale):
 def test_what_has_no_weight_of_its_own_is_no_target(make_llama):
     """Merging into a tied head would change the embeddings as well."""
     for targets in (["q_proj", "nonsense"], ["input_layernorm"], ["embed_tokens"]):
-        with pytest.raises(AdapterError, match=f"{targets[-1]}.*it has .*down_proj"):
+        with pytest.raises(MedkitError, match=f"{targets[-1]}.*it has .*down_proj"):
             attach_adapter(make_llama(), targets=targets)
-    with pytest.raises(AdapterError, match=r"lm_head.*tied"):
+    with pytest.raises(MedkitError, match=r"lm_head.*tied"):
         attach_adapter(make_llama(), targets=["q_proj", "lm_head"])
 
 

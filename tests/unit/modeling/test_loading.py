@@ -14,10 +14,10 @@ from transformers.utils import logging as transformers_logging
 
 from medkit.modeling import loading
 from medkit.modeling.batches import Example, collect_logits
-from medkit.modeling.loading import ModelError
 from medkit.params import Local, ModelParams
 from medkit.prompts import templates
 from medkit.quantization import gguf_export
+from medkit.stage import MedkitError
 
 
 def source(path):
@@ -61,7 +61,7 @@ def test_cutting_shortens_the_list_of_layer_types(make_llama, tmp_path):
 
 @pytest.mark.parametrize("keep", [[-1], [0, 3], [1, 0], [1, 1]], ids=["negative", "beyond", "out of order", "twice"])
 def test_wrong_layers_are_an_error_that_says_the_range(make_llama, keep):
-    with pytest.raises(ModelError, match="0…2"):
+    with pytest.raises(MedkitError, match="0…2"):
         loading.keep_layers(make_llama(), keep)
 
 
@@ -103,7 +103,7 @@ def test_a_model_whose_weights_are_not_all_the_files_own_is_never_loaded(
 ):
     folder = loading.save_model(make_llama(tie_word_embeddings=False), tokenizer, tmp_path / "model")
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=sentence) as error:
+    with pytest.raises(MedkitError, match=sentence) as error:
         loading.load_model(folder, models_params)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
@@ -112,20 +112,20 @@ def test_a_head_of_its_own_is_not_tied_over(make_llama, tokenizer, models_params
     folder = loading.save_model(make_llama(tie_word_embeddings=False), tokenizer, tmp_path / "model")
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
-    with pytest.raises(ModelError, match=r"write false in config\.json"):
+    with pytest.raises(MedkitError, match=r"write false in config\.json"):
         loading.load_model(folder, models_params)
 
 
 def test_only_safetensors_are_read(make_llama, tokenizer, models_params, tmp_path):
     folder = loading.save_model(make_llama(), tokenizer, tmp_path / "model")
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(MedkitError, match="cannot be loaded"):
         loading.load_model(folder, models_params)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="no weights"):
+    with pytest.raises(MedkitError, match="no weights"):
         loading.load_model(folder, models_params)
     torch.save(make_llama().state_dict(), folder / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="only a pickle"):
+    with pytest.raises(MedkitError, match="only a pickle"):
         loading.load_model(folder, models_params)
 
 
@@ -143,7 +143,7 @@ def test_a_part_of_a_gguf_file_is_refused_and_not_cached(make_llama, tokenizer, 
         gguf_export.export_gguf(make_llama(), tokenizer, path, "F16")
     if name == "cut.gguf":
         path.write_bytes(path.read_bytes()[:20_000])
-    with pytest.raises(ModelError, match="not a whole GGUF" if name == "cut.gguf" else "one part of a split file"):
+    with pytest.raises(MedkitError, match="not a whole GGUF" if name == "cut.gguf" else "one part of a split file"):
         loading.local_folder(source(path))
     assert not [p for p in (tmp_path / "cache" / "converted").iterdir() if p.suffix != ".lock"]
 
@@ -176,7 +176,7 @@ def test_what_transformers_would_drop_from_a_gguf_file_is_refused(
     if said is None:
         assert loading.load_model(path, models_params).num_parameters() == model.num_parameters()
         return
-    with pytest.raises(ModelError, match=f"{said}.* give its folder with safetensors"):
+    with pytest.raises(MedkitError, match=f"{said}.* give its folder with safetensors"):
         loading.load_model(path, models_params)
 
 
@@ -206,7 +206,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_and_one_without_an_end_is
         make_tokenizer(**changes).save_pretrained(tmp_path / name)
         assert loading.load_tokenizer(tmp_path / name).pad_token_id == pad
     make_tokenizer(eos_token=None).save_pretrained(tmp_path / "endless")
-    with pytest.raises(ModelError, match="no end token"):
+    with pytest.raises(MedkitError, match="no end token"):
         loading.load_tokenizer(tmp_path / "endless")
 
 
@@ -216,7 +216,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end_and_one_without_an_end_is
 def test_the_device_asked_for_and_the_attention_that_it_has(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert loading.pick_device("auto") == torch.device("cpu")
-    with pytest.raises(ModelError, match="no CUDA device; use 'auto' or 'cpu'"):
+    with pytest.raises(MedkitError, match="no CUDA device; use 'auto' or 'cpu'"):
         loading.pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert loading.pick_device("auto") == torch.device("cuda")

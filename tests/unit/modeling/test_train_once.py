@@ -12,9 +12,8 @@ from toys import assert_same_weights
 from medkit.distillation.losses import DistillationLoss
 from medkit.lora import adapters
 from medkit.modeling import loading, train_once, trainer
-from medkit.modeling.trainer import TrainingError
 from medkit.params import AdapterParams
-from medkit.stage import Stage, StageError, lock_run
+from medkit.stage import MedkitError, Stage, StageError, lock_run
 
 ADAPTER = {"variant": "lora", "rank": 2, "alpha": 4.0, "dropout": 0.0, "target_modules": ["q_proj"]}
 
@@ -125,7 +124,7 @@ def test_killed_before_the_record_the_old_one_does_not_vouch_for_new_weights(tra
 
 
 def test_no_examples_is_one_sentence(train):
-    with pytest.raises(TrainingError, match=r"no training examples: raise .* data\.datasets"):
+    with pytest.raises(MedkitError, match=r"no training examples: raise .* data\.datasets"):
         train(examples=0, options={"add_extras": lambda rows: {"some": torch.zeros(len(rows))}})
 
 

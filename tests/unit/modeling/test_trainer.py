@@ -11,8 +11,8 @@ from toys import assert_same_weights
 
 from medkit.lora import adapters
 from medkit.modeling import batches, trainer
-from medkit.modeling.trainer import TrainingError
 from medkit.params import AdapterParams
+from medkit.stage import MedkitError
 
 
 class Killed(RuntimeError):
@@ -113,7 +113,7 @@ def test_a_loss_that_is_not_finite_names_its_step(make_llama, make_examples, mak
         loss, terms = trainer.cross_entropy(predicted, extras)
         return (loss * float("nan") if next(calls) == 2 else loss), terms
 
-    with pytest.raises(TrainingError, match="nan at step 2"):
+    with pytest.raises(MedkitError, match="nan at step 2"):
         trainer.train(make_llama(layers=2), make_examples(8), make_section(), sick, tmp_path / "c", seed=0)
 
 
@@ -151,5 +151,5 @@ def test_a_trained_model_is_gone_when_it_is_deleted(make_llama, make_examples, m
 
 def test_weights_held_in_bfloat16_are_refused(make_llama, make_examples, make_section, tmp_path):
     model = make_llama(layers=2).bfloat16()
-    with pytest.raises(TrainingError, match=r"weight learns but is not float32, .* load_for_training"):
+    with pytest.raises(MedkitError, match=r"weight learns but is not float32, .* load_for_training"):
         trainer.train(model, make_examples(8), make_section(), trainer.cross_entropy, tmp_path, seed=0)

@@ -7,9 +7,9 @@ import torch
 from toys import attach_adapter, logits
 
 from medkit.lora import adapters
-from medkit.lora.adapters import AdapterError
 from medkit.modeling import batches, train_once
 from medkit.quantization import merge_quantized, plans, quantize, rowwise
+from medkit.stage import MedkitError
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
@@ -94,7 +94,7 @@ def test_a_base_that_has_run_is_refused(make_llama, save):
     logits(base)
     if not any(getattr(getattr(m, "quant_state", None), "packing_format_for_cpu", False) for m in base.modules()):
         pytest.skip("this CPU has no AVX512-BF16")
-    with pytest.raises(AdapterError, match="repacked"):
+    with pytest.raises(MedkitError, match="repacked"):
         merge_quantized.merge_into_quantized(base, folder)
 
 

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from medkit.quantization import plans
-from medkit.quantization.plans import PlanError
+from medkit.stage import MedkitError
 
 OUTSIDE = ["model.embed_tokens", "lm_head"]
 LINEAR = {"self_attn.q_proj": (64, 64), "self_attn.k_proj": (32, 64), "mlp.up_proj": (128, 64)}
@@ -104,5 +104,5 @@ def test_a_budget_that_nothing_meets_is_an_error(choices):
     least, _ = least_and_most(choices)
     assert totals(choices, plans.budget_plan(choices, least))[1] == least
     for choose in (lambda b: plans.budget_plan(choices, b), lambda b: plans.random_plan(choices, b, 0)):
-        with pytest.raises(PlanError, match=f"{least - 1} bytes: the smallest plan takes {least}"):
+        with pytest.raises(MedkitError, match=f"{least - 1} bytes: the smallest plan takes {least}"):
             choose(least - 1)

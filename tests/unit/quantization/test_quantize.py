@@ -8,7 +8,8 @@ from transformers import BitsAndBytesConfig
 
 from medkit.modeling import batches, loading
 from medkit.quantization import memory_ledger, plans, quantize, rowwise
-from medkit.quantization.plans import Plan, PlanError
+from medkit.quantization.plans import Plan
+from medkit.stage import MedkitError
 
 MLP = 128
 
@@ -108,10 +109,10 @@ def test_a_calibrated_plan_weighs_the_same_and_comes_back_to_the_bit(
 def test_a_plan_of_other_modules_is_refused(make_model):
     model = make_model(tied=True)
     schemes = plan_for(model, "nf4_int8_embed").schemes
-    with pytest.raises(PlanError, match=r"'wrong'.*lm_head"):
+    with pytest.raises(MedkitError, match=r"'wrong'.*lm_head"):
         quantize.apply_plan(model, Plan(name="wrong", schemes=schemes | {"lm_head": "int8"}), True)
     del schemes["model.layers.1.self_attn.k_proj"]
-    with pytest.raises(PlanError, match=r"no scheme for 'model.layers.1.self_attn.k_proj'"):
+    with pytest.raises(MedkitError, match=r"no scheme for 'model.layers.1.self_attn.k_proj'"):
         quantize.apply_plan(model, Plan(name="short", schemes=schemes), True)
 
 
@@ -120,7 +121,7 @@ def test_a_scheme_that_cannot_apply_is_refused_before_anything_changes(make_llam
     model = make_llama(hidden_size=72, intermediate_size=64)
     before = {key: type(module) for key, module in model.named_modules()}
     schemes = plan_for(model, "int8").schemes | {name: "nf4"}
-    with pytest.raises(PlanError, match=f"{name}' cannot be nf4: its rows of 72 weights"):
+    with pytest.raises(MedkitError, match=f"{name}' cannot be nf4: its rows of 72 weights"):
         quantize.apply_plan(model, Plan(name="odd", schemes=schemes), True)
     assert {key: type(module) for key, module in model.named_modules()} == before
 
@@ -131,12 +132,12 @@ def test_a_quantized_model_is_neither_quantized_again_nor_saved_if_a_run_repacke
     model = make_model()
     plan = plans.nf4_plan(quantize.weight_shapes(model))
     quantize.apply_plan(model, plan, True)
-    with pytest.raises(PlanError, match="Linear4bit, not a plain"):
+    with pytest.raises(MedkitError, match="Linear4bit, not a plain"):
         quantize.apply_plan(model, plan, True)
     batches.collect_logits(model, make_examples(1))
     state = model.get_decoder().layers[0].mlp.up_proj.weight.quant_state
     state.packing_format_for_cpu = True  # as bitsandbytes does on CPUs with AVX512-BF16
-    with pytest.raises(PlanError, match="save a model before it runs"):
+    with pytest.raises(MedkitError, match="save a model before it runs"):
         quantize.save_quantized(model, tokenizer, plan, tmp_path / "late")
     assert not list(tmp_path.iterdir())
 
@@ -149,11 +150,11 @@ def test_a_plan_that_is_not_of_its_weights_is_refused(make_model, tokenizer, mod
     plan = Plan(name="edited", schemes=schemes | {name: was})
     quantize.apply_plan(model, plan, True)
     folder = quantize.save_quantized(model, tokenizer, plan, tmp_path / "edited")
-    with pytest.raises(loading.ModelError, match=r"model\.safetensors"):
+    with pytest.raises(MedkitError, match=r"model\.safetensors"):
         loading.load_model(folder, models_params)
     edited = Plan(name="edited", schemes=schemes | {name: now})
     (folder / quantize.PLAN).write_text(edited.model_dump_json())
-    with pytest.raises(PlanError, match=name):
+    with pytest.raises(MedkitError, match=name):
         quantize.load_quantized(folder, models_params)
 
 
@@ -172,6 +173,6 @@ def test_a_missing_or_damaged_file_is_named_with_a_cure(make_model, tokenizer, m
     quantize.apply_plan(model, plan, True)
     folder = quantize.save_quantized(model, tokenizer, plan, tmp_path / "quantized")
     DAMAGES[damage](folder / file)
-    with pytest.raises(PlanError, match=rf"{file}: cannot be read .*; (?:copy|give) .*folder") as raised:
+    with pytest.raises(MedkitError, match=rf"{file}: cannot be read .*; (?:copy|give) .*folder") as raised:
         quantize.load_quantized(folder, models_params)
     assert "\n" not in str(raised.value)
