@@ -3,6 +3,7 @@
 In this repository write `.venv/bin/python -m medkit …`: `make run` puts everything into .venv and nowhere else.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -335,6 +336,8 @@ def main() -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
+    # on processors with AVX512-BF16 it asks for a package that would download code from the hub
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         app()
     except MedkitError as error:
