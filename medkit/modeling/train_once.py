@@ -7,6 +7,7 @@ notebook goes on with what `accelerate launch -m medkit train` made, and a kille
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
@@ -112,10 +113,12 @@ def train_once(
     that other settings left are removed.
     """
     is_main, folder, checkpoints = PartialState().is_main_process, stage.dir / name, stage.path(f"checkpoints/{name}")
+    began = time.monotonic()
     # with FSDP the other processes do not have the weights yet
     key = training_key(model, examples, section, loss, seed, **options) if is_main else None
     (key,) = broadcast_object_list([key])
     if (facts := find_record(folder, key)) is not None:
+        stage.started -= facts.get("duration_s", 0.0)  # the manifest tells what the stage takes, not this attempt alone
         if is_main and isinstance(model, PeftModel):
             set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
         elif is_main:
@@ -131,7 +134,7 @@ def train_once(
         log = trainer.train(model, examples, section, loss, checkpoints / key / kind, seed, **options)
     if is_main:
         stage.reopen()
-        with recorded(folder, key, log=log.to_dict("records")):
+        with recorded(folder, key, log=log.to_dict("records"), duration_s=time.monotonic() - began):
             if isinstance(model, PeftModel):
                 save_adapter(model, folder, half)
             else:

@@ -64,7 +64,7 @@ def findings() -> str:
 def cell_times(folder: Path) -> Iterator[dict]:
     """Rows `cell_s/<stage>/<cell>`: seconds of the long cells of executed notebooks, by papermill's clock.
 
-    Of a run that was killed and went on, they are those of the last attempt, as `duration_s` is.
+    Of a run that was killed and went on, they are those of the last attempt; `duration_s` counts what was read back.
     """
     for path in sorted(folder.glob("[0-9]*.ipynb")):
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from types import SimpleNamespace
 
 import pandas as pd
@@ -54,6 +55,8 @@ def test_a_finished_training_is_read_back_to_the_bit(stage, trainings, train, ma
         models = [attached(model, variant=variant) for model in models]
     logs = [train(model)[1] for model in models]
     assert len(trainings) == 1
+    took = json.loads((stage.dir / "student.record.json").read_text())["facts"]["duration_s"]
+    assert took > 0 and stage.started <= time.monotonic() - took  # a run that goes on counts it
     assert_same_weights(models[1], models[0])
     pd.testing.assert_frame_equal(*logs)
     assert (stage.dir / "student" / ("adapter_config.json" if variant else "tokenizer.json")).is_file()
