@@ -64,6 +64,19 @@ def parse_overrides(pairs: list[str] | None, option: str = "--set") -> dict:
     return overrides
 
 
+def _check_reused(runs: list[str] | None) -> None:
+    for name in runs or ():
+        if not run_dir(name).is_dir():
+            raise StageError(f"--reuse {name!r}: no such run in {outputs_root()}; correct the name, or leave it out")
+
+
+def _was_checked(profile: Params, run: str) -> bool:
+    """Whether the run was started with this profile: what goes on was checked."""
+    with suppress(ParamsError):  # no such run yet, or by a version with other keys
+        return load_run_params(run) == profile
+    return False
+
+
 def params_of(run: str, params_file: Path | None, overrides: list[str] | None) -> Params:
     """The params that a run was started with, or those of the profile that the user names."""
     changes = parse_overrides(overrides)
@@ -73,7 +86,7 @@ def params_of(run: str, params_file: Path | None, overrides: list[str] | None) -
 @app.command()
 def run(
     params: Annotated[
-        Path | None, typer.Option("--params", help="Profile; without it the run's own, of a new run params/tiny.yaml")
+        Path | None, typer.Option("--params", help="Profile. Without it: the run's own; for a new run params/tiny.yaml")
     ] = None,
     run: Annotated[
         str | None, typer.Option("--run", help="Name of the folder below outputs/; without it the profile's name")
@@ -94,10 +107,8 @@ def run(
     run, changes = run or (params.stem if params else "tiny"), parse_overrides(overrides)
     own = run_dir(run) / RUN_PARAMS
     params = params or (own if own.is_file() else ROOT / "params" / "tiny.yaml")
-    profile, notes, started_with = load_params(params, changes), [], None
-    with suppress(ParamsError):  # no such run yet, or by a version with other keys
-        started_with = load_run_params(run)
-    if dry_run or started_with != profile:  # a run that goes on was checked
+    profile, notes = load_params(params, changes), []
+    if dry_run or not _was_checked(profile, run):
         from medkit import preflight
 
         notes = preflight.check_profile(profile)
@@ -113,10 +124,10 @@ def run(
             except ParamsError as error:  # the profile may be good all the same
                 typer.echo(str(error), err=True)
         return
-    from medkit import modeling, reporting, run_store
+    from medkit import reporting, run_store
     from medkit.runner import run_all
 
-    modeling.pick_device(profile.models.device)  # its notebooks run here
+    _check_reused(reuse)
     ran = run_all(params, run, changes, first, last, reuse or ())
     console.print(f"{len(ran)} stages ran" if ran else "everything up to date")
     if last not in (None, STAGES[-1]):
@@ -150,8 +161,10 @@ def sweep(
 
     listed = [re.sub("=(.*)", r"=[\1]", pair, count=1) for pair in grid]
     points = name_points(name, parse_overrides(listed, "--grid"))
-    for point in points.values():
-        preflight.check_profile(load_params(params, point))
+    _check_reused(reuse)
+    for run, point in points.items():
+        if not _was_checked(profile := load_params(params, point), run):
+            preflight.check_profile(profile)
     run_sweep(params, name, points, reuse or (), None if jobs is None else parse_overrides(jobs, "--job"))
     typer.echo(write_sweep(name, points))
     console.print(f"written: {run_dir(name)}")
@@ -175,9 +188,8 @@ def status(
             changed += [f"{name}/{file}" for file in stage.changed_files()]
     console.print(table)
     if changed:
-        raise StageError(
-            f"run {run!r}: not as they were written: {', '.join(changed)}; `run --run {run} --from` makes them again"
-        )
+        again = f"`run --run {run} --from {changed[0].partition('/')[0]}` makes them again"
+        raise StageError(f"run {run!r}: not as they were written: {', '.join(changed)}; {again}")
 
 
 @app.command()
@@ -293,7 +305,7 @@ def chat(
 
     console.print(f"{DISCLAIMER} An empty line sends, Ctrl-D ends.")
     with serving.open_chat(run, upstream, upstream_key) as answer:
-        for blank, lines in groupby(sys.stdin, lambda line: not line.strip()):
+        for blank, lines in groupby(iter(sys.stdin.readline, ""), lambda line: not line.strip()):
             if not blank:
                 typer.echo(f"{answer(''.join(lines).strip())}\n")
 

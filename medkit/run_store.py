@@ -158,4 +158,4 @@ def _opened(run: str) -> Iterator[_Remote | None]:
 
 
 def _hide_password(text: str) -> str:
-    return re.sub(r"(?<=\w)\?\S+", "?***", re.sub(r"//\S*@", "//***@", text))  # a query may hold a token
+    return re.sub(r"(?<=[\w/])\?\S+", "?***", re.sub(r"//\S*@", "//***@", text))  # a query may hold a token

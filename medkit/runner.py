@@ -160,9 +160,6 @@ def run_all(
             raise MedkitError(f"no stage {stage!r}; the stages are {STAGES}")
     # the run's own copy of the profile: the file that the user named may be edited while the run goes on
     parameters = {"params_file": str(run_dir(run) / RUN_PARAMS), "run": run, "overrides": {}}
-    for name in reuse:
-        if not run_dir(name).is_dir():
-            _print(f"--reuse {name!r}: no such run in {outputs_root()}, nothing is taken from it")
     with lock_run(run):
         save_run_params(params, run)
         wanted, last = fingerprints(params), last or STAGES[-1]
@@ -221,6 +218,7 @@ def _run_stages(
             if other := _take_stage(stage, wanted[stage.name], reuse):
                 _print(f"{title}: taken from run {other!r}")
                 continue
+        _check_device(params)  # before the notebook downloads anything
         stage.reopen()
         _remove_report(stage)
         _remove_unwanted(stage, params)
@@ -235,6 +233,12 @@ def _run_stages(
         except run_store.StoreError as error:  # tried again after the next stage, and at the end
             _print(f"medkit: {error}")
     return ran
+
+
+def _check_device(params: Params) -> None:
+    from medkit.modeling.loading import pick_device  # it brings torch, and `status` needs none
+
+    pick_device(params.models.device)
 
 
 def _take_stage(stage: Stage, wanted: str, runs: Sequence[str]) -> str | None:

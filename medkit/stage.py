@@ -84,7 +84,9 @@ def folder_of(variable: str, default: Path) -> Path:
 def run_dir(run: str) -> Path:
     """Directory of one run. Raises StageError if the name is no plain file name."""
     if not RUN_NAME.fullmatch(run):
-        raise StageError(f"run name {run!r}: use letters, digits, '.', '_' and '-' only; runs live in {outputs_root()}")
+        raise StageError(
+            f"run name {run!r}: use letters, digits, '.', '_' and '-' only in --run; runs live in {outputs_root()}"
+        )
     return outputs_root() / run
 
 

@@ -33,7 +33,7 @@ def seen_notes(table: pd.DataFrame) -> dict[str, str]:
             overlap = " and ".join(f"{share:.0%} of the {name}" for name, share in shares.items())
             notes[source] = (
                 f"{source}: {overlap} of its test questions are also those of taught rows. Its accuracy says little "
-                f"about answers that were not taught: with a `group` for each row of your table, groups are held out."
+                f"about answers that were not taught. (In a table of your own with a `group`, groups are held out.)"
             )
     return notes
 

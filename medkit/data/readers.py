@@ -147,7 +147,8 @@ def _place(row: dict, columns: TableColumns | InstructionColumns, pool: str | No
     """The pool of a row, which its own split decides if it has one, and its group; None if it has none."""
     split, group = (_value(row.get(column)) if column else None for column in (columns.split, columns.group))
     pool = pool if split in (None, "") else SPLIT_NAMES.get(str(split).strip().lower(), split)
-    return pool, NAMED + clean_text(str(group)).casefold() if group not in (None, "") else None
+    name = "" if group is None else clean_text(str(group)).casefold()
+    return pool, NAMED + name if name else None
 
 
 def _value(value):
@@ -238,11 +239,13 @@ def _read_rows(path: Path, table: Table | Instructions) -> list[dict]:
         splits = _load_splits(table.kind, path, table.path.subset)
         rows = [{"split": name, **row} for name, part in splits.items() for row in part]
     elif path.is_dir():
-        inside = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in FILE_READERS)
-        files = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        inside = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
+        files = [
+            file for file in inside if file.suffix.lower() in FILE_READERS and not re.search(r"(^|/)\.", str(file))
+        ]
         if not files:
             raise DataError(f"{path}: no {', '.join(FILE_READERS)} file in this folder; correct `path`")
-        rows = [{"split": SPLIT_NAMES.get(_split_of(file), ""), **row} for file in files for row in _read_file(file)]
+        rows = [{"split": _split_of(file), **row} for file in files for row in _read_file(path / file)]
     else:
         rows = _read_file(path)
     names = table.columns.model_dump().values()
@@ -254,8 +257,9 @@ def _read_rows(path: Path, table: Table | Instructions) -> list[dict]:
 
 
 def _split_of(file: Path) -> str:
-    """`train` of train.csv and of train-00000-of-00001.parquet."""
-    return file.stem.partition("-")[0].lower()
+    """Of train.csv, train-00000-of-00001.parquet and train/0000.parquet `train`; of other names ""."""
+    names = (re.split(r"[-.]", file.stem)[0], *reversed(file.parent.parts))
+    return next((SPLIT_NAMES[name.lower()] for name in names if name.lower() in SPLIT_NAMES), "")
 
 
 def _read_file(path: Path) -> list[dict]:

@@ -97,7 +97,7 @@ def answers_once(
     folder = stage.path(f"checkpoints/{variant}")
     began, facts = time.monotonic(), find_record(folder, key) if fingerprint else None
     if facts is not None:
-        stage.started -= facts.get("duration_s", 0.0)  # the manifest tells what the stage takes, not this attempt alone
+        stage.started -= facts.get("duration_s", 0.0)  # so the manifest counts what is read back
     else:
         tables = ask()
         with recorded(folder, key, duration_s=time.monotonic() - began), atomic_path(folder) as scratch:

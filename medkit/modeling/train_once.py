@@ -118,7 +118,7 @@ def train_once(
     key = training_key(model, examples, section, loss, seed, **options) if is_main else None
     (key,) = broadcast_object_list([key])
     if (facts := find_record(folder, key)) is not None:
-        stage.started -= facts.get("duration_s", 0.0)  # the manifest tells what the stage takes, not this attempt alone
+        stage.started -= facts.get("duration_s", 0.0)  # so the manifest counts what is read back
         if is_main and isinstance(model, PeftModel):
             set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
         elif is_main:

@@ -61,7 +61,7 @@ def compare(folder_a: Path, folder_b: Path) -> Comparison:
 
 def _read_judged(folder: Path) -> pd.DataFrame:
     if not (folder / JUDGED).is_file():
-        cure = f"`python -m medkit run --run {folder.name} --from 06_evaluation` with the run's own --params writes it"
+        cure = f"`python -m medkit run --run {folder.name} --from 06_evaluation` writes it"
         raise StageError(f"{folder / JUDGED} is missing, so answers cannot be paired: {cure}")
     return pd.read_parquet(folder / JUDGED, columns=[*KEYS, "id", "group", "correct"])
 

@@ -211,6 +211,7 @@ UNUSABLE = [
     ("nothing://me:secret@lab/runs", {}, "check MEDKIT_STORE"),
     ("sftp://me:se@cret@127.0.0.1:9/runs", {}, "MEDKIT_STORE=sftp://***@127.0.0.1:9/runs"),
     ("sftp://me:se/cret@127.0.0.1:9/runs", {}, "MEDKIT_STORE=sftp://***@127.0.0.1:9/runs"),
+    ("nothing://lab/runs/?sig=secret", {}, "MEDKIT_STORE=nothing://lab/runs/?***"),
 ]
 
 

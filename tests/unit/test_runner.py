@@ -298,6 +298,7 @@ WRONG = [
     (["run", "--set", "lora.adapter.rank"], "KEY=VALUE"),
     (["run", "--run", "../evil"], "'../evil'"),
     (["run", "--from", "03_lra"], "03_lora"),
+    (["run", "--reuse", "nowhere"], "no such run"),
     (["status", "--run", "never"], "--params"),
     (["train", "--stage", "lora", "--run", "never"], "--params"),
 ]

@@ -45,4 +45,6 @@ def test_a_table_whose_answers_are_taught_is_noted_on_the_card_and_one_with_held
     by_drug = table.assign(split=["test" if int(drug[5:]) % 4 == 0 else "labelled" for drug in drugs])
     notes = [data_card.build_card(rows, table.head(0), table.head(0))["notes"] for rows in (by_row, by_drug)]
     assert notes[1] == []
-    assert "own: 100% of the right answers and 50% of the options" in notes[0][0] and "with a `group`" in notes[0][0]
+    assert (
+        "own: 100% of the right answers and 50% of the options" in notes[0][0] and "own with a `group`" in notes[0][0]
+    )

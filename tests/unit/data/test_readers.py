@@ -228,7 +228,7 @@ def test_a_row_that_is_refused_is_counted_with_its_number_and_reason(tmp_path):
 
 def test_a_tables_own_groups_and_splits_are_kept(tmp_path):
     good, places = {"options": ["a", "b"], "answer": "A"}, ["Train", "test", "dev", "held out", None]
-    of_drugs = enumerate(zip(["x", " X ", "y", 7, None], places, strict=True))
+    of_drugs = enumerate(zip(["x", " X ", "y", 7, " "], places, strict=True))
     rows = [{**good, "question": f"{n}?", "drug": drug, "split": split} for n, (drug, split) in of_drugs]
     questions, rejected = load_own(write_jsonl(tmp_path / "m.jsonl", rows), group="drug", split="split")
     assert questions[["group", "pool"]].fillna("").values.tolist() == [
@@ -242,8 +242,10 @@ def test_a_tables_own_groups_and_splits_are_kept(tmp_path):
 
 def test_a_folder_of_files_loses_no_row(tmp_path):
     """Names that a library would take for splits, two formats, an option that reads "None", hidden copies."""
-    for name in ("more", ".copies", "empty"):
+    for name in ("more", ".copies", "empty", "valid", "a.csv"):
         (tmp_path / name).mkdir()
+    write_jsonl(tmp_path / "valid" / "0000.jsonl", [{"q": "! ", "a": "x", "b": "y", "answer": "A"}])
+    write_jsonl(tmp_path / "a.csv" / "part.jsonl", [{"q": "in a folder", "a": "x", "b": "y", "answer": "A"}])
     text = "q,a,b,answer\n{0} one?,None,NA,A\n{0} two?,x,y,B\n"
     for name in ("cardiology_test.csv", "drugs.CSV", "test.csv", ".copies/drugs.csv"):
         (tmp_path / name).write_text(text.format(name))
@@ -251,7 +253,8 @@ def test_a_folder_of_files_loses_no_row(tmp_path):
     write_jsonl(tmp_path / "more" / "train-00000-of-00001.jsonl", [{"q": "?", "a": "x", "b": "y", "answer": "A"}])
     rows = list(readers.read_table(tmp_path, table(options=["a", "b"], pool=None, split="split")))
     assert [(row["question"], row["pool"]) for row in rows if "one?" not in row["question"]] == [
-        ("cardiology_test.csv two?", None), ("drugs.CSV two?", None), ("?", "train"), ("test.csv two?", "test")
+        ("in a folder", None), ("cardiology_test.csv two?", None), ("drugs.CSV two?", None), ("?", "train"),
+        ("test.csv two?", "test"), ("!", "valid"),
     ]  # fmt: skip
     assert {tuple(row["options"]) for row in rows if "one?" in row["question"]} == {("None", "NA")}
     with pytest.raises(DataError, match=r"empty: no \.jsonl.* in this folder"):
