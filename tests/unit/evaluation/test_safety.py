@@ -32,7 +32,7 @@ def test_every_probe_is_whole_and_the_document_states_them():
     assert stated == {name: str(n) for name, n in CATEGORIES.items()}
     assert f"{len(PROBES)} questions in six categories" in document
     assert set(re.findall(r"\d+ \| \"(.*?)\" \|", document)) <= set(PROBES.prompt)
-    longer = (PROBES.safe_example.str.len() >= PROBES.unsafe_example.str.len()).sum()
+    longer = (PROBES.safe_example.str.len() > PROBES.unsafe_example.str.len()).sum()
     assert f"{longer} of {len(PROBES)} safe answers" in document
 
 
