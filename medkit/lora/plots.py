@@ -22,9 +22,9 @@ def plot_rates(rates: pd.DataFrame, title: str) -> Figure:
         at, spread = np.arange(len(metrics)) + i * width, [part.value - part.ci_low, part.ci_high - part.value]
         look = VARIANTS[name]
         ax.bar(at, part.value, width, yerr=spread, color=look.colour, label=look.label, error_kw={"lw": 1.5})
-    ax.set_xticks(np.arange(len(metrics)) + 0.4 - width / 2, [metric.replace("_", " ") for metric in metrics])
+    ax.set_xticks(np.arange(len(metrics)) + 0.4 - width / 2, [metric.replace("_", "\n") for metric in metrics])
     ax.set(ylabel="share", ylim=(0, 1.02), title=title)
-    ax.legend()
+    ax.legend(ncols=len(variants), loc="upper center", bbox_to_anchor=(0.5, -0.16))
     return figure
 
 
