@@ -347,7 +347,7 @@ class BenchParams(Section):
 
 
 class ShuffleParams(Section):
-    questions: Annotated[dict[str, Count], Field(min_length=1)]
+    questions: Annotated[dict[str, PositiveInt | Literal["all"]], Field(min_length=1)]
     """Test source → number of questions, asked by letter under every order of their options."""
     orders: Annotated[int, Field(ge=2)]
 

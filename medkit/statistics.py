@@ -84,8 +84,8 @@ def gap_closed(
     """Share of the gap between two models that a third one closes: (middle − low) / (high − low) of their means.
 
     low, middle, high (rows,): scores of the three models on the same rows. The intervals are percentile bootstraps over
-    whole groups. Returns gap, gap_low, gap_high, share, ci_low, ci_high and n. If the interval of the gap includes
-    zero, no gap is shown, and share and its interval are NaN.
+    whole groups. Returns gap, gap_low, gap_high, share, ci_low, ci_high and n. If the interval of the gap is not
+    above zero, no gap is shown, and share and its interval are NaN.
     """
     scores = np.array([low, middle, high], float)  # (3, rows)
     means = np.vstack([drawn @ scores.T / drawn.sum(1, keepdims=True) for drawn in resample_groups(groups)])
@@ -93,7 +93,7 @@ def gap_closed(
     gaps, gap = means[:, 2] - means[:, 0], scores[2].mean() - scores[0].mean()
     gap_low, gap_high = np.quantile(gaps, ends)
     share = ci_low = ci_high = np.nan
-    if gap_low > 0 or gap_high < 0:
+    if gap_low > 0:
         share = (scores[1].mean() - scores[0].mean()) / gap
         shares = np.divide(means[:, 1] - means[:, 0], gaps, out=np.full(len(gaps), np.nan), where=gaps != 0)
         ci_low, ci_high = np.nanquantile(shares, ends)
@@ -109,8 +109,9 @@ def paired_difference(
     groups: of near-duplicates; None: every question is its own. ci: Wald with one pseudo-observation per discordant
     cell (Bonett & Price 2012), which keeps its coverage at small n, wider by the root of the design effect.
     p_value: `sign_flip_p` of whole groups, which is McNemar's exact test where groups are single questions.
-    design_effect: variance of the difference by groups over that of independent questions, at least 1. mde:
-    `detectable_effect` at n / design_effect questions and the flip rate seen here (with the pseudo-observations).
+    design_effect: variance of the difference by groups over that of independent questions, at least 1, and larger where
+    there are few groups. mde: `detectable_effect` at n / design_effect questions and the flip rate seen here (with the
+    pseudo-observations).
     """
     ours, theirs = np.asarray(ours, bool), np.asarray(theirs, bool)
     if ours.shape != theirs.shape or not len(ours):
@@ -121,7 +122,12 @@ def paired_difference(
     codes = np.arange(n) if groups is None else _group_numbers(groups)
     sums, sizes = np.bincount(codes, ours.astype(float) - theirs), np.bincount(codes)
     by_group = np.sum((sums - centre * sizes) ** 2) + (1 - centre) ** 2 + (1 + centre) ** 2
-    design_effect = max(1.0, by_group / ((n + 2) * spread))
+    design_effect, count = max(1.0, by_group / ((n + 2) * spread)), len(sums)
+    if 1 < count < n:  # few groups say little of their own variance: as with Student's t in place of the normal
+        ratio = stats.t.ppf(0.5 + confidence / 2, count - 1) / stats.norm.ppf(0.5 + confidence / 2)
+        design_effect = max(1.0, design_effect * count / (count - 1) * ratio**2)
+    elif count < n:
+        design_effect = float(n)
     half = stats.norm.ppf(0.5 + confidence / 2) * np.sqrt(design_effect * spread / (n + 2))
     return {
         "difference": (gained - lost) / n,

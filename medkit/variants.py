@@ -78,6 +78,12 @@ STEPS = [
 ]  # fmt: skip
 
 
+# made from the distilled student: what a user of a run would take away
+MADE_FROM_FINAL = [
+    v.name for v in VARIANTS.values() if v.baseline == FINAL and v.folder and not v.folder.startswith("02_")
+]
+
+
 def list_variants(params) -> dict[str, Variant]:
     """The language models that a run with these `Params` makes, in registry order.
 

@@ -18,9 +18,9 @@ from medkit.variants import STEPS, VARIANTS
 COMPRESSED = [(v.name, v.baseline, v.question) for v in VARIANTS.values() if (v.folder or "").startswith("04_")]
 """The steps that must lose nothing: each smaller model against the one that it was made from."""
 STEP_COLUMNS = [
-    *("variant", "baseline", "question", "source", "scoring", "difference", "ci_low", "ci_high", "n", "gained", "lost"),
-    *("p_value", "p_holm", "verdict", "margin", "mde", "p_equivalence", "p_equivalence_holm", "within_margin"),
-    "n_needed",
+    *("variant", "baseline", "question", "source", "scoring", "accuracy", "accuracy_baseline"),
+    *("difference", "ci_low", "ci_high", "n", "gained", "lost", "p_value", "p_holm", "verdict", "margin", "mde"),
+    *("p_equivalence", "p_equivalence_holm", "within_margin", "n_needed"),
 ]
 
 
@@ -125,9 +125,10 @@ def compare_steps(
 ) -> pd.DataFrame:
     """Every step whose two variants are there, on every source and scoring, paired by question: one family of tests.
 
-    `margin` may be one for each variant. Columns: variant, baseline, question, source, scoring; those of
-    `statistics.paired_difference` and `statistics.verdicts`; n_needed (`questions_needed`). Two variants that get
-    nothing right are equal, but not shown to be equivalent.
+    `margin` may be one for each variant. Columns (STEP_COLUMNS): variant, baseline, question, source, scoring;
+    accuracy and accuracy_baseline on the questions that both answered; those of `statistics.paired_difference` and
+    `statistics.verdicts`; n_needed (`questions_needed`). Two variants that get nothing right are equal, but not shown
+    to be equivalent. No such step: no row.
     """
     rows = []
     for (source, scoring), answers in judged.groupby(["source", "scoring"], sort=False):
@@ -139,10 +140,11 @@ def compare_steps(
             if both.any():
                 pair = paired_difference(right[variant][both], right[baseline][both], confidence, power, groups[both])
                 names = {"variant": variant, "baseline": baseline, "question": question}
-                names |= {"source": source, "scoring": scoring}
+                names |= {"source": source, "scoring": scoring, "accuracy": right[variant][both].mean()}
+                names |= {"accuracy_baseline": right[baseline][both].mean()}
                 rows.append(names | pair | {"right": right[[variant, baseline]][both].to_numpy().sum()})
     if not rows:
-        raise MedkitError(f"no step of the method has both of its variants among {sorted(set(judged.variant))}")
+        return pd.DataFrame(columns=STEP_COLUMNS)
     table = pd.DataFrame(rows)
     margins = table.variant.map(margin) if isinstance(margin, Mapping) else margin
     table = verdicts(table, confidence, margins)

@@ -149,7 +149,7 @@ def ratio_of_sums(
     with np.errstate(invalid="ignore"):
         value = above.sum(0) / below.sum(0)
         if imagined:
-            mean = np.tile(below.mean(0), (4, 1))
+            mean = np.tile(below.sum(0) / np.maximum(n.to_numpy(), 1), (4, 1))
             above, below = np.vstack([above, mean * [[0], [0], [1], [1]]]), np.vstack([below, mean])
             codes = np.append(codes, codes.max() + 1 + np.arange(4))
         drawn = np.vstack([(weights @ above) / (weights @ below) for weights in resample_groups(codes)])

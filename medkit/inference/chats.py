@@ -57,6 +57,9 @@ def make_plan(chat: dict, tasks: Sequence[Task] | None, broken_up: Mapping[str, 
         return plan._replace(chat=chat | wanted, template=template, task=task, question=question)
     if tasks is not None:
         return plan._replace(first=plan.first or describe(tasks), asks_model=False)
+    parts = last.get("content") if isinstance(last.get("content"), list) else []
+    if any(not (isinstance(part, dict) and isinstance(part.get("text"), str)) for part in parts):
+        return plan  # an image must reach a model that can read it
     if not message or any(isinstance(turn, dict) and turn.get("role") in ("system", "developer") for turn in turns):
         return plan
     lists_options = {"A", "B"} <= {letter for letter, _ in OPTION.findall(message)}

@@ -18,13 +18,16 @@ ASKS = {  # what the model can do, by the kind of a question (`data.COLUMNS`)
     "record_b": f"write it in another form (the same lines, and at their end “{RECORD_B.instruction}”)",
     "choice": "answer an exam question with listed options (A. …)",
 }
-SCORES = {"accuracy": "right for {:.0%} of {} test questions", "field_f1": "F1 {:.2f} on {} test dialogues"}
+SCORES = {
+    "accuracy": "right for {:.0%} of {} test questions with few options",
+    "field_f1": "F1 {:.2f} on {} test dialogues",
+}
 OPTION = re.compile(r"^[ \t]*([A-J])[.):][ \t]+(\S.*)$", re.MULTILINE)
 _TURN = re.compile(r"^(D|P)(?:octor|r|atient|t)?\.?:", re.MULTILINE)
 _ICD = re.compile(
     r"(?:(?:in |to |under )?(?:which|what(?:'s| is)?)(?: the)? |(?:(?:name|give me|tell me) )?the )?"
     r"ICD(?:-?10)?(?:-CM)? chapter (?:lists?|has|holds|contains?|covers?|includes?|of|for|is)"
-    r" +[\"“”'‘]*(?P<diagnosis>[^\n]{2,200}?)[\"“”'’]*\s*[?.]?",
+    r" +[\"“”'‘]*(?P<diagnosis>[^\n?!]{2,200}?)[\"“”'’]*\s*[?.]?",
     re.IGNORECASE,
 )
 

@@ -15,10 +15,9 @@ from medkit.params import SPLITS
 from medkit.reporting import tables
 from medkit.reporting.results import load_results
 from medkit.stage import DISCLAIMER, write_text
-from medkit.variants import FINAL, VARIANTS
+from medkit.variants import FINAL, MADE_FROM_FINAL
 
-PRODUCTS = (FINAL, *(v.name for v in VARIANTS.values() if v.baseline == FINAL))
-"""Variants that a user of the run would take away: their accuracies are the card's model-index."""
+PRODUCTS = (FINAL, *MADE_FROM_FINAL)  # their accuracies are the card's model-index
 SETTINGS = ("models", "distillation", "lora", "quantization", "evaluation", "seed")
 
 

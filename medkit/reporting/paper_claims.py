@@ -20,7 +20,7 @@ import yaml
 
 from medkit.reporting.tables import label, load_benchmarks, markdown
 from medkit.statistics import median_and_range
-from medkit.variants import FINAL, VARIANTS
+from medkit.variants import FINAL, MADE_FROM_FINAL, VARIANTS
 
 TOLERANCE = 0.05
 SAME_SCALE = 2.0
@@ -179,7 +179,9 @@ def _from_run(claim: PaperClaim, results: pd.DataFrame, facts: Mapping) -> Itera
             yield Ours(row.value, row.ci_low, row.ci_high, measured_on, why, verdict)
     elif claim.id == "accuracy_kept":
         words = {"equivalent": "reproduced", "better": "beaten"}
-        for row in scored[(scored.result == f"accuracy_delta/{source}") & (scored.baseline == FINAL)].itertuples():
+        for row in scored[
+            (scored.result == f"accuracy_delta/{source}") & scored.variant.isin(MADE_FROM_FINAL)
+        ].itertuples():
             why = f"{label(row.variant)} against {label(FINAL)} on {source}, n = {row.n:.0f}: {row.verdict}"
             kept_or_not = verdict or words.get(row.verdict, "not reproduced")
             yield Ours(row.value, row.ci_low, row.ci_high, measured_on, why, kept_or_not)

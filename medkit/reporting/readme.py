@@ -29,7 +29,7 @@ ANY_SCORING = ["memory_bytes", "memory_ratio", "latency_ratio", "ttft_s", "laten
 FINDINGS = ("student_ce", FINAL, "edge")
 LONG_S = 60  # the text before a cell that took longer says so
 TIME, TOOK = r"(?<=\| \*\*Time\*\* \| )[^;|]*(?=;| \|)", r"\n\n\*The code below took [^\n]*\*$"
-DROPPED_COLUMNS = ["stage", "file", "p_value", "p_equivalence", "chosen", "bins"]
+DROPPED_COLUMNS = ["stage", "file", "p_value", "p_equivalence", "chosen", "bins", "accuracy", "accuracy_baseline"]
 
 
 def select_results(results: pd.DataFrame, facts: dict) -> dict:

@@ -83,7 +83,6 @@ def _steps(results: pd.DataFrame, facts: dict) -> Iterator[dict]:
     """Each step of the method on the headline task: its question, its verdict, and the numbers behind it."""
     source = facts["headline_source"]
     scored = results[results.metric == facts["headline_scoring"]]
-    accuracy = scored[scored.result == f"accuracy/{source}"].groupby("variant").value.first()
     questions = {(variant, baseline): question for variant, baseline, question in STEPS}
     for row in scored[scored.result == f"accuracy_delta/{source}"].itertuples():
         equivalent = f"equivalent within {100 * row.margin:g} points" if row.verdict == "equivalent" else None
@@ -91,7 +90,7 @@ def _steps(results: pd.DataFrame, facts: dict) -> Iterator[dict]:
             "step": f"{tables.label(row.baseline)} → {tables.label(row.variant)}",
             "question": questions.get((row.variant, row.baseline), ""),
             "verdict": equivalent or row.verdict,
-            "accuracies": " → ".join(f"{accuracy[v]:.2f}" for v in (row.baseline, row.variant) if v in accuracy.index),
+            "accuracies": f"{row.accuracy_baseline:.2f} → {row.accuracy:.2f}" if "accuracy_baseline" in scored else "",
             "evidence": f"{100 * row.value:+.1f} points, interval {100 * row.ci_low:+.1f} to {100 * row.ci_high:+.1f}, "
             f"n = {row.n:.0f}, p = {row.p_holm:.2g} after Holm",
         }

@@ -49,7 +49,7 @@ def from_records(table: pd.DataFrame) -> Iterator[dict]:
 
 def from_steps(table: pd.DataFrame, name: str = "accuracy_delta") -> Iterator[dict]:
     """Rows `<name>/<source>` with flips, adjusted p, verdict and detectable effect."""
-    tests = "p_value p_holm p_equivalence verdict margin mde gained lost"
+    tests = "p_value p_holm p_equivalence verdict margin mde gained lost accuracy accuracy_baseline"
     return from_table(table.assign(value=table.difference), name + "/{source}", "steps.parquet", extras=tests)
 
 

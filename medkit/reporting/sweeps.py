@@ -54,11 +54,11 @@ def write_sweep(name: str, points: Mapping[str, dict]) -> str:
         plotting.save_figure(figure, folder, "sweep", scores)
         plt.close(figure)
     if scores.seed.nunique() > 1:
-        keys = ["setting", "variant", "result"]
+        keys = ["setting", "variant", "result", "scoring"]
         spread = scores.groupby(keys, as_index=False, sort=False).agg(
             mean=("value", "mean"), std=("value", "std"), seeds=("seed", "nunique")
         )
-        rows = [[r.setting, label(r.variant), r.result, f"{r.mean:.3f} ± {r.std:.3f} ({r.seeds})"]
+        rows = [[r.setting, label(r.variant), _score(r), f"{r.mean:.3f} ± {r.std:.3f} ({r.seeds})"]
                 for r in spread.itertuples()]  # fmt: skip
         parts += ["## Over seeds", markdown(["setting", "variant", "score", "mean ± deviation (seeds)"], rows)]
     text = "\n\n".join([*parts, DISCLAIMER]) + "\n"
@@ -75,16 +75,21 @@ def _scores_text(scores: pd.DataFrame) -> str:
             difference = f"{row.difference:+.3f} {interval}, n = {row.n_paired:.0f}, {row.verdict}"
         value = f"{row.value:.3f} [{row.ci_low:.3f}, {row.ci_high:.3f}]"
         seed = "" if pd.isna(row.seed) else str(row.seed)
-        rows.append([row.setting, seed, label(row.variant), row.result, value, f"{row.n:.0f}", difference])
+        rows.append([row.setting, seed, label(row.variant), _score(row), value, f"{row.n:.0f}", difference])
     headings = ["setting", "seed", "variant", "score", "value [interval]", "n", "against the first setting"]
     return markdown(headings, rows)
 
 
+def _score(row) -> str:
+    return f"{row.result}, {row.scoring}" if row.scoring else row.result
+
+
 def plot_sweep(scores: pd.DataFrame) -> plt.Figure:
     """A panel per score: settings along the axis, a line per variant; points of several seeds are averaged."""
+    shown = scores.assign(variant=scores.variant.map(label), result=scores.apply(_score, axis=1))
     grid = sns.relplot(
-        scores.assign(variant=scores.variant.map(label)), x="setting", y="value", hue="variant", col="result",
-        col_wrap=2, kind="line", marker="o", errorbar=None, facet_kws={"sharey": False}, height=3.4, aspect=1.3,
+        shown, x="setting", y="value", hue="variant", col="result", col_wrap=2, kind="line", marker="o", errorbar=None,
+        facet_kws={"sharey": False}, height=3.4, aspect=1.3,
     )  # fmt: skip
     for ax in grid.axes.flat:
         ax.tick_params(axis="x", rotation=20)

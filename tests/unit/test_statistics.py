@@ -262,6 +262,19 @@ def judged(*flips):
     return statistics.verdicts(pd.DataFrame(rows), 0.95, 0.05)
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 40])
+def test_with_few_groups_an_equivalence_is_not_shown_too_often(count):
+    """Twenty questions in each group, all answered alike; the true difference is the margin."""
+    draw, shown = np.random.default_rng(count), []
+    groups = np.repeat(np.arange(count), 20)
+    for _ in range(300):
+        gained, lost = draw.random(count) < 0.30, draw.random(count) < 0.20
+        ours, theirs = (np.repeat(one, 20) for one in (gained, lost & ~gained))
+        one = statistics.paired_difference(ours, theirs, 0.95, 0.8, groups)
+        shown.append(statistics.equivalence_p(one["gained"], one["lost"], one["n"], 0.16, one["design_effect"]) < 0.05)
+    assert np.mean(shown) < 0.12
+
+
 def test_every_comparison_gets_its_word():
     table = judged((400, 60, 10), (400, 10, 60), (2000, 20, 22), (60, 4, 5), (4000, 60, 5))
     assert list(table.verdict) == ["better", "worse", "equivalent", "not detectable", "better"]

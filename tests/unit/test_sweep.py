@@ -114,5 +114,5 @@ def test_scores_are_paired_with_the_first_setting_of_the_same_seed(outputs):
     assert set(scores.variant) == {"edge"}  # the teacher is the same everywhere
     assert scores.difference.round(6).tolist()[2:] == [0.4, 0.35] and scores.difference.isna().sum() == 2
     text = sweeps.write_sweep("s", points)
-    assert "| lora.adapter.rank=8 | edge file | accuracy/exam | 0.925 ± 0.035 (2) |" in text
+    assert "| lora.adapter.rank=8 | edge file | accuracy/exam, letter | 0.925 ± 0.035 (2) |" in text
     assert (outputs / "s" / "sweep.png").is_file()

@@ -92,7 +92,8 @@ def test_templates_are_picked_by_the_question(content, template):
 def test_other_chats_stay_as_they_are():
     asked = {"role": "user", "content": QUESTION}
     before, after = {"role": "system", "content": "Be brief."}, {"role": "assistant", "content": "Call"}
-    for turns in ([before, asked], [asked, after]):
+    image = {"role": "user", "content": [{"type": "text", "text": QUESTION}, {"type": "image_url", "image_url": {}}]}
+    for turns in ([before, asked], [asked, after], [image]):
         chat = make_plan({"messages": turns}, None, {})
         assert chat.chat == {"messages": turns} and chat.template is None and chat.asks_model and not chat.first
 
