@@ -200,7 +200,7 @@ def main() -> None:
     setup = {
         "run": args.run.name, "seeds": args.seeds, "parts": {name: part[1] for name, part in PARTS.items()},
         "setups": SETUPS, "train": params.distillation.student_train.model_dump(), "threads": args.threads,
-        "interval": "bootstrap over questions, each averaged over seeds: for these seeds, not for any",
+        "interval": "bootstrap over groups of questions, each averaged over seeds: for these seeds, not for any",
         "versions": versions("torch", "transformers"),
     }  # fmt: skip
     for result, is_dial in (("ablation", False), ("ablation_dials", True)):  # one does not replace the other

@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=ROOT / "outputs" / "tiny", help="a finished run's folder")
     parser.add_argument("--params", type=Path, default=ROOT / "params" / "tiny.yaml")
     parser.add_argument("--contender", choices=CONTENDERS, action="append", help="default: those not measured yet")
-    parser.add_argument("--epochs", type=float, default=2.5, help="over the labelled rows; a third of what tiny takes")
+    parser.add_argument("--epochs", type=float, default=2.5, help="over the labelled rows; fewer than in tiny")
     parser.add_argument("--limit", type=int, help="training and validation rows; default all")
     parser.add_argument("--threads", type=int, default=1, help="more only on an idle machine")
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -1,13 +1,13 @@
 """Does a thought before the answer help a small student? One whose truth can be checked: a path through ICD-10-CM.
 
-A teacher learns by LoRA to write the category and the block of a diagnosis as its thought, and then the chapter as its
-answer, without options. It writes both for questions without labels. Students that are cut from it as in notebook 02
-learn from these texts in one pass: `with_thoughts`; `equal_tokens`, the answers alone, with as many tokens read in
-training (prompt, thought and answer, before equal beginnings are shared), so from more questions; and `equal_examples`,
-the answers alone to the questions of `with_thoughts`. A thinker is asked under several budgets: its thought is closed
-after so many tokens, and 0 is an empty thought, as in the training of the other two. All answer the same questions, of
-categories that no model learned from. Each trained or written part is kept in outputs/<name>: a killed run goes on.
-Intervals resample categories. One seed. Units: shares, tokens.
+A teacher, all of whose weights learn, writes the category and the block of a diagnosis as its thought, and then the
+chapter as its answer, without options. It writes both for questions without labels. Students that are cut from the
+downloaded model as in notebook 02 learn from these texts in one pass: `with_thoughts`; `equal_tokens`, the answers
+alone, with as many tokens read in training (prompt, thought and answer, before equal beginnings are shared), so from
+more questions; and `equal_examples`, the answers alone to the questions of `with_thoughts`. A thinker is asked under
+several budgets: its thought is closed after so many tokens, and 0 is an empty thought, as in the training of the other
+two. All answer the same questions, of categories that no model learned from. Each trained or written part is kept in
+outputs/<name>: a killed run goes on. Intervals resample categories. One seed. Units: shares, tokens.
 """
 
 import argparse

@@ -148,7 +148,13 @@ def cached(args) -> None:
     student = loading.load_model(args.run / "02_distillation" / "base", params.models)
     clock, learned = StepClock(student), DistillationLoss(kl_weight=1.0)
     section = params.distillation.student_train.model_copy(
-        update={"epochs": 9.0, "batch_size": args.batch, "slice_tokens": args.slice_tokens, "save_every_steps": 10**6}
+        update={
+            "epochs": 9.0,
+            "batch_size": args.batch,
+            "slice_tokens": args.slice_tokens,
+            "save_every_steps": 10**6,
+            "bf16": False,
+        }
     )
 
     def loss(predicted, extras):

@@ -179,7 +179,7 @@ def _from_run(claim: PaperClaim, results: pd.DataFrame, facts: Mapping) -> Itera
             yield Ours(row.value, row.ci_low, row.ci_high, measured_on, why, verdict)
     elif claim.id == "accuracy_kept":
         words = {"equivalent": "reproduced", "better": "beaten"}
-        kept = scored[(scored.baseline == FINAL) & scored.variant.isin(MADE_FROM_FINAL)]  # true answers are no step of it
+        kept = scored[(scored.baseline == FINAL) & scored.variant.isin(MADE_FROM_FINAL)]
         for row in kept[kept.result == f"accuracy_delta/{source}"].itertuples():
             why = f"{label(row.variant)} against {label(FINAL)} on {source}, n = {row.n:.0f}: {row.verdict}"
             kept_or_not = verdict or words.get(row.verdict, "not reproduced")

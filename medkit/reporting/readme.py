@@ -55,7 +55,7 @@ def findings() -> str:
     items = "\n".join(f"- {sentence}" for sentence in story.tell_story(results, without_notes, FINDINGS))
     sizes, seconds = story.megabytes(results), results[results.result.str.startswith("duration_s/")].value.sum()
     size = f"The student has {sizes[FINAL] / sizes['teacher']:.0%} of the teacher's weights."
-    took = f"This run took {seconds / 60:.0f} minutes on {facts['device']}."
+    took = f"Notebooks 1 to 5 of this run took {seconds / 60:.0f} minutes on {facts['device']}."
     hours = {name: add_up(forecast(load_params(ROOT / "params" / f"{name}.yaml"))).hours for name in ("gpu", "paper")}
     listed = ", ".join(f"{count:.0f} for `{name}`" for name, count in hours.items())
     return f"{items}\n\n{size} {took} Estimated {DEVICE['name']} hours: {listed}."

@@ -160,6 +160,6 @@ def _on_dialogues(results: pd.DataFrame, variant: str) -> Iterator[str]:
     if {"dialogues/valid", "dialogues/grounded"} <= set(of_variant.index):
         valid, grounded = (of_variant.loc[f"dialogues/{name}"] for name in ("valid", "grounded"))
         yield (
-            f"Of its records of real dialogues {valid.value:.0%} are valid; "
+            f"Of its records of real dialogues a share of {valid.value:.2f} is valid; "
             f"{grounded.value:.0%} [{grounded.ci_low:.0%}, {grounded.ci_high:.0%}] of their values are in the dialogue."
         )
