@@ -319,7 +319,7 @@ def doctor() -> None:
     from medkit.sources import cache_root
 
     for folder in (cache_root(), outputs_root()):
-        with write_errors(folder / "any file"):
+        with write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
     device = pick_device("auto")
     memory_gb, disk_gb = psutil.virtual_memory().available / 1e9, shutil.disk_usage(cache_root()).free / 1e9

@@ -123,12 +123,13 @@ def paired_difference(
     sums, sizes = np.bincount(codes, ours.astype(float) - theirs), np.bincount(codes)
     by_group = np.sum((sums - centre * sizes) ** 2) + (1 - centre) ** 2 + (1 + centre) ** 2
     design_effect, count = max(1.0, by_group / ((n + 2) * spread)), len(sums)
+    deviations = stats.norm.ppf(0.5 + confidence / 2)
     if 1 < count < n:  # few groups say little of their own variance: as with Student's t in place of the normal
-        ratio = stats.t.ppf(0.5 + confidence / 2, count - 1) / stats.norm.ppf(0.5 + confidence / 2)
-        design_effect = max(1.0, design_effect * count / (count - 1) * ratio**2)
+        ratio = stats.t.ppf(0.5 + confidence / 2, count - 1) / deviations
+        design_effect *= count / (count - 1) * ratio**2
     elif count < n:
         design_effect = float(n)
-    half = stats.norm.ppf(0.5 + confidence / 2) * np.sqrt(design_effect * spread / (n + 2))
+    half = deviations * np.sqrt(design_effect * spread / (n + 2))
     return {
         "difference": (gained - lost) / n,
         "ci_low": max(-1.0, centre - half),

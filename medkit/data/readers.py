@@ -84,8 +84,6 @@ def _read_csv(path: Path) -> list[dict]:
     return rows
 
 
-# --- the data wheel ------------------------------------------------------------------------------------------------
-
 FILE_READERS: dict[str, Callable[[Path], Iterable[dict]]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_jsonl,
@@ -93,6 +91,9 @@ FILE_READERS: dict[str, Callable[[Path], Iterable[dict]]] = {
     ".tsv": _read_csv,
     ".parquet": lambda path: parquet.read_table(path).to_pylist(),
 }
+
+# --- the data wheel ------------------------------------------------------------------------------------------------
+
 YES_NO_MAYBE = ["yes", "no", "maybe"]
 
 

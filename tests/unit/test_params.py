@@ -144,6 +144,12 @@ def test_instructions_are_scored_by_perplexity_and_by_nothing_else():
     assert "no row of 'valid'" in refusal(SMOKE, chats | none | {"data.datasets.mmlu.valid": 4})
 
 
+def test_override_changes_that_key_and_no_other():
+    raw = copy.deepcopy(RAW)
+    raw["lora"]["adapter"]["rank"] = 5
+    assert load_params(SMOKE, {"lora.adapter.rank": 5}) == Params.model_validate(raw)
+
+
 UNKNOWN = {"lora.adapter.rnak": "did you mean 'rank'", "data.datasets.med_mcqa.test": "did you mean 'medmcqa'"}
 UNKNOWN |= dict.fromkeys(("zzz", "lora.adapter.rank.zzz", ""), "no such parameter")
 

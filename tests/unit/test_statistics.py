@@ -63,6 +63,17 @@ def test_the_p_values_are_the_exact_mcnemar_test_where_groups_are_single(gained,
         assert found["ci_low"] == pytest.approx(-found["ci_high"]) and 0 < found["ci_high"] < 0.1
 
 
+@pytest.mark.parametrize(("gained", "lost"), [(8, 2), (0, 5), (20, 21)])
+def test_it_is_antisymmetric(gained, lost):
+    ours, theirs = pair(60, gained, lost, both=10)
+    a, b = (statistics.paired_difference(x, y, 0.95, 0.8) for x, y in ((ours, theirs), (theirs, ours)))
+    assert a["difference"] == -b["difference"]
+    assert (a["ci_low"], a["ci_high"]) == pytest.approx((-b["ci_high"], -b["ci_low"]))
+    assert (a["gained"], a["lost"]) == (b["lost"], b["gained"])
+    for name in ("p_value", "design_effect", "mde"):
+        assert a[name] == pytest.approx(b[name]), name
+
+
 @pytest.mark.parametrize(("up", "down"), [(0.02, 0.02), (0.10, 0.02), (0.20, 0.20), (0.25, 0.01)])
 def test_the_interval_covers_the_true_difference(up, down):
     n = 60
@@ -228,6 +239,13 @@ def test_the_variance_is_that_of_the_most_likely_rates_at_the_margin(gained, los
 
     expected = max(one_sided(gained, lost), one_sided(lost, gained))
     assert equivalence(gained, lost, n, margin) == pytest.approx(expected, rel=1e-4)
+
+
+def test_equivalence_is_an_interval_inside_the_margin():
+    for gained, lost, n in [(30, 30, 1000), (30, 60, 1000), (60, 90, 2000), (200, 210, 800), (90, 15, 2000)]:
+        found = statistics.paired_difference(*pair(n, gained, lost), 1 - 2 * ALPHA, 0.8)
+        inside = max(-found["ci_low"], found["ci_high"]) < 0.05
+        assert (equivalence(gained, lost, n, 0.05) < ALPHA) == inside, (gained, lost, n)
 
 
 def test_under_groups_equivalence_keeps_its_size_by_the_design_effect():
